@@ -1,0 +1,58 @@
+# Everything done twice. `make help` lists the targets.
+# Needs Python >= 3.10 (with venv) and make; the first target that needs it builds the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,viz,fast,evo,babyai
+ARGS ?=
+
+# torch is installed by itself and first, so that no other package's range can choose a build. On a system where this
+# version is a CUDA build and a CPU build is wanted, name an index of CPU wheels in TORCH_PIP_ARGS.
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow lint types format reproduce bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_PIP_ARGS=$(TORCH_PIP_ARGS) ARGS=$(ARGS)"
+
+venv: $(STAMP) ## create the environment with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"{sys.executable} is Python {sys.version.split()[0]} where 3.10 or newer is needed; choose another, as in: make PYTHON=python3.11.")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+test: $(STAMP) ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP) ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## rewrite files to the house format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+reproduce: $(STAMP) ## train and evaluate the laptop preset, all phases
+	$(BIN)/metacontroller reproduce --preset laptop $(ARGS)
+
+bench: $(STAMP) ## run every benchmark; each prints a table
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove the environment and caches; runs are kept
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""How the gate meets the subgoals: precision and recall of switches against true subgoal changes (Fig. 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metacontroller.data.trajectories import length_mask, masked_mean
+
+
+def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
+    """(b, t) bool: the first action of each new subgoal, the first of the episode apart. segments (b, t) int64."""
+    changed = torch.zeros_like(segments, dtype=torch.bool)
+    changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return changed & length_mask(lengths, segments.shape[1])
+
+
+def gate_alignment(
+    beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1, threshold: float = 0.5
+) -> dict[str, Tensor]:
+    """Compares switches (beta >= threshold) with true subgoal changes, the forced first switch apart.
+
+    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change is found when a switch lies
+    within ``tolerance`` steps; a switch is right when a change does.
+    Returns scalars gate_recall, gate_precision (0 without switches), gate_binary_fraction: the share of beta
+    outside (0.1, 0.9).
+    """
+    later = length_mask(lengths, beta.shape[1])
+    later[:, 0] = False  # the first step always switches
+    switch = (beta >= threshold) & later
+    change = subgoal_changes(segments, lengths)
+    return {
+        "gate_recall": masked_mean(_near(switch, tolerance).to(beta.dtype), change),
+        "gate_precision": masked_mean(_near(change, tolerance).to(beta.dtype), switch),
+        "gate_binary_fraction": masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later),
+    }
+
+
+def _near(marks: Tensor, tolerance: int) -> Tensor:
+    """(b, t) bool: a mark lies within ``tolerance`` steps."""
+    width = 2 * tolerance + 1
+    spread = torch.nn.functional.max_pool1d(marks.float()[:, None], width, stride=1, padding=tolerance)
+    return spread[:, 0] > 0

@@ -1,0 +1,55 @@
+"""Controller decoder: from a code z to a linear map U of the residual stream (eq. 11, 18), applied without forming U.
+
+Axes: i residual in, o residual out (both of size n_e), k hidden units plus one constant, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Controller(nn.Module):
+    """U = f_hyp(z), a hypernetwork with one hidden layer; low-rank U = A(h) B(h)^T or full U(h), each linear in (h, 1).
+
+    dim_latent: n_z. dim_model: n_e. hidden: units of the hidden layer. rank: r, or None for a full matrix (the paper's ant).
+    At initialisation A (or the full U) is small, so that steering starts near the identity.
+    """
+
+    def __init__(self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16) -> None:
+        super().__init__()
+        if rank is not None and not 1 <= rank <= dim_model:
+            raise ValueError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
+        self.dim_model, self.rank = dim_model, rank
+        self.code_to_hidden = nn.Linear(dim_latent, hidden)
+        units, scale = hidden + 1, 0.1 * dim_model**-0.5
+        if rank is None:
+            self.full = nn.Parameter(torch.randn(units, dim_model, dim_model) * scale)  # (k, o, i)
+        else:
+            self.read = nn.Parameter(torch.randn(units, rank, dim_model) * dim_model**-0.5)  # B: (k, r, i)
+            self.write = nn.Parameter(torch.randn(units, dim_model, rank) * scale)  # A: (k, o, r)
+
+    def hidden(self, z: Tensor) -> Tensor:
+        """(..., k) hidden units of a code, and the constant 1."""
+        return F.pad(F.relu(self.code_to_hidden(z)), (0, 1), value=1.0)
+
+    def matrix(self, z: Tensor) -> Tensor:
+        """z (..., n_z) -> U (..., residual_out, residual_in): for people and tests; costs n_e² a code."""
+        hidden = self.hidden(z)
+        if self.rank is None:
+            return torch.einsum("...k,koi->...oi", hidden, self.full)
+        write = torch.einsum("...k,kor->...or", hidden, self.write)
+        read = torch.einsum("...k,kri->...ri", hidden, self.read)
+        return write @ read
+
+    def apply_to(self, z: Tensor, e: Tensor) -> Tensor:
+        """z (..., n_z), e (..., n_e) -> U e (..., n_e), in two plain products of width k r; U is never formed."""
+        hidden = self.hidden(z)
+        if self.rank is None:
+            products = F.linear(e, self.full.flatten(0, 1)).unflatten(-1, self.full.shape[:2])
+            return torch.einsum("...k,...ko->...o", hidden, products)
+        projected = F.linear(e, self.read.flatten(0, 1)).unflatten(-1, self.read.shape[:2])  # (..., k, r)
+        v = torch.einsum("...k,...kr->...r", hidden, projected)
+        weighted = (hidden[..., None] * v[..., None, :]).flatten(-2)  # (..., k r)
+        return F.linear(weighted, self.write.transpose(0, 1).flatten(1))

@@ -1,0 +1,41 @@
+"""Losses of discovery and internal RL: pure functions. Axes: b batch, t steps, z code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metacontroller.data.trajectories import masked_mean
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(mean, diag std²) || N(0, I)) summed over the code (eq. 3): (..., z) -> (...)."""
+    return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
+
+
+def ratio_loss(beta: Tensor, mask: Tensor, target_length: float, threshold: float = 0.5) -> Tensor:
+    """H-Net's ratio loss (arXiv 2507.07955, eq. 10) towards one switch every ``target_length`` steps.
+
+    With N the target length, F the share of hard switches and G the mean probability:
+    N/(N-1) ((N-1) F G + (1-F)(1-G)); it is 1 at F = G = 1/N and pulls the gate there. beta, mask (b, t).
+    """
+    if target_length <= 1:
+        raise ValueError(f"target_length is {target_length}; expected more than 1 step a segment.")
+    n = target_length
+    hard = masked_mean((beta >= threshold).to(beta.dtype), mask)
+    soft = masked_mean(beta, mask)
+    return n / (n - 1) * ((n - 1) * hard * soft + (1 - hard) * (1 - soft))
+
+
+def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
+    """(R - mean of batch) / (std of batch + delta), (b,) -> (b,): the same for all switches of an episode (C.5)."""
+    return (returns - returns.mean()) / (returns.std(correction=0) + delta)
+
+
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, eps_clip: float = 0.2
+) -> Tensor:
+    """PPO's clipped surrogate to minimise, averaged over real decisions (C.5); all arguments (b, t)."""
+    ratio = torch.exp((log_prob - old_log_prob).masked_fill(~mask, 0.0))
+    clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
+    return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)

@@ -1,0 +1,282 @@
+"""The metacontroller: reads the residual stream, decides when to switch, and steers with a linear controller (paper D.2).
+
+    h_t = GRU(e_t, h_{t-1})                                   (12)   history
+    s = embed(e_1:T)                                          (13)   acausal, discovery only
+    z~_t ~ N(mu_t, Sigma_t) = f_enc(e_t, h_{t-1}, s)          (14, 15)
+    beta_t = f_switch(e_t, h_{t-1}, z_{t-1})                  (16)   causal
+    z_t = beta_t z~_t + (1 - beta_t) z_{t-1}                  (17)
+    e_t <- e_t + f_hyp(z_t) e_t                               (11, 18)
+
+Axes: b batch, t steps, n_e residual, n_h history, n_s sequence embedding, n_z code. The paper is silent on how e is
+scaled before it is read; ours passes through a layer norm. U multiplies the residual itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.control.controller import Controller
+from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss
+from metacontroller.control.policy import AbstractActionPolicy, code_log_prob, sample_code
+from metacontroller.control.sequence_embedder import SequenceEmbedder
+from metacontroller.control.switching import GateConfig, SwitchingUnit
+from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.saving import Saveable
+
+
+class DiscoveryOutput(NamedTuple):
+    """What discovery computes over a batch of episodes.
+
+    steered (b, t, n_e): e + U e. z, gate, beta: the integrated code (b, t, n_z), the gate as mixed and its probability
+    (b, t). kl (b, t): of the proposal against N(0, I), at every step. mask (b, t) bool of real steps.
+    mean, log_std (b, t, n_z): the proposal's distribution.
+    """
+
+    steered: Tensor
+    z: Tensor
+    gate: Tensor
+    beta: Tensor
+    kl: Tensor
+    mask: Tensor
+    mean: Tensor
+    log_std: Tensor
+
+
+@dataclass
+class ControlState:
+    """What the metacontroller carries from step to step while acting; one row an episode.
+
+    history (b, n_h): h_{t-1}. z (b, n_z): the code in force. held (b,) int64: steps since the last switch. started (b,)
+    bool: false before the first step, which must take a fresh code. policy (b, hidden): advances only at switches.
+    """
+
+    history: Tensor
+    z: Tensor
+    held: Tensor
+    started: Tensor
+    policy: Tensor
+
+    def index(self, rows: Tensor) -> ControlState:
+        """The state of the rows named."""
+        return ControlState(*(value[rows] for value in vars(self).values()))
+
+
+class MetaControllerOutput(NamedTuple):
+    """One acting step as the public contract shows it; all (b, 1, ...).
+
+    action_dist (b, 1, 2 n_z): the policy's mean and log standard deviation. actions (b, 1, n_z): the code in force.
+    switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy saw. state: to go on from.
+    """
+
+    action_dist: Tensor
+    actions: Tensor
+    switch_beta: Tensor
+    input_residual_stream: Tensor
+    state: ControlState
+
+
+class MetaController(Saveable, nn.Module):
+    """Gaussian codes (paper D.2).
+
+    dim_model: n_e. dim_latent: n_z. dim_meta_controller: width of history, embeddings and hidden layers unless given
+    one by one: dim_history n_h, dim_sequence n_s, encoder_hidden, decoder_hidden, switch_hidden, policy_hidden.
+    rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional
+    H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
+    """
+
+    def __init__(
+        self,
+        dim_model: int,
+        *,
+        dim_meta_controller: int = 256,
+        dim_latent: int = 128,
+        dim_history: int | None = None,
+        dim_sequence: int | None = None,
+        encoder_hidden: int | None = None,
+        decoder_hidden: int = 32,
+        switch_hidden: int = 32,
+        policy_hidden: int | None = None,
+        embedder_dim: int | None = None,
+        embedder_depth: int = 1,
+        rank: int | None = 16,
+        gate: GateConfig | dict[str, Any] | None = None,
+        ratio_loss_weight: float = 0.0,
+        target_segment_length: float = 4.0,
+        eps_clip: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.remember_arguments(locals())
+        if dim_model < 1 or dim_latent < 1:
+            raise ValueError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
+        width = dim_meta_controller
+        n_h, n_s = dim_history or width, dim_sequence or width
+        self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h
+        self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
+        self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
+        self.eps_clip = eps_clip
+
+        self.norm = nn.LayerNorm(dim_model)
+        self.history = nn.GRU(dim_model, n_h, batch_first=True)
+        self.sequence_embedder = SequenceEmbedder(dim_model, n_s, dim=embedder_dim or width, depth=embedder_depth)
+        self.encoder = nn.Sequential(
+            nn.Linear(dim_model + n_h + n_s, encoder_hidden or width),
+            nn.ReLU(),
+            nn.Linear(encoder_hidden or width, 2 * dim_latent),
+        )
+        self.switching = SwitchingUnit(dim_model, n_h, dim_latent, hidden=switch_hidden, config=self.gate_config)
+        self.controller = Controller(dim_latent, dim_model, hidden=decoder_hidden, rank=rank)
+        self.policy = AbstractActionPolicy(dim_model, dim_latent, hidden=policy_hidden or width)
+
+    # phase 2: discovery
+
+    def discover(
+        self, residual: Tensor, episode_lens: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> DiscoveryOutput:
+        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) of real steps."""
+        self._check_residual(residual, 3)
+        batch, steps = residual.shape[:2]
+        check_lengths(episode_lens, batch, steps)
+        lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        mask = length_mask(lengths, steps)
+        read = self.norm(residual)
+        history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
+        sequence = self.sequence_embedder(read, mask)[:, None].expand(-1, steps, -1)
+        mean, log_std = self.encoder(torch.cat([read, history, sequence], -1)).float().chunk(2, -1)
+        z_tilde = sample_code(torch.cat([mean, log_std], -1), generator)
+        fresh = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
+        z, gate, beta = self.switching(read, history, z_tilde, fresh)
+        steered = residual + self.controller.apply_to(z.to(residual.dtype), residual)
+        return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
+
+    def kl_loss(self, output: DiscoveryOutput) -> Tensor:
+        """Mean KL per real step (eq. 3); the weight alpha is the caller's."""
+        return masked_mean(output.kl, output.mask)
+
+    def auxiliary_ratio_loss(self, output: DiscoveryOutput) -> Tensor:
+        """The optional H-Net loss times its weight; zero when the weight is zero."""
+        if self.ratio_loss_weight == 0:
+            return output.beta.new_zeros(())
+        loss = ratio_loss(output.beta, output.mask, self.target_segment_length, self.gate_config.threshold)
+        return self.ratio_loss_weight * loss
+
+    def discovery_parameters(self) -> list[nn.Parameter]:
+        """All that discovery trains: everything but the policy."""
+        policy = {id(parameter) for parameter in self.policy.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in policy]
+
+    # phase 3: acting with abstract actions
+
+    def initial_state(self, batch: int) -> ControlState:
+        """Before the first step of ``batch`` episodes."""
+        weight = self.policy.readout.weight
+        return ControlState(
+            history=weight.new_zeros(batch, self.dim_history),
+            z=weight.new_zeros(batch, self.dim_latent),
+            held=torch.zeros(batch, dtype=torch.long, device=weight.device),
+            started=torch.zeros(batch, dtype=torch.bool, device=weight.device),
+            policy=self.policy.initial_state(batch),
+        )
+
+    def observe(self, residual: Tensor, state: ControlState) -> tuple[Tensor, Tensor]:
+        """Reads one residual (b, n_e): returns beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
+        read = self.norm(residual)
+        beta = self.switching.probability(read, state.history, state.z, state.held)
+        beta = torch.where(state.started, beta, torch.ones_like(beta))
+        history = self.history(read[:, None], state.history[None].contiguous())[1][0]
+        return beta, history
+
+    def integrate(self, state: ControlState, history: Tensor, switch: Tensor, proposed: Tensor) -> ControlState:
+        """The state after a step at which the rows of ``switch`` (b,) bool took the code ``proposed`` (b, n_z)."""
+        return ControlState(
+            history=history,
+            z=torch.where(switch[:, None], proposed, state.z),
+            held=torch.where(switch, 1, state.held + 1),
+            started=torch.ones_like(state.started),
+            policy=state.policy,
+        )
+
+    def steer(self, residual: Tensor, z: Tensor) -> Tensor:
+        """e + U e (eq. 11)."""
+        return residual + self.controller.apply_to(z.to(residual.dtype), residual)
+
+    def act(
+        self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, MetaControllerOutput]:
+        """One step of internal RL: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and what was decided.
+
+        The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but its state
+        and the code advance only at switches.
+        """
+        self._check_residual(residual, 3)
+        state = self.initial_state(len(residual)) if state is None else state
+        beta, history = self.observe(residual[:, 0], state)
+        switch = beta >= self.gate_config.threshold
+        distribution, advanced = self.policy(residual, state.policy)
+        proposed = sample_code(distribution[:, 0], generator)
+        following = self.integrate(state, history, switch, proposed)
+        following.policy = torch.where(switch[:, None], advanced, state.policy)
+        output = MetaControllerOutput(distribution, following.z[:, None], beta[:, None], residual, following)
+        return self.steer(residual, following.z[:, None]), output
+
+    def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
+        """Log-density of codes, entry by entry: (b, t, 2 n_z), (b, t, n_z) -> (b, t, n_z)."""
+        if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != 2 * self.dim_latent:
+            raise ValueError(
+                f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
+                f"axes {2 * self.dim_latent} and {self.dim_latent}."
+            )
+        return code_log_prob(action_dist, actions)
+
+    def policy_loss(
+        self,
+        states: Tensor,
+        old_log_probs: Tensor,
+        actions: Tensor,
+        advantages: Tensor,
+        switch_betas: Tensor,
+        episode_lens: Tensor | None = None,
+        eps_clip: float | None = None,
+    ) -> Tensor:
+        """PPO's clipped surrogate over the switches of stored episodes (C.5): no run of the frozen model is needed.
+
+        states (b, t, n_e): stored residuals. old_log_probs, actions (b, t, n_z). advantages (b,) or (b, t).
+        switch_betas (b, t): a step counts where beta >= threshold; the policy's state advances only there.
+        episode_lens (b,): real steps. The ratio is of the joint density of a code.
+        """
+        self._check_residual(states, 3)
+        batch, steps = states.shape[:2]
+        expected = (batch, steps, self.dim_latent)
+        for name, value in (("old_log_probs", old_log_probs), ("actions", actions)):
+            if value.shape != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}, as states and n_z say.")
+        if switch_betas.shape != (batch, steps) or advantages.shape not in ((batch,), (batch, steps)):
+            raise ValueError(
+                f"switch_betas has shape {tuple(switch_betas.shape)} and advantages {tuple(advantages.shape)}; "
+                f"expected {(batch, steps)}, and {(batch,)} or {(batch, steps)}."
+            )
+        check_lengths(episode_lens, batch, steps)
+        switch = switch_betas >= self.gate_config.threshold
+        if episode_lens is not None:
+            switch = switch & length_mask(episode_lens, steps)
+        order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
+        decided = switch.gather(1, order)
+        advantage = advantages[:, None].expand(-1, steps) if advantages.dim() == 1 else advantages.gather(1, order)
+        wide = order[..., None]
+        distribution, _ = self.policy(states.gather(1, wide.expand_as(states)))
+        code = actions.gather(1, wide.expand_as(actions))
+        old = old_log_probs.gather(1, wide.expand_as(old_log_probs)).sum(-1)
+        log_prob = code_log_prob(distribution, code).sum(-1)
+        clip = self.eps_clip if eps_clip is None else eps_clip
+        return clipped_surrogate(log_prob, old, advantage, decided, clip)
+
+    def _check_residual(self, residual: Tensor, axes: int) -> None:
+        if residual.dim() != axes or residual.shape[-1] != self.dim_model or 0 in residual.shape:
+            raise ValueError(
+                f"the residual stream has shape {tuple(residual.shape)}; expected (batch, time, {self.dim_model}) "
+                "with at least one episode and one step."
+            )

@@ -1,0 +1,111 @@
+"""Switching unit and temporal integration (eq. 16, 17): when to take a new code. The only sequential part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.kernels.gate import GateOutput, gate_scan
+
+GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How the switching gate is used.
+
+    mode: "soft" mixes with the probability itself (the paper's default); "hard" with 1[beta >= threshold];
+    "straight-through" hard forward, soft backward; "gumbel-sigmoid" relaxes with logistic noise (the paper's rate-distortion
+    curves); "forced" switches at every step; "fixed-frequency" every ``period`` steps.
+    threshold: where a probability counts as a switch (paper C.6: 0.5). temperature: of the Gumbel-sigmoid.
+    """
+
+    mode: GateMode = "soft"
+    threshold: float = 0.5
+    temperature: float = 1.0
+    period: int = 4
+
+    def __post_init__(self) -> None:
+        modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
+        if self.mode not in modes:
+            raise ValueError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"gate temperature is {self.temperature}; expected a number above 0.")
+        if self.period < 1:
+            raise ValueError(f"gate period is {self.period}; expected at least 1 step.")
+
+
+class SwitchingUnit(nn.Module):
+    """beta_t = f_switch(e_t, h_{t-1}, z_{t-1}), one hidden layer with ReLU; sees no future.
+
+    All that depends on e and h is projected before the loop over time; the loop carries only z.
+    """
+
+    def __init__(self, dim_model: int, dim_history: int, dim_latent: int, *, hidden: int, config: GateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.drive = nn.Linear(dim_model + dim_history, hidden)
+        self.code = nn.Linear(dim_latent, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(
+        self, residual: Tensor, history: Tensor, z_tilde: Tensor, fresh: Tensor, z_initial: Tensor | None = None
+    ) -> GateOutput:
+        """Integrates the proposals over time.
+
+        residual (b, t, n_e), history h_{t-1} (b, t, n_h), z_tilde (b, t, n_z), fresh (b, t) bool: steps that must take a
+        fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step.
+        Returns z (b, t, n_z), gate (b, t) as mixed, beta (b, t) the probability.
+        """
+        config = self.config
+        if config.mode in ("forced", "fixed-frequency"):
+            period = 1 if config.mode == "forced" else config.period
+            return hold_between(
+                z_tilde, fresh | (torch.arange(fresh.shape[1], device=fresh.device) % period == 0), z_initial
+            )
+        noise = None
+        if config.mode == "gumbel-sigmoid" and self.training:
+            noise = torch.logit(torch.rand(fresh.shape, device=residual.device).clamp(1e-6, 1 - 1e-6)).to(
+                residual.dtype
+            )
+        return gate_scan(
+            self.drive(torch.cat([residual, history], -1)),
+            z_tilde,
+            self.code.weight,
+            self.out.weight[0],
+            self.out.bias[0],
+            fresh=fresh,
+            z_initial=z_initial,
+            noise=noise,
+            temperature=config.temperature if config.mode == "gumbel-sigmoid" else 1.0,
+            threshold=config.threshold if config.mode in ("hard", "straight-through") else None,
+            straight_through=config.mode == "straight-through",
+        )
+
+    def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
+        """One step of eq. 16 for acting.
+
+        residual (b, n_e), history (b, n_h), z_{t-1} (b, n_z), held (b,) int64: steps since the last switch -> beta (b,).
+        """
+        config = self.config
+        if config.mode == "forced":
+            return torch.ones_like(z[:, 0])
+        if config.mode == "fixed-frequency":
+            return (held >= config.period).to(z.dtype)
+        hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(z))
+        return torch.sigmoid(self.out(hidden)[..., 0])
+
+
+def hold_between(z_tilde: Tensor, switch: Tensor, z_initial: Tensor | None = None) -> GateOutput:
+    """Eq. 17 for a known switching pattern: at each step the proposal of the last switch (b, t) bool, before it z_initial."""
+    steps = torch.arange(switch.shape[1], device=switch.device)
+    last = torch.where(switch, steps, -1).cummax(1).values
+    z = z_tilde.gather(1, last.clamp_min(0)[..., None].expand_as(z_tilde))
+    before = torch.zeros_like(z[:, :1]) if z_initial is None else z_initial[:, None]
+    gate = switch.to(z_tilde.dtype)
+    return GateOutput(torch.where((last >= 0)[..., None], z, before), gate, gate)

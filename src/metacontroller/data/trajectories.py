@@ -1,0 +1,207 @@
+"""Behaviour data: padded batches with lengths, length-sorted windows, a memory-mapped store.
+
+Axes: b episodes, t steps. A sequence holds T actions and T + 1 states: ``o_1, a_1, ..., a_T, o_{T+1}`` (paper §1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STORE_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories:
+    """A padded batch of episodes.
+
+    states: (b, T + 1, ...) observations o_1 .. o_{T+1}; the padding repeats the last one.
+    actions: (b, T, ...) actions a_1 .. a_T; zeros in the padding.
+    lengths: (b,) int64, number of actions of each episode, 1 <= length <= T.
+    subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding). Labels are for evaluation only.
+    segments: (b, T) int64 or None, index of that subgoal in its task (-1 in the padding).
+    """
+
+    states: Tensor
+    actions: Tensor
+    lengths: Tensor
+    subgoals: Tensor | None = None
+    segments: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        batch, steps = self.actions.shape[:2]
+        if batch == 0:
+            raise ValueError("Trajectories hold 0 episodes; give at least one.")
+        if self.states.shape[:2] != (batch, steps + 1):
+            raise ValueError(
+                f"states have shape {tuple(self.states.shape)} but actions of shape {tuple(self.actions.shape)} need "
+                f"({batch}, {steps + 1}, ...): one state more than actions."
+            )
+        if self.lengths.shape != (batch,):
+            raise ValueError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
+
+    @property
+    def batch(self) -> int:
+        """Number of episodes."""
+        return self.actions.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """T, the padded number of actions."""
+        return self.actions.shape[1]
+
+    def mask(self) -> Tensor:
+        """(b, T) bool: which actions are real."""
+        return length_mask(self.lengths, self.steps)
+
+    def index(self, rows: Tensor) -> Trajectories:
+        """The episodes named by ``rows``, cut to the longest of them."""
+        steps = int(self.lengths[rows].max())
+        cut = {"states": steps + 1, "actions": steps, "subgoals": steps, "segments": steps}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked = {
+            name: None if value is None else (value[rows, : cut[name]] if name in cut else value[rows])
+            for name, value in values.items()
+        }
+        return Trajectories(**picked)
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same episodes on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
+
+
+def length_mask(lengths: Tensor, steps: int) -> Tensor:
+    """(b, steps) bool, true where the step index lies below the episode's length."""
+    return torch.arange(steps, device=lengths.device) < lengths[:, None]
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (b, t) where mask (b, t); padded entries may hold anything finite."""
+    weight = mask.to(values.dtype)
+    return (values * weight).sum() / weight.sum().clamp_min(1)
+
+
+def check_lengths(lengths: Tensor | None, batch: int, steps: int) -> None:
+    """Raises ValueError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps."""
+    if lengths is None:
+        return
+    if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
+        raise ValueError(
+            f"episode_lens has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
+            f"expected ({batch},) whole numbers, one per episode."
+        )
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 1 or high > steps:
+        raise ValueError(f"episode_lens range over {low}..{high}; each must lie in 1..{steps}, the padded length.")
+
+
+def length_sorted_batches(
+    trajectories: Trajectories, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[Trajectories]:
+    """Batches of episodes of similar length, in random order, so that little of a batch is padding.
+
+    Yields ``len // batch_size`` batches; episodes that do not fill a batch are left out, drawn afresh at each call.
+    """
+    count = trajectories.batch // batch_size
+    if count == 0:
+        raise ValueError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
+    kept = torch.randperm(trajectories.batch, generator=generator)[: count * batch_size]
+    by_length = kept[torch.argsort(trajectories.lengths[kept].cpu(), stable=True)].view(count, batch_size)
+    for index in torch.randperm(count, generator=generator).tolist():
+        yield trajectories.index(by_length[index].to(trajectories.lengths.device))
+
+
+def stream(
+    generate: Callable[[int], Trajectories],
+    batch_size: int,
+    window: int = 8,
+    generator: torch.Generator | None = None,
+) -> Iterator[Trajectories]:
+    """Endless fresh data: windows of ``window`` batches are generated, sorted by length and cut into batches."""
+    while True:
+        yield from length_sorted_batches(generate(window * batch_size), batch_size, generator)
+
+
+class TrajectoryStore:
+    """Episodes on disk, memory-mapped: a folder of plain ``.npy`` arrays without padding and a ``store.json``.
+
+    Loading runs no code: arrays are read with ``allow_pickle=False``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header = self.path / "store.json"
+        if not header.is_file():
+            raise ValueError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
+        self.meta = json.loads(header.read_text())
+        if self.meta.get("format") != STORE_FORMAT:
+            raise ValueError(f"{header} has format {self.meta.get('format')!r}; this version reads {STORE_FORMAT}.")
+        self.arrays = {
+            name: np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in self.meta["arrays"]
+        }
+        lengths = np.asarray(self.arrays["lengths"])
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self) -> int:
+        return len(self.arrays["lengths"])
+
+    def read(self, rows: np.ndarray | Tensor) -> Trajectories:
+        """The episodes named by ``rows``, padded to the longest of them."""
+        index = np.asarray(rows)
+        lengths = np.asarray(self.arrays["lengths"])[index]
+        values = {"lengths": torch.from_numpy(lengths.copy())}
+        for name, array in self.arrays.items():
+            if name == "lengths":
+                continue
+            extra = int(name == "states")
+            first = self.starts[index] + (index if extra else 0)
+            values[name] = torch.from_numpy(_gather_padded(array, first, lengths + extra, name))
+        return Trajectories(**values)
+
+    @staticmethod
+    def write(path: str | Path, trajectories: Trajectories) -> TrajectoryStore:
+        """Writes the episodes; an existing store is replaced only when the new one is whole."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        mask = trajectories.mask().cpu()
+        state_mask = length_mask(trajectories.lengths.cpu() + 1, trajectories.steps + 1)
+        names = []
+        for field in fields(trajectories):
+            value = getattr(trajectories, field.name)
+            if value is None:
+                continue
+            value = value.cpu()
+            flat = {"lengths": lambda v: v, "states": lambda v: v[state_mask]}.get(field.name, lambda v: v[mask])(value)
+            np.save(draft / f"{field.name}.npy", flat.numpy(), allow_pickle=False)
+            names.append(field.name)
+        (draft / "store.json").write_text(json.dumps({"format": STORE_FORMAT, "arrays": names}))
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / "store"
+            os.replace(target, retired)
+            os.replace(draft, target)
+            for file in retired.iterdir():
+                file.unlink()
+            retired.rmdir()
+            retired.parent.rmdir()
+        else:
+            os.replace(draft, target)
+        return TrajectoryStore(target)
+
+
+def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:
+    """(b, longest, ...) rows of ``array``; states repeat their last entry in the padding, labels are -1, actions 0."""
+    offsets = np.arange(lengths.max())
+    padded = array[first[:, None] + np.minimum(offsets, lengths[:, None] - 1)]
+    if name != "states":
+        padded[offsets >= lengths[:, None]] = -1 if name in ("subgoals", "segments") else 0
+    return padded

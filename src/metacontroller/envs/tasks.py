@@ -1,0 +1,97 @@
+"""Tasks of the pinpad worlds: ordered lists of colors to visit, and the paper's tables A1 and A2 as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Task = tuple[int, ...]
+
+
+def parse_task(text: str) -> Task:
+    """Read a task from its written form: ``"0-1-2-3"`` gives ``(0, 1, 2, 3)``. Raises ValueError on anything else."""
+    parts = text.strip().split("-")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"task {text!r} is not a list of colors: write color numbers joined by '-', such as '0-1-2-3'."
+        )
+    return tuple(int(part) for part in parts)
+
+
+def format_task(task: Sequence[int]) -> str:
+    """Write a task as its colors joined by dashes, the inverse of `parse_task`."""
+    return "-".join(str(color) for color in task)
+
+
+def _parse_table(text: str) -> tuple[Task, ...]:
+    return tuple(parse_task(line) for line in text.split())
+
+
+TABLE_A1: tuple[Task, ...] = _parse_table(
+    """
+    0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7
+    4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3
+    """
+)
+"""Pretraining tasks of the grid (table A1): 8 colors; the subgoals are the pairs 0-1, 2-3, 4-5 and 6-7."""
+
+TABLE_A2: tuple[Task, ...] = _parse_table(
+    "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
+)
+"""Pretraining tasks of the ant (table A2): 4 colors; each color is a subgoal of its own."""
+
+A1_POST: Task = parse_task("0-1-2-3-4-5-6-7-0-1-2-3")
+"""Post-training task that goes with `TABLE_A1`: none of its transitions between subgoals (pairs) occurs there."""
+
+A2_POST: Task = parse_task("0-1-2-3")
+"""Post-training task that goes with `TABLE_A2`: none of its transitions occurs there."""
+
+
+TABLES = {"A1": TABLE_A1, "A2": TABLE_A2}
+
+
+def read_tasks(tasks: str | Iterable[str | Sequence[int]]) -> tuple[Task, ...]:
+    """Return tasks given by the name of a table, "A1" or "A2", or one by one, each written out or as its colors."""
+    if isinstance(tasks, str):
+        if tasks not in TABLES:
+            raise ValueError(f"task table {tasks!r} is unknown: choose one of {', '.join(TABLES)}, or list the tasks.")
+        return TABLES[tasks]
+    return tuple(parse_task(task) if isinstance(task, str) else tuple(task) for task in tasks)
+
+
+def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
+    """Raise a ValueError unless every task is a non-empty walk over known colors without immediate repeats."""
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("the list of tasks is empty: give at least one task, such as (0, 1, 2).")
+    for task in tasks:
+        if len(task) == 0:
+            raise ValueError("an empty task has nothing to visit: give each task at least one color.")
+        unknown = [color for color in task if not 0 <= color < num_colors]
+        if unknown:
+            raise ValueError(
+                f"task {format_task(task)} has unknown color {unknown[0]}: colors run from 0 to {num_colors - 1}, "
+                "so change the task or raise num_colors."
+            )
+        repeats = [a for a, b in pairwise(task) if a == b]
+        if repeats:
+            raise ValueError(
+                f"task {format_task(task)} names color {repeats[0]} twice in a row: a visit is a move onto the color "
+                "from elsewhere, so put another color between."
+            )
+
+
+def transitions(tasks: Iterable[Sequence[int]]) -> set[tuple[int, int]]:
+    """Return every pair (color, color that follows it) that occurs in the tasks."""
+    return {pair for task in tasks for pair in pairwise(task)}
+
+
+def pad_tasks(tasks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Stack tasks into int64 (tasks, longest), padded with -1, and their lengths, int64 (tasks,)."""
+    longest = max(len(task) for task in tasks)
+    padded = [[*task, *[-1] * (longest - len(task))] for task in tasks]
+    lengths = [len(task) for task in tasks]
+    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)

@@ -1,0 +1,85 @@
+"""State encoders: what turns an observation into the first residual.
+
+Axes: b batch, t steps, n model width. A grid's observation comes as tokens: the cell of each object, then the agent's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class VectorEncoder(nn.Module):
+    """A linear map of a vector observation."""
+
+    def __init__(self, dim_state: int, dim: int) -> None:
+        super().__init__()
+        self.dim_state = dim_state
+        self.linear = nn.Linear(dim_state, dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, dim_state) float -> (b, t, n)."""
+        if states.shape[-1] != self.dim_state or not states.is_floating_point():
+            raise ValueError(
+                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; "
+                f"expected floating-point (..., {self.dim_state})."
+            )
+        return self.linear(states)
+
+
+class GridEncoder(nn.Module):
+    """A linear map of a one-hot grid observation, computed as a sum of embedding lookups.
+
+    view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
+    view "egocentric": each object's displacement from the agent one-hot (one table per color, one for all walls), and the
+    agent's cell. Our choice for small models: it is the linear view of the relative positions that the paper's
+    ant observes (§4), and saves the model from learning to subtract cells.
+
+    tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        size: int,
+        num_colors: int,
+        num_walls: int,
+        view: Literal["absolute", "egocentric"] = "absolute",
+    ) -> None:
+        super().__init__()
+        self.size, self.num_objects, self.view = size, num_colors + num_walls, view
+        cells, span = size * size, 2 * size - 1
+        if view == "absolute":
+            places, tables = cells, list(range(self.num_objects))
+        elif view == "egocentric":
+            places, tables = span * span, [min(index, num_colors) for index in range(self.num_objects)]
+        else:
+            raise ValueError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
+        offsets = torch.tensor(tables) * places
+        rows = (max(tables) + 1) * places
+        self.register_buffer("offsets", torch.cat([offsets, torch.tensor([rows])]), persistent=False)
+        self.table = nn.Parameter(torch.randn(rows + cells, dim) * dim**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding_bag(self.indices(tokens).flatten(0, -2), self.table, mode="sum").unflatten(
+            0, tokens.shape[:-1]
+        )
+
+    def indices(self, tokens: Tensor) -> Tensor:
+        """Rows of the table that each observation adds up, (b, t, num_objects + 1)."""
+        if tokens.shape[-1] != self.num_objects + 1 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"grid state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
+                f"(..., {self.num_objects + 1}): the cell of each object, then the agent's."
+            )
+        if self.view == "absolute":
+            return tokens + self.offsets
+        objects, agent = tokens[..., :-1], tokens[..., -1:]
+        size, span = self.size, 2 * self.size - 1
+        down = objects // size - agent // size + size - 1
+        right = objects % size - agent % size + size - 1
+        return torch.cat([down * span + right, agent], -1) + self.offsets

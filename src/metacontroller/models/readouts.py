@@ -1,0 +1,106 @@
+"""Embeddings and readouts of actions and states: categorical and Gaussian (paper §1).
+
+A readout maps the last residual to the parameters of a distribution and knows its log-probability and samples.
+Axes: b batch, t steps, n model width, a action or state size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CategoricalReadout(nn.Module):
+    """Softmax over ``num_discrete`` choices, and an embedding of them as past actions."""
+
+    def __init__(self, dim: int, num_discrete: int) -> None:
+        super().__init__()
+        if num_discrete < 2:
+            raise ValueError(f"num_discrete is {num_discrete}; a choice needs at least 2.")
+        self.num_discrete = num_discrete
+        self.linear = nn.Linear(dim, num_discrete)
+        self.embedding = nn.Embedding(num_discrete, dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (b, t, n) -> logits (b, t, a)."""
+        return self.linear(hidden)
+
+    def embed(self, values: Tensor) -> Tensor:
+        """values (b, t) int64 -> (b, t, n)."""
+        return self.embedding(values)
+
+    def log_prob(self, logits: Tensor, values: Tensor) -> Tensor:
+        """Log-probability of each value, (b, t)."""
+        return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
+
+    def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One draw per step, (b, t) int64, by the Gumbel-max rule (no host synchronisation)."""
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
+        gumbel = -torch.log((-torch.log(uniform.clamp_min(1e-20))).clamp_min(1e-20))
+        return (logits.float() + gumbel).argmax(-1)
+
+    def check(self, values: Tensor, steps: tuple[int, int]) -> None:
+        """Raises ValueError unless ``values`` are (b, t) whole numbers within 0..num_discrete-1."""
+        if values.shape != steps or values.is_floating_point():
+            raise ValueError(
+                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected whole numbers {steps}."
+            )
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= self.num_discrete:
+            raise ValueError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
+
+
+class GaussianReadout(nn.Module):
+    """Diagonal Gaussian over ``num_continuous`` values; parameters are (mean, log standard deviation) side by side."""
+
+    def __init__(self, dim: int, num_continuous: int) -> None:
+        super().__init__()
+        if num_continuous < 1:
+            raise ValueError(f"num_continuous is {num_continuous}; expected at least 1.")
+        self.num_continuous = num_continuous
+        self.linear = nn.Linear(dim, 2 * num_continuous)
+        self.embedding = nn.Linear(num_continuous, dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation."""
+        return self.linear(hidden)
+
+    def embed(self, values: Tensor) -> Tensor:
+        """values (b, t, a) -> (b, t, n)."""
+        return self.embedding(values)
+
+    def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
+        """Log-density of each value, summed over its entries, (b, t)."""
+        mean, log_std = params.chunk(2, -1)
+        error = (values - mean) * torch.exp(-log_std)
+        return (-0.5 * error.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One draw per step, (b, t, a)."""
+        mean, log_std = params.chunk(2, -1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + log_std.exp() * noise
+
+    def check(self, values: Tensor, steps: tuple[int, int]) -> None:
+        """Raises ValueError unless ``values`` are finite floats of shape (b, t, a)."""
+        expected = (*steps, self.num_continuous)
+        if values.shape != expected or not values.is_floating_point():
+            raise ValueError(
+                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected floating-point {expected}."
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("actions hold NaN or infinite values; clean the data before training.")
+
+
+def make_readout(dim: int, name: str, options: dict[str, Any]) -> CategoricalReadout | GaussianReadout:
+    """The readout for ``dict(num_discrete = ...)`` or ``dict(num_continuous = ...)``."""
+    if set(options) == {"num_discrete"}:
+        return CategoricalReadout(dim, options["num_discrete"])
+    if set(options) == {"num_continuous"}:
+        return GaussianReadout(dim, options["num_continuous"])
+    raise ValueError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

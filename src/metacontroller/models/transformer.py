@@ -1,0 +1,284 @@
+"""The autoregressive action model: encoder -> lower body -> [steer here] -> upper body -> readouts (paper §1, D.1).
+
+Axes: b batch, t steps, n_e residual. States may hold T or T + 1 entries for T actions; the last, if there, is only a
+target of the state loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.models.attention import AttentionBody, AttentionCache
+from metacontroller.models.encoders import GridEncoder, VectorEncoder
+from metacontroller.models.readouts import CategoricalReadout, make_readout
+from metacontroller.saving import Saveable
+
+if TYPE_CHECKING:  # a model knows nothing of what steers it, but its types name it
+    from metacontroller.control.metacontroller import ControlState, MetaController, MetaControllerOutput
+
+
+class BehaviorCloningLosses(NamedTuple):
+    """Mean negative log-likelihood per real step of the next state and of the action."""
+
+    state: Tensor
+    action: Tensor
+
+
+class DiscoveryLosses(NamedTuple):
+    """Per real step: next-state loss, action loss under steering, KL, and the optional ratio loss (already weighted)."""
+
+    state_pred: Tensor
+    action_recon: Tensor
+    kl: Tensor
+    ratio: Tensor
+
+
+class PreviousHiddens(NamedTuple):
+    """What the last step left behind: caches of the two bodies and the metacontroller's output, if one acted."""
+
+    lower_body: AttentionCache
+    upper_body: AttentionCache
+    meta_controller: MetaControllerOutput | None
+
+
+class TransformerOutput(NamedTuple):
+    """Cache of an acting model: residual (b, t, n_e) before steering, and ``prev_hiddens``."""
+
+    residual: Tensor
+    prev_hiddens: PreviousHiddens
+
+
+@dataclass
+class ModelCache:
+    """Key-value caches of both bodies, as the phases use them."""
+
+    lower: AttentionCache
+    upper: AttentionCache
+
+    def index(self, rows: Tensor) -> ModelCache:
+        """The cache of the rows named."""
+        return ModelCache(self.lower.index(rows), self.upper.index(rows))
+
+
+class Transformer(Saveable, nn.Module):
+    """A causal sequence model of expert actions, split at the controlled layer.
+
+    dim: n_e. action_embed_readout: dict(num_discrete=...) or dict(num_continuous=...).
+    state_embed_readout: dict(num_continuous=...) for vectors, or dict(grid=dict(size=, num_colors=, num_walls=, view=)) for grid
+    tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=); the residual between them is steered.
+    condition_on_actions: whether past actions enter beside observations; the paper's do not (D.1).
+
+    Methods by phase: ``behavior_cloning_loss``, ``discovery_loss``, ``step``; ``embed``, ``lower``, ``upper`` and
+    ``action_readout`` are the pieces. ``forward`` only dispatches, for the public contract.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        action_embed_readout: dict[str, Any],
+        state_embed_readout: dict[str, Any],
+        lower_body: dict[str, Any],
+        upper_body: dict[str, Any],
+        condition_on_actions: bool = True,
+        meta_controller: MetaController | None = None,
+    ) -> None:
+        super().__init__()
+        self.remember_arguments({name: value for name, value in locals().items() if name != "meta_controller"})
+        self.dim, self.condition_on_actions = dim, condition_on_actions
+        self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout)
+        if set(state_embed_readout) == {"grid"}:
+            grid = state_embed_readout["grid"]
+            self.encoder = GridEncoder(dim, **grid)
+            self.state_readout = CategoricalReadout(
+                dim, grid["size"] ** 2
+            )  # the agent's next cell; the rest is constant
+        else:
+            self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
+            self.encoder = VectorEncoder(state_embed_readout.get("num_continuous", 0), dim)
+        self.lower_body = AttentionBody(dim, **lower_body)
+        self.upper_body = AttentionBody(dim, **upper_body)
+        self.norm = nn.LayerNorm(dim)
+        self.meta_controller = meta_controller
+
+    # the pieces
+
+    def embed(self, states: Tensor, past_actions: Tensor | None = None) -> Tensor:
+        """states (b, t, ...) -> first residual (b, t, n_e). past_actions (b, t - 1, ...) or (b, t, ...) precede the states
+        one by one, aligned at the end; they are left out when the model does not condition on actions."""
+        x = self.encoder(states)
+        if not self.condition_on_actions or past_actions is None or past_actions.shape[1] == 0:
+            return x
+        return x + nn.functional.pad(
+            self.action_readout.embed(past_actions), (0, 0, x.shape[1] - past_actions.shape[1], 0)
+        )
+
+    def lower(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """First residual -> residual at the controlled layer, (b, t, n_e) each."""
+        return self.lower_body(x, cache)
+
+    def upper(self, residual: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each."""
+        return self.norm(self.upper_body(residual, cache))
+
+    def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
+        """Caches for ``batch`` episodes acting in step."""
+        return ModelCache(self.lower_body.empty_cache(batch, capacity), self.upper_body.empty_cache(batch, capacity))
+
+    # phase 1: pretraining
+
+    def behavior_cloning_loss(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+        checked: bool = False,
+    ) -> BehaviorCloningLosses:
+        """-log p(a_t | o_1:t) and -log p(o_{t+1} | o_1:t), means over real steps (paper §1).
+
+        The arguments are checked unless ``checked`` says that they have been (a check waits for the device).
+        """
+        if not checked:
+            self.check_batch(states, actions, episode_lens)
+        residual = self.residual(states, actions)
+        return self.readout_losses(self.upper(residual), states, actions, episode_lens, with_state_loss)
+
+    def residual(self, states: Tensor, actions: Tensor) -> Tensor:
+        """e_t at the controlled layer for whole episodes: states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e)."""
+        return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
+
+    # phase 2: discovery
+
+    def discovery_loss(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        meta_controller: MetaController,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+    ) -> DiscoveryLosses:
+        """Losses of eq. 3 under steering. The model's own weights get no gradient: freezing is part of the method."""
+        self.check_batch(states, actions, episode_lens)
+        with torch.no_grad():
+            residual = self.residual(states, actions)
+        output = meta_controller.discover(residual, episode_lens)
+        with frozen(self):
+            hidden = self.upper(output.steered)
+            state, action = self.readout_losses(hidden, states, actions, episode_lens, with_state_loss)
+        return DiscoveryLosses(
+            state, action, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output)
+        )
+
+    # phase 3: acting
+
+    def step(
+        self,
+        states: Tensor,
+        past_actions: Tensor | None = None,
+        meta_controller: MetaController | None = None,
+        cache: TransformerOutput | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, TransformerOutput]:
+        """One step for all rows: states (b, 1, ...) -> action distribution (b, 1, ...) and the cache to go on from."""
+        if states.dim() < 3 or states.shape[1] != 1:
+            raise ValueError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
+        if cache is None:
+            fresh = self.empty_cache(len(states))
+            hiddens = PreviousHiddens(fresh.lower, fresh.upper, None)
+        else:
+            hiddens = cache.prev_hiddens
+        residual = self.lower(self.embed(states, past_actions), hiddens.lower_body)
+        steered, output = residual, None
+        if meta_controller is not None:
+            state: ControlState | None = None if hiddens.meta_controller is None else hiddens.meta_controller.state
+            steered, output = meta_controller.act(residual, state, generator)
+        logits = self.action_readout(self.upper(steered, hiddens.upper_body))
+        return logits, TransformerOutput(residual, PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output))
+
+    def evolve(self, num_generations: int, environment: Callable[[Transformer], float], **options: Any) -> Any:
+        """Evolution strategies over the policy of ``self.meta_controller`` in place of its gradient; see phases.evolve."""
+        from metacontroller.phases.evolve import evolve
+
+        return evolve(self, num_generations, environment, **options)
+
+    # the public contract
+
+    def forward(
+        self,
+        state: Tensor,
+        actions: Tensor | None = None,
+        *,
+        meta_controller: MetaController | None = None,
+        discovery_phase: bool = False,
+        cache: TransformerOutput | None = None,
+        return_cache: bool = False,
+        episode_lens: Tensor | None = None,
+    ) -> BehaviorCloningLosses | DiscoveryLosses | tuple[Tensor, TransformerOutput]:
+        """Dispatches: ``return_cache`` -> ``step``; ``discovery_phase`` -> ``discovery_loss``; else ``behavior_cloning_loss``."""
+        meta_controller = self.meta_controller if meta_controller is None else meta_controller
+        if return_cache:
+            return self.step(state, actions, meta_controller, cache)
+        if actions is None:
+            raise ValueError("actions are missing; training needs them, and acting needs return_cache = True.")
+        if discovery_phase:
+            if meta_controller is None:
+                raise ValueError("meta_controller is missing; discovery_phase = True needs one.")
+            return self.discovery_loss(state, actions, meta_controller, episode_lens)
+        return self.behavior_cloning_loss(state, actions, episode_lens)
+
+    def readout_losses(
+        self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool
+    ) -> BehaviorCloningLosses:
+        """Losses of what the readouts read, hidden (b, T, n_e); with_state_loss=False leaves the state loss at zero."""
+        batch, steps = actions.shape[:2]
+        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        mask = length_mask(lengths, steps)
+        action_loss = -masked_mean(self.action_readout.log_prob(self.action_readout(hidden), actions), mask)
+        if not with_state_loss:
+            return BehaviorCloningLosses(action_loss.new_zeros(()), action_loss)
+        targets = states[:, 1 : steps + 1]
+        known = targets.shape[1]
+        if isinstance(self.encoder, GridEncoder):
+            targets = targets[..., -1]
+        inside = mask[:, :known] if states.shape[1] > steps else length_mask(lengths - 1, known)
+        log_prob = self.state_readout.log_prob(self.state_readout(hidden[:, :known]), targets)
+        return BehaviorCloningLosses(-masked_mean(log_prob, inside), action_loss)
+
+    def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
+        """Raises a one-sentence ValueError for wrong shapes, dtypes, lengths, NaN states, actions out of range."""
+        if states.dim() < 3 or 0 in states.shape:
+            raise ValueError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
+        batch, steps = states.shape[:2]
+        if actions.dim() < 2 or actions.shape[0] != batch or actions.shape[1] not in (steps, steps - 1):
+            raise ValueError(
+                f"actions have shape {tuple(actions.shape)} beside a state of shape {tuple(states.shape)}; expected "
+                f"({batch}, {steps}) or ({batch}, {steps - 1}) steps: as many as states, or one less."
+            )
+        self.action_readout.check(actions, (batch, actions.shape[1]))
+        check_lengths(episode_lens, batch, actions.shape[1])
+        if states.is_floating_point() and not bool(torch.isfinite(states).all()):
+            raise ValueError("state holds NaN or infinite values; clean the data before training.")
+
+
+class frozen:  # noqa: N801 - reads as a statement: `with frozen(model):`
+    """Context in which a module's parameters take no gradient, so that their gradients are not even computed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)

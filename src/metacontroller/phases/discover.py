@@ -1,0 +1,97 @@
+"""Phase 2, discovery: a metacontroller learns to steer the frozen model with codes that it must pay for (eq. 3).
+
+    loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t) - lambda log p(o_{t+1} | ...) + alpha KL_t
+
+Metrics: ``action_loss`` (steered), ``unsteered_action_loss``, ``kl`` in nats per step, ``alpha``, ``switches`` (mean gate
+opening per episode beyond the first step), and how the gate meets the subgoals that discovery never sees:
+``gate_recall``, ``gate_precision``, ``gate_binary_fraction``, on the training batch just logged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metacontroller.analysis.switching import gate_alignment
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.models.transformer import Transformer, frozen
+from metacontroller.phases.training import EpisodeStream, Generate, OptimizerConfig, train
+from metacontroller.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoverConfig:
+    """alpha: weight of the KL (eq. 3), reached from ``alpha_start`` linearly between steps ``alpha_warmup`` = (from, to);
+    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda."""
+
+    optimizer: OptimizerConfig
+    alpha: float = 0.3
+    alpha_start: float = 0.015
+    alpha_warmup: tuple[int, int] = (0, 0)
+    state_loss_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.alpha_start < 0:
+            raise ValueError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
+        if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
+            raise ValueError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+
+    def alpha_at(self, step: int) -> float:
+        """KL weight of update number ``step``, counted from 0."""
+        start, end = self.alpha_warmup
+        share = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+        return self.alpha_start + (self.alpha - self.alpha_start) * share
+
+
+def discover(
+    config: DiscoverConfig,
+    model: Transformer,
+    meta_controller: MetaController,
+    generate: Generate,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> MetaController:
+    """Trains ``meta_controller`` in place on a frozen ``model`` and writes it to ``meta_controller.safetensors`` in the run."""
+    model.eval()
+
+    def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        alpha = config.alpha_at(step)
+        with torch.no_grad():
+            residual = model.residual(batch.states, batch.actions)
+        output = meta_controller.discover(residual, batch.lengths, noise)
+        with frozen(model):
+            losses = model.readout_losses(
+                model.upper(output.steered), batch.states, batch.actions, batch.lengths, config.state_loss_weight > 0
+            )
+        kl = meta_controller.kl_loss(output)
+        loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
+        loss = loss + meta_controller.auxiliary_ratio_loss(output)
+        metrics = {"action_loss": losses.action, "kl": kl, "alpha": torch.tensor(alpha)}
+        with torch.no_grad():
+            metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1
+            if batch.segments is not None:
+                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths)
+        return loss, metrics
+
+    parameters = meta_controller.discovery_parameters()
+    stream = EpisodeStream(generate, config.optimizer.batch_size, config.seed)
+    train(
+        "discover",
+        config.optimizer,
+        meta_controller,
+        parameters,
+        stream,
+        loss_function,
+        run,
+        seed=config.seed,
+        resume=resume,
+        quiet=quiet,
+    )
+    meta_controller.save(run.path / "meta_controller.safetensors")
+    return meta_controller

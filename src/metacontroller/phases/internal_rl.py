@@ -1,0 +1,209 @@
+"""Phase 3, internal RL: reinforcement learning over abstract actions (C.5, algorithms 1-3), and its raw-action twin.
+
+Frozen model, gate and controller decoder together with the task are the environment; the policy pi(z | e) acts in it only at
+switches. One update: a batch of fresh episodes, advantages (R - mean) / (std + delta), a few passes of the clipped surrogate
+over the stored residuals. The frozen model is never run again for the update.
+
+Metrics: ``success`` of the batch just played, ``episodes`` so far, ``decisions`` and ``steps`` per episode, ``progress``
+(subgoals done), ``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` and ``clip_fraction`` of the last pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.control.losses import clipped_surrogate, trajectory_advantages
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.policy import code_log_prob
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.rollout import AbstractRollout, RawRollout, policy_proposal, rollout_abstract, rollout_raw
+from metacontroller.progress import track
+from metacontroller.run_folder import (
+    RunFolder,
+    generator_tensor,
+    load_generator,
+    load_module,
+    load_optimizer,
+    module_tensors,
+    optimizer_meta,
+    optimizer_tensors,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternalRLConfig:
+    """episodes: in all. batch_size: episodes an update. passes: over each batch. eps_clip: of the surrogate. delta: added to the
+    standard deviation of returns. minibatches: parts of a batch, an optimizer step each."""
+
+    episodes: int
+    batch_size: int = 1024
+    lr: float = 3e-5
+    weight_decay: float = 0.0
+    passes: int = 1
+    minibatches: int = 1
+    eps_clip: float = 0.2
+    delta: float = 1e-3
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "batch_size", "passes", "minibatches", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
+
+    @property
+    def updates(self) -> int:
+        """Number of updates that the episodes allow."""
+        return math.ceil(self.episodes / self.batch_size)
+
+
+def task_grids(config: PinpadConfig, task: Sequence[int], n: int, generator: torch.Generator) -> PinpadBatch:
+    """n grids with new random layouts that ask for one task."""
+    tasks = torch.tensor([task]).expand(n, -1).to(generator.device)
+    lengths = torch.full((n,), len(task), device=generator.device)
+    return PinpadBatch(config, sample_layouts(config, n, generator, generator.device), tasks, lengths)
+
+
+def internal_rl(
+    config: InternalRLConfig,
+    model: Transformer,
+    meta_controller: MetaController,
+    new_grids: Callable[[int, torch.Generator], PinpadBatch],
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> MetaController:
+    """Trains the policy of ``meta_controller`` in place on episodes from ``new_grids(n, generator)``; writes it to the run."""
+    model.eval()
+    meta_controller.eval()
+
+    def play(generator: torch.Generator) -> AbstractRollout:
+        grids = new_grids(config.batch_size, generator)
+        return rollout_abstract(model, meta_controller, grids, policy_proposal(meta_controller, generator), generator)
+
+    def surrogate(rollout: AbstractRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        distribution, _ = meta_controller.policy(rollout.residual)
+        log_prob = code_log_prob(distribution, rollout.code).sum(-1)
+        mask = length_mask(rollout.lengths, rollout.code.shape[1])
+        log_std = distribution.chunk(2, -1)[1].sum(-1)
+        entropy = masked_mean(log_std, mask) + 0.5 * meta_controller.dim_latent * math.log(2 * math.pi * math.e)
+        loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
+        return loss, {**_ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip), "entropy_per_code": entropy}
+
+    def cut(rollout: AbstractRollout, rows: Tensor) -> AbstractRollout:
+        return AbstractRollout(**{name: value[rows] for name, value in vars(rollout).items()})
+
+    policy = meta_controller.policy
+    _reinforce("internal_rl", config, policy, play, surrogate, cut, run, resume=resume, quiet=quiet)
+    meta_controller.save(run.path / "internal_rl_policy.safetensors")
+    return meta_controller
+
+
+def raw_action_rl(
+    config: InternalRLConfig,
+    model: Transformer,
+    new_grids: Callable[[int, torch.Generator], PinpadBatch],
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Transformer:
+    """The baseline: the same clipped surrogate on the base model's own actions. Trains ``model`` in place: give a copy."""
+    model.eval()
+
+    def play(generator: torch.Generator) -> RawRollout:
+        return rollout_raw(model, new_grids(config.batch_size, generator), generator)
+
+    def surrogate(rollout: RawRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model.action_readout(model.upper(model.residual(rollout.states, rollout.actions)))
+        log_prob = model.action_readout.log_prob(logits, rollout.actions)
+        mask = length_mask(rollout.steps, rollout.actions.shape[1])
+        loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
+        return loss, _ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
+
+    def cut(rollout: RawRollout, rows: Tensor) -> RawRollout:
+        longest = int(rollout.steps[rows].max())
+        return RawRollout(
+            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(rollout).items()}
+        )
+
+    _reinforce("raw_action_rl", config, model, play, surrogate, cut, run, resume=resume, quiet=quiet)
+    return model
+
+
+def _ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) -> dict[str, Tensor]:
+    difference = (log_prob - old).detach()
+    clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
+    return {
+        "approx_kl": masked_mean(difference.exp() - 1 - difference, mask),
+        "clip_fraction": masked_mean(clipped, mask),
+    }
+
+
+def _reinforce(
+    phase: str,
+    config: InternalRLConfig,
+    module: nn.Module,
+    play: Callable,
+    surrogate: Callable,
+    cut: Callable,
+    run: RunFolder,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """The loop both kinds of RL share: play a batch, a few passes over it, log, save. Trains ``module`` in place."""
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    device = parameters[0].device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    first = 0
+    if resume and run.has_checkpoint(phase):
+        tensors, meta = run.load_checkpoint(phase)
+        load_module(module, tensors, "module")
+        load_optimizer(optimizer, tensors, meta["optimizer"], "optimizer")
+        load_generator(generator, tensors["generator"])
+        first = meta["update"]
+        run.rewind_metrics(phase, first)
+    with track(config.updates, phase, start=first, quiet=quiet) as progress:
+        for update in range(first, config.updates):
+            rollout = play(generator)
+            metrics = {
+                "success": rollout.returns.mean(),
+                "episodes": (update + 1) * config.batch_size,
+                "steps": rollout.steps.float().mean(),
+                "progress": rollout.progress.float().mean(),
+            }
+            if isinstance(rollout, AbstractRollout):
+                metrics["decisions"] = rollout.lengths.float().mean()
+            advantage = trajectory_advantages(rollout.returns, config.delta)
+            for _ in range(config.passes):
+                order = torch.randperm(len(advantage), generator=generator, device=device)
+                for rows in order.chunk(config.minibatches):
+                    loss, measured = surrogate(cut(rollout, rows), advantage[rows])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    measured["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    metrics |= measured
+            done = update + 1
+            run.log_metrics(phase, done, **metrics)
+            progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
+            if done % config.checkpoint_every == 0 or done == config.updates:
+                tensors = {
+                    **module_tensors("module", module),
+                    **optimizer_tensors("optimizer", optimizer),
+                    "generator": generator_tensor(generator),
+                }
+                run.save_checkpoint(phase, tensors, {"update": done, "optimizer": optimizer_meta(optimizer)})

@@ -1,0 +1,186 @@
+"""Acting: batched episodes of the frozen model in its environment, steered by abstract actions or not (C.5, algorithm 2).
+
+Axes: b episodes, k abstract actions (switches) of an episode, t steps, n_e residual, n_z code. Finished episodes are
+dropped from the batch as they end, so that the rest do not wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.policy import code_log_prob, sample_code
+from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.models.transformer import Transformer
+
+KEEP_SHARE = 0.8  # finished rows are dropped once fewer than this share are still running: copying caches has a price
+
+Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Called at switches: (residual (m, n_e), policy state (m, hidden), rows (m,)) -> code (m, n_z), joint log-probability
+(m,), next policy state."""
+
+
+@dataclass
+class AbstractRollout:
+    """Episodes as internal RL sees them: one step an abstract action.
+
+    residual (b, k, n_e): what the policy saw at each switch. code (b, k, n_z). log_prob (b, k): joint, when sampled. lengths
+    (b,): abstract actions of each episode. returns (b,): undiscounted rewards. steps (b,): environment steps. progress (b,):
+    subgoals done.
+    """
+
+    residual: Tensor
+    code: Tensor
+    log_prob: Tensor
+    lengths: Tensor
+    returns: Tensor
+    steps: Tensor
+    progress: Tensor
+
+
+@dataclass
+class RawRollout:
+    """Episodes step by step: states (b, t, ...), actions, log_prob (b, t); returns, steps, progress (b,) as above."""
+
+    states: Tensor
+    actions: Tensor
+    log_prob: Tensor
+    returns: Tensor
+    steps: Tensor
+    progress: Tensor
+
+
+def policy_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
+    """Codes from the metacontroller's policy."""
+
+    def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        distribution, advanced = meta_controller.policy(residual[:, None], state)
+        code = sample_code(distribution[:, 0], generator)
+        return code, code_log_prob(distribution[:, 0], code).sum(-1), advanced
+
+    return propose
+
+
+def prior_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
+    """Codes from the prior N(0, I)."""
+
+    def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        distribution = residual.new_zeros(len(residual), 2 * meta_controller.dim_latent)
+        code = sample_code(distribution, generator)
+        return code, code_log_prob(distribution, code).sum(-1), state
+
+    return propose
+
+
+@torch.no_grad()
+def rollout_abstract(
+    model: Transformer,
+    meta_controller: MetaController,
+    grids: PinpadBatch,
+    propose: Proposal,
+    generator: torch.Generator | None = None,
+) -> AbstractRollout:
+    """Plays every grid to its end. A code stays in force until beta >= threshold; the policy is called only then."""
+    total = len(grids)
+    rows = torch.arange(total, device=grids.agent.device)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    state, cache = meta_controller.initial_state(total), model.empty_cache(total)
+    decisions, outcome = _Decisions(rows), _Outcome(rows)
+    while len(rows):
+        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)[:, 0]
+        beta, history = meta_controller.observe(residual, state)
+        switch = (beta >= meta_controller.gate_config.threshold) & alive
+        chosen = switch.nonzero().squeeze(1)
+        code, log_prob, advanced = propose(residual[chosen], state.policy[chosen], rows[chosen])
+        decisions.add(rows[chosen], residual[chosen], code, log_prob)
+        state = meta_controller.integrate(state, history, switch, state.z.index_copy(0, chosen, code))
+        state.policy = state.policy.index_copy(0, chosen, advanced)
+        hidden = model.upper(meta_controller.steer(residual, state.z)[:, None], cache.upper)
+        outcome.returns[rows] += grids.step(model.action_readout.sample(model.action_readout(hidden), generator)[:, 0])
+        alive = ~(grids.terminated | grids.truncated)
+        running = alive.nonzero().squeeze(1)
+        if len(running) < KEEP_SHARE * len(rows):
+            outcome.close(rows, grids)
+            grids.compact(running)
+            rows, alive, state, cache = rows[running], alive[running], state.index(running), cache.index(running)
+    return AbstractRollout(
+        residual=decisions.padded(decisions.residual),
+        code=decisions.padded(decisions.code),
+        log_prob=decisions.padded(decisions.log_prob),
+        lengths=decisions.count,
+        **vars(outcome),
+    )
+
+
+@torch.no_grad()
+def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> RawRollout:
+    """Plays every grid to its end with the model's own actions."""
+    total = len(grids)
+    objects = grids.layouts.objects
+    rows = torch.arange(total, device=grids.agent.device)
+    cache, outcome = model.empty_cache(total), _Outcome(rows)
+    agents, actions, log_probs = [], [], []
+    while len(rows):
+        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)
+        logits = model.action_readout(model.upper(residual, cache.upper))
+        action = model.action_readout.sample(logits, generator)
+        for kept, value in ((agents, grids.agent), (actions, action[:, 0])):
+            kept.append(torch.zeros_like(outcome.steps).index_copy(0, rows, value))
+        log_prob = model.action_readout.log_prob(logits, action)[:, 0]
+        log_probs.append(torch.zeros_like(outcome.returns).index_copy(0, rows, log_prob))
+        outcome.returns[rows] += grids.step(action[:, 0])
+        running = (~(grids.terminated | grids.truncated)).nonzero().squeeze(1)
+        if len(running) < KEEP_SHARE * len(rows):
+            outcome.close(rows, grids)
+            grids.compact(running)
+            rows, cache = rows[running], cache.index(running)
+    agent = torch.stack(agents, 1)[..., None]
+    return RawRollout(
+        states=torch.cat([objects[:, None].expand(-1, agent.shape[1], -1), agent], -1),
+        actions=torch.stack(actions, 1),
+        log_prob=torch.stack(log_probs, 1),
+        **vars(outcome),
+    )
+
+
+class _Outcome:
+    """How each episode ended: returns, steps, progress, all (b,)."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.returns = torch.zeros(len(rows), device=rows.device)
+        self.steps, self.progress = torch.zeros_like(rows), torch.zeros_like(rows)
+
+    def close(self, rows: Tensor, grids: PinpadBatch) -> None:
+        """Notes the present state of the grids that play ``rows``; the last note of an episode stands."""
+        self.steps[rows], self.progress[rows] = grids.steps, grids.progress
+
+
+class _Decisions:
+    """What was seen and chosen at each switch, collected step by step."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.count = torch.zeros_like(rows)
+        self.row: list[Tensor] = []
+        self.place: list[Tensor] = []
+        self.residual: list[Tensor] = []
+        self.code: list[Tensor] = []
+        self.log_prob: list[Tensor] = []
+
+    def add(self, rows: Tensor, residual: Tensor, code: Tensor, log_prob: Tensor) -> None:
+        self.row.append(rows)
+        self.place.append(self.count[rows])
+        self.residual.append(residual)
+        self.code.append(code)
+        self.log_prob.append(log_prob)
+        self.count[rows] += 1
+
+    def padded(self, values: list[Tensor]) -> Tensor:
+        """(b, longest, ...) with zeros beyond an episode's last decision."""
+        flat = torch.cat(values)
+        out = flat.new_zeros(len(self.count), int(self.count.max()), *flat.shape[1:])
+        out[torch.cat(self.row), torch.cat(self.place)] = flat
+        return out

@@ -1,0 +1,128 @@
+"""Progress of a long loop: a live bar on a terminal, an occasional line elsewhere, nothing when quiet.
+
+with track(steps, "pretrain") as progress:
+    for step in range(1, steps + 1):
+        loss = ...
+        progress.update(step, loss=loss)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import rich.progress
+from rich.console import Console
+
+
+def track(
+    total: int, description: str, *, start: int = 0, quiet: bool = False, console: Console | None = None
+) -> Progress:
+    """Return the progress display that fits: a bar on a terminal, plain lines elsewhere, none if `quiet`.
+
+    `start` is the step that a resumed loop goes on from; it keeps the rate honest. Output goes to standard error unless
+    `console` says otherwise, so that results printed to standard output stay clean.
+    """
+    if quiet:
+        return Progress(total, description, start=start)
+    console = console or Console(stderr=True)
+    kind = BarProgress if console.is_terminal else LineProgress
+    return kind(total, description, start=start, console=console)
+
+
+class Progress:
+    """A context manager that is told of each step; this one shows nothing, its subclasses do.
+
+    Metrics may be one-element tensors: they are read only when shown, so that a GPU is not waited for at every step.
+    """
+
+    interval_s = float("inf")  # shortest time between two displays
+
+    def __init__(self, total: int, description: str, *, start: int = 0, clock: Callable[[], float] = time.monotonic):
+        self.total = total
+        self.description = description
+        self._start = start
+        self._step = start
+        self._metrics: dict[str, Any] = {}
+        self._clock = clock
+        self._began = self._shown = clock()
+
+    def __enter__(self) -> Progress:
+        self._began = self._shown = self._clock()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._show()
+
+    def update(self, step: int, **metrics: Any) -> None:
+        """Say that `step` steps of the total are done, and what was measured there."""
+        self._step = step
+        self._metrics.update(metrics)
+        now = self._clock()
+        if now - self._shown >= self.interval_s:
+            self._shown = now
+            self._show()
+
+    @property
+    def rate(self) -> float:
+        """Steps a second since the loop was entered; 0 before the first."""
+        elapsed = self._clock() - self._began
+        return (self._step - self._start) / elapsed if elapsed > 0 else 0.0
+
+    def _measured(self) -> str:
+        """Return the rate and the metrics as text, such as '81.3/s  loss 0.361'."""
+        values = [f"{name} {float(value):.4g}" for name, value in self._metrics.items()]
+        return "  ".join([f"{self.rate:.3g}/s", *values])
+
+    def _show(self) -> None:
+        """Show the present state; the base class has nowhere to show it."""
+
+
+class LineProgress(Progress):
+    """One plain line at most every ten seconds, and a last one."""
+
+    interval_s = 10.0
+
+    def __init__(self, *args: Any, console: Console, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._console = console
+
+    def _show(self) -> None:
+        line = f"{self.description}: {self._step}/{self.total}  {self._measured()}"
+        print(line, file=self._console.file, flush=True)
+
+
+class BarProgress(Progress):
+    """A live bar with the time left, the rate and the metrics."""
+
+    interval_s = 0.25
+
+    def __init__(self, *args: Any, console: Console, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            rich.progress.TextColumn("{task.fields[measured]}"),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(self.description, total=self.total, completed=self._start, measured="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._bar.stop()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self._step, measured=self._measured())

@@ -1,0 +1,306 @@
+"""The files of one run: configuration, summary, metrics and checkpoints.
+
+    config.json         the full configuration the run was started with
+    summary.json        the run's results
+    metrics.jsonl       one JSON object a line: phase, step and the numbers logged there
+    NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them
+
+Whole files are replaced atomically, so that a crash leaves either the old or the new one. Loading reads JSON and
+safetensors only: it never runs code from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+CHECKPOINT_FORMAT = 1
+_HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
+
+
+class RunFolder:
+    """One run's files under `path`; the folder is made by the first write."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._torn_line_dropped = False
+
+    # -- configuration and results ------------------------------------------------------------------------------------
+
+    def write_config(self, config: Any) -> None:
+        """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings."""
+        _write_text(self.path / "config.json", json.dumps(config, default=_plain, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """Return config.json; FileNotFoundError if the folder has none."""
+        path = self.path / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{self.path} has no config.json; name the folder of a run that has been started.")
+        return _read_object(path)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
+        _write_text(self.path / "summary.json", json.dumps(_strict(dict(summary)), indent=2) + "\n")
+
+    def update_summary(self, **values: Any) -> None:
+        """Set some of summary.json's values and keep the others."""
+        self.write_summary({**self.read_summary(), **values})
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return summary.json; empty if nothing has been written yet."""
+        path = self.path / "summary.json"
+        return _read_object(path) if path.exists() else {}
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log_metrics(self, phase: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl.
+
+        Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._torn_line_dropped:
+            self._drop_torn_line()
+        line = {"phase": phase, "step": step, **{name: float(value) for name, value in values.items()}}
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_strict(line)) + "\n")
+
+    def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """Return the logged lines, of one phase or of all; a last line that a crash cut short is left out."""
+        if not self.metrics_path.exists():
+            return []
+        complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
+        lines = [self._parse_metrics(number, line) for number, line in enumerate(complete.splitlines(), 1)]
+        return [line for line in lines if phase is None or line["phase"] == phase]
+
+    def rewind_metrics(self, phase: str, step: int) -> None:
+        """Drop the lines of `phase` beyond `step`: what was logged after the checkpoint that a run goes on from."""
+        if not self.metrics_path.exists():
+            return
+        kept = [line for line in self.read_metrics() if line["phase"] != phase or line["step"] <= step]
+        _write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _drop_torn_line(self) -> None:
+        """Cut metrics.jsonl after its last whole line, so that the next line does not run on from half of one."""
+        if self.metrics_path.exists():
+            whole = self.metrics_path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.metrics_path, whole)
+        self._torn_line_dropped = True
+
+    def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(line)
+            return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step; delete that line."
+            ) from error
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Return where checkpoint `name` is kept; ValueError unless it is a plain name."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
+        return self.path / f"{name}.safetensors"
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Tell whether checkpoint `name` exists."""
+        return self.checkpoint_path(name).exists()
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        """Write tensors and the JSON values `meta` into one file, replacing an older checkpoint of that name."""
+        path = self.checkpoint_path(name)
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": dict(meta)}, default=_plain)
+        with _replacing(path) as temporary:
+            save_file(copies, temporary, metadata={_HEADER: header})
+        return path
+
+    def load_checkpoint(
+        self, name: str, device: str | torch.device = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, meta) of a checkpoint.
+
+        Raises FileNotFoundError if there is none, and ValueError if the file is no whole checkpoint of this format.
+        """
+        path = self.checkpoint_path(name)
+        if not path.exists():
+            present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
+            raise FileNotFoundError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = (file.metadata() or {}).get(_HEADER)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
+        return tensors, _checked_meta(path, header)
+
+
+# -- what goes into a checkpoint --------------------------------------------------------------------------------------
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers under '<prefix>.<name>'."""
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Load what `module_tensors` returned; ValueError names the first missing, unexpected or misshapen tensor."""
+    state = _under(prefix, tensors)
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        lacks = "checkpoint" if name in expected else "model"
+        raise ValueError(f"The {lacks} has no tensor {prefix}.{name}; build the model from the checkpoint's config.")
+    for name, tensor in state.items():
+        _check_shape(f"{prefix}.{name}", tensor, expected[name])
+    module.load_state_dict(state)
+
+
+def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state (for AdamW: step, exp_avg, exp_avg_sq) under '<prefix>.<parameter index>.<name>'."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def optimizer_meta(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what belongs to `optimizer_tensors` and is not a tensor: the parameter groups' settings, for `meta`."""
+    content = optimizer.state_dict()
+    return {"param_groups": content["param_groups"], "parameters_with_state": len(content["state"])}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
+) -> None:
+    """Put back `optimizer_tensors` and `optimizer_meta`, so that training goes on exactly as if never interrupted."""
+    groups = [_with_tuples(group) for group in meta["param_groups"]]
+    sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
+    if sizes != expected:
+        raise ValueError(f"The checkpoint's optimizer has {sizes} parameters a group where this one has {expected}.")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _under(prefix, tensors).items():
+        index, name = key.split(".", 1)
+        if tensor.ndim:  # `step` is a scalar; all else is shaped like its parameter
+            _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = tensor
+    if len(state) != meta["parameters_with_state"]:
+        raise ValueError(
+            f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
+            f"{meta['parameters_with_state']} were expected; give the prefix it was saved under."
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def generator_tensor(generator: torch.Generator) -> Tensor:
+    """Return a random generator's state, a uint8 tensor."""
+    return generator.get_state()
+
+
+def load_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Put back a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
+    generator.set_state(state.cpu())
+
+
+# -- details ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; move it there when the block ends well, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name is on disk only once its folder is; other systems cannot sync a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    # Windows syncs only what is open for writing, and a folder can be opened for reading only.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); mend or delete it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__} where an object was expected; mend or delete it.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Turn what `json` does not know into what it does."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # tensors, arrays and numpy scalars
+        return value.tolist()
+    raise TypeError(f"A {type(value).__name__} cannot be written as JSON; give numbers, strings, lists or mappings.")
+
+
+def _strict(value: Any) -> Any:
+    """Return `value` as strict JSON has it: NaN and infinities become None."""
+    return json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+
+
+def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
+    if header is None:
+        raise ValueError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
+    content = json.loads(header)
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {content['format']} where {CHECKPOINT_FORMAT} was expected; "
+            "load it with the release that wrote it."
+        )
+    return content["meta"]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"Tensor {name} of the checkpoint has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was "
+            "expected; build the model from the checkpoint's config."
+        )
+
+
+def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo JSON's turning of tuples into lists, for all but the list of parameters."""
+    return {key: tuple(v) if isinstance(v, list) and key != "params" else v for key, v in group.items()}

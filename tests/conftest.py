@@ -1,0 +1,28 @@
+"""Settings shared by all tests: checks of shapes and types at run time, and repeatable random numbers."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: small tensors are slower on several threads, and tests may run beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# The kernels' compiled files are left out: numba and Triton compile the plain function, not a checked one.
+CHECKED = [
+    *("metacontroller." + name for name in ("models", "control", "envs", "data", "phases", "baselines", "analysis")),
+    "metacontroller.run_folder",
+    "metacontroller.progress",
+]
+# The numeric tower, so that an int is a valid float, as it is for pyright.
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same global random state, whichever tests ran before it."""
+    torch.manual_seed(0)
