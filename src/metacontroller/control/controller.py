@@ -5,6 +5,9 @@ Axes: i residual in, o residual out (both of size n_e), k hidden units plus one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,12 +16,17 @@ from torch.nn import functional as F
 class Controller(nn.Module):
     """U = f_hyp(z), a hypernetwork with one hidden layer; low-rank U = A(h) B(h)^T or full U(h), each linear in (h, 1).
 
-    dim_latent: n_z. dim_model: n_e. hidden: units of the hidden layer. rank: r, or None for a full matrix (the paper's ant).
+    dim_latent: n_z. dim_model: n_e. hidden: units of the hidden layer. rank: r, or None for a full matrix (the paper's
+    ant).
     At initialisation A (or the full U) is small, so that steering starts near the identity.
     """
 
     def __init__(self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16) -> None:
         super().__init__()
+        if dim_latent < 1 or dim_model < 1 or hidden < 1:
+            raise ValueError(
+                f"dim_latent is {dim_latent}, dim_model {dim_model}, hidden {hidden}; expected at least 1 each."
+            )
         if rank is not None and not 1 <= rank <= dim_model:
             raise ValueError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
         self.dim_model, self.rank = dim_model, rank
@@ -43,8 +51,28 @@ class Controller(nn.Module):
         read = torch.einsum("...k,kri->...ri", hidden, self.read)
         return write @ read
 
-    def apply_to(self, z: Tensor, e: Tensor) -> Tensor:
-        """z (..., n_z), e (..., n_e) -> U e (..., n_e), in two plain products of width k r; U is never formed."""
+    @overload
+    def apply(self, z: Tensor, e: Tensor) -> Tensor: ...
+
+    @overload
+    def apply(self, z: Callable[[nn.Module], None]) -> Controller: ...
+
+    def apply(self, z: Tensor | Callable[[nn.Module], None], e: Tensor | None = None) -> Tensor | Controller:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """z (..., n_z), e (..., n_e) -> U e (..., n_e); U is never formed.
+
+        With one callable in place of two tensors it is ``nn.Module.apply``, which runs the callable on this module:
+        torch itself calls it so when ``apply`` of a module that holds this one is used, say to initialise weights.
+        """
+        if not isinstance(z, Tensor):
+            return super().apply(z)
+        if e is None:
+            raise ValueError(
+                "e is missing; expected apply(z, e) with the residual to steer, or apply(fn) with a callable."
+            )
+        return self._steer(z, e)
+
+    def _steer(self, z: Tensor, e: Tensor) -> Tensor:
+        """U e in two plain products of width k r, low rank; one of width k n_e, full."""
         hidden = self.hidden(z)
         if self.rank is None:
             products = F.linear(e, self.full.flatten(0, 1)).unflatten(-1, self.full.shape[:2])

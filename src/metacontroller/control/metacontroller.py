@@ -1,4 +1,4 @@
-"""The metacontroller: reads the residual stream, decides when to switch, and steers with a linear controller (paper D.2).
+"""The metacontroller: reads the residual stream, decides when to switch, steers with a linear controller (paper D.2).
 
     h_t = GRU(e_t, h_{t-1})                                   (12)   history
     s = embed(e_1:T)                                          (13)   acausal, discovery only
@@ -137,8 +137,8 @@ class MetaController(Saveable, nn.Module):
     def discover(
         self, residual: Tensor, episode_lens: Tensor | None = None, generator: torch.Generator | None = None
     ) -> DiscoveryOutput:
-        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) of real steps."""
-        self._check_residual(residual, 3)
+        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps."""
+        self._check_residual(residual)
         batch, steps = residual.shape[:2]
         check_lengths(episode_lens, batch, steps)
         lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
@@ -146,11 +146,12 @@ class MetaController(Saveable, nn.Module):
         read = self.norm(residual)
         history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
         sequence = self.sequence_embedder(read, mask)[:, None].expand(-1, steps, -1)
-        mean, log_std = self.encoder(torch.cat([read, history, sequence], -1)).float().chunk(2, -1)
+        proposal = self.encoder(torch.cat([read, history, sequence], -1))
+        mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
         z_tilde = sample_code(torch.cat([mean, log_std], -1), generator)
         fresh = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        z, gate, beta = self.switching(read, history, z_tilde, fresh)
-        steered = residual + self.controller.apply_to(z.to(residual.dtype), residual)
+        z, gate, beta = self.switching(read, history, z_tilde, fresh, generator=generator)
+        steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
 
     def kl_loss(self, output: DiscoveryOutput) -> Tensor:
@@ -183,7 +184,7 @@ class MetaController(Saveable, nn.Module):
         )
 
     def observe(self, residual: Tensor, state: ControlState) -> tuple[Tensor, Tensor]:
-        """Reads one residual (b, n_e): returns beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
+        """Reads one residual (b, n_e): beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
         read = self.norm(residual)
         beta = self.switching.probability(read, state.history, state.z, state.held)
         beta = torch.where(state.started, beta, torch.ones_like(beta))
@@ -202,7 +203,7 @@ class MetaController(Saveable, nn.Module):
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11)."""
-        return residual + self.controller.apply_to(z.to(residual.dtype), residual)
+        return residual + self.controller.apply(z.to(residual.dtype), residual)
 
     def act(
         self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None
@@ -212,7 +213,9 @@ class MetaController(Saveable, nn.Module):
         The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but its state
         and the code advance only at switches.
         """
-        self._check_residual(residual, 3)
+        self._check_residual(residual)
+        if residual.shape[1] != 1:
+            raise ValueError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         state = self.initial_state(len(residual)) if state is None else state
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
@@ -246,9 +249,10 @@ class MetaController(Saveable, nn.Module):
 
         states (b, t, n_e): stored residuals. old_log_probs, actions (b, t, n_z). advantages (b,) or (b, t).
         switch_betas (b, t): a step counts where beta >= threshold; the policy's state advances only there.
-        episode_lens (b,): real steps. The ratio is of the joint density of a code.
+        episode_lens (b,): real steps. The ratio is of the joint density of a code. What is stored is constant: no
+        gradient goes into it, only into the policy.
         """
-        self._check_residual(states, 3)
+        self._check_residual(states)
         batch, steps = states.shape[:2]
         expected = (batch, steps, self.dim_latent)
         for name, value in (("old_log_probs", old_log_probs), ("actions", actions)):
@@ -267,15 +271,15 @@ class MetaController(Saveable, nn.Module):
         decided = switch.gather(1, order)
         advantage = advantages[:, None].expand(-1, steps) if advantages.dim() == 1 else advantages.gather(1, order)
         wide = order[..., None]
-        distribution, _ = self.policy(states.gather(1, wide.expand_as(states)))
-        code = actions.gather(1, wide.expand_as(actions))
-        old = old_log_probs.gather(1, wide.expand_as(old_log_probs)).sum(-1)
+        distribution, _ = self.policy(states.detach().gather(1, wide.expand_as(states)))
+        code = actions.detach().gather(1, wide.expand_as(actions))
+        old = old_log_probs.detach().gather(1, wide.expand_as(old_log_probs)).sum(-1)
         log_prob = code_log_prob(distribution, code).sum(-1)
         clip = self.eps_clip if eps_clip is None else eps_clip
         return clipped_surrogate(log_prob, old, advantage, decided, clip)
 
-    def _check_residual(self, residual: Tensor, axes: int) -> None:
-        if residual.dim() != axes or residual.shape[-1] != self.dim_model or 0 in residual.shape:
+    def _check_residual(self, residual: Tensor) -> None:
+        if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:
             raise ValueError(
                 f"the residual stream has shape {tuple(residual.shape)}; expected (batch, time, {self.dim_model}) "
                 "with at least one episode and one step."

@@ -25,7 +25,10 @@ class AbstractActionPolicy(nn.Module):
         nn.init.zeros_(self.readout.bias)
 
     def forward(self, residual: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals at consecutive switches (b, k, n_e), state (b, hidden) -> distribution (b, k, 2 n_z), next state."""
+        """Residuals at consecutive switches (b, k, n_e), state (b, hidden) -> distributions (b, k, 2 n_z), next state.
+
+        Without a state, the first of them is the first of an episode.
+        """
         initial = None if state is None else state[None].contiguous()
         out, last = self.recurrence(self.norm(residual), initial)
         return self.readout(out), last[0]
@@ -43,6 +46,6 @@ def sample_code(distribution: Tensor, generator: torch.Generator | None = None) 
 
 
 def code_log_prob(distribution: Tensor, code: Tensor) -> Tensor:
-    """Log-density of each entry of a code: (..., 2 n_z), (..., n_z) -> (..., n_z); sum the last axis for the joint one."""
+    """Log-density of each entry of a code: (..., 2 n_z), (..., n_z) -> (..., n_z); their sum is that of the code."""
     mean, log_std = distribution.chunk(2, -1)
     return -0.5 * ((code - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)

@@ -18,9 +18,9 @@ class GateConfig:
     """How the switching gate is used.
 
     mode: "soft" mixes with the probability itself (the paper's default); "hard" with 1[beta >= threshold];
-    "straight-through" hard forward, soft backward; "gumbel-sigmoid" relaxes with logistic noise (the paper's rate-distortion
-    curves); "forced" switches at every step; "fixed-frequency" every ``period`` steps.
-    threshold: where a probability counts as a switch (paper C.6: 0.5). temperature: of the Gumbel-sigmoid.
+    "straight-through" hard forward, soft backward; "gumbel-sigmoid" relaxes with logistic noise while training (the
+    paper's rate-distortion curves); "forced" switches at every step; "fixed-frequency" every ``period`` steps.
+    threshold: where a probability counts as a switch (paper C.6: 0.5). temperature: divides the Gumbel-sigmoid's logit.
     """
 
     mode: GateMode = "soft"
@@ -54,25 +54,29 @@ class SwitchingUnit(nn.Module):
         self.out = nn.Linear(hidden, 1)
 
     def forward(
-        self, residual: Tensor, history: Tensor, z_tilde: Tensor, fresh: Tensor, z_initial: Tensor | None = None
+        self,
+        residual: Tensor,
+        history: Tensor,
+        z_tilde: Tensor,
+        fresh: Tensor,
+        z_initial: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> GateOutput:
         """Integrates the proposals over time.
 
-        residual (b, t, n_e), history h_{t-1} (b, t, n_h), z_tilde (b, t, n_z), fresh (b, t) bool: steps that must take a
-        fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step.
-        Returns z (b, t, n_z), gate (b, t) as mixed, beta (b, t) the probability.
+        residual (b, t, n_e), history h_{t-1} (b, t, n_h), z_tilde (b, t, n_z), fresh (b, t) bool: steps that must take
+        a fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step, generator: of
+        the Gumbel-sigmoid's noise. Returns z (b, t, n_z), gate (b, t) as mixed, beta (b, t) the probability.
         """
         config = self.config
         if config.mode in ("forced", "fixed-frequency"):
             period = 1 if config.mode == "forced" else config.period
-            return hold_between(
-                z_tilde, fresh | (torch.arange(fresh.shape[1], device=fresh.device) % period == 0), z_initial
-            )
+            due = torch.arange(fresh.shape[1], device=fresh.device) % period == 0
+            return hold_between(z_tilde, fresh | due, z_initial)
         noise = None
         if config.mode == "gumbel-sigmoid" and self.training:
-            noise = torch.logit(torch.rand(fresh.shape, device=residual.device).clamp(1e-6, 1 - 1e-6)).to(
-                residual.dtype
-            )
+            uniform = torch.rand(fresh.shape, generator=generator, device=residual.device)
+            noise = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(residual.dtype)
         return gate_scan(
             self.drive(torch.cat([residual, history], -1)),
             z_tilde,
@@ -82,7 +86,7 @@ class SwitchingUnit(nn.Module):
             fresh=fresh,
             z_initial=z_initial,
             noise=noise,
-            temperature=config.temperature if config.mode == "gumbel-sigmoid" else 1.0,
+            temperature=self._temperature(),
             threshold=config.threshold if config.mode in ("hard", "straight-through") else None,
             straight_through=config.mode == "straight-through",
         )
@@ -90,7 +94,8 @@ class SwitchingUnit(nn.Module):
     def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
         """One step of eq. 16 for acting.
 
-        residual (b, n_e), history (b, n_h), z_{t-1} (b, n_z), held (b,) int64: steps since the last switch -> beta (b,).
+        residual (b, n_e), history (b, n_h), z_{t-1} (b, n_z), held (b,) int64: steps since the last switch; returns
+        beta (b,), without the Gumbel-sigmoid's noise.
         """
         config = self.config
         if config.mode == "forced":
@@ -98,11 +103,14 @@ class SwitchingUnit(nn.Module):
         if config.mode == "fixed-frequency":
             return (held >= config.period).to(z.dtype)
         hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(z))
-        return torch.sigmoid(self.out(hidden)[..., 0])
+        return torch.sigmoid(self.out(hidden)[..., 0] / self._temperature())
+
+    def _temperature(self) -> float:
+        return self.config.temperature if self.config.mode == "gumbel-sigmoid" else 1.0
 
 
 def hold_between(z_tilde: Tensor, switch: Tensor, z_initial: Tensor | None = None) -> GateOutput:
-    """Eq. 17 for a known switching pattern: at each step the proposal of the last switch (b, t) bool, before it z_initial."""
+    """Eq. 17 for a known pattern of switches (b, t) bool: at each step the proposal of the last one, or z_initial."""
     steps = torch.arange(switch.shape[1], device=switch.device)
     last = torch.where(switch, steps, -1).cummax(1).values
     z = z_tilde.gather(1, last.clamp_min(0)[..., None].expand_as(z_tilde))

@@ -26,8 +26,10 @@ class Trajectories:
     states: (b, T + 1, ...) observations o_1 .. o_{T+1}; the padding repeats the last one.
     actions: (b, T, ...) actions a_1 .. a_T; zeros in the padding.
     lengths: (b,) int64, number of actions of each episode, 1 <= length <= T.
-    subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding). Labels are for evaluation only.
+    subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding).
     segments: (b, T) int64 or None, index of that subgoal in its task (-1 in the padding).
+    Subgoals and segments are labels for evaluation only. The values of lengths are looked at only where they lie on the
+    CPU: looking elsewhere would wait for the device.
     """
 
     states: Tensor
@@ -47,6 +49,8 @@ class Trajectories:
             )
         if self.lengths.shape != (batch,):
             raise ValueError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
+        if self.lengths.device.type == "cpu":
+            check_lengths(self.lengths, batch, steps, "lengths")
 
     @property
     def batch(self) -> int:
@@ -68,15 +72,16 @@ class Trajectories:
         cut = {"states": steps + 1, "actions": steps, "subgoals": steps, "segments": steps}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         picked = {
-            name: None if value is None else (value[rows, : cut[name]] if name in cut else value[rows])
+            name: value[rows, : cut[name]] if name in cut else value[rows]
             for name, value in values.items()
+            if value is not None
         }
-        return Trajectories(**picked)
+        return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Trajectories:
         """The same episodes on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
 
 def length_mask(lengths: Tensor, steps: int) -> Tensor:
@@ -90,18 +95,18 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp_min(1)
 
 
-def check_lengths(lengths: Tensor | None, batch: int, steps: int) -> None:
+def check_lengths(lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens") -> None:
     """Raises ValueError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps."""
     if lengths is None:
         return
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
         raise ValueError(
-            f"episode_lens has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
+            f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
             f"expected ({batch},) whole numbers, one per episode."
         )
     low, high = int(lengths.min()), int(lengths.max())
     if low < 1 or high > steps:
-        raise ValueError(f"episode_lens range over {low}..{high}; each must lie in 1..{steps}, the padded length.")
+        raise ValueError(f"{name} ranges over {low}..{high}; each must lie in 1..{steps}, the padded length.")
 
 
 def length_sorted_batches(
@@ -111,6 +116,8 @@ def length_sorted_batches(
 
     Yields ``len // batch_size`` batches; episodes that do not fill a batch are left out, drawn afresh at each call.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
     count = trajectories.batch // batch_size
     if count == 0:
         raise ValueError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
@@ -157,6 +164,14 @@ class TrajectoryStore:
     def read(self, rows: np.ndarray | Tensor) -> Trajectories:
         """The episodes named by ``rows``, padded to the longest of them."""
         index = np.asarray(rows)
+        if index.ndim != 1 or not len(index) or not np.issubdtype(index.dtype, np.integer):
+            raise ValueError(
+                f"rows have shape {index.shape} and dtype {index.dtype}; expected a list of whole numbers."
+            )
+        if index.min() < 0 or index.max() >= len(self):
+            raise ValueError(
+                f"rows range over {index.min()}..{index.max()}; each must lie in 0..{len(self) - 1}, the episodes held."
+            )
         lengths = np.asarray(self.arrays["lengths"])[index]
         values = {"lengths": torch.from_numpy(lengths.copy())}
         for name, array in self.arrays.items():

@@ -25,6 +25,9 @@ from metacontroller.envs.gridworld_pinpad import (
 )
 from metacontroller.envs.tasks import check_tasks, pad_tasks
 
+TIE_BREAKS = ("random", "fixed", "straight")
+"""How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
+
 UNREACHABLE = 16_000
 """Distance given to cells from which the target cannot be reached; far above any path, far below int16's limit."""
 
@@ -84,7 +87,8 @@ def expert_trajectories(
         n: number of episodes.
         generator: source of all randomness; on `device`.
         tie_break: "random" draws uniformly among the moves that begin a shortest path, the paper's stochastic
-            shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right.
+            shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right;
+            "straight" takes the one along the axis on which the target is farther away, the first of them if equal.
         epsilon: probability that a move is instead drawn uniformly from those that enter no wrong color, nor a pocket
             of cells from which the color pursued cannot be reached; moves that change nothing are among them.
         layouts: n layouts to use in place of fresh ones.
@@ -134,6 +138,7 @@ class _ExpertPolicy:
         config, device = batch.config, batch.agent.device
         self.batch = batch
         self.random_ties = tie_break == "random"
+        self.straight = tie_break == "straight"
         self.epsilon = epsilon
         self.generator = generator
         colors = torch.arange(config.num_colors, device=device).expand(len(batch), -1)
@@ -155,8 +160,9 @@ class _ExpertPolicy:
         foreign = (found >= 0) & (found < num_colors) & (found != target) & (ahead != here)
         distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(foreign, UNREACHABLE)
         allowed = distance == distance.amin(dim=1, keepdim=True)
+        fixed = self._fixed_preference(target)
         if not self.random_ties and self.epsilon == 0:
-            return (allowed * self.fixed_preference).argmax(dim=1)
+            return (allowed * fixed).argmax(dim=1)
         preference = torch.rand(ahead.shape, generator=self.generator, device=ahead.device)
         if self.epsilon > 0:
             stray = torch.rand((len(batch), 1), generator=self.generator, device=ahead.device) < self.epsilon
@@ -164,8 +170,17 @@ class _ExpertPolicy:
         else:
             stray = torch.zeros_like(allowed[:, :1])
         if not self.random_ties:
-            preference = torch.where(stray, preference, self.fixed_preference)
+            preference = torch.where(stray, preference, fixed)
         return torch.where(allowed, preference, -1.0).argmax(dim=1)
+
+    def _fixed_preference(self, target: Tensor) -> Tensor:
+        """(4,) or (b, 4), above 0: how much the expert that draws no lots likes each move. target (b, 1) int64."""
+        if not self.straight:
+            return self.fixed_preference
+        goal, size = self.batch.layouts.objects.gather(1, target).squeeze(1), self.batch.config.size
+        agent = self.batch.agent
+        rows, columns = (goal // size - agent // size).abs(), (goal % size - agent % size).abs()
+        return self.fixed_preference + torch.stack([rows, rows, columns, columns], dim=1)
 
 
 def _check_arguments(
@@ -179,8 +194,8 @@ def _check_arguments(
     check_tasks(tasks, config.num_colors)
     if n < 1:
         raise ValueError(f"n is {n}: ask for at least one episode.")
-    if tie_break not in ("random", "fixed"):
-        raise ValueError(f"tie_break is {tie_break!r}: choose 'random' or 'fixed'.")
+    if tie_break not in TIE_BREAKS:
+        raise ValueError(f"tie_break is {tie_break!r}: choose one of {', '.join(TIE_BREAKS)}.")
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon is {epsilon}: it is a probability, so choose it between 0 and 1.")
     if layouts is None:

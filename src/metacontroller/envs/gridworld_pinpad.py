@@ -324,3 +324,18 @@ def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
     starts = torch.arange(config.num_objects + 1, device=tokens.device) * config.num_cells
     vector = torch.zeros((*tokens.shape[:-1], config.observation_size), device=tokens.device)
     return vector.scatter_(-1, tokens + starts, 1.0)
+
+
+def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
+    """Turn the paper's observation vector, (..., n (o + 1)), into tokens, int64 (..., o + 1): undo `tokens_to_onehot`.
+
+    Raises:
+        ValueError: if the vector is not made of blocks of num_cells entries with a single 1 each.
+    """
+    if vector.shape[-1] % num_cells:
+        raise ValueError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
+    blocks = vector.unflatten(-1, (-1, num_cells))
+    tokens = blocks.argmax(-1)
+    if not torch.equal(blocks, torch.nn.functional.one_hot(tokens, num_cells).to(blocks.dtype)):
+        raise ValueError(f"the observation is not one-hot: expected a single 1 in every {num_cells} entries.")
+    return tokens

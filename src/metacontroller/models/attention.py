@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,10 @@ class AttentionCache:
 
 
 class RelativePositionBias(nn.Module):
-    """T5's learned bias per head and distance bucket: near distances exactly, far ones in logarithmic buckets."""
+    """T5's learned bias per head and distance bucket: near distances exactly, far ones in logarithmic buckets.
+
+    Each block has one of its own (T5 shares one among all), so that a stack can be split at any block for steering.
+    """
 
     def __init__(self, heads: int, *, causal: bool, buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()
@@ -48,32 +52,45 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """(h, queries, keys) bias; the queries are the last ones of the keys. Future keys get -inf if causal."""
-        device = self.table.device
+        index, future = _bucket_index(
+            queries, keys, self.causal, self.buckets, self.max_distance, str(self.table.device)
+        )
+        bias = self.table[:, index]
+        return bias.masked_fill(future, -math.inf) if self.causal else bias
+
+
+@cache
+def _bucket_index(
+    queries: int, keys: int, causal: bool, buckets: int, max_distance: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Bucket of each (query, key) pair, and whether the key lies in the query's future; both (queries, keys)."""
+    with torch.inference_mode(False):  # what is kept must serve training too
         query = torch.arange(keys - queries, keys, device=device)[:, None]
         distance = query - torch.arange(keys, device=device)[None]
-        bias = self.table[:, self.bucket(distance)]
-        return bias.masked_fill(distance < 0, -math.inf) if self.causal else bias
+        return distance_bucket(distance, causal=causal, buckets=buckets, max_distance=max_distance), distance < 0
 
-    def bucket(self, distance: Tensor) -> Tensor:
-        """Bucket of a distance (query position - key position); two-sided unless causal."""
-        buckets, offset = self.buckets, torch.zeros_like(distance)
-        if not self.causal:
-            buckets //= 2
-            offset = (distance < 0).long() * buckets
-            distance = distance.abs()
-        distance = distance.clamp_min(0)
-        exact = buckets // 2
-        span = math.log(self.max_distance / exact)
-        far = exact + (torch.log(distance.clamp_min(1) / exact) / span * (buckets - exact)).long()
-        return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+def distance_bucket(distance: Tensor, *, causal: bool, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of a distance (query position - key position); two-sided unless causal."""
+    offset = torch.zeros_like(distance)
+    if not causal:
+        buckets //= 2
+        offset = (distance < 0).long() * buckets
+        distance = distance.abs()
+    distance = distance.clamp_min(0)
+    exact = buckets // 2
+    span = math.log(max_distance / exact)
+    far = exact + (torch.log(distance.clamp_min(1) / exact) / span * (buckets - exact)).long()
+    return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
 class AttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
 
-    def __init__(self, dim: int, *, heads: int, dim_head: int, mlp_dim: int) -> None:
+    def __init__(self, dim: int, *, heads: int, dim_head: int, mlp_dim: int, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.bias = RelativePositionBias(heads, causal=causal)
         self.attention_norm = nn.LayerNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -85,8 +102,10 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.mlp_in.bias)
         nn.init.zeros_(self.mlp_out.bias)
 
-    def forward(self, x: Tensor, bias: Tensor, cache: AttentionCache | None = None, block: int = 0) -> Tensor:
-        """x (b, t, n), bias (h, t, s) or (b, h, t, s) -> (b, t, n)."""
+    def forward(
+        self, x: Tensor, hidden_keys: Tensor | None = None, cache: AttentionCache | None = None, block: int = 0
+    ) -> Tensor:
+        """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at keys that no query may see, else 0."""
         q, k, v = self.to_qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             end = cache.length + x.shape[1]
@@ -94,14 +113,16 @@ class AttentionBlock(nn.Module):
             cache.values[block][:, :, cache.length : end] = v.detach()
             if cache.length:
                 k, v = cache.keys[block][:, :, :end], cache.values[block][:, :, :end]
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + bias
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + self.bias(q.shape[2], k.shape[2])
+        if hidden_keys is not None:
+            scores = scores + hidden_keys
         mixed = torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
         x = x + self.to_out(mixed)
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
 
 
 class AttentionBody(nn.Module):
-    """A stack of blocks that share one relative position bias. Causal for models; two-sided for embedders."""
+    """A stack of blocks. Causal for models; two-sided for embedders. Depth 0 passes its input on."""
 
     def __init__(
         self,
@@ -114,35 +135,38 @@ class AttentionBody(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; a body needs at least one block.")
+        if depth < 0:
+            raise ValueError(f"depth is {depth}; expected a number of blocks, 0 or more.")
+        if dim < 1 or heads < 1:
+            raise ValueError(f"dim is {dim} and heads {heads}; expected at least 1 each.")
         if dim_head is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
         self.heads = heads
         self.dim_head = dim // heads if dim_head is None else dim_head
-        self.bias = RelativePositionBias(heads, causal=causal)
+        self.register_buffer("device_of", torch.empty(0), persistent=False)  # names dtype and device at any depth
         self.blocks = nn.ModuleList(
-            AttentionBlock(dim, heads=heads, dim_head=self.dim_head, mlp_dim=mlp_dim or 2 * dim) for _ in range(depth)
+            AttentionBlock(dim, heads=heads, dim_head=self.dim_head, mlp_dim=mlp_dim or 2 * dim, causal=causal)
+            for _ in range(depth)
         )
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x continues it. mask (b, t) bool hides padded keys (two-sided only)."""
+        """x (b, t, n) -> (b, t, n); with a cache, x continues it. mask (b, t) bool hides padding (two-sided only)."""
         steps = x.shape[1]
         seen = 0 if cache is None else cache.length
-        bias = self.bias(steps, seen + steps).to(x.dtype)
+        hidden_keys = None
         if mask is not None:
-            bias = bias + torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)[:, None, None]
-        if cache is not None:
+            hidden_keys = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -math.inf)[:, None, None]
+        if cache is not None and self.blocks:
             self._grow(cache, seen + steps)
         for index, block in enumerate(self.blocks):
-            x = block(x, bias, cache, index)
+            x = block(x, hidden_keys, cache, index)
         if cache is not None:
             cache.length += steps
         return x
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
         """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it must grow."""
-        weight = self.blocks[0].to_qkv.weight
+        weight = self.device_of
         shape = (batch, self.heads, capacity, self.dim_head)
         return AttentionCache(
             keys=[weight.new_empty(shape) for _ in self.blocks], values=[weight.new_empty(shape) for _ in self.blocks]

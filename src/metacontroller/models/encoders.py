@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class VectorEncoder(nn.Module):
-    """A linear map of a vector observation."""
+    """A linear map of a vector observation; other floating-point types are cast to the weights'."""
 
     def __init__(self, dim_state: int, dim: int) -> None:
         super().__init__()
@@ -22,24 +22,35 @@ class VectorEncoder(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states (b, t, dim_state) float -> (b, t, n)."""
+        self._check_shape(states)
+        return self.linear(states.to(self.linear.weight.dtype))
+
+    def check(self, states: Tensor) -> None:
+        """Raises ValueError unless the states are finite floats of the right width (looking waits for the device)."""
+        self._check_shape(states)
+        if not bool(torch.isfinite(states).all()):
+            raise ValueError("state holds NaN or infinite values; clean the data before training.")
+
+    def _check_shape(self, states: Tensor) -> None:
         if states.shape[-1] != self.dim_state or not states.is_floating_point():
             raise ValueError(
                 f"state has shape {tuple(states.shape)} and dtype {states.dtype}; "
                 f"expected floating-point (..., {self.dim_state})."
             )
-        return self.linear(states)
 
 
 class GridEncoder(nn.Module):
     """A linear map of a one-hot grid observation, computed as a sum of embedding lookups.
 
     view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
-    view "egocentric": each object's displacement from the agent one-hot (one table per color, one for all walls), and the
-    agent's cell. Our choice for small models: it is the linear view of the relative positions that the paper's
-    ant observes (§4), and saves the model from learning to subtract cells.
+    view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls).
+    Our choice for small models: the linear view of the relative positions that the paper's ant observes (§4). It saves the
+    model from learning to subtract cells, and without the agent's cell a held code cannot mean 'go to that place'.
 
     tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
     """
+
+    offsets: Tensor
 
     def __init__(
         self,
@@ -51,6 +62,10 @@ class GridEncoder(nn.Module):
         view: Literal["absolute", "egocentric"] = "absolute",
     ) -> None:
         super().__init__()
+        if size < 2 or num_colors < 1 or num_walls < 0:
+            raise ValueError(
+                f"the grid has size {size}, {num_colors} colors and {num_walls} walls; expected at least 2, 1 and 0."
+            )
         self.size, self.num_objects, self.view = size, num_colors + num_walls, view
         cells, span = size * size, 2 * size - 1
         if view == "absolute":
@@ -59,27 +74,37 @@ class GridEncoder(nn.Module):
             places, tables = span * span, [min(index, num_colors) for index in range(self.num_objects)]
         else:
             raise ValueError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
-        offsets = torch.tensor(tables) * places
-        rows = (max(tables) + 1) * places
-        self.register_buffer("offsets", torch.cat([offsets, torch.tensor([rows])]), persistent=False)
-        self.table = nn.Parameter(torch.randn(rows + cells, dim) * dim**-0.5)
+        if view == "absolute":
+            tables.append(self.num_objects)  # one more table, for the agent
+        self.register_buffer("offsets", torch.tensor(tables) * places, persistent=False)
+        self.table = nn.Parameter(torch.randn((max(tables) + 1) * places, dim) * dim**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding_bag(self.indices(tokens).flatten(0, -2), self.table, mode="sum").unflatten(
             0, tokens.shape[:-1]
         )
 
-    def indices(self, tokens: Tensor) -> Tensor:
-        """Rows of the table that each observation adds up, (b, t, num_objects + 1)."""
+    def check(self, tokens: Tensor) -> None:
+        """Raises ValueError unless the tokens are cells of the grid (looking waits for the device)."""
+        self._check_shape(tokens)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.size**2:
+            raise ValueError(f"grid state names cells {low}..{high}; each must lie in 0..{self.size**2 - 1}.")
+
+    def _check_shape(self, tokens: Tensor) -> None:
         if tokens.shape[-1] != self.num_objects + 1 or tokens.dtype != torch.int64:
             raise ValueError(
                 f"grid state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
                 f"(..., {self.num_objects + 1}): the cell of each object, then the agent's."
             )
+
+    def indices(self, tokens: Tensor) -> Tensor:
+        """Rows of the table that each observation adds up, one a lookup: (b, t, lookups)."""
+        self._check_shape(tokens)
         if self.view == "absolute":
             return tokens + self.offsets
         objects, agent = tokens[..., :-1], tokens[..., -1:]
         size, span = self.size, 2 * self.size - 1
         down = objects // size - agent // size + size - 1
         right = objects % size - agent % size + size - 1
-        return torch.cat([down * span + right, agent], -1) + self.offsets
+        return down * span + right + self.offsets

@@ -45,10 +45,10 @@ class CategoricalReadout(nn.Module):
         return (logits.float() + gumbel).argmax(-1)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
-        """Raises ValueError unless ``values`` are (b, t) whole numbers within 0..num_discrete-1."""
-        if values.shape != steps or values.is_floating_point():
+        """Raises ValueError unless ``values`` are (b, t) int64 within 0..num_discrete-1."""
+        if values.shape != steps or values.dtype != torch.int64:
             raise ValueError(
-                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected whole numbers {steps}."
+                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected torch.int64 {steps}."
             )
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= self.num_discrete:
@@ -71,8 +71,8 @@ class GaussianReadout(nn.Module):
         return self.linear(hidden)
 
     def embed(self, values: Tensor) -> Tensor:
-        """values (b, t, a) -> (b, t, n)."""
-        return self.embedding(values)
+        """values (b, t, a) -> (b, t, n); other floating-point types are cast to the weights'."""
+        return self.embedding(values.to(self.embedding.weight.dtype))
 
     def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
         """Log-density of each value, summed over its entries, (b, t)."""
@@ -91,7 +91,8 @@ class GaussianReadout(nn.Module):
         expected = (*steps, self.num_continuous)
         if values.shape != expected or not values.is_floating_point():
             raise ValueError(
-                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected floating-point {expected}."
+                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; "
+                f"expected floating-point {expected}."
             )
         if not bool(torch.isfinite(values).all()):
             raise ValueError("actions hold NaN or infinite values; clean the data before training.")

@@ -6,7 +6,8 @@ target of the state loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,7 @@ class BehaviorCloningLosses(NamedTuple):
 
 
 class DiscoveryLosses(NamedTuple):
-    """Per real step: next-state loss, action loss under steering, KL, and the optional ratio loss (already weighted)."""
+    """Per real step: next-state loss, action loss under steering, KL; and the optional ratio loss, already weighted."""
 
     state_pred: Tensor
     action_recon: Tensor
@@ -70,13 +71,17 @@ class Transformer(Saveable, nn.Module):
     """A causal sequence model of expert actions, split at the controlled layer.
 
     dim: n_e. action_embed_readout: dict(num_discrete=...) or dict(num_continuous=...).
-    state_embed_readout: dict(num_continuous=...) for vectors, or dict(grid=dict(size=, num_colors=, num_walls=, view=)) for grid
-    tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=); the residual between them is steered.
+    state_embed_readout: dict(num_continuous=...) for vectors, or dict(grid=dict(size=, num_colors=, num_walls=, view=))
+    for grid tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=); the residual between them is
+    steered.
     condition_on_actions: whether past actions enter beside observations; the paper's do not (D.1).
+    meta_controller: what steers when a call names no other; it is not saved with the model.
 
     Methods by phase: ``behavior_cloning_loss``, ``discovery_loss``, ``step``; ``embed``, ``lower``, ``upper`` and
     ``action_readout`` are the pieces. ``forward`` only dispatches, for the public contract.
     """
+
+    unsaved = ("meta_controller",)
 
     def __init__(
         self,
@@ -96,9 +101,7 @@ class Transformer(Saveable, nn.Module):
         if set(state_embed_readout) == {"grid"}:
             grid = state_embed_readout["grid"]
             self.encoder = GridEncoder(dim, **grid)
-            self.state_readout = CategoricalReadout(
-                dim, grid["size"] ** 2
-            )  # the agent's next cell; the rest is constant
+            self.state_readout = CategoricalReadout(dim, grid["size"] ** 2)  # the agent's next cell; the rest stays
         else:
             self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
             self.encoder = VectorEncoder(state_embed_readout.get("num_continuous", 0), dim)
@@ -110,14 +113,16 @@ class Transformer(Saveable, nn.Module):
     # the pieces
 
     def embed(self, states: Tensor, past_actions: Tensor | None = None) -> Tensor:
-        """states (b, t, ...) -> first residual (b, t, n_e). past_actions (b, t - 1, ...) or (b, t, ...) precede the states
-        one by one, aligned at the end; they are left out when the model does not condition on actions."""
+        """states (b, t, ...) -> first residual (b, t, n_e).
+
+        past_actions (b, t - 1, ...) or (b, t, ...) precede the states one by one, aligned at the end; they are left out
+        when the model does not condition on actions.
+        """
         x = self.encoder(states)
         if not self.condition_on_actions or past_actions is None or past_actions.shape[1] == 0:
             return x
-        return x + nn.functional.pad(
-            self.action_readout.embed(past_actions), (0, 0, x.shape[1] - past_actions.shape[1], 0)
-        )
+        before = self.action_readout.embed(past_actions)
+        return x + nn.functional.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))
 
     def lower(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """First residual -> residual at the controlled layer, (b, t, n_e) each."""
@@ -152,7 +157,10 @@ class Transformer(Saveable, nn.Module):
         return self.readout_losses(self.upper(residual), states, actions, episode_lens, with_state_loss)
 
     def residual(self, states: Tensor, actions: Tensor) -> Tensor:
-        """e_t at the controlled layer for whole episodes: states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e)."""
+        """e_t at the controlled layer for whole episodes.
+
+        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
+        """
         return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
 
     # phase 2: discovery
@@ -188,9 +196,11 @@ class Transformer(Saveable, nn.Module):
         cache: TransformerOutput | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, TransformerOutput]:
-        """One step for all rows: states (b, 1, ...) -> action distribution (b, 1, ...) and the cache to go on from."""
-        if states.dim() < 3 or states.shape[1] != 1:
-            raise ValueError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
+        """One step for all rows: states (b, 1, ...) -> action distribution (b, 1, ...) and the cache to go on from.
+
+        A cache can be gone on from once: the step writes into its key-value buffers.
+        """
+        self.check_step(states, past_actions, cache)
         if cache is None:
             fresh = self.empty_cache(len(states))
             hiddens = PreviousHiddens(fresh.lower, fresh.upper, None)
@@ -205,7 +215,7 @@ class Transformer(Saveable, nn.Module):
         return logits, TransformerOutput(residual, PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output))
 
     def evolve(self, num_generations: int, environment: Callable[[Transformer], float], **options: Any) -> Any:
-        """Evolution strategies over the policy of ``self.meta_controller`` in place of its gradient; see phases.evolve."""
+        """Evolution strategies over the policy of ``self.meta_controller``, without gradients; see phases.evolve."""
         from metacontroller.phases.evolve import evolve
 
         return evolve(self, num_generations, environment, **options)
@@ -223,10 +233,13 @@ class Transformer(Saveable, nn.Module):
         return_cache: bool = False,
         episode_lens: Tensor | None = None,
     ) -> BehaviorCloningLosses | DiscoveryLosses | tuple[Tensor, TransformerOutput]:
-        """Dispatches: ``return_cache`` -> ``step``; ``discovery_phase`` -> ``discovery_loss``; else ``behavior_cloning_loss``."""
+        """Dispatches: ``return_cache`` to ``step``, ``discovery_phase`` to ``discovery_loss``, else
+        ``behavior_cloning_loss``."""
         meta_controller = self.meta_controller if meta_controller is None else meta_controller
         if return_cache:
             return self.step(state, actions, meta_controller, cache)
+        if cache is not None:
+            raise ValueError("cache is given but return_cache is False; acting needs return_cache = True.")
         if actions is None:
             raise ValueError("actions are missing; training needs them, and acting needs return_cache = True.")
         if discovery_phase:
@@ -265,20 +278,31 @@ class Transformer(Saveable, nn.Module):
             )
         self.action_readout.check(actions, (batch, actions.shape[1]))
         check_lengths(episode_lens, batch, actions.shape[1])
-        if states.is_floating_point() and not bool(torch.isfinite(states).all()):
-            raise ValueError("state holds NaN or infinite values; clean the data before training.")
+        self.encoder.check(states)
+
+    def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
+        """Raises a one-sentence ValueError for what ``step`` cannot take."""
+        if states.dim() < 3 or states.shape[1] != 1 or 0 in states.shape:
+            raise ValueError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
+        self.encoder.check(states)
+        if past_actions is not None:
+            self.action_readout.check(past_actions, (len(states), 1))
+        if cache is None:
+            return
+        if len(cache.residual) != len(states):
+            raise ValueError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
+        if self.condition_on_actions and past_actions is None:
+            raise ValueError("actions are missing; this model is conditioned on them: give the last one of each row.")
 
 
-class frozen:  # noqa: N801 - reads as a statement: `with frozen(model):`
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
     """Context in which a module's parameters take no gradient, so that their gradients are not even computed."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
             parameter.requires_grad_(True)

@@ -196,7 +196,7 @@ def _reinforce(
                     loss.backward()
                     measured["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                     optimizer.step()
-                    metrics |= measured
+                    metrics |= {name: value.detach() for name, value in measured.items()}
             done = update + 1
             run.log_metrics(phase, done, **metrics)
             progress.update(done, success=metrics["success"], episodes=metrics["episodes"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +54,8 @@ class OptimizerConfig:
         return self.lr * min(1.0, left / self.decay_steps) if self.decay_steps else self.lr
 
 
-class Generate(Protocol):
-    """A source of behaviour: ``generate(n, generator)`` returns n fresh (or drawn) episodes."""
-
-    def __call__(self, n: int, generator: torch.Generator) -> Trajectories: ...
+Generate = Callable[[int, torch.Generator], Trajectories]
+"""A source of behaviour: ``generate(n, generator)`` returns n fresh (or drawn) episodes."""
 
 
 class EpisodeStream:

@@ -1,0 +1,138 @@
+"""PNG figures of a run, in RUN/figures. Needs matplotlib (the extra `viz`), which is imported only when drawing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metacontroller.analysis.switching import subgoal_changes
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.evaluate import gate_on_new_layouts
+from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed
+from metacontroller.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GATE_EPISODES = 6
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError, before hours are spent, if figures cannot be drawn at their end."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
+
+
+def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], device: str) -> None:
+    """All figures of one finished seed."""
+    folder = run.path / "figures"
+    _save(losses_figure(run), folder / "losses.png")
+    _save(gate_figure(config, run, device), folder / "gate.png")
+    _save(success_figure([run], config), folder / "success.png")
+    _save(codes_figure(torch.tensor(measured["code_color_share"]), measured["code_subgoal_bits"]), folder / "codes.png")
+
+
+def draw_all(config: GridworldConfig, folder: RunFolder, runs: Sequence[RunFolder]) -> None:
+    """Figures over all seeds."""
+    _save(success_figure(runs, config), folder.path / "figures" / "success.png")
+
+
+def losses_figure(run: RunFolder) -> Figure:
+    """Pretraining and discovery: action loss against updates, and the KL that discovery pays."""
+    figure = _figure(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
+    pretraining, discovery = run.read_metrics("pretrain"), run.read_metrics("discover")
+    left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0")
+    left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
+    steps = _column(discovery, "step")
+    right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
+    right.plot(steps, _column(discovery, "kl"), color="C1", label="KL of the codes")
+    right.set(title="Discovery", xlabel="update", ylabel="nats per step", yscale="log")
+    right.legend(frameon=False)
+    return figure
+
+
+def gate_figure(config: GridworldConfig, run: RunFolder, device: str) -> Figure:
+    """The gate over time against true subgoal changes, on a handful of new episodes (as Fig. 6)."""
+    model = Transformer.init_and_load(run.path / "base_model.safetensors").to(device)
+    meta_controller = MetaController.init_and_load(run.path / "meta_controller.safetensors").to(device)
+    seed = stream_seed(config.seed, "evaluate")
+    beta, fresh = gate_on_new_layouts(model, meta_controller, generate(config, "discover"), GATE_EPISODES, seed)
+    assert fresh.segments is not None
+    assert fresh.subgoals is not None
+    changes = subgoal_changes(fresh.segments, fresh.lengths)
+    figure = _figure(8.0, 1.1 * GATE_EPISODES + 0.6)
+    axes: Sequence[Axes] = figure.subplots(GATE_EPISODES, 1, sharex=True, sharey=True)
+    for row, ax in enumerate(axes):
+        length = int(fresh.lengths[row])
+        for change in changes[row, :length].nonzero().flatten().tolist():
+            ax.axvline(change, color="C1", linestyle="--", linewidth=1.2)
+        ax.plot(range(length), beta[row, :length].tolist(), color="C0", marker=".", linewidth=1.2)
+        colors = torch.unique_consecutive(fresh.subgoals[row, :length]).tolist()
+        ax.set_ylabel("-".join(map(str, colors)), rotation=0, ha="right", va="center")
+        ax.set(ylim=(-0.05, 1.05), yticks=(0, 1))
+    axes[0].set_title("Switching gate β (solid) and true subgoal changes (dashed), one task a row")
+    axes[-1].set_xlabel("environment step")
+    return figure
+
+
+def success_figure(runs: Sequence[RunFolder], config: GridworldConfig) -> Figure:
+    """Success on the post-training task against episodes (as Fig. 8); over seeds the median and a band of quartiles."""
+    figure = _figure(5.6, 3.6)
+    ax = figure.subplots()
+    highest = 0.0
+    for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
+        lines = [run.read_metrics(phase) for run in runs]
+        shared = min(len(line) for line in lines)
+        episodes = _column(lines[0][:shared], "episodes")
+        success = torch.tensor([_column(line[:shared], "success") for line in lines])
+        low, median, high = success.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
+        highest = max(highest, float(success.max()))
+        ax.plot(episodes, median, color=color, label=label)
+        if len(runs) > 1:
+            ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
+    ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
+    ax.set_ylim(-0.02, 1.02 if highest > 0.2 else max(1.1 * highest, 0.05))
+    ax.set_title("Task " + "-".join(map(str, config.post_task)) + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+    ax.legend(frameon=False)
+    return figure
+
+
+def codes_figure(share: torch.Tensor, bits: float) -> Figure:
+    """Which color a held code reaches first: share (codes, outcomes), where outcome 0 is none."""
+    from matplotlib.ticker import MaxNLocator
+
+    colors = share.shape[1] - 1
+    shown = share[:, [*range(1, colors + 1), 0]]
+    favourite = shown.argmax(1)
+    order = sorted(range(len(shown)), key=lambda code: (int(favourite[code]), -float(shown[code].max())))
+    figure = _figure(1.2 + 0.55 * colors + 1.6, 5.0)
+    ax = figure.subplots()
+    image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    ax.set_xticks(range(colors + 1), [*map(str, range(colors)), "none"])
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="color reached first", ylabel="fixed code, by favourite color", title=f"{bits:.2f} bits")
+    figure.colorbar(image, ax=ax, label="share of new layouts")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    require_matplotlib()
+    from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _column(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [float("nan") if line[name] is None else line[name] for line in lines]

@@ -1,0 +1,313 @@
+"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | reproduce."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, Positional, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.analysis.summary import results_table
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.envs.tasks import format_task, parse_task
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.evaluate import Policy, evaluate, gate_figures
+from metacontroller.phases.reproduce import (
+    BASE_MODEL,
+    META_CONTROLLER,
+    POLICY,
+    RAW_MODEL,
+    load_artefact,
+    open_folder,
+    read_config,
+    reproduce,
+    run_discover,
+    run_internal_rl,
+    run_pretrain,
+    run_raw_action_rl,
+)
+from metacontroller.presets import PRESETS, GridworldConfig, laptop
+from metacontroller.presets.gridworld import generate, stream_seed, with_seed
+from metacontroller.run_folder import RunFolder
+
+Preset = Literal["debug", "laptop", "paper"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
+
+    run: Positional[Path]
+    """Folder to make, or with --resume to go on in."""
+    preset: Preset | None = None
+    """Where the config starts from; laptop unless given."""
+    seed: int | None = None
+    """From which all randomness derives."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+    config: GridworldConfig = field(default_factory=laptop)
+    """Change any value of the preset."""
+
+    def __call__(self) -> None:
+        run = RunFolder(self.run)
+        config = chosen_config(self.config, self.preset, run, self.resume)
+        config = config if self.seed is None else with_seed(config, self.seed)
+        open_folder(run, config, resume=self.resume, option="folder")
+        started_from = read_config(run).seed
+        if started_from != config.seed:
+            raise ValueError(
+                f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to go on with "
+                "it, or choose another folder."
+            )
+        run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+
+
+@dataclass(kw_only=True)
+class Discover:
+    """Phase 2: find abstract actions inside the frozen action model of RUN."""
+
+    run: Positional[Path]
+    """Folder of a pretrained run."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        run = RunFolder(self.run)
+        config = read_config(run)
+        refuse_begun(run, "discover", self.resume)
+        run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+
+
+@dataclass(kw_only=True)
+class InternalRL:
+    """Phase 3: reinforcement learning over the abstract actions of RUN."""
+
+    run: Positional[Path]
+    """Folder of a run with discovered abstract actions."""
+    raw: bool = False
+    """The baseline instead: reinforcement learning over raw actions."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        run = RunFolder(self.run)
+        config = read_config(run)
+        refuse_begun(run, "raw_action_rl" if self.raw else "internal_rl", self.resume)
+        phase = run_raw_action_rl if self.raw else run_internal_rl
+        phase(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Measure a run, or every seed of a reproduction, on new layouts."""
+
+    run: Positional[Path]
+    """Folder of a run or of a reproduction."""
+    episodes: int | None = None
+    """Episodes to play; as in the run's config unless given."""
+    seed: int | None = None
+    """Draws the layouts, never those of training; the run's own unless given."""
+    task: str | None = None
+    """Colors to visit in order, such as 0-1-2-3; the run's post-training task unless given."""
+    policy: Policy = "internal-rl"
+    """Who acts: raw actions before (base) or after (raw) raw-action RL, codes of the prior or of the trained policy."""
+    json: bool = False
+    """Print JSON: an object for a run, a list for a reproduction."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        parts = sorted(self.run.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+        results = [self.measure(RunFolder(path)) for path in parts or [self.run]]
+        if self.json:
+            print(json.dumps(results if parts else results[0], indent=2))
+        else:
+            Console().print(evaluation_table(results))
+
+    def measure(self, run: RunFolder) -> dict[str, Any]:
+        """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too."""
+        config, device = read_config(run), device_name(self.device)
+        seed = stream_seed(config.seed if self.seed is None else self.seed, "evaluate")
+        task = config.post_task if self.task is None else parse_task(self.task)
+        settings = config.evaluate
+        episodes = settings.episodes if self.episodes is None else self.episodes
+        model = load_artefact(Transformer, run, RAW_MODEL if self.policy == "raw" else BASE_MODEL, device)
+        if self.policy in ("base", "raw"):
+            result = evaluate(model, None, config.environment, self.policy, task, episodes, seed)
+            return {"run": run.path.name, **result}
+        name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
+        controlled = load_artefact(MetaController, run, name, device)
+        result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
+        meaning = code_subgoal_bits(
+            model,
+            controlled,
+            config.environment,
+            codes=settings.codes,
+            layouts_per_code=settings.layouts_per_code,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        gate = gate_figures(model, controlled, generate(config, "discover"), max(episodes, settings.episodes), seed)
+        return {"run": run.path.name, **result, **gate, "code_subgoal_bits": meaning.bits}
+
+
+@dataclass(kw_only=True)
+class Reproduce:
+    """Everything: all phases on every seed, the raw-action baseline, measures, figures and a table."""
+
+    out: Path = Path("runs/reproduce")
+    """Folder to make, or with --resume to go on in."""
+    preset: Preset | None = None
+    """Where the config starts from; laptop unless given."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One run for each."""
+    workers: int = 1
+    """Seeds at the same time."""
+    resume: bool = False
+    """Go on where an interrupted reproduction stopped."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+    config: GridworldConfig = field(default_factory=laptop)
+    """Change any value of the preset."""
+
+    def __call__(self) -> None:
+        config = chosen_config(self.config, self.preset, RunFolder(self.out), self.resume)
+        summary = reproduce(
+            config,
+            self.out,
+            self.seeds,
+            resume=self.resume,
+            workers=self.workers,
+            quiet=self.quiet,
+            device=device_name(self.device),
+        )
+        console = Console()
+        console.print(results_table(summary))
+        console.print(
+            f"Summary: {self.out / 'summary.json'}", f"Figures: {self.out / 'figures'}", sep="\n", soft_wrap=True
+        )
+
+
+COMMANDS: dict[str, type] = {
+    "pretrain": Pretrain,
+    "discover": Discover,
+    "internal-rl": InternalRL,
+    "evaluate": Evaluate,
+    "reproduce": Reproduce,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt."""
+    try:
+        parse(list(sys.argv[1:] if argv is None else argv))()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"metacontroller: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("metacontroller: interrupted; add --resume to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> Any:
+    """The command to run. --preset is looked for first: it decides the defaults of all --config options."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", nargs="?")
+    preset = early.parse_known_args(argv)[0].preset
+    config = PRESETS.get(preset, laptop)()
+    defaults = {"pretrain": Pretrain(run=tyro.MISSING, config=config), "reproduce": Reproduce(config=config)}
+    options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _task_registry()}
+    if argv and argv[0] in COMMANDS:
+        prog = f"metacontroller {argv[0]}"
+        return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=prog, default=defaults.get(argv[0]), **options)
+    # No command: tyro shows the help asked for, or what is wrong.
+    everything = tuple(Annotated[kind, subcommand(name, default=defaults.get(name))] for name, kind in COMMANDS.items())
+    return tyro.cli(
+        Union[everything],  # type: ignore[arg-type]  # noqa: UP007 - made at run time
+        args=argv,
+        prog="metacontroller",
+        description="Discover abstract actions inside a frozen next-action model and learn over them by reinforcement.",
+        **options,
+    )
+
+
+def _task_registry() -> ConstructorRegistry:
+    """Lets the command line read a task as 0-1-2-3."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def task(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type != tuple[int, ...]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="TASK",
+            instance_from_str=lambda words: parse_task(words[0]),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [format_task(value)],
+        )
+
+    return registry
+
+
+def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, resume: bool) -> GridworldConfig:
+    """The config asked for; when a run is resumed and nothing was said about it, the run's own."""
+    if with_seed(config, config.seed) != config:
+        raise ValueError("the seeds of phases derive from the run's; change that with --seed or --seeds.")
+    untouched = preset is None and config == laptop()
+    return read_config(run) if resume and untouched and (run.path / "config.json").exists() else config
+
+
+def refuse_begun(run: RunFolder, phase: str, resume: bool) -> None:
+    """Raises ValueError if the phase was begun and is not to be resumed."""
+    if run.has_checkpoint(phase) and not resume:
+        raise ValueError(f"{run.path} holds {phase}.safetensors of this phase; add --resume to go on with it.")
+
+
+def device_name(device: Device) -> str:
+    """ "auto" as what is there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One column a run."""
+    table = Table()
+    table.add_column("measure")
+    for result in results:
+        table.add_column(result["run"], justify="right")
+    for name in [name for name in results[0] if name != "run"]:
+        values = [result[name] for result in results]
+        table.add_row(name, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

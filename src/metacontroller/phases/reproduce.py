@@ -1,0 +1,346 @@
+"""The whole experiment, seed by seed: pretrain, discover, internal RL beside raw-action RL, measure, draw.
+
+    OUT/config.json, summary.json, figures/    of all seeds
+    OUT/seed-0/ ...                            a run folder each: all phases' artefacts, metrics, summary, figures
+
+Each phase is resumed from its last checkpoint, which also says how long the work that it holds has taken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacontroller.analysis import figures
+from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
+from metacontroller.analysis.summary import combined_summary, environment_facts, peak_rss_mb
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.discover import discover
+from metacontroller.phases.evaluate import evaluate, gate_figures
+from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
+from metacontroller.phases.pretrain import pretrain
+from metacontroller.presets.gridworld import (
+    GridworldConfig,
+    build_meta_controller,
+    build_model,
+    from_json,
+    generate,
+    stream_seed,
+    with_seed,
+)
+from metacontroller.run_folder import RunFolder
+
+PHASES = ("pretrain", "discover", "internal_rl", "raw_action_rl")
+
+BASE_MODEL = "base_model"
+RAW_MODEL = "raw_action_model"
+META_CONTROLLER = "meta_controller"
+POLICY = "internal_rl_policy"
+
+_MADE_BY = {
+    BASE_MODEL: "pretrain",
+    RAW_MODEL: "internal-rl --raw",
+    META_CONTROLLER: "discover",
+    POLICY: "internal-rl",
+}
+
+
+class TimedRun(RunFolder):
+    """A run folder whose checkpoints also say how many seconds went into them and the peak memory on the way."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._spent: dict[str, float] = {}
+        self._peak: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def start_clock(self) -> None:
+        """The session's next checkpoint counts time from here."""
+        self._began = time.monotonic()
+
+    def load_checkpoint(
+        self, name: str, device: str | torch.device = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, meta = super().load_checkpoint(name, device)
+        self._spent[name], self._peak[name] = meta.get("seconds", 0.0), meta.get("peak_rss_mb", 0.0)
+        return tensors, meta
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        seconds = self._spent.get(name, 0.0) + time.monotonic() - self._began
+        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
+        return super().save_checkpoint(name, tensors, {**meta, "seconds": seconds, "peak_rss_mb": peak})
+
+
+# -- one phase of a run folder ----------------------------------------------------------------------------------------
+
+
+def read_config(run: RunFolder) -> GridworldConfig:
+    """The config in a run folder."""
+    return from_json(run.read_config())
+
+
+def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
+    """The module that a phase left in the run folder; FileNotFoundError says which phase to run first."""
+    path = run.path / f"{name}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
+    return kind.init_and_load(path).to(device)
+
+
+def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> Transformer:
+    """Phase 1 in a run folder; writes config.json too."""
+    model = build_model(config).to(device)
+    run.write_config(config)
+    return pretrain(config.pretrain, model, generate(config, "pretrain"), run, resume=resume, quiet=quiet)
+
+
+def run_discover(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
+    """Phase 2 in a run folder that holds a base model."""
+    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    meta_controller = build_meta_controller(config).to(device)
+    source = generate(config, "discover")
+    return discover(config.discover, model, meta_controller, source, run, resume=resume, quiet=quiet)
+
+
+def run_internal_rl(
+    config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+) -> MetaController:
+    """Phase 3 in a run folder that holds a base model and a metacontroller."""
+    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    meta_controller = load_artefact(MetaController, run, META_CONTROLLER, device)
+    grids = _post_task_grids(config)
+    return internal_rl(config.internal_rl, model, meta_controller, grids, run, resume=resume, quiet=quiet)
+
+
+def run_raw_action_rl(
+    config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+) -> Transformer:
+    """The baseline, on a copy of the run folder's base model."""
+    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    raw_action_rl(config.raw_action_rl, model, _post_task_grids(config), run, resume=resume, quiet=quiet)
+    model.save(run.path / f"{RAW_MODEL}.safetensors")
+    return model
+
+
+def _post_task_grids(config: GridworldConfig) -> Callable[[int, torch.Generator], PinpadBatch]:
+    return lambda n, generator: task_grids(config.environment, config.post_task, n, generator)
+
+
+RUN_PHASE: dict[str, Callable[..., Any]] = {
+    "pretrain": run_pretrain,
+    "discover": run_discover,
+    "internal_rl": run_internal_rl,
+    "raw_action_rl": run_raw_action_rl,
+}
+
+
+# -- one seed ---------------------------------------------------------------------------------------------------------
+
+
+def reproduce_seed(
+    config: GridworldConfig, folder: Path, *, quiet: bool = False, side_by_side: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """All phases of one seed, from wherever the folder stands; returns its summary, which is written last.
+
+    side_by_side: the two kinds of RL in a process each, with one thread each.
+    """
+    run = TimedRun(folder)
+    if finished := run.read_summary():
+        return finished
+    for phase in ("pretrain", "discover"):
+        run_phase(phase, config, folder, quiet, device)
+    rl_phases = PHASES[2:]
+    if side_by_side:
+        in_processes(
+            run_phase, [(phase, config, folder, quiet or phase == "raw_action_rl", device) for phase in rl_phases], 2
+        )
+    else:
+        for phase in rl_phases:
+            run_phase(phase, config, folder, quiet, device)
+    began = time.monotonic()
+    measured = measure(config, run, device)
+    figures.draw_run(config, run, measured, device)
+    phase_seconds, peaks = {}, {}
+    for phase in PHASES:
+        meta = run.load_checkpoint(phase)[1]
+        phase_seconds[phase], peaks[phase] = meta["seconds"], meta["peak_rss_mb"]
+    phase_seconds["evaluate"] = time.monotonic() - began
+    own_peak = max(peak_rss_mb(), peaks["pretrain"], peaks["discover"])
+    rl_seconds, rl_peaks = [phase_seconds[phase] for phase in rl_phases], [peaks[phase] for phase in rl_phases]
+    if side_by_side:
+        seconds, peak = max(rl_seconds), own_peak + sum(rl_peaks)
+    else:
+        seconds, peak = sum(rl_seconds), max(own_peak, *rl_peaks)
+    seconds += sum(phase_seconds[phase] for phase in phase_seconds if phase not in rl_phases)
+    summary = {
+        "seed": config.seed,
+        **measured,
+        "episodes": config.internal_rl.updates * config.internal_rl.batch_size,
+        "seconds": seconds,
+        "phase_seconds": phase_seconds,
+        "peak_rss_mb": peak,
+    }
+    run.write_summary(summary)
+    return summary
+
+
+def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, device: str) -> None:
+    """One phase, resumed if it was begun."""
+    run = TimedRun(folder)
+    run.start_clock()
+    RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
+
+
+def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
+    """What a finished run is judged by, all of it on new layouts."""
+    base = load_artefact(Transformer, run, BASE_MODEL, device)
+    raw = load_artefact(Transformer, run, RAW_MODEL, device)
+    controlled = load_artefact(MetaController, run, POLICY, device)
+    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
+
+    def success(model: Transformer, policy: Any) -> float:
+        task = config.post_task
+        return evaluate(model, controlled, config.environment, policy, task, settings.episodes, seed)["success"]
+
+    generator = torch.Generator(device).manual_seed(seed)
+    meaning = code_subgoal_bits(
+        base,
+        controlled,
+        config.environment,
+        codes=settings.codes,
+        layouts_per_code=settings.layouts_per_code,
+        generator=generator,
+    )
+    unseen = unseen_transition_share(
+        base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
+    )
+    return {
+        "internal_rl_success": success(base, "internal-rl"),
+        "raw_action_success": success(raw, "raw"),
+        "prior_success": success(base, "prior"),
+        "raw_initial_success": success(base, "base"),
+        **gate_figures(base, controlled, generate(config, "discover"), settings.episodes, seed),
+        "code_subgoal_bits": meaning.bits,
+        "unseen_transition_share": unseen,
+        "code_color_share": meaning.share.tolist(),
+    }
+
+
+# -- all seeds --------------------------------------------------------------------------------------------------------
+
+
+def reproduce(
+    config: GridworldConfig,
+    out: str | os.PathLike[str],
+    seeds: Sequence[int] = (0,),
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The experiment on every seed; writes and returns ``out/summary.json``.
+
+    workers: seeds at the same time, one thread each. With one worker, pretraining and discovery have all threads, and
+    the two kinds of RL run side by side where there is more than one core.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; expected at least 1.")
+    figures.require_matplotlib()
+    folder = RunFolder(out)
+    open_folder(folder, config, resume=resume, option="--out")
+    configs = [with_seed(config, seed) for seed in seeds]
+    paths = [folder.path / f"seed-{seed}" for seed in seeds]
+    if workers == 1:
+        pairs = usable_cores() > 1
+        for seeded, path in zip(configs, paths, strict=True):
+            reproduce_seed(seeded, path, quiet=quiet, side_by_side=pairs, device=device)
+    else:
+        jobs = [(seeded, path, quiet, device) for seeded, path in zip(configs, paths, strict=True)]
+        in_processes(_reproduce_alone, jobs, workers)
+    runs = [RunFolder(path) for path in paths]
+    summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
+    if folder.read_summary() != summary:
+        figures.draw_all(config, folder, runs)
+        folder.write_summary(summary)
+    return summary
+
+
+def open_folder(folder: RunFolder, config: GridworldConfig, *, resume: bool, option: str) -> None:
+    """Writes the config into a new folder, or checks that a resumed one holds the same."""
+    if not (folder.path / "config.json").exists():
+        if folder.path.is_dir() and any(folder.path.iterdir()):
+            raise ValueError(f"{folder.path} holds files of something else; choose another {option}.")
+        folder.write_config(config)
+        return
+    if not resume:
+        raise ValueError(f"{folder.path} holds a run; add --resume to go on with it, or choose another {option}.")
+    if with_seed(read_config(folder), config.seed) != with_seed(config, config.seed):
+        raise ValueError(
+            f"{folder.path} was started with another configuration; leave out --preset and --config to go on with it, "
+            f"or choose another {option}."
+        )
+
+
+def _reproduce_alone(config: GridworldConfig, path: Path, quiet: bool, device: str) -> None:
+    summary = reproduce_seed(
+        config, path, quiet=True, device=device
+    )  # bars of several processes would overwrite each other
+    if not quiet:
+        print(f"seed {config.seed}: finished in {summary['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], at_once: int) -> None:
+    """Calls ``function(*job)`` for every job, each in a fresh process with one thread.
+
+    If one fails, or this process is interrupted, the others are ended: each phase can be resumed.
+    """
+    pool = ProcessPoolExecutor(
+        at_once,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    try:
+        for future in as_completed([pool.submit(function, *job) for job in jobs]):
+            future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise train on, beside the run that resumes its folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

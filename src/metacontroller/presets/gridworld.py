@@ -1,0 +1,341 @@
+"""Complete configurations of the gridworld-pinpad experiment: debug (seconds), laptop, paper.
+
+A preset is a function that returns a `GridworldConfig`; variants derive from it with `dataclasses.replace`. Table and
+section numbers are those of arXiv 2512.20605.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.switching import GateConfig
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.envs.expert import expert_trajectories
+from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig
+from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.phases.internal_rl import InternalRLConfig
+from metacontroller.phases.pretrain import PretrainConfig
+from metacontroller.phases.training import Generate, OptimizerConfig
+from metacontroller.presets.reading import from_plain
+
+STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "raw_action_rl", "evaluate")
+"""What draws random numbers, each from a stream of its own."""
+
+MAX_SEED = 2**28 - 1
+"""Seeds of streams are ``seed * 8 + place``; PyTorch's CPU generator looks at 32 bits of a seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """tie_break: among equally short paths, "random" as in the paper, or "fixed". epsilon: share of random moves."""
+
+    tie_break: Literal["random", "fixed"] = "random"
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tie_break not in ("random", "fixed"):
+            raise ValueError(f"tie_break is {self.tie_break!r}; expected 'random' or 'fixed'.")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer. view: of the grid encoder."""
+
+    dim: int
+    lower_depth: int
+    upper_depth: int
+    heads: int
+    mlp_dim: int
+    view: Literal["absolute", "egocentric"] = "absolute"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("dim", "lower_depth", "upper_depth", "heads", "mlp_dim"))
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
+        if self.view not in ("absolute", "egocentric"):
+            raise ValueError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaControllerConfig:
+    """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. The others are
+    widths and depths of the parts they name."""
+
+    dim_latent: int = 8
+    dim_history: int = 32
+    dim_sequence: int = 32
+    encoder_hidden: int = 64
+    decoder_hidden: int = 32
+    switch_hidden: int = 32
+    embedder_dim: int = 64
+    embedder_depth: int = 1
+    rank: int | None = 16
+    policy_hidden: int = 256
+    gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
+        _check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
+        if self.embedder_dim % 4:
+            raise ValueError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its attention heads.")
+        if self.rank is not None:
+            _check_positive(self, ("rank",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """episodes: on new layouts, for each figure. codes, layouts_per_code: of the test of what a fixed code leads to."""
+
+    episodes: int = 4096
+    codes: int = 64
+    layouts_per_code: int = 256
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("episodes", "codes", "layouts_per_code"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridworldConfig:
+    """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
+
+    expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
+    seed: from which all other seeds derive, see `with_seed`.
+    """
+
+    environment: PinpadConfig
+    tasks: tuple[tuple[int, ...], ...]
+    post_task: tuple[int, ...]
+    expert: ExpertConfig
+    discovery_expert: ExpertConfig
+    model: ModelConfig
+    meta_controller: MetaControllerConfig
+    pretrain: PretrainConfig
+    discover: DiscoverConfig
+    internal_rl: InternalRLConfig
+    raw_action_rl: InternalRLConfig
+    evaluate: EvaluateConfig
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
+        if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
+            raise ValueError(
+                f"meta_controller.rank is {self.meta_controller.rank}; expected at most model.dim, {self.model.dim}."
+            )
+        stream_seed(self.seed, STREAMS[0])
+
+
+def _check_positive(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Seed of one of `STREAMS`; no two of them are the same, whatever the seeds, so no layout stream is used twice."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; expected 0..{MAX_SEED}.")
+    return seed * 8 + STREAMS.index(stream)
+
+
+def with_seed(config: GridworldConfig, seed: int) -> GridworldConfig:
+    """The same experiment from another seed, with the seeds of all phases derived from it."""
+    phases = ("pretrain", "discover", "internal_rl", "raw_action_rl")
+    seeded: dict[str, Any] = {name: replace(getattr(config, name), seed=stream_seed(seed, name)) for name in phases}
+    return replace(config, seed=seed, **seeded)
+
+
+# -- what a config describes ------------------------------------------------------------------------------------------
+
+
+def build_model(config: GridworldConfig) -> Transformer:
+    """A new action model, its weights drawn from the config's seed."""
+    environment, model = config.environment, config.model
+    body = {"heads": model.heads, "mlp_dim": model.mlp_dim}
+    grid = {
+        "size": environment.size,
+        "num_colors": environment.num_colors,
+        "num_walls": environment.num_walls,
+        "view": model.view,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "model"))
+        return Transformer(
+            model.dim,
+            action_embed_readout={"num_discrete": NUM_ACTIONS},
+            state_embed_readout={"grid": grid},
+            lower_body={"depth": model.lower_depth, **body},
+            upper_body={"depth": model.upper_depth, **body},
+            condition_on_actions=False,
+        )
+
+
+def build_meta_controller(config: GridworldConfig) -> MetaController:
+    """A new metacontroller, its weights drawn from the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "meta_controller"))
+        return MetaController(config.model.dim, **vars(config.meta_controller))
+
+
+def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) -> Generate:
+    """The source of one phase's episodes: ``generate(config, "discover")(n, generator)`` returns n fresh ones."""
+    expert = {"pretrain": config.expert, "discover": config.discovery_expert}[which]
+
+    def source(n: int, generator: torch.Generator) -> Trajectories:
+        return expert_trajectories(
+            config.environment,
+            config.tasks,
+            n,
+            generator=generator,
+            tie_break=expert.tie_break,
+            epsilon=expert.epsilon,
+            device=generator.device,
+        )
+
+    return source
+
+
+def from_json(data: Any) -> GridworldConfig:
+    """The config that a run's config.json holds; ValueError names the field that is unknown, missing or wrong."""
+    return from_plain(GridworldConfig, data)
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------
+
+
+def debug() -> GridworldConfig:
+    """Every phase in seconds on a 5 x 5 grid; learns nothing worth having."""
+    optimizer = OptimizerConfig(steps=12, batch_size=16, lr=1e-3, log_every=3, checkpoint_every=4)
+    rl = InternalRLConfig(episodes=96, batch_size=16, lr=1e-3, passes=2, checkpoint_every=2)
+    config = GridworldConfig(
+        environment=PinpadConfig(size=5, num_colors=4, num_walls=1, max_steps=20),
+        tasks=TABLE_A2,
+        post_task=A2_POST,
+        expert=ExpertConfig(tie_break="fixed"),
+        discovery_expert=ExpertConfig(tie_break="fixed"),
+        model=ModelConfig(dim=16, lower_depth=1, upper_depth=1, heads=2, mlp_dim=32, view="egocentric"),
+        meta_controller=MetaControllerConfig(
+            dim_latent=4,
+            dim_history=8,
+            dim_sequence=8,
+            encoder_hidden=16,
+            decoder_hidden=8,
+            switch_hidden=8,
+            embedder_dim=16,
+            rank=4,
+            policy_hidden=16,
+        ),
+        pretrain=PretrainConfig(optimizer=optimizer),
+        discover=DiscoverConfig(optimizer=optimizer, alpha_warmup=(2, 8)),
+        internal_rl=rl,
+        raw_action_rl=rl,
+        evaluate=EvaluateConfig(episodes=64, codes=4, layouts_per_code=16),
+    )
+    return with_seed(config, 0)
+
+
+def laptop() -> GridworldConfig:
+    """The paper's result on two cores: single-color subgoals (table A2) on a grid, with an expert that breaks ties
+    always the same way."""
+    expert = ExpertConfig(tie_break="fixed")
+    rl = InternalRLConfig(episodes=200_000, batch_size=1024, lr=1e-3, passes=4)
+    config = GridworldConfig(
+        environment=PinpadConfig(size=7, num_colors=4, num_walls=2, max_steps=100),
+        tasks=TABLE_A2,
+        post_task=A2_POST,
+        expert=expert,
+        discovery_expert=expert,
+        model=ModelConfig(dim=64, lower_depth=2, upper_depth=2, heads=4, mlp_dim=128, view="egocentric"),
+        meta_controller=MetaControllerConfig(policy_hidden=64),
+        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=6000, batch_size=256, lr=1e-3, decay_steps=1500)),
+        discover=DiscoverConfig(
+            optimizer=OptimizerConfig(steps=3000, batch_size=128, lr=2e-3, decay_steps=700),
+            alpha=0.3,
+            alpha_start=0.015,
+            alpha_warmup=(800, 1300),
+        ),
+        internal_rl=rl,
+        raw_action_rl=rl,
+        evaluate=EvaluateConfig(),
+    )
+    return with_seed(config, 0)
+
+
+def paper() -> GridworldConfig:
+    """The paper's grid experiment; days on a GPU."""
+    rl = InternalRLConfig(
+        episodes=100_000 * 1024,  # 100k updates; hyperparameters of internal RL
+        batch_size=1024,  # the same table
+        lr=3e-5,  # the same table; 3e-6 to 3e-4 were searched
+        weight_decay=0.0,  # our choice
+        passes=1,  # our choice
+        eps_clip=0.2,  # our choice
+        delta=1e-3,  # C.5: about 1e-3
+        max_grad_norm=1.0,  # our choice
+    )
+    config = GridworldConfig(
+        environment=PinpadConfig(size=7, num_colors=8, num_walls=4, max_steps=100),  # G, O, W, T
+        tasks=TABLE_A1,  # table A1
+        post_task=A1_POST,  # table A1
+        expert=ExpertConfig(tie_break="random", epsilon=0.0),  # stochastic shortest paths; 0 unless studied
+        discovery_expert=ExpertConfig(tie_break="random", epsilon=0.0),
+        model=ModelConfig(  # D.1: 6 blocks, controlled at mid-depth
+            dim=256,
+            lower_depth=3,
+            upper_depth=3,
+            heads=4,
+            mlp_dim=512,
+            view="absolute",
+        ),
+        meta_controller=MetaControllerConfig(
+            dim_latent=8,  # hyperparameters of discovery
+            dim_history=32,  # the same table
+            dim_sequence=32,  # the same table
+            encoder_hidden=64,  # the same table
+            decoder_hidden=32,  # the same table
+            switch_hidden=32,  # our choice
+            embedder_dim=64,  # our choice: attention where the paper has an SSM
+            embedder_depth=1,  # our choice
+            rank=16,  # as the paper's supervised controllers on the grid
+            policy_hidden=256,  # C.5; a GRU where the paper has an SSM
+            gate=GateConfig(mode="soft", threshold=0.5),  # C.6
+        ),
+        pretrain=PretrainConfig(
+            optimizer=OptimizerConfig(  # hyperparameters of pretraining
+                steps=256_000,
+                batch_size=1024,
+                lr=3e-4,
+                weight_decay=0.03,
+                decay_steps=0,
+                max_grad_norm=1.0,  # our choice
+            ),
+            state_loss_weight=0.01,  # 0 or 0.01
+        ),
+        discover=DiscoverConfig(
+            optimizer=OptimizerConfig(  # hyperparameters of discovery
+                steps=64_000,
+                batch_size=512,
+                lr=1e-3,
+                weight_decay=0.03,
+                decay_steps=0,
+                max_grad_norm=1.0,  # our choice
+            ),
+            alpha=0.17,  # our choice among those searched: 0, 0.05, 0.1, 0.17, 0.3, 0.5, 1
+            alpha_start=0.17,  # no warm-up: the paper is silent
+        ),
+        internal_rl=rl,
+        raw_action_rl=rl,
+        evaluate=EvaluateConfig(episodes=4096, codes=64, layouts_per_code=256),  # our choice
+    )
+    return with_seed(config, 0)

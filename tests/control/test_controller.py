@@ -1,0 +1,109 @@
+"""The controller: what is applied against the matrix that it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metacontroller.control.controller import Controller
+
+CODE, WIDTH = 3, 7
+
+
+def make_controller(rank: int | None) -> Controller:
+    """Float64, with factors of order one that differ between reading and writing."""
+    controller = Controller(CODE, WIDTH, hidden=5, rank=rank).double()
+    for parameter in controller.parameters():
+        nn.init.normal_(parameter)
+    return controller
+
+
+@pytest.mark.parametrize("rank", [1, 2, WIDTH, None])
+def test_apply_equals_the_matrix_product(rank: int | None) -> None:
+    controller = make_controller(rank)
+    z = torch.randn(2, 4, CODE, dtype=torch.float64, requires_grad=True)
+    e = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+    matrix = controller.matrix(z)
+    assert (matrix - matrix.transpose(-1, -2)).abs().min(dim=0).values.max() > 0.1  # input and output axes differ
+    dense = torch.einsum("btoi,bti->bto", matrix, e)
+    applied = controller.apply(z, e)
+    torch.testing.assert_close(applied, dense)
+    weight = torch.randn_like(dense)
+    inputs = [z, e, *controller.parameters()]
+    fast, slow = (torch.autograd.grad((out * weight).sum(), inputs) for out in (applied, dense))
+    torch.testing.assert_close(fast, slow)
+    assert all(bool((gradient != 0).any()) for gradient in fast)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rank_bounds_the_matrix(rank: int) -> None:
+    matrix = make_controller(rank).matrix(torch.randn(6, CODE, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(matrix).tolist() == [rank] * 6
+
+
+def test_one_code_and_one_residual_need_no_batch() -> None:
+    controller = make_controller(2)
+    z, e = torch.randn(CODE, dtype=torch.float64), torch.randn(WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(controller.apply(z, e), controller.matrix(z) @ e)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the number of entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+def test_the_low_rank_matrix_is_never_formed() -> None:
+    width, steps, hidden, rank = 64, 50, 3, 2
+    controller = Controller(CODE, width, hidden=hidden, rank=rank)
+    z, e = torch.randn(steps, CODE), torch.randn(steps, width)
+    with _LargestTensor() as applied, torch.no_grad():
+        controller.apply(z, e)
+    with _LargestTensor() as formed, torch.no_grad():
+        controller.matrix(z)
+    assert formed.entries == steps * width * width
+    assert applied.entries == steps * max(width, (hidden + 1) * rank)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_steering_starts_near_the_identity(rank: int | None) -> None:
+    controller = Controller(8, 64, rank=rank)
+    change = controller.apply(torch.randn(100, 8), torch.randn(100, 64))
+    assert 0 < change.norm() < 0.5 * 100**0.5 * 8
+
+
+def test_apply_of_a_callable_is_that_of_any_module() -> None:
+    holder = nn.Sequential(make_controller(2), nn.Linear(2, 2))
+    visited: list[nn.Module] = []
+    assert holder.apply(visited.append) is holder
+    assert visited == [holder[0].code_to_hidden, holder[0], holder[1], holder]
+    controller = make_controller(2)
+    assert controller.apply(lambda module: None) is controller
+
+
+def test_a_missing_residual_is_named() -> None:
+    with pytest.raises(ValueError, match="e is missing"):
+        make_controller(2).apply(torch.randn(CODE))  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": WIDTH + 1}, f"1..{WIDTH}"),
+        ({"hidden": 0}, "hidden 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Controller(CODE, WIDTH, **sizes)

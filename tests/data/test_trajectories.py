@@ -1,0 +1,227 @@
+"""Behaviour data: the store gives back what was written, batches hold every episode once, bad rows are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches, stream
+from metacontroller.data.trajectories import masked_mean
+
+
+def make_trajectories(lengths: list[int], padded: int | None = None, labels: bool = True) -> Trajectories:
+    """Episodes with random states of width 2; padding as the class says."""
+    count, steps = len(lengths), padded or max(lengths)
+    lens = torch.tensor(lengths)
+    mask = length_mask(lens, steps)
+    states = torch.randn(count, steps + 1, 2)
+    last = states[torch.arange(count), lens]
+    states = torch.where(length_mask(lens + 1, steps + 1)[..., None], states, last[:, None])
+    subgoals = torch.randint(0, 5, (count, steps)).masked_fill(~mask, -1)
+    return Trajectories(
+        states=states,
+        actions=torch.randint(0, 4, (count, steps)).masked_fill(~mask, 0),
+        lengths=lens,
+        subgoals=subgoals if labels else None,
+        segments=torch.arange(steps).expand(count, -1).masked_fill(~mask, -1) if labels else None,
+    )
+
+
+def assert_same(first: Trajectories, second: Trajectories) -> None:
+    for name in ("states", "actions", "lengths", "subgoals", "segments"):
+        a, b = getattr(first, name), getattr(second, name)
+        assert (a is None) == (b is None), name
+        assert a is None or torch.equal(a, b), name
+        assert a is None or a.dtype == b.dtype, name
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), extra=st.integers(0, 3), data=st.data())
+def test_the_store_gives_back_what_was_written(
+    lengths: list[int], extra: int, data: st.DataObject, tmp_path: Path
+) -> None:
+    written = make_trajectories(lengths, max(lengths) + extra)
+    store = TrajectoryStore.write(tmp_path / "store", written)
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6)))
+    assert len(store) == len(lengths)
+    assert_same(store.read(rows), written.index(rows))
+    assert_same(TrajectoryStore(tmp_path / "store").read(rows.numpy()), written.index(rows))
+
+
+def test_missing_labels_stay_missing(tmp_path: Path) -> None:
+    written = make_trajectories([2, 3], labels=False)
+    assert_same(TrajectoryStore.write(tmp_path / "store", written).read(np.arange(2)), written)
+
+
+def test_states_of_several_axes_and_vector_actions_survive(tmp_path: Path) -> None:
+    states, actions = torch.randn(1, 4, 2, 3), torch.randn(1, 3, 5)
+    written = Trajectories(states=states, actions=actions, lengths=torch.tensor([3]))
+    assert_same(TrajectoryStore.write(tmp_path / "store", written).read(np.array([0])), written)
+
+
+def test_padding_is_not_stored(tmp_path: Path) -> None:
+    TrajectoryStore.write(tmp_path / "store", make_trajectories([1, 4], padded=50))
+    assert np.load(tmp_path / "store" / "actions.npy").shape == (5,)
+    assert np.load(tmp_path / "store" / "states.npy").shape == (7, 2)
+
+
+def test_reading_maps_the_files_and_copies_what_it_returns(tmp_path: Path) -> None:
+    store = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3]))
+    assert all(isinstance(array, np.memmap) for array in store.arrays.values())
+    first = store.read(np.array([0]))
+    first.states.zero_()
+    first.lengths.zero_()
+    assert store.read(np.array([0])).states.abs().sum() > 0
+    assert store.read(np.array([0])).lengths.tolist() == [2]
+
+
+def test_writing_again_replaces_the_store_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3]))
+    second = make_trajectories([4], labels=False)
+    assert_same(TrajectoryStore.write(tmp_path / "store", second).read(np.array([0])), second)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_write_that_fails_leaves_the_old_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_trajectories([2, 3])
+    TrajectoryStore.write(tmp_path / "store", first)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(OSError, match="no space"):
+        TrajectoryStore.write(tmp_path / "store", make_trajectories([4]))
+    assert_same(TrajectoryStore(tmp_path / "store").read(np.arange(2)), first)
+
+
+def test_batches_hold_episodes_of_similar_length_once_each() -> None:
+    lengths = torch.randperm(20).add(1).tolist()
+    trajectories = make_trajectories(lengths)
+    batches = list(length_sorted_batches(trajectories, 5, torch.Generator().manual_seed(0)))
+    assert [batch.batch for batch in batches] == [5] * 4
+    spans = sorted(batch.lengths.sort().values.tolist() for batch in batches)
+    assert spans == [list(range(first, first + 5)) for first in (1, 6, 11, 16)]
+    assert [batch.steps for batch in batches] == [int(batch.lengths.max()) for batch in batches]
+    for batch in batches:
+        for row, length in enumerate(batch.lengths.tolist()):
+            original = trajectories.index(torch.tensor([lengths.index(length)]))
+            assert_same(batch.index(torch.tensor([row])), original)
+
+
+def test_batches_come_in_random_order_that_the_seed_repeats() -> None:
+    trajectories = make_trajectories(list(range(1, 41)))
+
+    def order(seed: int) -> list[int]:
+        batches = length_sorted_batches(trajectories, 4, torch.Generator().manual_seed(seed))
+        return [int(batch.lengths.min()) for batch in batches]
+
+    assert order(1) == order(1)
+    assert order(1) != sorted(order(1))
+    assert order(1) != order(2)
+
+
+def test_episodes_that_fill_no_batch_are_drawn_afresh() -> None:
+    trajectories, generator = make_trajectories([1, 2, 3, 4, 5]), torch.Generator().manual_seed(0)
+    left_out = set()
+    for _ in range(30):
+        batches = list(length_sorted_batches(trajectories, 2, generator))
+        kept = torch.cat([batch.lengths for batch in batches]).tolist()
+        assert len(set(kept)) == 4
+        left_out |= {1, 2, 3, 4, 5} - set(kept)
+    assert left_out == {1, 2, 3, 4, 5}
+
+
+def test_a_stream_asks_for_windows_and_never_ends() -> None:
+    asked: list[int] = []
+
+    def generate(n: int) -> Trajectories:
+        asked.append(n)
+        return make_trajectories(list(range(1, n + 1)))
+
+    batches = stream(generate, 3, window=2)
+    lengths = [next(batches).lengths.tolist() for _ in range(5)]
+    assert asked == [6, 6, 6]
+    assert sorted(lengths[:2]) == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_rows_are_cut_to_the_longest_of_them() -> None:
+    trajectories = make_trajectories([5, 2, 3])
+    picked = trajectories.index(torch.tensor([2, 1]))
+    assert (picked.batch, picked.steps, picked.states.shape[1]) == (2, 3, 4)
+    assert picked.mask().tolist() == [[True, True, True], [True, True, False]]
+    assert torch.equal(picked.actions[0], trajectories.actions[2, :3])
+
+
+def test_moving_keeps_everything() -> None:
+    trajectories = make_trajectories([2, 1], labels=False)
+    assert_same(trajectories.to("cpu"), trajectories)
+    assert trajectories.to("meta").states.device.type == "meta"
+
+
+def test_masked_mean_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 9e9], [6.0, -9e9, 9e9]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert masked_mean(values, mask) == 3
+    assert masked_mean(values, torch.zeros_like(mask)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"states": torch.zeros(2, 3, 1)}, r"\(2, 3, 1\).*one state more than actions"),
+        ({"lengths": torch.tensor([1, 4])}, "1..4; each must lie in 1..3"),
+        ({"lengths": torch.tensor([0, 3])}, "0..3; each must lie in 1..3"),
+        ({"lengths": torch.tensor([3])}, r"expected \(2,\)"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, "float32.*whole numbers"),
+        ({"states": torch.zeros(0, 4, 1), "actions": torch.zeros(0, 3), "lengths": torch.zeros(0)}, "0 episodes"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(change: dict[str, Tensor], message: str) -> None:
+    good = {"states": torch.zeros(2, 4, 1), "actions": torch.zeros(2, 3), "lengths": torch.tensor([3, 1])}
+    with pytest.raises(ValueError, match=message):
+        Trajectories(**(good | change))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 4])
+def test_impossible_batch_sizes_are_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size (is )?{batch_size}"):
+        next(length_sorted_batches(make_trajectories([1, 2, 3]), batch_size))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([2]), "2..2; each must lie in 0..1"),
+        (np.array([-1, 0]), "-1..0"),
+        (np.array([], dtype=np.int64), r"shape \(0,\)"),
+        (np.array([True, False]), "bool"),
+        (np.array([[0]]), r"\(1, 1\)"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(rows: np.ndarray, message: str, tmp_path: Path) -> None:
+    store = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3]))
+    with pytest.raises(ValueError, match=message):
+        store.read(rows)
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no store\.json"):
+        TrajectoryStore(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": 99, "arrays": []}')
+    with pytest.raises(ValueError, match="format 99; this version reads 1"):
+        TrajectoryStore(tmp_path)
+
+
+def test_a_store_holds_no_pickles(tmp_path: Path) -> None:
+    store = TrajectoryStore.write(tmp_path / "store", make_trajectories([2]))
+    np.save(store.path / "actions.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        TrajectoryStore(store.path)

@@ -1,0 +1,87 @@
+"""State encoders: lookups against the linear maps of one-hot vectors that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+from metacontroller.envs.gridworld_pinpad import PinpadConfig, sample_layouts, tokens_to_onehot
+from metacontroller.models.encoders import GridEncoder, VectorEncoder
+
+GRID = PinpadConfig(size=4, num_colors=3, num_walls=2)
+DIM = 6
+
+
+def grid_tokens() -> Tensor:
+    """(3, 5, 6) tokens of random layouts."""
+    layouts = sample_layouts(GRID, 15, torch.Generator().manual_seed(1))
+    return torch.cat([layouts.objects, layouts.agent[:, None]], 1).view(3, 5, -1)
+
+
+def make_encoder(view: Literal["absolute", "egocentric"]) -> GridEncoder:
+    encoder = GridEncoder(DIM, size=GRID.size, num_colors=GRID.num_colors, num_walls=GRID.num_walls, view=view)
+    return encoder.double()
+
+
+def displacement_onehot(tokens: Tensor) -> Tensor:
+    """One grid's displacements, slowly: a block per color, one that the walls add up in, and the agent's cell."""
+    size, span = GRID.size, 2 * GRID.size - 1
+    blocks = torch.zeros(GRID.num_colors + 1, span, span, dtype=torch.float64)
+    agent = int(tokens[-1])
+    for number, cell in enumerate(tokens[:-1].tolist()):
+        down, right = cell // size - agent // size, cell % size - agent % size
+        blocks[min(number, GRID.num_colors), down + size - 1, right + size - 1] += 1
+    place = torch.zeros(GRID.num_cells, dtype=torch.float64)
+    place[agent] = 1
+    return torch.cat([blocks.flatten(), place])
+
+
+@pytest.mark.parametrize("view", ["absolute", "egocentric"])
+def test_grid_lookup_is_a_linear_map_of_the_onehot(view: Literal["absolute", "egocentric"]) -> None:
+    encoder, tokens = make_encoder(view), grid_tokens()
+    if view == "absolute":
+        onehot = tokens_to_onehot(GRID, tokens).double()
+    else:
+        onehot = torch.stack([displacement_onehot(row) for row in tokens.flatten(0, 1)]).unflatten(0, (3, 5))
+    weight = torch.randn(3, 5, DIM, dtype=torch.float64)
+    linear = torch.nn.functional.linear(onehot, encoder.table.T)
+    torch.testing.assert_close(encoder(tokens), linear)
+    (fast,) = torch.autograd.grad((encoder(tokens) * weight).sum(), encoder.table)
+    (slow,) = torch.autograd.grad((linear * weight).sum(), encoder.table)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_vector_encoder_is_linear_and_casts_to_its_weights() -> None:
+    encoder, states = VectorEncoder(5, DIM), torch.randn(2, 3, 5, dtype=torch.float64)
+    expected = states.float() @ encoder.linear.weight.T + encoder.linear.bias
+    torch.testing.assert_close(encoder(states), expected)
+
+
+def test_looking_only_at_shapes_is_enough_to_encode_but_not_to_check() -> None:
+    nan = torch.full((1, 1, 5), torch.nan)
+    encoder = VectorEncoder(5, DIM)
+    assert bool(encoder(nan).isnan().all())
+    with pytest.raises(ValueError, match="NaN"):
+        encoder.check(nan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 1}, "size 1"),
+        ({"num_colors": 0}, "0 colors"),
+        ({"num_walls": -1}, "-1 walls"),
+        ({"view": "sideways"}, "'sideways'"),
+    ],
+)
+def test_impossible_grids_are_refused(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, who get our own messages
+    options: dict[str, Any] = {"size": 4, "num_colors": 3, "num_walls": 2, "view": "absolute"} | change
+    with pytest.raises(ValueError, match=message):
+        GridEncoder(DIM, **options)

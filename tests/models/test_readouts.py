@@ -1,0 +1,71 @@
+"""Readouts: log-probabilities against torch.distributions, samples against their distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal
+
+from metacontroller.models.readouts import CategoricalReadout, GaussianReadout, make_readout
+
+
+def test_categorical_log_prob_and_gradient() -> None:
+    readout = CategoricalReadout(6, 4).double()
+    hidden = torch.randn(3, 5, 6, dtype=torch.float64)
+    values = torch.randint(0, 4, (3, 5))
+    logits = readout(hidden)
+    expected = Categorical(logits=logits).log_prob(values)
+    torch.testing.assert_close(readout.log_prob(logits, values), expected)
+    (fast,) = torch.autograd.grad(readout.log_prob(logits, values).sum(), readout.linear.weight, retain_graph=True)
+    (slow,) = torch.autograd.grad(expected.sum(), readout.linear.weight)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_gaussian_log_prob_and_gradient() -> None:
+    readout = GaussianReadout(6, 3).double()
+    hidden = torch.randn(3, 5, 6, dtype=torch.float64)
+    values = torch.randn(3, 5, 3, dtype=torch.float64)
+    params = readout(hidden)
+    mean, log_std = params.chunk(2, -1)
+    expected = Normal(mean, log_std.exp()).log_prob(values).sum(-1)
+    torch.testing.assert_close(readout.log_prob(params, values), expected)
+    (fast,) = torch.autograd.grad(readout.log_prob(params, values).sum(), readout.linear.weight, retain_graph=True)
+    (slow,) = torch.autograd.grad(expected.sum(), readout.linear.weight)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_categorical_samples_follow_the_probabilities() -> None:
+    readout = CategoricalReadout(6, 3)
+    probabilities = torch.tensor([0.2, 0.7, 0.1])
+    draws = readout.sample(probabilities.log().expand(20_000, 1, 3), torch.Generator().manual_seed(0))
+    shares = torch.bincount(draws.flatten(), minlength=3) / draws.numel()
+    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
+
+
+def test_gaussian_samples_have_the_mean_and_spread() -> None:
+    readout = GaussianReadout(6, 2)
+    params = torch.tensor([1.0, -2.0, 0.0, -1.0]).expand(20_000, 1, 4)
+    draws = readout.sample(params, torch.Generator().manual_seed(0)).flatten(0, 1)
+    torch.testing.assert_close(draws.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(draws.std(0), torch.tensor([0.0, -1.0]).exp(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("readout", [CategoricalReadout(6, 4), GaussianReadout(6, 4)])
+def test_samples_repeat_with_the_seed(readout: CategoricalReadout | GaussianReadout) -> None:
+    params = readout(torch.randn(8, 9, 6))
+    first, again, other = (readout.sample(params, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_discrete": 4, "num_continuous": 2}, {"classes": 4}, {"num_discrete": 1}, {"num_continuous": 0}]
+)
+def test_unclear_readouts_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="num_discrete|num_continuous"):
+        make_readout(6, "action_embed_readout", options)
+
+
+def test_the_option_chooses_the_readout() -> None:
+    assert isinstance(make_readout(6, "action_embed_readout", {"num_discrete": 4}), CategoricalReadout)
+    assert isinstance(make_readout(6, "action_embed_readout", {"num_continuous": 4}), GaussianReadout)

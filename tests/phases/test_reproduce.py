@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from metacontroller.analysis import figures
+from metacontroller.phases import reproduce as module
+from metacontroller.phases.reproduce import PHASES, TimedRun, in_processes, reproduce, run_phase
+from metacontroller.presets.gridworld import debug, with_seed
+from metacontroller.run_folder import RunFolder
+
+ARTEFACTS: dict[str, str] = dict(
+    zip(PHASES, ("base_model", "meta_controller", "internal_rl_policy", "raw_action_model"), strict=True)
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
+
+
+def undrawn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(figures, "draw_run", lambda *_: None)
+    patch.setattr(figures, "draw_all", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reproduction of the debug preset that was never interrupted."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "usable_cores", lambda: 1)
+        reproduce(debug(), out, [0], quiet=True)
+    return out
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, phase: str) -> None:
+    """The phase is interrupted right after its first checkpoint."""
+    save: Callable = RunFolder.save_checkpoint
+
+    def save_and_stop(self: RunFolder, name: str, *rest: Any) -> Path:
+        path = save(self, name, *rest)
+        if name == phase:
+            raise KeyboardInterrupt
+        return path
+
+    patch.setattr(RunFolder, "save_checkpoint", save_and_stop)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_summary_has_a_value_for_each_seed(finished: Path) -> None:
+    summary = RunFolder(finished).read_summary()
+    assert summary["seeds"] == [0]
+    for name in (
+        "internal_rl_success",
+        "raw_action_success",
+        "gate_recall",
+        "gate_precision",
+        "gate_binary_fraction",
+        "code_subgoal_bits",
+        "prior_success",
+        "raw_initial_success",
+        "unseen_transition_share",
+        "seconds",
+    ):
+        assert len(summary[name]) == 1
+        assert isinstance(summary[name][0], float)
+    assert summary["episodes"] == 96
+    assert summary["peak_rss_mb"] > 50
+    assert set(summary["phase_seconds"][0]) == {*PHASES, "evaluate"}
+    assert summary["seconds"][0] == pytest.approx(sum(summary["phase_seconds"][0].values()))
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_figures_are_png_files(finished: Path) -> None:
+    expected = ["figures/success.png"] + [f"seed-0/figures/{n}.png" for n in ("codes", "gate", "losses", "success")]
+    for name in expected:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_internal_rl_leaves_the_base_and_all_but_the_policy_alone(finished: Path) -> None:
+    run = finished / "seed-0"
+    assert not same_weights(run / "base_model.safetensors", run / "raw_action_model.safetensors")
+    found, learned = load_file(run / "meta_controller.safetensors"), load_file(run / "internal_rl_policy.safetensors")
+    changed = {name for name in found if not torch.equal(found[name], learned[name])}
+    assert changed == {name for name in found if name.startswith("policy.")}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_interrupted_phase_goes_on_bit_for_bit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    folder, artefact = tmp_path / "seed-0", f"{ARTEFACTS[phase]}.safetensors"
+    shutil.copytree(finished / "seed-0", folder)
+    for name in (f"{phase}.safetensors", artefact, "metrics.jsonl"):
+        (folder / name).unlink()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, phase)
+        with pytest.raises(KeyboardInterrupt):
+            run_phase(phase, debug(), folder, True, "cpu")
+    assert not (folder / artefact).exists()
+    begun = RunFolder(folder).load_checkpoint(phase)[1]["seconds"]
+    run_phase(phase, debug(), folder, True, "cpu")
+    assert same_weights(folder / artefact, finished / "seed-0" / artefact)
+    steps = [line["step"] for line in RunFolder(folder).read_metrics(phase)]
+    assert steps == [line["step"] for line in RunFolder(finished / "seed-0").read_metrics(phase)]
+    assert RunFolder(folder).load_checkpoint(phase)[1]["seconds"] > begun
+
+
+def test_an_interrupted_reproduction_goes_on_where_it_stopped(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "discover")
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(debug(), out, [0], quiet=True)
+    summary = reproduce(debug(), out, [0], resume=True, quiet=True)
+    whole = RunFolder(finished).read_summary()
+    for name in ("internal_rl_success", "raw_action_success", "gate_recall", "gate_precision", "code_subgoal_bits"):
+        assert summary[name] == whole[name]
+
+
+def test_a_finished_reproduction_does_nothing_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "run_phase", lambda *_: pytest.fail("a phase ran again"))
+    summary = reproduce(debug(), finished, [0], resume=True, quiet=True)
+    assert summary == RunFolder(finished).read_summary()
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == files
+
+
+def test_a_resumed_reproduction_may_have_more_seeds(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    summary = reproduce(debug(), out, [0, 1], resume=True, quiet=True)
+    assert summary["seeds"] == [0, 1]
+    assert not same_weights(out / "seed-0" / "base_model.safetensors", out / "seed-1" / "base_model.safetensors")
+    assert module.read_config(RunFolder(out / "seed-1")) == with_seed(debug(), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seeds": []}, r"seeds are \[\]; give at least one, each once\."),
+        ({"seeds": [1, 1]}, r"seeds are \[1, 1\]; give at least one, each once\."),
+        ({"workers": 0}, r"workers is 0; expected at least 1\."),
+        ({}, r"out holds a run; add --resume to go on with it, or choose another --out\."),
+        ({"resume": True, "config": with_seed(module.GridworldConfig(**{**vars(debug()), "post_task": (3, 2)}), 0)},
+         r"out was started with another configuration; leave out --preset"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_reproduced_is_refused(finished: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        reproduce(**{"config": debug(), "out": finished, "quiet": True, **options})
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"holds files of something else; choose another --out\."):
+        reproduce(debug(), tmp_path, resume=True)
+
+
+def test_seconds_add_up_over_sessions(tmp_path: Path) -> None:
+    first = TimedRun(tmp_path)
+    first.save_checkpoint("phase", {"x": torch.zeros(1)}, {"seconds": 100.0})
+    first._spent["phase"] = 100.0
+    first.save_checkpoint("phase", {"x": torch.zeros(1)}, {})
+    second = TimedRun(tmp_path)
+    second.load_checkpoint("phase")
+    second.save_checkpoint("phase", {"x": torch.zeros(1)}, {})
+    assert 100.0 < second.load_checkpoint("phase")[1]["seconds"] < 110.0
+
+
+@pytest.mark.slow
+def test_side_by_side_and_with_workers_the_result_is_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        reproduce(debug(), out, [0], workers=workers, quiet=True)
+        for artefact in ARTEFACTS.values():
+            name = f"seed-0/{artefact}.safetensors"
+            assert same_weights(out / name, finished / name)
+
+
+@pytest.mark.slow
+def test_a_failure_in_a_worker_reaches_the_caller() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        in_processes(int, [("3",), ("x",)], 2)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from metacontroller import cli
+from metacontroller.phases import reproduce as reproduce_module
+from metacontroller.presets.gridworld import debug, from_json, laptop, with_seed
+from metacontroller.run_folder import RunFolder
+
+QUIET = ["--quiet", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with every phase of the debug preset done, command by command."""
+    path = str(tmp_path_factory.mktemp("cli") / "run")
+    steps = ["--config.pretrain.optimizer.steps", "8"]
+    assert cli.main(["pretrain", path, "--preset", "debug", "--seed", "3", *steps, *QUIET]) == 0
+    assert cli.main(["discover", path, *QUIET]) == 0
+    assert cli.main(["internal-rl", path, *QUIET]) == 0
+    assert cli.main(["internal-rl", path, "--raw", *QUIET]) == 0
+    return Path(path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What the command line says when it ends with status 2."""
+    try:
+        status = cli.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.replace("│", " ").split())
+
+
+def test_the_phases_leave_their_artefacts_and_the_whole_config(run: Path) -> None:
+    artefacts = ("base_model", "meta_controller", "internal_rl_policy", "raw_action_model")
+    assert all((run / f"{name}.safetensors").is_file() for name in artefacts)
+    config = from_json(json.loads((run / "config.json").read_text()))
+    assert config.pretrain.optimizer.steps == 8
+    assert config.seed == 3
+    assert config == with_seed(config, 3)
+    assert config.model == debug().model
+
+
+@pytest.mark.parametrize("policy", ["base", "raw", "prior", "internal-rl"])
+def test_evaluate_prints_json(run: Path, capsys: pytest.CaptureFixture[str], policy: str) -> None:
+    argv = ["evaluate", str(run), "--episodes", "20", "--seed", "7", "--json", "--policy", policy, "--task", "0-3-2"]
+    assert cli.main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = {"run", "policy", "task", "episodes", "success", "success_se", "subgoals", "steps", "decisions"}
+    if policy in ("prior", "internal-rl"):
+        keys |= {"gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits"}
+    assert set(result) == keys
+    assert (result["policy"], result["task"], result["episodes"]) == (policy, "0-3-2", 20)
+
+
+def test_evaluate_takes_task_and_episodes_from_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--policy", "base"]) == 0
+    text = capsys.readouterr().out
+    assert "0-1-2-3" in text
+    assert "64" in text
+    assert "success_se" in text
+
+
+def test_evaluate_of_a_reproduction_lists_its_seeds_in_order(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (10, 2):
+        shutil.copytree(run, tmp_path / f"seed-{seed}")
+    assert cli.main(["evaluate", str(tmp_path), "--policy", "base", "--episodes", "4", "--json"]) == 0
+    assert [result["run"] for result in json.loads(capsys.readouterr().out)] == ["seed-2", "seed-10"]
+
+
+def test_reproduce_prints_a_table_and_where_the_figures_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce_module, "usable_cores", lambda: 1)
+    out = tmp_path / "out"
+    assert cli.main(["reproduce", "--preset", "debug", "--out", str(out), "--seeds", "5", *QUIET]) == 0
+    text = capsys.readouterr().out
+    assert "internal RL: success" in text
+    assert f"Figures: {out / 'figures'}" in text
+    assert RunFolder(out).read_summary()["seeds"] == [5]
+
+
+def test_an_interrupt_ends_with_130_and_resume_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "run")
+    save = RunFolder.save_checkpoint
+    with monkeypatch.context() as patch:
+
+        def save_and_stop(self: RunFolder, *arguments: object) -> Path:
+            save(self, *arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        patch.setattr(RunFolder, "save_checkpoint", save_and_stop)
+        assert cli.main(["pretrain", path, "--preset", "debug", *QUIET]) == 130
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert cli.main(["pretrain", path, "--resume", *QUIET]) == 0  # the run's own config, not the laptop's
+    assert RunFolder(path).load_checkpoint("pretrain")[1]["step"] == debug().pretrain.optimizer.steps
+
+
+def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "pretrain", str(run), "--preset", "debug")
+    assert said == f"metacontroller: {run} holds a run; add --resume to go on with it, or choose another folder."
+    for command in (["discover"], ["internal-rl"], ["internal-rl", "--raw"]):
+        said = refusal(capsys, command[0], str(run), *command[1:])
+        assert said.endswith("of this phase; add --resume to go on with it.")
+
+
+def test_a_resumed_run_keeps_its_config(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "pretrain", str(run), "--preset", "debug", "--resume")
+    assert "was started with another configuration; leave out --preset and --config" in said
+    said = refusal(capsys, "pretrain", str(run), "--seed", "4", "--resume")
+    assert "was started from seed 3, not 4" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["discover", "{new}"], "has no config.json; name the folder of a run that has been started."),
+        (["evaluate", "{run}", "--task", "0-7"], "task 0-7 has unknown color 7"),
+        (["evaluate", "{run}", "--task", "blue"], "task 'blue' is not a list of colors"),
+        (["evaluate", "{run}", "--episodes", "0"], "episodes is 0; expected at least 1."),
+        (["evaluate", "{run}", "--seed", "-1"], "seed is -1; expected 0.."),
+        (["pretrain", "{new}", "--config.model.dim", "0"], "dim is 0; expected at least 1."),
+        (["pretrain", "{new}", "--config.tasks", "0-1", "0-9"], "task 0-9 has unknown color 9"),
+        (["pretrain", "{new}", "--config.pretrain.seed", "4"], "change that with --seed or --seeds."),
+        (["pretrain", "{new}", "--preset", "desktop"], "invalid choice"),
+        (["reproduce", "--out", "{new}", "--workers", "0"], "workers is 0; expected at least 1."),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_mistake_is_answered_with_its_mending(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+) -> None:
+    new = tmp_path / "new"
+    said = refusal(capsys, *(word.format(run=run, new=new) for word in argv))
+    assert sentence in said
+    assert not new.exists()
+
+
+def test_a_phase_without_what_it_needs_names_the_phase_to_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert "run `metacontroller pretrain` on it first" in refusal(capsys, "discover", str(tmp_path))
+    shutil.copy(run / "base_model.safetensors", tmp_path)
+    assert "run `metacontroller discover` on it first" in refusal(capsys, "internal-rl", str(tmp_path))
+    assert "run `metacontroller internal-rl` on it first" in refusal(capsys, "evaluate", str(tmp_path))
+    raw = refusal(capsys, "evaluate", str(tmp_path), "--policy", "raw")
+    assert "run `metacontroller internal-rl --raw` on it first" in raw
+
+
+def test_the_preset_decides_the_defaults_of_all_options() -> None:
+    command = cli.parse(["reproduce", "--preset=debug", "--config.tasks", "0-1", "2-3-2", "--config.post-task", "3-0"])
+    assert command.config.tasks == ((0, 1), (2, 3, 2))
+    assert command.config.post_task == (3, 0)
+    assert command.config.model == debug().model
+    assert cli.parse(["reproduce"]).config == laptop()
+
+
+def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(command in text for command in cli.COMMANDS)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["reproduce", "--help"])
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--seeds", "--workers", "--resume", "--config.discover.alpha"))
