@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import torch
 import tyro
@@ -263,7 +263,7 @@ def _task_registry() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def task(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type != tuple[int, ...]:
+        if info.type_origin is not tuple or get_args(info.type) != (int, ...):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,

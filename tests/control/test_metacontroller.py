@@ -49,10 +49,8 @@ def embed_alike(monkeypatch: pytest.MonkeyPatch, steering: MetaController) -> No
 
 def slow_history(steering: MetaController, read: Tensor) -> Tensor:
     """h_1 .. h_T, step by step through the GRU's equations."""
-    gru = steering.history
-    w_in, w_hidden = gru.weight_ih_l0, gru.weight_hh_l0
-    b_in, b_hidden = gru.bias_ih_l0, gru.bias_hh_l0
-    h, steps = read.new_zeros(len(read), gru.hidden_size), []
+    w_in, w_hidden, b_in, b_hidden = steering.history.parameters()
+    h, steps = read.new_zeros(len(read), steering.dim_history), []
     for t in range(read.shape[1]):
         r_in, z_in, n_in = (read[:, t] @ w_in.T + b_in).chunk(3, -1)
         r_hidden, z_hidden, n_hidden = (h @ w_hidden.T + b_hidden).chunk(3, -1)

@@ -1,4 +1,4 @@
-"""The abstract-action policy and its loss: the prior at first, steps against sequences, the loss against a slow loop."""
+"""The abstract-action policy and its loss: the prior at first, steps against sequences, loss against a slow loop."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_steering(**options: Any) -> MetaController:
     return steering
 
 
-def stored_episodes() -> dict[str, Tensor]:
+def stored_episodes() -> dict[str, Any]:
     """Random stored residuals, codes and gates; the ratios straddle the clip."""
     return {
         "states": torch.randn(BATCH, TIME, WIDTH, dtype=torch.float64),
@@ -77,9 +77,7 @@ def stored_episodes() -> dict[str, Tensor]:
     }
 
 
-def slow_policy_loss(
-    steering: MetaController, stored: dict[str, Tensor], lengths: list[int], eps_clip: float
-) -> Tensor:
+def slow_policy_loss(steering: MetaController, stored: dict[str, Any], lengths: list[int], eps_clip: float) -> Tensor:
     """Episode by episode, step by step; the recurrence advances only where the gate opened."""
     policy, terms = steering.policy, []
     for b, length in enumerate(lengths):

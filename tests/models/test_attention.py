@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +159,6 @@ def test_variance_scaling_has_the_papers_spread() -> None:
         ({"depth": 1, "heads": 0}, "heads 0"),
     ],
 )
-def test_impossible_sizes_are_refused(options: dict[str, int], message: str) -> None:
+def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentionBody(DIM, **options)

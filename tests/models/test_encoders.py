@@ -28,16 +28,14 @@ def make_encoder(view: Literal["absolute", "egocentric"]) -> GridEncoder:
 
 
 def displacement_onehot(tokens: Tensor) -> Tensor:
-    """One grid's displacements, slowly: a block per color, one that the walls add up in, and the agent's cell."""
+    """One grid's displacements, slowly: a block per color, and one that the walls add up in."""
     size, span = GRID.size, 2 * GRID.size - 1
     blocks = torch.zeros(GRID.num_colors + 1, span, span, dtype=torch.float64)
     agent = int(tokens[-1])
     for number, cell in enumerate(tokens[:-1].tolist()):
         down, right = cell // size - agent // size, cell % size - agent % size
         blocks[min(number, GRID.num_colors), down + size - 1, right + size - 1] += 1
-    place = torch.zeros(GRID.num_cells, dtype=torch.float64)
-    place[agent] = 1
-    return torch.cat([blocks.flatten(), place])
+    return blocks.flatten()
 
 
 @pytest.mark.parametrize("view", ["absolute", "egocentric"])
@@ -53,6 +51,14 @@ def test_grid_lookup_is_a_linear_map_of_the_onehot(view: Literal["absolute", "eg
     (fast,) = torch.autograd.grad((encoder(tokens) * weight).sum(), encoder.table)
     (slow,) = torch.autograd.grad((linear * weight).sum(), encoder.table)
     torch.testing.assert_close(fast, slow)
+
+
+def test_the_egocentric_view_does_not_say_where_on_the_grid() -> None:
+    # two objects and the agent in the upper left, then the same one row down and one column right
+    encoder = GridEncoder(DIM, size=4, num_colors=1, num_walls=1, view="egocentric")
+    tokens = torch.tensor([[0, 1, 5]])
+    assert torch.equal(encoder(tokens), encoder(tokens + 5))
+    assert not torch.equal(encoder(tokens), encoder(tokens + torch.tensor([0, 0, 1])))
 
 
 def test_vector_encoder_is_linear_and_casts_to_its_weights() -> None:
@@ -78,9 +84,7 @@ def test_looking_only_at_shapes_is_enough_to_encode_but_not_to_check() -> None:
         ({"view": "sideways"}, "'sideways'"),
     ],
 )
-def test_impossible_grids_are_refused(
-    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_grids_are_refused(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, who get our own messages
     options: dict[str, Any] = {"size": 4, "num_colors": 3, "num_walls": 2, "view": "absolute"} | change
     with pytest.raises(ValueError, match=message):

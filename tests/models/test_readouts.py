@@ -59,10 +59,11 @@ def test_samples_repeat_with_the_seed(readout: CategoricalReadout | GaussianRead
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_discrete": 4, "num_continuous": 2}, {"classes": 4}, {"num_discrete": 1}, {"num_continuous": 0}]
+    "options",
+    [{}, {"num_discrete": 4, "num_continuous": 2}, {"classes": 4}, {"num_discrete": 1}, {"num_continuous": 0}],
 )
 def test_unclear_readouts_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="num_discrete|num_continuous"):
+    with pytest.raises(ValueError, match=r"num_discrete|num_continuous"):
         make_readout(6, "action_embed_readout", options)
 
 

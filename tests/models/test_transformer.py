@@ -81,9 +81,7 @@ def test_losses_are_means_over_the_real_steps(grid: bool, extra_state: bool) -> 
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("phase", ["behavior cloning", "discovery"])
-def test_padding_changes_no_loss_and_no_gradient(
-    phase: str, continuous: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_changes_no_loss_and_no_gradient(phase: str, continuous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed_codes(monkeypatch)
     model, steering = make_model(continuous), make_steering(ratio_loss_weight=0.5)
     states, actions = batch_of(model)

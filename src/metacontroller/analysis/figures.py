@@ -98,7 +98,8 @@ def success_figure(runs: Sequence[RunFolder], config: GridworldConfig) -> Figure
         if len(runs) > 1:
             ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
     ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
-    ax.set_ylim(-0.02, 1.02 if highest > 0.2 else max(1.1 * highest, 0.05))
+    top = 1.02 if highest > 0.2 else max(1.1 * highest, 0.05)
+    ax.set_ylim(-0.02 * top, top)
     ax.set_title("Task " + "-".join(map(str, config.post_task)) + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
     ax.legend(frameon=False)
     return figure

@@ -113,6 +113,10 @@ class MetaController(Saveable, nn.Module):
         self.remember_arguments(locals())
         if dim_model < 1 or dim_latent < 1:
             raise ValueError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
+        if target_segment_length <= 1:
+            raise ValueError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
+        if eps_clip <= 0:
+            raise ValueError(f"eps_clip is {eps_clip}; expected a number above 0.")
         width = dim_meta_controller
         n_h, n_s = dim_history or width, dim_sequence or width
         self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h

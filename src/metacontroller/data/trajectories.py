@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -187,30 +188,29 @@ class TrajectoryStore:
         """Writes the episodes; an existing store is replaced only when the new one is whole."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        mask = trajectories.mask().cpu()
-        state_mask = length_mask(trajectories.lengths.cpu() + 1, trajectories.steps + 1)
-        names = []
-        for field in fields(trajectories):
-            value = getattr(trajectories, field.name)
-            if value is None:
-                continue
-            value = value.cpu()
-            flat = {"lengths": lambda v: v, "states": lambda v: v[state_mask]}.get(field.name, lambda v: v[mask])(value)
-            np.save(draft / f"{field.name}.npy", flat.numpy(), allow_pickle=False)
-            names.append(field.name)
-        (draft / "store.json").write_text(json.dumps({"format": STORE_FORMAT, "arrays": names}))
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / "store"
-            os.replace(target, retired)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            draft, retired = work / "draft", work / "retired"
+            draft.mkdir()
+            _save_arrays(draft, trajectories)
+            if target.exists():
+                os.replace(target, retired)
             os.replace(draft, target)
-            for file in retired.iterdir():
-                file.unlink()
-            retired.rmdir()
-            retired.parent.rmdir()
-        else:
-            os.replace(draft, target)
+        finally:
+            shutil.rmtree(work)
         return TrajectoryStore(target)
+
+
+def _save_arrays(folder: Path, trajectories: Trajectories) -> None:
+    """Writes the real steps of every array, end to end, and the header last."""
+    steps = trajectories.mask().cpu()
+    real = {"lengths": torch.ones_like(trajectories.lengths, dtype=torch.bool).cpu()}
+    real["states"] = length_mask(trajectories.lengths.cpu() + 1, trajectories.steps + 1)
+    names = [field.name for field in fields(trajectories) if getattr(trajectories, field.name) is not None]
+    for name in names:
+        values = getattr(trajectories, name).cpu()[real.get(name, steps)]
+        np.save(folder / f"{name}.npy", values.numpy(), allow_pickle=False)
+    (folder / "store.json").write_text(json.dumps({"format": STORE_FORMAT, "arrays": names}))
 
 
 def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:

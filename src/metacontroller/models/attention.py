@@ -124,6 +124,8 @@ class AttentionBlock(nn.Module):
 class AttentionBody(nn.Module):
     """A stack of blocks. Causal for models; two-sided for embedders. Depth 0 passes its input on."""
 
+    device_of: Tensor
+
     def __init__(
         self,
         dim: int,

@@ -44,8 +44,8 @@ class GridEncoder(nn.Module):
 
     view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
     view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls).
-    Our choice for small models: the linear view of the relative positions that the paper's ant observes (§4). It saves the
-    model from learning to subtract cells, and without the agent's cell a held code cannot mean 'go to that place'.
+    Our choice for small models: the linear view of the relative positions that the paper's ant observes (§4). It saves
+    the model from learning to subtract cells, and without the agent's cell a held code cannot mean 'go to that place'.
 
     tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
     """
