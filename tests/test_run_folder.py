@@ -74,11 +74,11 @@ def test_value_that_json_does_not_know(run: RunFolder):
         run.write_config({"model": object()})
 
 
-def test_summary_is_updated_value_by_value(run: RunFolder):
+def test_summary_is_replaced_as_a_whole(run: RunFolder):
     assert run.read_summary() == {}
-    run.update_summary(seconds=1.5, gate_recall=[0.9])
-    run.update_summary(gate_recall=np.array([0.9, 0.95]), episodes=torch.tensor(7))
-    assert run.read_summary() == {"seconds": 1.5, "gate_recall": [0.9, 0.95], "episodes": 7}
+    run.write_summary({"seconds": 1.5, "gate_recall": [0.9]})
+    run.write_summary({"gate_recall": np.array([0.9, 0.95]), "episodes": torch.tensor(7)})
+    assert run.read_summary() == {"gate_recall": [0.9, 0.95], "episodes": 7}
 
 
 def test_summary_is_strict_json(run: RunFolder):
@@ -164,16 +164,33 @@ def test_logging_goes_on_after_a_torn_line(run: RunFolder):
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
 
 
-def test_rewinding_drops_later_lines_of_the_phase_and_a_torn_one(run: RunFolder):
+def test_rewinding_voids_later_lines_of_the_phase_and_drops_a_torn_one(run: RunFolder):
     run.rewind_metrics("pretrain", 0)  # nothing logged yet: nothing to do
+    assert not run.metrics_path.exists()
     for step in (1, 2, 3):
         run.log_metrics("pretrain", step, loss=0.1)
         run.log_metrics("discover", step, loss=0.2)
     append_torn_line(run)
-    run.rewind_metrics("pretrain", 2)
+    resumed = RunFolder(run.path)
+    resumed.rewind_metrics("pretrain", 2)
+    resumed.rewind_metrics("discover", 3)  # nothing lies beyond
     assert [line["step"] for line in run.read_metrics("pretrain")] == [1, 2]
     assert [line["step"] for line in run.read_metrics("discover")] == [1, 2, 3]
-    assert run.metrics_path.read_bytes().endswith(b"}\n")
+    assert run.metrics_path.read_bytes().count(b"\n") == 7
+    resumed.log_metrics("pretrain", 3, loss=0.4)
+    resumed.log_metrics("pretrain", 4, loss=0.3)
+    assert [(line["step"], line["loss"]) for line in run.read_metrics("pretrain")][2:] == [(3, 0.4), (4, 0.3)]
+
+
+def test_rewinding_loses_no_line_of_another_process(run: RunFolder):
+    run.log_metrics("internal_rl", 5, success=0.1)
+    other = RunFolder(run.path)
+    for step in range(20):
+        other.log_metrics("raw_action_rl", step, success=0.0)
+        run.rewind_metrics("internal_rl", 4)
+        run.log_metrics("internal_rl", 5, success=0.2)
+    assert [line["step"] for line in run.read_metrics("raw_action_rl")] == list(range(20))
+    assert len(run.read_metrics("internal_rl")) == 1
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"step": 1}'])

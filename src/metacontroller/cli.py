@@ -46,7 +46,19 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(kw_only=True)
-class Pretrain:
+class Training:
+    """Options of all commands that train."""
+
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Pretrain(Training):
     """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
 
     run: Positional[Path]
@@ -55,12 +67,6 @@ class Pretrain:
     """Where the config starts from; laptop unless given."""
     seed: int | None = None
     """From which all randomness derives."""
-    resume: bool = False
-    """Go on from the last checkpoint."""
-    quiet: bool = False
-    """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
     config: GridworldConfig = field(default_factory=laptop)
     """Change any value of the preset."""
 
@@ -79,17 +85,11 @@ class Pretrain:
 
 
 @dataclass(kw_only=True)
-class Discover:
+class Discover(Training):
     """Phase 2: find abstract actions inside the frozen action model of RUN."""
 
     run: Positional[Path]
     """Folder of a pretrained run."""
-    resume: bool = False
-    """Go on from the last checkpoint."""
-    quiet: bool = False
-    """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
@@ -99,19 +99,13 @@ class Discover:
 
 
 @dataclass(kw_only=True)
-class InternalRL:
+class InternalRL(Training):
     """Phase 3: reinforcement learning over the abstract actions of RUN."""
 
     run: Positional[Path]
     """Folder of a run with discovered abstract actions."""
     raw: bool = False
     """The baseline instead: reinforcement learning over raw actions."""
-    resume: bool = False
-    """Go on from the last checkpoint."""
-    quiet: bool = False
-    """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
@@ -175,7 +169,7 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
-class Reproduce:
+class Reproduce(Training):
     """Everything: all phases on every seed, the raw-action baseline, measures, figures and a table."""
 
     out: Path = Path("runs/reproduce")
@@ -186,12 +180,6 @@ class Reproduce:
     """One run for each."""
     workers: int = 1
     """Seeds at the same time."""
-    resume: bool = False
-    """Go on where an interrupted reproduction stopped."""
-    quiet: bool = False
-    """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
     config: GridworldConfig = field(default_factory=laptop)
     """Change any value of the preset."""
 

@@ -2,7 +2,7 @@
 
     config.json         the full configuration the run was started with
     summary.json        the run's results
-    metrics.jsonl       one JSON object a line: phase, step and the numbers logged there
+    metrics.jsonl       one JSON object a line: phase, step and the numbers logged there; only ever appended to
     NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them
 
 Whole files are replaced atomically, so that a crash leaves either the old or the new one. Loading reads JSON and
@@ -53,10 +53,6 @@ class RunFolder:
         """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
         _write_text(self.path / "summary.json", json.dumps(_strict(dict(summary)), indent=2) + "\n")
 
-    def update_summary(self, **values: Any) -> None:
-        """Set some of summary.json's values and keep the others."""
-        self.write_summary({**self.read_summary(), **values})
-
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json; empty if nothing has been written yet."""
         path = self.path / "summary.json"
@@ -73,33 +69,44 @@ class RunFolder:
 
         Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self._torn_line_dropped:
-            self._drop_torn_line()
-        line = {"phase": phase, "step": step, **{name: float(value) for name, value in values.items()}}
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_strict(line)) + "\n")
+        self._append_metrics({"phase": phase, "step": step, **{name: float(value) for name, value in values.items()}})
 
     def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """Return the logged lines, of one phase or of all; a last line that a crash cut short is left out."""
+        """Return the logged lines that stand, of one phase or of all; a last line that a crash cut short does not."""
         if not self.metrics_path.exists():
             return []
         complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
-        lines = [self._parse_metrics(number, line) for number, line in enumerate(complete.splitlines(), 1)]
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(complete.splitlines(), 1):
+            line = self._parse_metrics(number, text)
+            if line.get("rewound"):
+                lines = [kept for kept in lines if kept["phase"] != line["phase"] or kept["step"] <= line["step"]]
+            else:
+                lines.append(line)
         return [line for line in lines if phase is None or line["phase"] == phase]
 
     def rewind_metrics(self, phase: str, step: int) -> None:
-        """Drop the lines of `phase` beyond `step`: what was logged after the checkpoint that a run goes on from."""
-        if not self.metrics_path.exists():
-            return
-        kept = [line for line in self.read_metrics() if line["phase"] != phase or line["step"] <= step]
-        _write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Void the lines of `phase` beyond `step`: what was logged after the checkpoint that a run goes on from.
+
+        A line that says so is appended, rather than the file written anew: another process may be logging, too.
+        """
+        if any(line["step"] > step for line in self.read_metrics(phase)):
+            self._append_metrics({"phase": phase, "step": step, "rewound": True})
+
+    def _append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._torn_line_dropped:
+            self._drop_torn_line()
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_strict(line)) + "\n")
 
     def _drop_torn_line(self) -> None:
         """Cut metrics.jsonl after its last whole line, so that the next line does not run on from half of one."""
         if self.metrics_path.exists():
-            whole = self.metrics_path.read_bytes().rfind(b"\n") + 1
-            os.truncate(self.metrics_path, whole)
+            content = self.metrics_path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(self.metrics_path, whole)
         self._torn_line_dropped = True
 
     def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, z_tilde: Tensor | None = None) -> N
     def sample(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
         return distribution.chunk(2, -1)[0] if z_tilde is None else z_tilde
 
-    monkeypatch.setattr(metacontroller_module, "sample_code", sample)
+    monkeypatch.setattr(metacontroller_module, "sample_gaussian", sample)
 
 
 def embed_alike(monkeypatch: pytest.MonkeyPatch, steering: MetaController) -> None:

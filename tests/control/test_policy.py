@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.control.policy import AbstractActionPolicy, code_log_prob, sample_code
+from metacontroller.control.policy import AbstractActionPolicy
 
 BATCH, TIME, WIDTH, CODE = 4, 9, 6, 3
 
@@ -41,23 +41,6 @@ def test_steps_with_the_state_equal_the_sequence() -> None:
     torch.testing.assert_close(torch.cat(steps, 1), whole)
     torch.testing.assert_close(state, last)
     assert not torch.allclose(steps[-1], policy(residual[:, -1:])[0])  # it remembers
-
-
-def test_code_log_prob_equals_that_of_torch_distributions() -> None:
-    distribution = torch.randn(BATCH, TIME, 2 * CODE, dtype=torch.float64)
-    code = torch.randn(BATCH, TIME, CODE, dtype=torch.float64)
-    mean, log_std = distribution.chunk(2, -1)
-    torch.testing.assert_close(code_log_prob(distribution, code), Normal(mean, log_std.exp()).log_prob(code))
-
-
-def test_sampled_codes_have_the_mean_and_spread_and_carry_gradients() -> None:
-    distribution = torch.tensor([1.0, -2.0, 0.0, -1.0]).expand(20_000, 4).requires_grad_()
-    code = sample_code(distribution, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(code.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(code.std(0), torch.tensor([0.0, -1.0]).exp(), atol=0.03, rtol=0)
-    (gradient,) = torch.autograd.grad(code.sum(), distribution)
-    mean, _ = distribution.chunk(2, -1)
-    torch.testing.assert_close(gradient, torch.cat([torch.ones_like(mean), code - mean], -1))
 
 
 def make_steering(**options: Any) -> MetaController:

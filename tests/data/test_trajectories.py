@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches, stream
+from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
 from metacontroller.data.trajectories import masked_mean
 
 
@@ -138,19 +138,6 @@ def test_episodes_that_fill_no_batch_are_drawn_afresh() -> None:
         assert len(set(kept)) == 4
         left_out |= {1, 2, 3, 4, 5} - set(kept)
     assert left_out == {1, 2, 3, 4, 5}
-
-
-def test_a_stream_asks_for_windows_and_never_ends() -> None:
-    asked: list[int] = []
-
-    def generate(n: int) -> Trajectories:
-        asked.append(n)
-        return make_trajectories(list(range(1, n + 1)))
-
-    batches = stream(generate, 3, window=2)
-    lengths = [next(batches).lengths.tolist() for _ in range(5)]
-    assert asked == [6, 6, 6]
-    assert sorted(lengths[:2]) == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_rows_are_cut_to_the_longest_of_them() -> None:

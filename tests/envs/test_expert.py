@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metacontroller.envs.expert import UNREACHABLE, distance_fields, expert_trajectories
+from metacontroller.envs.expert import TIE_BREAKS, UNREACHABLE, distance_fields, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import Layouts, PinpadBatch, PinpadConfig, sample_layouts
 from metacontroller.envs.tasks import TABLE_A1, TABLE_A2, pad_tasks
 
@@ -69,8 +69,8 @@ def test_distances_avoid_walls_and_other_colors(picture):
     ]
 
 
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), tie_break=st.sampled_from(["random", "fixed"]))
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), tie_break=st.sampled_from(TIE_BREAKS))
 def test_expert_paths_are_as_short_as_networkx_finds(seed, tie_break):
     task = (0, 2, 1, 0, 3)
     trajectories = expert_trajectories(SMALL, [task], 6, generator=generator(seed), tie_break=tie_break)
@@ -149,6 +149,34 @@ def test_fixed_ties_take_the_first_action(picture):
     assert trajectories.actions.tolist() == [[0, 0, 3, 3]] * 3
 
 
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("..... ..... ....0 ..... A....", [3, 3, 0, 3, 0, 3]),  # four to the right, two up: right while it is longer
+        ("..0.. ..... ..... ..... A....", [0, 0, 0, 3, 0, 3]),
+        ("A.... ..... ..0.. ..... .....", [1, 3, 1, 3]),  # as far down as right: the first of them
+        ("..... ..... #...0 ..... A#...", [0, 3, 3, 3, 0, 3]),  # right is a wall at first
+    ],
+)
+def test_straight_takes_the_longer_axis_first(picture, grid, expected):
+    config, layouts = picture(grid)
+    trajectories = expert_trajectories(config, [(0,)], 3, layouts=layouts.repeat(3), tie_break="straight")
+    assert trajectories.actions.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("tie_break", ["fixed", "straight"])
+def test_without_lots_the_layout_decides_the_path(tie_break):
+    layouts = sample_layouts(SMALL, 20, generator())
+    first, again = (
+        expert_trajectories(SMALL, [(0, 1, 2)], 20, layouts=layouts, tie_break=tie_break, generator=generator(seed))
+        for seed in (1, 2)
+    )
+    assert torch.equal(first.actions, again.actions)
+    lots = expert_trajectories(SMALL, [(0, 1, 2)], 20, layouts=layouts, generator=generator(1))
+    assert torch.equal(first.lengths, lots.lengths)
+    assert not torch.equal(first.actions, lots.actions)
+
+
 def test_epsilon_moves_never_enter_a_wrong_color():
     config = PinpadConfig(size=4, num_colors=4, num_walls=2, max_steps=40)
     task = (0, 3, 1)
@@ -161,7 +189,7 @@ def test_epsilon_moves_never_enter_a_wrong_color():
     assert 0 < int(solved.sum()) < 300
 
 
-@pytest.mark.parametrize("tie_break", ["random", "fixed"])
+@pytest.mark.parametrize("tie_break", TIE_BREAKS)
 def test_epsilon_is_the_share_of_random_moves(picture, tie_break):
     # Up leads off the grid and left into a wall: both change nothing. Right enters a wrong color. Down is the way.
     config, layouts = picture("#A1. .... .... .0..")

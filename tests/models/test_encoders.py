@@ -22,29 +22,34 @@ def grid_tokens() -> Tensor:
     return torch.cat([layouts.objects, layouts.agent[:, None]], 1).view(3, 5, -1)
 
 
-def make_encoder(view: Literal["absolute", "egocentric"]) -> GridEncoder:
-    encoder = GridEncoder(DIM, size=GRID.size, num_colors=GRID.num_colors, num_walls=GRID.num_walls, view=view)
-    return encoder.double()
+def make_encoder(view: Literal["absolute", "egocentric"], reach: int | None = None) -> GridEncoder:
+    grid = {"size": GRID.size, "num_colors": GRID.num_colors, "num_walls": GRID.num_walls}
+    return GridEncoder(DIM, **grid, view=view, reach=reach).double()
 
 
-def displacement_onehot(tokens: Tensor) -> Tensor:
+def displacement_onehot(tokens: Tensor, reach: int) -> Tensor:
     """One grid's displacements, slowly: a block per color, and one that the walls add up in."""
-    size, span = GRID.size, 2 * GRID.size - 1
+    size, span = GRID.size, 2 * reach + 1
     blocks = torch.zeros(GRID.num_colors + 1, span, span, dtype=torch.float64)
     agent = int(tokens[-1])
     for number, cell in enumerate(tokens[:-1].tolist()):
-        down, right = cell // size - agent // size, cell % size - agent % size
-        blocks[min(number, GRID.num_colors), down + size - 1, right + size - 1] += 1
+        down, right = (
+            max(-reach, min(reach, far)) for far in (cell // size - agent // size, cell % size - agent % size)
+        )
+        blocks[min(number, GRID.num_colors), down + reach, right + reach] += 1
     return blocks.flatten()
 
 
-@pytest.mark.parametrize("view", ["absolute", "egocentric"])
-def test_grid_lookup_is_a_linear_map_of_the_onehot(view: Literal["absolute", "egocentric"]) -> None:
-    encoder, tokens = make_encoder(view), grid_tokens()
+@pytest.mark.parametrize(
+    ("view", "reach"), [("absolute", None), ("egocentric", None), ("egocentric", 1), ("egocentric", 9)]
+)
+def test_grid_lookup_is_a_linear_map_of_the_onehot(view: Any, reach: int | None) -> None:
+    encoder, tokens = make_encoder(view, reach), grid_tokens()
     if view == "absolute":
         onehot = tokens_to_onehot(GRID, tokens).double()
     else:
-        onehot = torch.stack([displacement_onehot(row) for row in tokens.flatten(0, 1)]).unflatten(0, (3, 5))
+        rows = [displacement_onehot(row, reach or GRID.size - 1) for row in tokens.flatten(0, 1)]
+        onehot = torch.stack(rows).unflatten(0, (3, 5))
     weight = torch.randn(3, 5, DIM, dtype=torch.float64)
     linear = torch.nn.functional.linear(onehot, encoder.table.T)
     torch.testing.assert_close(encoder(tokens), linear)
@@ -59,6 +64,13 @@ def test_the_egocentric_view_does_not_say_where_on_the_grid() -> None:
     tokens = torch.tensor([[0, 1, 5]])
     assert torch.equal(encoder(tokens), encoder(tokens + 5))
     assert not torch.equal(encoder(tokens), encoder(tokens + torch.tensor([0, 0, 1])))
+
+
+def test_beyond_its_reach_the_view_tells_the_direction_alone() -> None:
+    encoder = GridEncoder(DIM, size=5, num_colors=1, num_walls=0, view="egocentric", reach=2)
+    near, far, farther = (encoder(torch.tensor([[[cell, 0]]])) for cell in (11, 13, 14))  # the agent in the corner
+    assert torch.equal(far, farther)
+    assert not torch.equal(near, far)
 
 
 def test_vector_encoder_is_linear_and_casts_to_its_weights() -> None:
@@ -82,6 +94,8 @@ def test_looking_only_at_shapes_is_enough_to_encode_but_not_to_check() -> None:
         ({"num_colors": 0}, "0 colors"),
         ({"num_walls": -1}, "-1 walls"),
         ({"view": "sideways"}, "'sideways'"),
+        ({"reach": 2}, "reach is 2 in the absolute view"),
+        ({"reach": 0, "view": "egocentric"}, "reach is 0 in the egocentric view"),
     ],
 )
 def test_impossible_grids_are_refused(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

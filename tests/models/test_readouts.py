@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
-from metacontroller.models.readouts import CategoricalReadout, GaussianReadout, make_readout
+from metacontroller.models.readouts import (
+    CategoricalReadout,
+    GaussianReadout,
+    gaussian_log_prob,
+    make_readout,
+    sample_gaussian,
+)
 
 
 def test_categorical_log_prob_and_gradient() -> None:
@@ -42,12 +48,21 @@ def test_categorical_samples_follow_the_probabilities() -> None:
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
 
 
-def test_gaussian_samples_have_the_mean_and_spread() -> None:
-    readout = GaussianReadout(6, 2)
-    params = torch.tensor([1.0, -2.0, 0.0, -1.0]).expand(20_000, 1, 4)
-    draws = readout.sample(params, torch.Generator().manual_seed(0)).flatten(0, 1)
+def test_gaussian_log_prob_is_entry_by_entry() -> None:
+    params = torch.randn(3, 5, 6, dtype=torch.float64)
+    values = torch.randn(3, 5, 3, dtype=torch.float64)
+    mean, log_std = params.chunk(2, -1)
+    torch.testing.assert_close(gaussian_log_prob(params, values), Normal(mean, log_std.exp()).log_prob(values))
+
+
+def test_gaussian_samples_have_the_mean_and_spread_and_carry_gradients() -> None:
+    params = torch.tensor([1.0, -2.0, 0.0, -1.0]).expand(20_000, 4).requires_grad_()
+    draws = sample_gaussian(params, torch.Generator().manual_seed(0))
     torch.testing.assert_close(draws.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
     torch.testing.assert_close(draws.std(0), torch.tensor([0.0, -1.0]).exp(), atol=0.03, rtol=0)
+    (gradient,) = torch.autograd.grad(draws.sum(), params)
+    mean, _ = params.chunk(2, -1)
+    torch.testing.assert_close(gradient, torch.cat([torch.ones_like(mean), draws - mean], -1))
 
 
 @pytest.mark.parametrize("readout", [CategoricalReadout(6, 4), GaussianReadout(6, 4)])
@@ -65,6 +80,16 @@ def test_samples_repeat_with_the_seed(readout: CategoricalReadout | GaussianRead
 def test_unclear_readouts_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"num_discrete|num_continuous"):
         make_readout(6, "action_embed_readout", options)
+
+
+@pytest.mark.parametrize("options", [{"num_discrete": 4}, {"num_continuous": 4}])
+def test_only_a_readout_that_embeds_has_an_embedding(options: dict[str, int]) -> None:
+    names = {name.split(".")[0] for name, _ in make_readout(6, "state", options).named_parameters()}
+    assert names == {"linear"}
+    readout = make_readout(6, "action", options, embeds=True)
+    assert {name.split(".")[0] for name, _ in readout.named_parameters()} == {"linear", "embedding"}
+    values = torch.randint(0, 4, (2, 3)) if "num_discrete" in options else torch.randn(2, 3, 4)
+    assert readout.embed(values).shape == (2, 3, 6)
 
 
 def test_the_option_chooses_the_readout() -> None:

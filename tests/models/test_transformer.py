@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +23,12 @@ GRID = {"size": 4, "num_colors": 3, "num_walls": 2}
 
 def make_model(continuous: bool = False, grid: bool = False, **options: Any) -> Transformer:
     """A small float64 model with one block on either side of the controlled layer."""
+    bodies: dict[str, Any] = {"lower_body": {"depth": 1, "heads": 2}, "upper_body": {"depth": 1, "heads": 2}}
     model = Transformer(
         DIM,
         action_embed_readout={"num_continuous": 2} if continuous else {"num_discrete": ACTIONS},
         state_embed_readout={"grid": GRID} if grid else {"num_continuous": STATE},
-        lower_body={"depth": 1, "heads": 2},
-        upper_body={"depth": 1, "heads": 2},
-        **options,
+        **(bodies | options),
     )
     return model.double()
 
@@ -52,7 +52,7 @@ def batch_of(model: Transformer, extra_state: bool = True) -> tuple[Tensor, Tens
 
 def fixed_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposals take their mean, so that two calls propose the same."""
-    monkeypatch.setattr(metacontroller_module, "sample_code", lambda params, generator: params.chunk(2, -1)[0])
+    monkeypatch.setattr(metacontroller_module, "sample_gaussian", lambda params, generator: params.chunk(2, -1)[0])
 
 
 @pytest.mark.parametrize("extra_state", [False, True])
@@ -235,3 +235,40 @@ def test_a_batch_that_was_checked_is_not_looked_at_again() -> None:
     states, actions = batch_of(model)
     states[0, 0, 0] = torch.nan
     assert bool(model.behavior_cloning_loss(states, actions, checked=True).action.isnan())
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3, 4])
+def test_resplit_moves_the_controlled_layer_and_changes_no_logit(layer: int, tmp_path: Path) -> None:
+    body = {"heads": 2, "mlp_dim": 10}
+    model = make_model(lower_body={"depth": 1, **body}, upper_body={"depth": 3, **body})
+    states, actions = batch_of(model)
+    x = model.embed(states[:, :TIME], actions[:, :-1])
+    layers = [x]
+    for block in [*model.lower_body.blocks, *model.upper_body.blocks]:
+        layers.append(block(layers[-1]))
+    logits = model.action_readout(model.upper(model.residual(states, actions)))
+    model.resplit(layer)
+    assert torch.equal(model.residual(states, actions), layers[layer])
+    assert torch.equal(model.action_readout(model.upper(model.residual(states, actions))), logits)
+    assert (model.arguments["lower_body"]["depth"], model.arguments["upper_body"]["depth"]) == (layer, 4 - layer)
+    model.save(tmp_path / "model")
+    again = Transformer.init_and_load(tmp_path / "model").double()
+    assert torch.equal(again.residual(states, actions), layers[layer])
+    assert len(again.lower_body.blocks) == layer
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layer", "message"),
+    [
+        ({}, 3, "lower_depth is 3; expected 0..2"),
+        ({}, -1, "lower_depth is -1; expected 0..2"),
+        ({"mlp_dim": 10}, 1, "only bodies of the same sizes"),
+        ({"heads": 3}, 1, "only bodies of the same sizes"),
+        ({"dim_head": 5}, 1, "only bodies of the same sizes"),
+    ],
+)
+def test_impossible_splits_are_refused(sizes: dict[str, int], layer: int, message: str) -> None:
+    model = make_model(upper_body={"depth": 1, "heads": 2, **sizes})
+    with pytest.raises(ValueError, match=message):
+        model.resplit(layer)
+    assert len(model.lower_body.blocks) == 1

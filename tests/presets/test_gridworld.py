@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.tasks import transitions
 from metacontroller.presets import PRESETS
 from metacontroller.presets.gridworld import (
@@ -80,6 +81,27 @@ def test_the_seed_decides_the_initial_weights_and_leaves_the_global_generator_al
     assert not torch.equal(one.controller.write, two.controller.write)
 
 
+def test_the_controlled_layer_may_be_the_input_embedding() -> None:
+    config = debug()
+    model = build_model(dataclasses.replace(config, model=dataclasses.replace(config.model, lower_depth=0)))
+    tokens = generate(config, "pretrain")(2, torch.Generator().manual_seed(0)).states
+    embedded = model.embed(tokens)
+    assert torch.equal(model.lower(embedded), embedded)
+    assert len(model.upper_body.blocks) == config.model.upper_depth
+
+
+@pytest.mark.parametrize("tie_break", TIE_BREAKS)
+def test_a_config_may_name_every_tie_break(tie_break: TieBreak) -> None:
+    expert = ExpertConfig(tie_break=tie_break)
+    config = from_json(plain(dataclasses.replace(debug(), expert=expert)))
+    assert config.expert == expert
+    drawn = generate(config, "pretrain")(16, torch.Generator().manual_seed(0))
+    same = expert_trajectories(
+        config.environment, config.tasks, 16, generator=torch.Generator().manual_seed(0), tie_break=tie_break
+    )
+    assert torch.equal(drawn.actions, same.actions)
+
+
 def test_generate_follows_the_expert_of_its_phase() -> None:
     config = dataclasses.replace(debug(), expert=ExpertConfig(epsilon=1.0), discovery_expert=ExpertConfig())
     astray = generate(config, "pretrain")(32, torch.Generator().manual_seed(0))
@@ -133,10 +155,12 @@ def test_an_integer_is_a_float_and_none_is_a_rank() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: ExpertConfig(tie_break="first"), "tie_break is 'first'; expected 'random' or 'fixed'"),  # type: ignore[arg-type]
+        (lambda: ExpertConfig(tie_break="first"), "tie_break is 'first'; expected one of 'random'"),  # type: ignore[arg-type]
         (lambda: ExpertConfig(epsilon=1.5), "epsilon is 1.5; expected a probability"),
         (lambda: dataclasses.replace(laptop().model, heads=5), "dim 64 is not a multiple of heads 5"),
         (lambda: dataclasses.replace(laptop().model, mlp_dim=0), "mlp_dim is 0; expected at least 1"),
+        (lambda: dataclasses.replace(laptop().model, lower_depth=-1), "lower_depth is -1; expected at least 0"),
+        (lambda: dataclasses.replace(laptop().model, upper_depth=0), "upper_depth is 0; expected at least 1"),
         (lambda: dataclasses.replace(laptop().evaluate, codes=0), "codes is 0; expected at least 1"),
         (lambda: MetaControllerConfig(embedder_dim=6), "embedder_dim is 6; expected a multiple of 4"),
         (lambda: MetaControllerConfig(rank=0), "rank is 0; expected at least 1"),

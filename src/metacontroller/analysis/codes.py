@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
+from metacontroller.envs.gridworld_pinpad import PinpadConfig
 from metacontroller.envs.tasks import transitions
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
+from metacontroller.phases.rollout import Actor
 
 CODES_AT_ONCE = 1024  # episodes at a time: bounds memory
 
@@ -89,15 +90,13 @@ def _first_color(
     grids = task_grids(limited, (0,), len(code), generator)  # any color ends an episode of one color
     reached = torch.full((len(code),), -1, device=code.device)
     rows = torch.arange(len(code), device=code.device)
-    cache = model.empty_cache(len(code))
+    actor = Actor(model, grids, generator)
     while len(rows):
-        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)
-        hidden = model.upper(meta_controller.steer(residual, code[rows][:, None]), cache.upper)
-        grids.step(model.action_readout.sample(model.action_readout(hidden), generator)[:, 0])
+        actor.act(meta_controller.steer(actor.look(), code[rows]))
         reached[rows] = grids.visited_color()
         running = (~(grids.terminated | grids.truncated)).nonzero().squeeze(1)
-        grids.compact(running)
-        rows, cache = rows[running], cache.index(running)
+        actor.keep(running)
+        rows = rows[running]
     return reached
 
 
@@ -135,18 +134,11 @@ def _two_colors(
     limited = replace(environment, max_steps=8 * environment.size)
     grids = task_grids(limited, (0,), episodes, generator)
     first, second = torch.full_like(grids.agent, -1), torch.full_like(grids.agent, -1)
-    cache = model.empty_cache(episodes)
+    actor = Actor(model, grids, generator)
     while not bool(((second >= 0) | grids.truncated).all()):
-        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)
-        logits = model.action_readout(model.upper(residual, cache.upper))
-        visited = _step_freely(grids, model.action_readout.sample(logits, generator)[:, 0])
+        actor.act(actor.look())
+        grids.terminated = torch.zeros_like(grids.terminated)  # unlike by the rules, a visit does not end the walk
+        visited = grids.visited_color()
         second = torch.where((second < 0) & (first >= 0) & (visited >= 0) & (visited != first), visited, second)
         first = torch.where(first < 0, visited, first)
     return first, second
-
-
-def _step_freely(grids: PinpadBatch, actions: Tensor) -> Tensor:
-    """A step after which a visit to any color does not end the episode, as the rules would; the color visited."""
-    grids.step(actions)
-    grids.terminated = torch.zeros_like(grids.terminated)
-    return grids.visited_color()

@@ -20,8 +20,8 @@ def gate_alignment(
 ) -> dict[str, Tensor]:
     """Compares switches (beta >= threshold) with true subgoal changes, the forced first switch apart.
 
-    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change is found when a switch lies
-    within ``tolerance`` steps; a switch is right when a change does.
+    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change is found when a switch
+    lies within ``tolerance`` steps; a switch is right when a change does.
     Returns scalars gate_recall, gate_precision (0 without switches), gate_binary_fraction: the share of beta
     outside (0.1, 0.9).
     """

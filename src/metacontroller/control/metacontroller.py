@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from metacontroller.control.controller import Controller
 from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss
-from metacontroller.control.policy import AbstractActionPolicy, code_log_prob, sample_code
+from metacontroller.control.policy import AbstractActionPolicy
 from metacontroller.control.sequence_embedder import SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.saving import Saveable
 
 
@@ -152,7 +153,7 @@ class MetaController(Saveable, nn.Module):
         sequence = self.sequence_embedder(read, mask)[:, None].expand(-1, steps, -1)
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
-        z_tilde = sample_code(torch.cat([mean, log_std], -1), generator)
+        z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), generator)
         fresh = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
         z, gate, beta = self.switching(read, history, z_tilde, fresh, generator=generator)
         steered = self.steer(residual, z)
@@ -224,7 +225,7 @@ class MetaController(Saveable, nn.Module):
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
         distribution, advanced = self.policy(residual, state.policy)
-        proposed = sample_code(distribution[:, 0], generator)
+        proposed = sample_gaussian(distribution[:, 0], generator)
         following = self.integrate(state, history, switch, proposed)
         following.policy = torch.where(switch[:, None], advanced, state.policy)
         output = MetaControllerOutput(distribution, following.z[:, None], beta[:, None], residual, following)
@@ -237,7 +238,7 @@ class MetaController(Saveable, nn.Module):
                 f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
                 f"axes {2 * self.dim_latent} and {self.dim_latent}."
             )
-        return code_log_prob(action_dist, actions)
+        return gaussian_log_prob(action_dist, actions)
 
     def policy_loss(
         self,
@@ -278,7 +279,7 @@ class MetaController(Saveable, nn.Module):
         distribution, _ = self.policy(states.detach().gather(1, wide.expand_as(states)))
         code = actions.detach().gather(1, wide.expand_as(actions))
         old = old_log_probs.detach().gather(1, wide.expand_as(old_log_probs)).sum(-1)
-        log_prob = code_log_prob(distribution, code).sum(-1)
+        log_prob = gaussian_log_prob(distribution, code).sum(-1)
         clip = self.eps_clip if eps_clip is None else eps_clip
         return clipped_surrogate(log_prob, old, advantage, decided, clip)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
 
 
@@ -36,16 +33,3 @@ class AbstractActionPolicy(nn.Module):
     def initial_state(self, batch: int) -> Tensor:
         """(b, hidden) zeros."""
         return self.readout.weight.new_zeros(batch, self.hidden)
-
-
-def sample_code(distribution: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One code per distribution: (..., 2 n_z) -> (..., n_z), reparameterised."""
-    mean, log_std = distribution.chunk(2, -1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + log_std.exp() * noise
-
-
-def code_log_prob(distribution: Tensor, code: Tensor) -> Tensor:
-    """Log-density of each entry of a code: (..., 2 n_z), (..., n_z) -> (..., n_z); their sum is that of the code."""
-    mean, log_std = distribution.chunk(2, -1)
-    return -0.5 * ((code - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)

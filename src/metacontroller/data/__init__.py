@@ -1,5 +1,5 @@
 """Behaviour data."""
 
-from metacontroller.data.trajectories import Trajectories, TrajectoryStore, length_mask, length_sorted_batches, stream
+from metacontroller.data.trajectories import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
 
-__all__ = ["Trajectories", "TrajectoryStore", "length_mask", "length_sorted_batches", "stream"]
+__all__ = ["Trajectories", "TrajectoryStore", "length_mask", "length_sorted_batches"]

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -126,17 +126,6 @@ def length_sorted_batches(
     by_length = kept[torch.argsort(trajectories.lengths[kept].cpu(), stable=True)].view(count, batch_size)
     for index in torch.randperm(count, generator=generator).tolist():
         yield trajectories.index(by_length[index].to(trajectories.lengths.device))
-
-
-def stream(
-    generate: Callable[[int], Trajectories],
-    batch_size: int,
-    window: int = 8,
-    generator: torch.Generator | None = None,
-) -> Iterator[Trajectories]:
-    """Endless fresh data: windows of ``window`` batches are generated, sorted by length and cut into batches."""
-    while True:
-        yield from length_sorted_batches(generate(window * batch_size), batch_size, generator)
 
 
 class TrajectoryStore:

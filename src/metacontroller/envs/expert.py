@@ -6,6 +6,7 @@ Axes: b grid of the batch, k target, n cell, t time, o object, a action.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ from metacontroller.envs.gridworld_pinpad import (
 )
 from metacontroller.envs.tasks import check_tasks, pad_tasks
 
-TIE_BREAKS = ("random", "fixed", "straight")
+TieBreak = Literal["random", "fixed", "straight"]
 """How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
+
+TIE_BREAKS: tuple[str, ...] = get_args(TieBreak)
 
 UNREACHABLE = 16_000
 """Distance given to cells from which the target cannot be reached; far above any path, far below int16's limit."""

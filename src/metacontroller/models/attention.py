@@ -124,8 +124,6 @@ class AttentionBlock(nn.Module):
 class AttentionBody(nn.Module):
     """A stack of blocks. Causal for models; two-sided for embedders. Depth 0 passes its input on."""
 
-    device_of: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -145,9 +143,9 @@ class AttentionBody(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
         self.heads = heads
         self.dim_head = dim // heads if dim_head is None else dim_head
-        self.register_buffer("device_of", torch.empty(0), persistent=False)  # names dtype and device at any depth
+        self.mlp_dim = mlp_dim or 2 * dim
         self.blocks = nn.ModuleList(
-            AttentionBlock(dim, heads=heads, dim_head=self.dim_head, mlp_dim=mlp_dim or 2 * dim, causal=causal)
+            AttentionBlock(dim, heads=heads, dim_head=self.dim_head, mlp_dim=self.mlp_dim, causal=causal)
             for _ in range(depth)
         )
 
@@ -168,8 +166,8 @@ class AttentionBody(nn.Module):
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
         """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it must grow."""
-        weight = self.device_of
         shape = (batch, self.heads, capacity, self.dim_head)
+        weight = next(self.parameters(), torch.empty(0))  # without blocks there are no buffers, whatever their type
         return AttentionCache(
             keys=[weight.new_empty(shape) for _ in self.blocks], values=[weight.new_empty(shape) for _ in self.blocks]
         )

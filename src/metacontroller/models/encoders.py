@@ -43,9 +43,11 @@ class GridEncoder(nn.Module):
     """A linear map of a one-hot grid observation, computed as a sum of embedding lookups.
 
     view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
-    view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls).
-    Our choice for small models: the linear view of the relative positions that the paper's ant observes (§4). It saves
-    the model from learning to subtract cells, and without the agent's cell a held code cannot mean 'go to that place'.
+    view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls):
+    the linear view of the relative positions that the paper's ant observes (§4); our choice for small models, which
+    need not learn to subtract cells. Displacements saturate at ``reach`` cells along each axis (None: never): near by
+    the agent sees where things are, far away only in which direction. A code that is held can then hardly mean 'go to
+    that place', so that 'go to that color' is the better bargain.
 
     tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
     """
@@ -60,18 +62,24 @@ class GridEncoder(nn.Module):
         num_colors: int,
         num_walls: int,
         view: Literal["absolute", "egocentric"] = "absolute",
+        reach: int | None = None,
     ) -> None:
         super().__init__()
         if size < 2 or num_colors < 1 or num_walls < 0:
             raise ValueError(
                 f"the grid has size {size}, {num_colors} colors and {num_walls} walls; expected at least 2, 1 and 0."
             )
+        if reach is not None and (view == "absolute" or reach < 1):
+            raise ValueError(
+                f"reach is {reach} in the {view} view; expected None, or at least 1 in the egocentric view."
+            )
         self.size, self.num_objects, self.view = size, num_colors + num_walls, view
-        cells, span = size * size, 2 * size - 1
+        self.reach = size - 1 if reach is None else reach
         if view == "absolute":
-            places, tables = cells, list(range(self.num_objects))
+            places, tables = size * size, list(range(self.num_objects))
         elif view == "egocentric":
-            places, tables = span * span, [min(index, num_colors) for index in range(self.num_objects)]
+            places = (2 * self.reach + 1) ** 2
+            tables = [min(index, num_colors) for index in range(self.num_objects)]
         else:
             raise ValueError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
         if view == "absolute":
@@ -104,7 +112,7 @@ class GridEncoder(nn.Module):
         if self.view == "absolute":
             return tokens + self.offsets
         objects, agent = tokens[..., :-1], tokens[..., -1:]
-        size, span = self.size, 2 * self.size - 1
-        down = objects // size - agent // size + size - 1
-        right = objects % size - agent % size + size - 1
-        return down * span + right + self.offsets
+        size, reach = self.size, self.reach
+        down = (objects // size - agent // size).clamp(-reach, reach) + reach
+        right = (objects % size - agent % size).clamp(-reach, reach) + reach
+        return down * (2 * reach + 1) + right + self.offsets

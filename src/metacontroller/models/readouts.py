@@ -1,6 +1,7 @@
 """Embeddings and readouts of actions and states: categorical and Gaussian (paper §1).
 
-A readout maps the last residual to the parameters of a distribution and knows its log-probability and samples.
+A readout maps the last residual to the parameters of a distribution and knows its log-probability and samples. That of
+actions also embeds them, as past actions; that of states does not: encoders do that.
 Axes: b batch, t steps, n model width, a action or state size.
 """
 
@@ -15,16 +16,17 @@ from torch.nn import functional as F
 
 
 class CategoricalReadout(nn.Module):
-    """Softmax over ``num_discrete`` choices, and an embedding of them as past actions."""
+    """Softmax over ``num_discrete`` choices; embeds: whether they are embedded as past actions, too."""
 
-    def __init__(self, dim: int, num_discrete: int) -> None:
+    def __init__(self, dim: int, num_discrete: int, *, embeds: bool = False) -> None:
         super().__init__()
         if num_discrete < 2:
             raise ValueError(f"num_discrete is {num_discrete}; a choice needs at least 2.")
         self.num_discrete = num_discrete
         self.linear = nn.Linear(dim, num_discrete)
-        self.embedding = nn.Embedding(num_discrete, dim)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        if embeds:
+            self.embedding = nn.Embedding(num_discrete, dim)
+            nn.init.normal_(self.embedding.weight, std=dim**-0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (b, t, n) -> logits (b, t, a)."""
@@ -56,15 +58,19 @@ class CategoricalReadout(nn.Module):
 
 
 class GaussianReadout(nn.Module):
-    """Diagonal Gaussian over ``num_continuous`` values; parameters are (mean, log standard deviation) side by side."""
+    """Diagonal Gaussian over ``num_continuous`` values; parameters are (mean, log standard deviation) side by side.
 
-    def __init__(self, dim: int, num_continuous: int) -> None:
+    embeds: whether the values are embedded as past actions, too.
+    """
+
+    def __init__(self, dim: int, num_continuous: int, *, embeds: bool = False) -> None:
         super().__init__()
         if num_continuous < 1:
             raise ValueError(f"num_continuous is {num_continuous}; expected at least 1.")
         self.num_continuous = num_continuous
         self.linear = nn.Linear(dim, 2 * num_continuous)
-        self.embedding = nn.Linear(num_continuous, dim)
+        if embeds:
+            self.embedding = nn.Linear(num_continuous, dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation."""
@@ -76,15 +82,11 @@ class GaussianReadout(nn.Module):
 
     def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
         """Log-density of each value, summed over its entries, (b, t)."""
-        mean, log_std = params.chunk(2, -1)
-        error = (values - mean) * torch.exp(-log_std)
-        return (-0.5 * error.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return gaussian_log_prob(params, values).sum(-1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One draw per step, (b, t, a)."""
-        mean, log_std = params.chunk(2, -1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + log_std.exp() * noise
+        return sample_gaussian(params, generator)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
         """Raises ValueError unless ``values`` are finite floats of shape (b, t, a)."""
@@ -98,10 +100,25 @@ class GaussianReadout(nn.Module):
             raise ValueError("actions hold NaN or infinite values; clean the data before training.")
 
 
-def make_readout(dim: int, name: str, options: dict[str, Any]) -> CategoricalReadout | GaussianReadout:
+def sample_gaussian(params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One draw per distribution: mean and log standard deviation (..., 2 a) -> (..., a), reparameterised."""
+    mean, log_std = params.chunk(2, -1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + log_std.exp() * noise
+
+
+def gaussian_log_prob(params: Tensor, values: Tensor) -> Tensor:
+    """Log-density of each entry: (..., 2 a), (..., a) -> (..., a); their sum is that of the whole vector."""
+    mean, log_std = params.chunk(2, -1)
+    return -0.5 * ((values - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
+
+
+def make_readout(
+    dim: int, name: str, options: dict[str, Any], *, embeds: bool = False
+) -> CategoricalReadout | GaussianReadout:
     """The readout for ``dict(num_discrete = ...)`` or ``dict(num_continuous = ...)``."""
     if set(options) == {"num_discrete"}:
-        return CategoricalReadout(dim, options["num_discrete"])
+        return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
     if set(options) == {"num_continuous"}:
-        return GaussianReadout(dim, options["num_continuous"])
+        return GaussianReadout(dim, options["num_continuous"], embeds=embeds)
     raise ValueError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

@@ -21,7 +21,12 @@ from metacontroller.models.readouts import CategoricalReadout, make_readout
 from metacontroller.saving import Saveable
 
 if TYPE_CHECKING:  # a model knows nothing of what steers it, but its types name it
-    from metacontroller.control.metacontroller import ControlState, MetaController, MetaControllerOutput
+    from metacontroller.control.metacontroller import (
+        ControlState,
+        DiscoveryOutput,
+        MetaController,
+        MetaControllerOutput,
+    )
 
 
 class BehaviorCloningLosses(NamedTuple):
@@ -78,7 +83,8 @@ class Transformer(Saveable, nn.Module):
     meta_controller: what steers when a call names no other; it is not saved with the model.
 
     Methods by phase: ``behavior_cloning_loss``, ``discovery_loss``, ``step``; ``embed``, ``lower``, ``upper`` and
-    ``action_readout`` are the pieces. ``forward`` only dispatches, for the public contract.
+    ``action_readout`` are the pieces. ``resplit`` moves the controlled layer. ``forward`` only dispatches, for the
+    public contract.
     """
 
     unsaved = ("meta_controller",)
@@ -97,7 +103,7 @@ class Transformer(Saveable, nn.Module):
         super().__init__()
         self.remember_arguments({name: value for name, value in locals().items() if name != "meta_controller"})
         self.dim, self.condition_on_actions = dim, condition_on_actions
-        self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout)
+        self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
         if set(state_embed_readout) == {"grid"}:
             grid = state_embed_readout["grid"]
             self.encoder = GridEncoder(dim, **grid)
@@ -135,6 +141,25 @@ class Transformer(Saveable, nn.Module):
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
         """Caches for ``batch`` episodes acting in step."""
         return ModelCache(self.lower_body.empty_cache(batch, capacity), self.upper_body.empty_cache(batch, capacity))
+
+    def resplit(self, lower_depth: int) -> None:
+        """Moves the controlled layer to after block ``lower_depth`` of all blocks, in place; 0 is the input embedding.
+
+        Unsteered, the model computes what it did before. Caches made before no longer fit it.
+        """
+        blocks = [*self.lower_body.blocks, *self.upper_body.blocks]
+        if not 0 <= lower_depth <= len(blocks):
+            raise ValueError(f"lower_depth is {lower_depth}; expected 0..{len(blocks)}, the model's number of blocks.")
+        sizes = [(body.heads, body.dim_head, body.mlp_dim) for body in (self.lower_body, self.upper_body)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"lower_body and upper_body have (heads, dim_head, mlp_dim) of {sizes[0]} and {sizes[1]}; only bodies "
+                "of the same sizes can exchange blocks."
+            )
+        self.lower_body.blocks = nn.ModuleList(blocks[:lower_depth])
+        self.upper_body.blocks = nn.ModuleList(blocks[lower_depth:])
+        for name, depth in (("lower_body", lower_depth), ("upper_body", len(blocks) - lower_depth)):
+            self.arguments[name] = {**self.arguments[name], "depth": depth}
 
     # phase 1: pretraining
 
@@ -174,17 +199,33 @@ class Transformer(Saveable, nn.Module):
         *,
         with_state_loss: bool = True,
     ) -> DiscoveryLosses:
-        """Losses of eq. 3 under steering. The model's own weights get no gradient: freezing is part of the method."""
+        """Losses of eq. 3 under steering; the arguments are checked."""
         self.check_batch(states, actions, episode_lens)
+        losses, output = self.steered_losses(
+            states, actions, meta_controller, episode_lens, with_state_loss=with_state_loss
+        )
+        return DiscoveryLosses(*losses, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output))
+
+    def steered_losses(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        meta_controller: MetaController,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
+        """State and action loss under steering, and what the metacontroller did; generator: of its noise.
+
+        The model's own weights get no gradient: freezing is part of the method.
+        """
         with torch.no_grad():
             residual = self.residual(states, actions)
-        output = meta_controller.discover(residual, episode_lens)
+        output = meta_controller.discover(residual, episode_lens, generator)
         with frozen(self):
             hidden = self.upper(output.steered)
-            state, action = self.readout_losses(hidden, states, actions, episode_lens, with_state_loss)
-        return DiscoveryLosses(
-            state, action, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output)
-        )
+            return self.readout_losses(hidden, states, actions, episode_lens, with_state_loss), output
 
     # phase 3: acting
 
@@ -198,7 +239,7 @@ class Transformer(Saveable, nn.Module):
     ) -> tuple[Tensor, TransformerOutput]:
         """One step for all rows: states (b, 1, ...) -> action distribution (b, 1, ...) and the cache to go on from.
 
-        A cache can be gone on from once: the step writes into its key-value buffers.
+        A cache can be continued only once: the step writes into its key-value buffers.
         """
         self.check_step(states, past_actions, cache)
         if cache is None:

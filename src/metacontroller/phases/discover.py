@@ -2,9 +2,9 @@
 
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t) - lambda log p(o_{t+1} | ...) + alpha KL_t
 
-Metrics: ``action_loss`` (steered), ``unsteered_action_loss``, ``kl`` in nats per step, ``alpha``, ``switches`` (mean gate
-opening per episode beyond the first step), and how the gate meets the subgoals that discovery never sees:
-``gate_recall``, ``gate_precision``, ``gate_binary_fraction``, on the training batch just logged.
+Metrics, means over the log interval: ``loss``, ``action_loss`` (steered) and ``kl`` in nats per step, ``alpha``,
+``switches`` (sum of the gate over an episode, beyond the first step), and how the gate meets the subgoals that
+discovery never sees, on the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from metacontroller.analysis.switching import gate_alignment
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
-from metacontroller.models.transformer import Transformer, frozen
-from metacontroller.phases.training import EpisodeStream, Generate, OptimizerConfig, train
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.training import Generate, OptimizerConfig, train
 from metacontroller.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoverConfig:
-    """alpha: weight of the KL (eq. 3), reached from ``alpha_start`` linearly between steps ``alpha_warmup`` = (from, to);
-    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda."""
+    """alpha: weight of the KL (eq. 3), reached from ``alpha_start`` linearly between steps ``alpha_warmup`` (from, to);
+    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda. seed: of the
+    episodes and, apart, of the noise in codes and gate."""
 
     optimizer: OptimizerConfig
     alpha: float = 0.3
@@ -57,18 +58,19 @@ def discover(
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
-    """Trains ``meta_controller`` in place on a frozen ``model`` and writes it to ``meta_controller.safetensors`` in the run."""
+    """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run."""
     model.eval()
 
     def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
-        with torch.no_grad():
-            residual = model.residual(batch.states, batch.actions)
-        output = meta_controller.discover(residual, batch.lengths, noise)
-        with frozen(model):
-            losses = model.readout_losses(
-                model.upper(output.steered), batch.states, batch.actions, batch.lengths, config.state_loss_weight > 0
-            )
+        losses, output = model.steered_losses(
+            batch.states,
+            batch.actions,
+            meta_controller,
+            batch.lengths,
+            with_state_loss=config.state_loss_weight > 0,
+            generator=noise,
+        )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
         loss = loss + meta_controller.auxiliary_ratio_loss(output)
@@ -79,14 +81,12 @@ def discover(
                 metrics |= gate_alignment(output.beta, batch.segments, batch.lengths)
         return loss, metrics
 
-    parameters = meta_controller.discovery_parameters()
-    stream = EpisodeStream(generate, config.optimizer.batch_size, config.seed)
     train(
         "discover",
         config.optimizer,
         meta_controller,
-        parameters,
-        stream,
+        meta_controller.discovery_parameters(),
+        generate,
         loss_function,
         run,
         seed=config.seed,

@@ -21,7 +21,7 @@ from metacontroller.envs.tasks import check_tasks, format_task
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
-from metacontroller.phases.training import Generate
+from metacontroller.phases.training import Generate, noise_generator
 
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
@@ -84,8 +84,7 @@ def gate_on_new_layouts(
 ) -> tuple[Tensor, Trajectories]:
     """beta (b, t) along fresh episodes of ``generate``, and those episodes."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
+    generator, noise = torch.Generator().manual_seed(seed), noise_generator(seed, device)
     meta_controller.eval()
     fresh = generate(episodes, generator).to(device)
     betas = []

@@ -1,11 +1,13 @@
 """Phase 3, internal RL: reinforcement learning over abstract actions (C.5, algorithms 1-3), and its raw-action twin.
 
-Frozen model, gate and controller decoder together with the task are the environment; the policy pi(z | e) acts in it only at
-switches. One update: a batch of fresh episodes, advantages (R - mean) / (std + delta), a few passes of the clipped surrogate
-over the stored residuals. The frozen model is never run again for the update.
+Frozen model, gate and controller decoder together with the task are the environment; the policy pi(z | e) acts in it
+only at switches. One update: a batch of fresh episodes, advantages (R - mean) / (std + delta), a few passes of the
+clipped surrogate over the stored residuals. The frozen model is never run again for the update.
 
-Metrics: ``success`` of the batch just played, ``episodes`` so far, ``decisions`` and ``steps`` per episode, ``progress``
-(subgoals done), ``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` and ``clip_fraction`` of the last pass.
+Metrics: ``success`` of the batch just played, ``episodes`` so far, ``decisions`` and ``steps`` per episode,
+``progress`` (colors of the task done); of the last optimizer step ``entropy_per_code`` of the policy's Gaussian in
+nats, ``approx_kl`` between the policy that played and the present one, ``clip_fraction`` of decisions whose ratio the
+clip bounds, ``grad_norm`` before clipping.
 """
 
 from __future__ import annotations
@@ -19,28 +21,20 @@ from torch import Tensor, nn
 
 from metacontroller.control.losses import clipped_surrogate, trajectory_advantages
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.control.policy import code_log_prob
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.rollout import AbstractRollout, RawRollout, policy_proposal, rollout_abstract, rollout_raw
+from metacontroller.phases.training import Learner
 from metacontroller.progress import track
-from metacontroller.run_folder import (
-    RunFolder,
-    generator_tensor,
-    load_generator,
-    load_module,
-    load_optimizer,
-    module_tensors,
-    optimizer_meta,
-    optimizer_tensors,
-)
+from metacontroller.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class InternalRLConfig:
-    """episodes: in all. batch_size: episodes an update. passes: over each batch. eps_clip: of the surrogate. delta: added to the
-    standard deviation of returns. minibatches: parts of a batch, an optimizer step each."""
+    """episodes: in all. batch_size: episodes an update. passes: over each batch. minibatches: parts of a batch, an
+    optimizer step each. eps_clip: of the surrogate. delta: added to the standard deviation of returns."""
 
     episodes: int
     batch_size: int = 1024
@@ -84,7 +78,10 @@ def internal_rl(
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
-    """Trains the policy of ``meta_controller`` in place on episodes from ``new_grids(n, generator)``; writes it to the run."""
+    """Trains the policy of ``meta_controller`` in place on episodes from ``new_grids(n, generator)``.
+
+    Writes the metacontroller, of which only the policy has changed, to ``internal_rl_policy.safetensors`` in the run.
+    """
     model.eval()
     meta_controller.eval()
 
@@ -94,18 +91,15 @@ def internal_rl(
 
     def surrogate(rollout: AbstractRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         distribution, _ = meta_controller.policy(rollout.residual)
-        log_prob = code_log_prob(distribution, rollout.code).sum(-1)
+        log_prob = gaussian_log_prob(distribution, rollout.code).sum(-1)
         mask = length_mask(rollout.lengths, rollout.code.shape[1])
         log_std = distribution.chunk(2, -1)[1].sum(-1)
         entropy = masked_mean(log_std, mask) + 0.5 * meta_controller.dim_latent * math.log(2 * math.pi * math.e)
         loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
-        return loss, {**_ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip), "entropy_per_code": entropy}
+        metrics = _ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
+        return loss, {**metrics, "entropy_per_code": entropy.detach()}
 
-    def cut(rollout: AbstractRollout, rows: Tensor) -> AbstractRollout:
-        return AbstractRollout(**{name: value[rows] for name, value in vars(rollout).items()})
-
-    policy = meta_controller.policy
-    _reinforce("internal_rl", config, policy, play, surrogate, cut, run, resume=resume, quiet=quiet)
+    _reinforce("internal_rl", config, meta_controller.policy, play, surrogate, run, resume=resume, quiet=quiet)
     meta_controller.save(run.path / "internal_rl_policy.safetensors")
     return meta_controller
 
@@ -119,7 +113,10 @@ def raw_action_rl(
     resume: bool = False,
     quiet: bool = False,
 ) -> Transformer:
-    """The baseline: the same clipped surrogate on the base model's own actions. Trains ``model`` in place: give a copy."""
+    """The baseline: the same clipped surrogate on the base model's own actions.
+
+    Trains ``model`` in place: give a copy. Writes it to ``raw_action_model.safetensors`` in the run.
+    """
     model.eval()
 
     def play(generator: torch.Generator) -> RawRollout:
@@ -132,18 +129,13 @@ def raw_action_rl(
         loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
         return loss, _ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
 
-    def cut(rollout: RawRollout, rows: Tensor) -> RawRollout:
-        longest = int(rollout.steps[rows].max())
-        return RawRollout(
-            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(rollout).items()}
-        )
-
-    _reinforce("raw_action_rl", config, model, play, surrogate, cut, run, resume=resume, quiet=quiet)
+    _reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)
+    model.save(run.path / "raw_action_model.safetensors")
     return model
 
 
 def _ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) -> dict[str, Tensor]:
-    difference = (log_prob - old).detach()
+    difference = (log_prob - old).detach().masked_fill(~mask, 0.0)
     clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
     return {
         "approx_kl": masked_mean(difference.exp() - 1 - difference, mask),
@@ -157,53 +149,51 @@ def _reinforce(
     module: nn.Module,
     play: Callable,
     surrogate: Callable,
-    cut: Callable,
     run: RunFolder,
     *,
     resume: bool,
     quiet: bool,
 ) -> None:
-    """The loop both kinds of RL share: play a batch, a few passes over it, log, save. Trains ``module`` in place."""
+    """The loop both kinds of RL share: play a batch, a few passes over it, log, save. Trains ``module`` in place.
+
+    play(generator) -> rollout. surrogate(rollout, advantage) -> loss, metrics.
+    """
     parameters = list(module.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    device = parameters[0].device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    first = 0
-    if resume and run.has_checkpoint(phase):
-        tensors, meta = run.load_checkpoint(phase)
-        load_module(module, tensors, "module")
-        load_optimizer(optimizer, tensors, meta["optimizer"], "optimizer")
-        load_generator(generator, tensors["generator"])
-        first = meta["update"]
-        run.rewind_metrics(phase, first)
+    generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
+    learner = Learner(
+        module,
+        parameters,
+        generator,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    first = learner.restore(run, phase)[0] if resume else 0
+    run.rewind_metrics(phase, first)
     with track(config.updates, phase, start=first, quiet=quiet) as progress:
         for update in range(first, config.updates):
             rollout = play(generator)
-            metrics = {
-                "success": rollout.returns.mean(),
-                "episodes": (update + 1) * config.batch_size,
-                "steps": rollout.steps.float().mean(),
-                "progress": rollout.progress.float().mean(),
-            }
-            if isinstance(rollout, AbstractRollout):
-                metrics["decisions"] = rollout.lengths.float().mean()
+            done = update + 1
+            metrics = {"episodes": done * config.batch_size, **_episode_means(rollout)}
             advantage = trajectory_advantages(rollout.returns, config.delta)
             for _ in range(config.passes):
-                order = torch.randperm(len(advantage), generator=generator, device=device)
+                order = torch.randperm(config.batch_size, generator=generator, device=generator.device)
                 for rows in order.chunk(config.minibatches):
-                    loss, measured = surrogate(cut(rollout, rows), advantage[rows])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    measured["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    metrics |= {name: value.detach() for name, value in measured.items()}
-            done = update + 1
+                    loss, measured = surrogate(rollout.index(rows), advantage[rows])
+                    metrics |= {**measured, "grad_norm": learner.descend(loss)}
             run.log_metrics(phase, done, **metrics)
             progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
             if done % config.checkpoint_every == 0 or done == config.updates:
-                tensors = {
-                    **module_tensors("module", module),
-                    **optimizer_tensors("optimizer", optimizer),
-                    "generator": generator_tensor(generator),
-                }
-                run.save_checkpoint(phase, tensors, {"update": done, "optimizer": optimizer_meta(optimizer)})
+                learner.save(run, phase, done)
+
+
+def _episode_means(rollout: AbstractRollout | RawRollout) -> dict[str, Tensor]:
+    """Means over a batch of episodes."""
+    means = {
+        "success": rollout.returns.mean(),
+        "steps": rollout.steps.float().mean(),
+        "progress": rollout.progress.float().mean(),
+    }
+    if isinstance(rollout, AbstractRollout):
+        means["decisions"] = rollout.lengths.float().mean()
+    return means

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import EpisodeStream, Generate, OptimizerConfig, train
+from metacontroller.phases.training import Generate, OptimizerConfig, train
 from metacontroller.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """optimizer: how long and how fast. state_loss_weight: lambda. seed: of data order and noise."""
+    """optimizer: how long and how fast. state_loss_weight: lambda. seed: of the episodes."""
 
     optimizer: OptimizerConfig
     state_loss_weight: float = 0.0
@@ -36,7 +36,7 @@ def pretrain(
     resume: bool = False,
     quiet: bool = False,
 ) -> Transformer:
-    """Trains ``model`` in place on episodes from ``generate`` and writes it to ``base_model.safetensors`` in the run."""
+    """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run."""
     weight = config.state_loss_weight
 
     def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,8 +46,17 @@ def pretrain(
         metrics = {"action_loss": losses.action, **({"state_loss": losses.state} if weight > 0 else {})}
         return losses.action + weight * losses.state, metrics
 
-    stream = EpisodeStream(generate, config.optimizer.batch_size, config.seed)
-    parameters = list(model.parameters())
-    train("pretrain", config.optimizer, model, parameters, stream, loss_function, run, resume=resume, quiet=quiet)
+    train(
+        "pretrain",
+        config.optimizer,
+        model,
+        list(model.parameters()),
+        generate,
+        loss_function,
+        run,
+        seed=config.seed,
+        resume=resume,
+        quiet=quiet,
+    )
     model.save(run.path / "base_model.safetensors")
     return model

@@ -43,7 +43,8 @@ from metacontroller.presets.gridworld import (
 )
 from metacontroller.run_folder import RunFolder
 
-PHASES = ("pretrain", "discover", "internal_rl", "raw_action_rl")
+RL_PHASES = ("internal_rl", "raw_action_rl")
+PHASES = ("pretrain", "discover", *RL_PHASES)
 
 BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
@@ -130,9 +131,7 @@ def run_raw_action_rl(
 ) -> Transformer:
     """The baseline, on a copy of the run folder's base model."""
     model = load_artefact(Transformer, run, BASE_MODEL, device)
-    raw_action_rl(config.raw_action_rl, model, _post_task_grids(config), run, resume=resume, quiet=quiet)
-    model.save(run.path / f"{RAW_MODEL}.safetensors")
-    return model
+    return raw_action_rl(config.raw_action_rl, model, _post_task_grids(config), run, resume=resume, quiet=quiet)
 
 
 def _post_task_grids(config: GridworldConfig) -> Callable[[int, torch.Generator], PinpadBatch]:
@@ -162,39 +161,39 @@ def reproduce_seed(
         return finished
     for phase in ("pretrain", "discover"):
         run_phase(phase, config, folder, quiet, device)
-    rl_phases = PHASES[2:]
     if side_by_side:
         in_processes(
-            run_phase, [(phase, config, folder, quiet or phase == "raw_action_rl", device) for phase in rl_phases], 2
+            run_phase, [(phase, config, folder, quiet or phase == "raw_action_rl", device) for phase in RL_PHASES], 2
         )
     else:
-        for phase in rl_phases:
+        for phase in RL_PHASES:
             run_phase(phase, config, folder, quiet, device)
     began = time.monotonic()
     measured = measure(config, run, device)
     figures.draw_run(config, run, measured, device)
-    phase_seconds, peaks = {}, {}
-    for phase in PHASES:
-        meta = run.load_checkpoint(phase)[1]
-        phase_seconds[phase], peaks[phase] = meta["seconds"], meta["peak_rss_mb"]
-    phase_seconds["evaluate"] = time.monotonic() - began
-    own_peak = max(peak_rss_mb(), peaks["pretrain"], peaks["discover"])
-    rl_seconds, rl_peaks = [phase_seconds[phase] for phase in rl_phases], [peaks[phase] for phase in rl_phases]
-    if side_by_side:
-        seconds, peak = max(rl_seconds), own_peak + sum(rl_peaks)
-    else:
-        seconds, peak = sum(rl_seconds), max(own_peak, *rl_peaks)
-    seconds += sum(phase_seconds[phase] for phase in phase_seconds if phase not in rl_phases)
     summary = {
         "seed": config.seed,
         **measured,
         "episodes": config.internal_rl.updates * config.internal_rl.batch_size,
-        "seconds": seconds,
-        "phase_seconds": phase_seconds,
-        "peak_rss_mb": peak,
+        **_costs(run, time.monotonic() - began, side_by_side),
     }
     run.write_summary(summary)
     return summary
+
+
+def _costs(run: RunFolder, evaluation_seconds: float, side_by_side: bool) -> dict[str, Any]:
+    """seconds in all, phase_seconds and peak_rss_mb, from what the checkpoints say."""
+    costs = {phase: run.load_checkpoint(phase)[1] for phase in PHASES}
+    phase_seconds = {phase: meta["seconds"] for phase, meta in costs.items()} | {"evaluate": evaluation_seconds}
+    rl_seconds = [phase_seconds[phase] for phase in RL_PHASES]
+    rl_peaks = [costs[phase]["peak_rss_mb"] for phase in RL_PHASES]
+    own_peak = max(peak_rss_mb(), costs["pretrain"]["peak_rss_mb"], costs["discover"]["peak_rss_mb"])
+    if side_by_side:
+        seconds, peak = max(rl_seconds), own_peak + sum(rl_peaks)
+    else:
+        seconds, peak = sum(rl_seconds), max(own_peak, *rl_peaks)
+    seconds += sum(value for phase, value in phase_seconds.items() if phase not in RL_PHASES)
+    return {"seconds": seconds, "phase_seconds": phase_seconds, "peak_rss_mb": peak}
 
 
 def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, device: str) -> None:
@@ -298,9 +297,8 @@ def open_folder(folder: RunFolder, config: GridworldConfig, *, resume: bool, opt
 
 
 def _reproduce_alone(config: GridworldConfig, path: Path, quiet: bool, device: str) -> None:
-    summary = reproduce_seed(
-        config, path, quiet=True, device=device
-    )  # bars of several processes would overwrite each other
+    # quiet, because the bars of several processes would overwrite each other
+    summary = reproduce_seed(config, path, quiet=True, device=device)
     if not quiet:
         print(f"seed {config.seed}: finished in {summary['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
 
@@ -315,11 +313,8 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], 
 
     If one fails, or this process is interrupted, the others are ended: each phase can be resumed.
     """
-    pool = ProcessPoolExecutor(
-        at_once,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_start_worker)
     try:
         for future in as_completed([pool.submit(function, *job) for job in jobs]):
             future.result()

@@ -1,4 +1,4 @@
-"""Acting: batched episodes of the frozen model in its environment, steered by abstract actions or not (C.5, algorithm 2).
+"""Acting: batched episodes of the frozen model in its environment, steered by abstract actions or not (C.5, alg. 2).
 
 Axes: b episodes, k abstract actions (switches) of an episode, t steps, n_e residual, n_z code. Finished episodes are
 dropped from the batch as they end, so that the rest do not wait for them.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.control.policy import code_log_prob, sample_code
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.models.transformer import Transformer
 
 KEEP_SHARE = 0.8  # finished rows are dropped once fewer than this share are still running: copying caches has a price
@@ -28,9 +28,9 @@ Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class AbstractRollout:
     """Episodes as internal RL sees them: one step an abstract action.
 
-    residual (b, k, n_e): what the policy saw at each switch. code (b, k, n_z). log_prob (b, k): joint, when sampled. lengths
-    (b,): abstract actions of each episode. returns (b,): undiscounted rewards. steps (b,): environment steps. progress (b,):
-    subgoals done.
+    residual (b, k, n_e): what the policy saw at each switch. code (b, k, n_z). log_prob (b, k): joint, when sampled.
+    lengths (b,): abstract actions of each episode. returns (b,): undiscounted rewards. steps (b,): environment steps.
+    progress (b,): colors of the task done.
     """
 
     residual: Tensor
@@ -40,6 +40,10 @@ class AbstractRollout:
     returns: Tensor
     steps: Tensor
     progress: Tensor
+
+    def index(self, rows: Tensor) -> AbstractRollout:
+        """The episodes of the rows named."""
+        return AbstractRollout(**{name: value[rows] for name, value in vars(self).items()})
 
 
 @dataclass
@@ -53,14 +57,50 @@ class RawRollout:
     steps: Tensor
     progress: Tensor
 
+    def index(self, rows: Tensor) -> RawRollout:
+        """The episodes of the rows named, cut to the longest of them."""
+        longest = int(self.steps[rows].max())
+        return RawRollout(
+            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
+        )
+
+
+class Actor:
+    """The model at work in a batch of grids: its caches and last actions. What steers it comes between look and act."""
+
+    def __init__(self, model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> None:
+        self.model, self.grids, self.generator = model, grids, generator
+        self.cache = model.empty_cache(len(grids))
+        self.past_actions: Tensor | None = None
+
+    def look(self) -> Tensor:
+        """What the grids show now as the residual at the controlled layer, (b, n_e); once a step."""
+        tokens = self.grids.observe_tokens()[:, None]
+        return self.model.lower(self.model.embed(tokens, self.past_actions), self.cache.lower)[:, 0]
+
+    def act(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples an action from the residual (b, n_e), steered or not, and takes it.
+
+        Returns the rewards (b,), the actions (b, 1) and the logits (b, 1, a) that they come from.
+        """
+        logits = self.model.action_readout(self.model.upper(residual[:, None], self.cache.upper))
+        actions = self.past_actions = self.model.action_readout.sample(logits, self.generator)
+        return self.grids.step(actions[:, 0]), actions, logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the grids of the rows (k,) alone."""
+        self.grids.compact(rows)
+        self.cache = self.cache.index(rows)
+        self.past_actions = None if self.past_actions is None else self.past_actions[rows]
+
 
 def policy_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
     """Codes from the metacontroller's policy."""
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         distribution, advanced = meta_controller.policy(residual[:, None], state)
-        code = sample_code(distribution[:, 0], generator)
-        return code, code_log_prob(distribution[:, 0], code).sum(-1), advanced
+        code = sample_gaussian(distribution[:, 0], generator)
+        return code, gaussian_log_prob(distribution[:, 0], code).sum(-1), advanced
 
     return propose
 
@@ -70,8 +110,8 @@ def prior_proposal(meta_controller: MetaController, generator: torch.Generator |
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         distribution = residual.new_zeros(len(residual), 2 * meta_controller.dim_latent)
-        code = sample_code(distribution, generator)
-        return code, code_log_prob(distribution, code).sum(-1), state
+        code = sample_gaussian(distribution, generator)
+        return code, gaussian_log_prob(distribution, code).sum(-1), state
 
     return propose
 
@@ -85,13 +125,12 @@ def rollout_abstract(
     generator: torch.Generator | None = None,
 ) -> AbstractRollout:
     """Plays every grid to its end. A code stays in force until beta >= threshold; the policy is called only then."""
-    total = len(grids)
-    rows = torch.arange(total, device=grids.agent.device)
+    rows = torch.arange(len(grids), device=grids.agent.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    state, cache = meta_controller.initial_state(total), model.empty_cache(total)
+    actor, state = Actor(model, grids, generator), meta_controller.initial_state(len(grids))
     decisions, outcome = _Decisions(rows), _Outcome(rows)
     while len(rows):
-        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)[:, 0]
+        residual = actor.look()
         beta, history = meta_controller.observe(residual, state)
         switch = (beta >= meta_controller.gate_config.threshold) & alive
         chosen = switch.nonzero().squeeze(1)
@@ -99,14 +138,13 @@ def rollout_abstract(
         decisions.add(rows[chosen], residual[chosen], code, log_prob)
         state = meta_controller.integrate(state, history, switch, state.z.index_copy(0, chosen, code))
         state.policy = state.policy.index_copy(0, chosen, advanced)
-        hidden = model.upper(meta_controller.steer(residual, state.z)[:, None], cache.upper)
-        outcome.returns[rows] += grids.step(model.action_readout.sample(model.action_readout(hidden), generator)[:, 0])
+        outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
         alive = ~(grids.terminated | grids.truncated)
         running = alive.nonzero().squeeze(1)
         if len(running) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
-            grids.compact(running)
-            rows, alive, state, cache = rows[running], alive[running], state.index(running), cache.index(running)
+            actor.keep(running)
+            rows, alive, state = rows[running], alive[running], state.index(running)
     return AbstractRollout(
         residual=decisions.padded(decisions.residual),
         code=decisions.padded(decisions.code),
@@ -119,25 +157,22 @@ def rollout_abstract(
 @torch.no_grad()
 def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> RawRollout:
     """Plays every grid to its end with the model's own actions."""
-    total = len(grids)
     objects = grids.layouts.objects
-    rows = torch.arange(total, device=grids.agent.device)
-    cache, outcome = model.empty_cache(total), _Outcome(rows)
+    rows = torch.arange(len(grids), device=grids.agent.device)
+    actor, outcome = Actor(model, grids, generator), _Outcome(rows)
     agents, actions, log_probs = [], [], []
     while len(rows):
-        residual = model.lower(model.embed(grids.observe_tokens()[:, None]), cache.lower)
-        logits = model.action_readout(model.upper(residual, cache.upper))
-        action = model.action_readout.sample(logits, generator)
-        for kept, value in ((agents, grids.agent), (actions, action[:, 0])):
-            kept.append(torch.zeros_like(outcome.steps).index_copy(0, rows, value))
+        agents.append(torch.zeros_like(outcome.steps).index_copy(0, rows, grids.agent))
+        reward, action, logits = actor.act(actor.look())
         log_prob = model.action_readout.log_prob(logits, action)[:, 0]
+        actions.append(torch.zeros_like(outcome.steps).index_copy(0, rows, action[:, 0]))
         log_probs.append(torch.zeros_like(outcome.returns).index_copy(0, rows, log_prob))
-        outcome.returns[rows] += grids.step(action[:, 0])
+        outcome.returns[rows] += reward
         running = (~(grids.terminated | grids.truncated)).nonzero().squeeze(1)
         if len(running) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
-            grids.compact(running)
-            rows, cache = rows[running], cache.index(running)
+            actor.keep(running)
+            rows = rows[running]
     agent = torch.stack(agents, 1)[..., None]
     return RawRollout(
         states=torch.cat([objects[:, None].expand(-1, agent.shape[1], -1), agent], -1),

@@ -1,8 +1,8 @@
-"""The loop that pretraining and discovery share: batches in, AdamW steps, metrics, checkpoints, exact resumption."""
+"""What the phases share: the loop of pretraining and discovery, streams of episodes, AdamW steps, exact resumption."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,8 @@ from metacontroller.run_folder import (
 class OptimizerConfig:
     """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train.
 
-    steps: updates. batch_size: episodes each. decay_steps: the learning rate falls linearly to zero over the last so many
-    steps; 0 keeps it constant, as in the paper. max_grad_norm: gradients are clipped to it (the paper is silent).
+    steps: updates. batch_size: episodes each. decay_steps: the learning rate falls linearly to zero over the last so
+    many steps; 0 keeps it constant, as in the paper. max_grad_norm: gradients are clipped to it (the paper is silent).
     """
 
     steps: int
@@ -92,6 +92,81 @@ class EpisodeStream:
         self.used = 0
 
 
+class Learner:
+    """A module in training by AdamW, with the random numbers it uses; it knows its checkpoint."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: list[nn.Parameter],
+        generator: torch.Generator,
+        *,
+        lr: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.module, self.parameters, self.generator = module, parameters, generator
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        self.max_grad_norm = max_grad_norm
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """One step down the gradient, which is clipped; returns its norm before."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        return norm
+
+    def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the checkpoint of ``phase`` after update number ``step``, counted from 1, with ``more`` tensors."""
+        tensors = {
+            **module_tensors("module", self.module),
+            **optimizer_tensors("optimizer", self.optimizer),
+            "generator": generator_tensor(self.generator),
+            **(more or {}),
+        }
+        run.save_checkpoint(phase, tensors, {"step": step, "optimizer": optimizer_meta(self.optimizer)})
+
+    def restore(self, run: RunFolder, phase: str) -> tuple[int, dict[str, Tensor]]:
+        """Goes back to the checkpoint of ``phase``; returns its step and tensors, 0 and none if there is none."""
+        if not run.has_checkpoint(phase):
+            return 0, {}
+        tensors, meta = run.load_checkpoint(phase)
+        load_module(self.module, tensors, "module")
+        load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
+        load_generator(self.generator, tensors["generator"])
+        return meta["step"], tensors
+
+
+class _Means:
+    """Means of metrics since the last time they were taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds one step's scalars; nothing here waits for the device."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, which start afresh."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+NOISE_BIT = 2**31
+"""What tells the seed of a phase's noise from that of its episodes; all seeds of presets lie below."""
+
+
+def noise_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Random numbers for noise, unlike those of an `EpisodeStream` with the same seed."""
+    return torch.Generator(device).manual_seed(seed ^ NOISE_BIT)
+
+
 LossFunction = Callable[[Trajectories, int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -100,59 +175,50 @@ def train(
     config: OptimizerConfig,
     module: nn.Module,
     parameters: list[nn.Parameter],
-    stream: EpisodeStream,
+    generate: Generate,
     loss_function: LossFunction,
     run: RunFolder,
     *,
-    seed: int = 0,
+    seed: int,
     resume: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Trains ``parameters`` of ``module`` in place.
+    """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
-    ``loss_function(batch, step, noise)`` returns the loss and metrics to log (means over the log interval are kept).
-    Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as if it
-    had never stopped. A finished phase is not trained again.
+    ``loss_function(batch, step, noise)`` returns the loss and the metrics to log, of which means over the log interval
+    are kept. seed: of the episodes and, apart, of the noise.
+    Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
+    if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
+    the steps since the checkpoint. A finished phase is not trained again.
     """
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    noise = torch.Generator(device).manual_seed(seed)
-    first = 0
-    if resume and run.has_checkpoint(phase):
-        tensors, meta = run.load_checkpoint(phase)
-        load_module(module, tensors, "module")
-        load_optimizer(optimizer, tensors, meta["optimizer"], "optimizer")
-        load_generator(noise, tensors["noise"])
-        first = meta["step"]
-        if first < config.steps:
-            stream.restore(tensors)
-        run.rewind_metrics(phase, first)
+    stream = EpisodeStream(generate, config.batch_size, seed)
+    learner = Learner(
+        module,
+        parameters,
+        noise_generator(seed, device),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    first, tensors = learner.restore(run, phase) if resume else (0, {})
+    if 0 < first < config.steps:
+        stream.restore(tensors)
+    run.rewind_metrics(phase, first)
     module.train()
-    sums: dict[str, Tensor] = {}
+    means = _Means()
     with track(config.steps, phase, start=first, quiet=quiet) as progress:
         for step in range(first, config.steps):
-            for group in optimizer.param_groups:
+            for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
-            loss, metrics = loss_function(stream.next().to(device), step, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                interval = done % config.log_every or config.log_every
-                means = {name: float(value) / min(interval, done - first) for name, value in sums.items()}
-                run.log_metrics(phase, done, **means)
-                progress.update(done, **means)
-                sums = {}
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                tensors = {
-                    **module_tensors("module", module),
-                    **optimizer_tensors("optimizer", optimizer),
-                    **stream.tensors(),
-                    "noise": generator_tensor(noise),
-                }
-                run.save_checkpoint(phase, tensors, {"step": done, "optimizer": optimizer_meta(optimizer)})
+            loss, metrics = loss_function(stream.next().to(device), step, learner.generator)
+            learner.descend(loss)
+            means.add({"loss": loss, **metrics})
+            done, last = step + 1, step + 1 == config.steps
+            if last or done % config.log_every == 0:
+                measured = means.take()
+                run.log_metrics(phase, done, **measured)
+                progress.update(done, **measured)
+            if last or done % config.checkpoint_every == 0:
+                learner.save(run, phase, done, stream.tensors())
     module.eval()

@@ -14,7 +14,7 @@ import torch
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.envs.expert import expert_trajectories
+from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig
 from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
 from metacontroller.models.transformer import Transformer
@@ -33,21 +33,23 @@ MAX_SEED = 2**28 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """tie_break: among equally short paths, "random" as in the paper, or "fixed". epsilon: share of random moves."""
+    """tie_break: among equally short paths, "random" as in the paper, "fixed" or "straight" (along the longer axis
+    first), see `expert_trajectories`. epsilon: share of random moves."""
 
-    tie_break: Literal["random", "fixed"] = "random"
+    tie_break: TieBreak = "random"
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.tie_break not in ("random", "fixed"):
-            raise ValueError(f"tie_break is {self.tie_break!r}; expected 'random' or 'fixed'.")
+        if self.tie_break not in TIE_BREAKS:
+            raise ValueError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer. view: of the grid encoder."""
+    """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer; below none it is the input
+    embedding, l = 0. view, reach: of the grid encoder."""
 
     dim: int
     lower_depth: int
@@ -55,9 +57,12 @@ class ModelConfig:
     heads: int
     mlp_dim: int
     view: Literal["absolute", "egocentric"] = "absolute"
+    reach: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("dim", "lower_depth", "upper_depth", "heads", "mlp_dim"))
+        _check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
+        if self.lower_depth < 0:
+            raise ValueError(f"lower_depth is {self.lower_depth}; expected at least 0.")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
         if self.view not in ("absolute", "egocentric"):
@@ -168,6 +173,7 @@ def build_model(config: GridworldConfig) -> Transformer:
         "num_colors": environment.num_colors,
         "num_walls": environment.num_walls,
         "view": model.view,
+        "reach": model.reach,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "model"))

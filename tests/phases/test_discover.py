@@ -1,0 +1,84 @@
+"""Discovery: the KL's weight over time, what is logged, what is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.phases.discover import DiscoverConfig, discover
+from metacontroller.phases.training import OptimizerConfig
+from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
+from metacontroller.run_folder import RunFolder
+
+OPTIMIZER = OptimizerConfig(steps=12, batch_size=16, lr=1e-2, log_every=4)
+METRICS = {"loss", "action_loss", "kl", "alpha", "switches", "gate_recall", "gate_precision", "gate_binary_fraction"}
+
+
+def learn(
+    folder: Path, model: Any = None, labels: bool = True, **options: Any
+) -> tuple[MetaController, list[dict[str, Any]]]:
+    """A metacontroller of the debug preset after 12 updates, and what was logged."""
+    config = debug()
+    source = generate(config, "discover")
+
+    def unlabelled(n: int, generator: torch.Generator) -> Any:
+        return dataclasses.replace(source(n, generator), subgoals=None, segments=None)
+
+    run = RunFolder(folder)
+    settings = DiscoverConfig(**({"optimizer": OPTIMIZER, "alpha": 0.2, "alpha_start": 0.2} | options))
+    steering, base = build_meta_controller(config), model or build_model(config)
+    discover(settings, base, steering, source if labels else unlabelled, run, quiet=True)
+    return steering, run.read_metrics("discover")
+
+
+def test_alpha_rises_between_its_steps() -> None:
+    config = DiscoverConfig(optimizer=OPTIMIZER, alpha=0.5, alpha_start=0.1, alpha_warmup=(2, 6))
+    assert [config.alpha_at(step) for step in (0, 2, 3, 4, 6, 11)] == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.5, 0.5])
+    assert DiscoverConfig(optimizer=OPTIMIZER, alpha=0.5, alpha_start=0.1).alpha_at(0) == 0.5
+
+
+def test_what_is_logged_adds_up(tmp_path: Path) -> None:
+    _, lines = learn(tmp_path)
+    assert [set(line) for line in lines] == [METRICS | {"phase", "step"}] * 3
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["action_loss"] + 0.2 * line["kl"], rel=1e-4)
+        assert line["switches"] > 0
+    assert lines[-1]["kl"] < lines[0]["kl"]
+
+
+def test_discovery_does_not_look_at_the_labels(tmp_path: Path) -> None:
+    with_labels, _ = learn(tmp_path / "with")
+    without, lines = learn(tmp_path / "without", labels=False)
+    assert not any(name.startswith("gate") for line in lines for name in line)
+    for name, value in with_labels.state_dict().items():
+        assert torch.equal(value, without.state_dict()[name])
+
+
+def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
+    model = build_model(debug())
+    steering, _ = learn(tmp_path, model, state_loss_weight=0.1)
+    for module, prefix in ((model, ""), (steering, "policy.")):
+        fresh = build_model(debug()) if module is model else build_meta_controller(debug())
+        for name, value in fresh.state_dict().items():
+            same = torch.equal(module.state_dict()[name], value)
+            assert same or not name.startswith(prefix)
+    saved = MetaController.init_and_load(tmp_path / "meta_controller.safetensors").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in steering.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": -0.1}, "alpha is -0.1 and alpha_start 0.015; expected at least 0"),
+        ({"alpha_warmup": (5, 2)}, r"alpha_warmup is \(5, 2\); expected \(from, to\)"),
+        ({"alpha_warmup": (-1, 2)}, r"alpha_warmup is \(-1, 2\)"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiscoverConfig(optimizer=OPTIMIZER, **change)

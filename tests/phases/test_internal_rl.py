@@ -1,0 +1,158 @@
+"""Internal RL and its raw-action twin: a task of two steps that must be solved, seeds, what is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.envs.gridworld_pinpad import Layouts, PinpadBatch, PinpadConfig
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.internal_rl import InternalRLConfig, internal_rl, raw_action_rl
+from metacontroller.run_folder import RunFolder
+
+# A 0 .    Right to color 0, then down to color 1: two steps, and any other move ends or wastes the episode.
+# . 1 .
+GRID = PinpadConfig(size=3, num_colors=2, num_walls=0, max_steps=2)
+DIM, CONSTANT = 16, 4  # channels 0..3 of the residual are the actions', channel 4 is always 1
+AXES = ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0))  # of the code: up, down, left, right
+
+
+def new_grids(n: int, generator: torch.Generator) -> PinpadBatch:
+    layouts = Layouts(torch.tensor([[1, 4]]), torch.tensor([0])).repeat(n)
+    return PinpadBatch(GRID, layouts, torch.tensor([[0, 1]]).expand(n, -1), torch.full((n,), 2))
+
+
+@torch.no_grad()
+def make_model() -> Transformer:
+    """Without blocks, and undecided: what it does is what is written into the channels of its four actions."""
+    model = Transformer(
+        DIM,
+        action_embed_readout={"num_discrete": 4},
+        state_embed_readout={"grid": {"size": 3, "num_colors": 2, "num_walls": 0}},
+        lower_body={"depth": 0},
+        upper_body={"depth": 0},
+        condition_on_actions=False,
+    )
+    model.encoder.get_parameter("table")[:, :CONSTANT] = 0.0
+    model.encoder.get_parameter("table")[:, CONSTANT] = 1 / 3  # of three objects: two colors and the agent
+    model.action_readout.linear.weight.copy_(4 * torch.eye(4, DIM))
+    model.action_readout.linear.bias.zero_()
+    return model
+
+
+@torch.no_grad()
+def make_steering() -> MetaController:
+    """A code of two numbers points up, down, left or right; each step takes a fresh one."""
+    gate: dict[str, Any] = {"mode": "forced"}
+    steering = MetaController(
+        DIM, dim_meta_controller=8, dim_latent=2, decoder_hidden=4, rank=None, policy_hidden=16, gate=gate
+    )
+    steering.controller.full.zero_()
+    steering.controller.code_to_hidden.weight.zero_()
+    steering.controller.code_to_hidden.bias.zero_()
+    for action, (axis, sign) in enumerate(AXES):
+        steering.controller.code_to_hidden.weight[action, axis] = sign
+        steering.controller.full[action, action, CONSTANT] = 2.0  # U: constant -> this action's channel
+    return steering
+
+
+CONFIG = InternalRLConfig(episodes=128 * 25, batch_size=128, lr=2e-2, passes=3, minibatches=2)
+
+
+def learn(folder: Path, kind: str = "internal", config: InternalRLConfig = CONFIG) -> list[dict[str, Any]]:
+    """Trains on the toy task and returns what was logged."""
+    torch.manual_seed(0)
+    run = RunFolder(folder)
+    if kind == "internal":
+        internal_rl(config, make_model(), make_steering(), new_grids, run, quiet=True)
+        return run.read_metrics("internal_rl")
+    raw_action_rl(config, make_model(), new_grids, run, quiet=True)
+    return run.read_metrics("raw_action_rl")
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_a_task_of_two_steps_is_solved(kind: str, tmp_path: Path) -> None:
+    lines = learn(tmp_path, kind)
+    assert len(lines) == 25
+    assert lines[0]["success"] < 0.25  # two moves of four choices each
+    assert min(line["success"] for line in lines[-3:]) > 0.9
+    assert lines[-1]["episodes"] == CONFIG.episodes
+    assert lines[-1]["progress"] > 1.8
+    assert all(1 <= line["steps"] <= 2 for line in lines)
+    if kind == "internal":
+        assert all(line["decisions"] == line["steps"] for line in lines)
+        assert lines[-1]["entropy_per_code"] < lines[0]["entropy_per_code"]
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_the_same_seed_gives_the_same_run(kind: str, tmp_path: Path) -> None:
+    names = {"internal": "internal_rl_policy", "raw": "raw_action_model"}
+    configs = {"first": 1, "again": 1, "other": 2}
+    runs = {
+        name: learn(tmp_path / name, kind, InternalRLConfig(episodes=96, batch_size=32, lr=1e-2, seed=seed))
+        for name, seed in configs.items()
+    }
+    weights = {name: load_file(tmp_path / name / f"{names[kind]}.safetensors") for name in configs}
+    assert runs["first"] == runs["again"] != runs["other"]
+    same = [all(torch.equal(weights["first"][key], weights[name][key]) for key in weights["first"]) for name in weights]
+    assert same == [True, True, False]
+
+
+def test_only_the_policy_learns(tmp_path: Path) -> None:
+    model, steering = make_model(), make_steering()
+    before = {name: value.clone() for name, value in [*model.named_parameters(), *steering.named_parameters()]}
+    config = InternalRLConfig(episodes=64, batch_size=32, lr=1e-2, weight_decay=0.1)
+    internal_rl(config, model, steering, new_grids, RunFolder(tmp_path), quiet=True)
+    after = dict([*model.named_parameters(), *steering.named_parameters()])
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("policy.") for name in changed)
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_before_the_first_step_the_policy_is_the_one_that_played(tmp_path: Path) -> None:
+    config = InternalRLConfig(episodes=64, batch_size=64, lr=1e-2)
+    (line,) = learn(tmp_path, config=config)  # one pass: measured before its step
+    assert line["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert line["clip_fraction"] == 0
+    assert line["entropy_per_code"] == pytest.approx(2.8379, abs=1e-4)  # of N(0, I) in two dimensions: log(2 pi e)
+    assert line["grad_norm"] > 0
+
+
+def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
+    # a very narrow policy, whose density at the zeros of the padding overflows
+    steering = make_steering()
+    nn.init.constant_(steering.policy.readout.bias[2:], -50.0)
+
+    def ending_early(n: int, generator: torch.Generator) -> PinpadBatch:
+        grids = new_grids(n, generator)
+        return PinpadBatch(GRID, grids.layouts, grids.tasks.flip(1), grids.task_lengths)  # color 0 is wrong at first
+
+    config = InternalRLConfig(episodes=64, batch_size=64, lr=1e-6)
+    internal_rl(config, make_model(), steering, ending_early, RunFolder(tmp_path), quiet=True)
+    (line,) = RunFolder(tmp_path).read_metrics()
+    assert 1 < line["decisions"] < 2
+    assert line["approx_kl"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"episodes": 0}, "episodes is 0; expected at least 1"),
+        ({"passes": 0}, "passes is 0; expected at least 1"),
+        ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InternalRLConfig(**({"episodes": 8, "batch_size": 8} | change))
+
+
+def test_the_last_update_may_go_beyond_the_episodes_asked_for() -> None:
+    assert InternalRLConfig(episodes=17, batch_size=8).updates == 3

@@ -1,0 +1,58 @@
+"""Pretraining: it learns, and the optional next-state loss is learned and logged only when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.pretrain import PretrainConfig, pretrain
+from metacontroller.phases.training import OptimizerConfig
+from metacontroller.presets.gridworld import build_model, debug, generate
+from metacontroller.run_folder import RunFolder
+
+OPTIMIZER = OptimizerConfig(steps=40, batch_size=16, lr=1e-2, log_every=10)
+
+
+def learn(folder: Path, **options: Any) -> tuple[Transformer, list[dict[str, Any]]]:
+    """A model of the debug preset after 40 updates, and what was logged."""
+    config = dataclasses.replace(debug(), pretrain=PretrainConfig(optimizer=OPTIMIZER, **options))
+    run = RunFolder(folder)
+    model = pretrain(config.pretrain, build_model(config), generate(config, "pretrain"), run, quiet=True)
+    return model, run.read_metrics("pretrain")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_pretraining_lowers_the_losses_it_is_asked_to(weight: float, tmp_path: Path) -> None:
+    model, lines = learn(tmp_path, state_loss_weight=weight)
+    names = {"phase", "step", "loss", "action_loss"} | ({"state_loss"} if weight else set())
+    assert all(set(line) == names for line in lines)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["action_loss"] + weight * line.get("state_loss", 0.0), rel=1e-5)
+    assert lines[-1]["action_loss"] < 0.95 * lines[0]["action_loss"]
+    if weight:
+        assert lines[-1]["state_loss"] < 0.95 * lines[0]["state_loss"]
+    moved = not torch.equal(model.state_readout.linear.weight, build_model(debug()).state_readout.linear.weight)
+    assert moved == bool(weight)
+
+
+def test_the_model_is_saved(tmp_path: Path) -> None:
+    model, _ = learn(tmp_path)
+    saved = Transformer.init_and_load(tmp_path / "base_model.safetensors").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_data_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    config = debug()
+    source = generate(config, "pretrain")
+
+    def broken(n: int, generator: torch.Generator) -> Any:
+        episodes = source(n, generator)
+        return dataclasses.replace(episodes, actions=episodes.actions + 4)
+
+    with pytest.raises(ValueError, match="actions range over 4"):
+        pretrain(config.pretrain, build_model(config), broken, RunFolder(tmp_path), quiet=True)

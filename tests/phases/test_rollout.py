@@ -1,0 +1,162 @@
+"""Rollouts: the model at work in many grids at once is the model at work step by step, past actions included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.internal_rl import task_grids
+from metacontroller.phases.rollout import (
+    Actor,
+    policy_proposal,
+    prior_proposal,
+    rollout_abstract,
+    rollout_raw,
+)
+
+GRID = PinpadConfig(size=4, num_colors=3, num_walls=1, max_steps=9)
+EPISODES, CODE = 24, 3
+
+
+def make_model(condition_on_actions: bool) -> Transformer:
+    """Past actions, where they enter, count for as much as what is seen."""
+    model = Transformer(
+        16,
+        action_embed_readout={"num_discrete": 4},
+        state_embed_readout={"grid": {"size": GRID.size, "num_colors": GRID.num_colors, "num_walls": GRID.num_walls}},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+        condition_on_actions=condition_on_actions,
+    )
+    nn.init.normal_(model.action_readout.embedding.weight)
+    nn.init.normal_(model.action_readout.linear.weight)
+    return model.eval()
+
+
+def make_steering() -> MetaController:
+    """Codes matter, the gate opens now and then, and the policy always takes its mean."""
+    steering = MetaController(16, dim_meta_controller=8, dim_latent=CODE, rank=2)
+    for weight in (steering.controller.write, steering.switching.out.weight, steering.switching.code.weight):
+        nn.init.normal_(weight, std=2.0)
+    nn.init.normal_(steering.policy.readout.weight[:CODE])
+    nn.init.constant_(steering.policy.readout.bias[CODE:], -100.0)
+    return steering.eval()
+
+
+def new_grids() -> PinpadBatch:
+    return task_grids(GRID, (0, 1), EPISODES, torch.Generator().manual_seed(0))
+
+
+def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def step_by_step(model: Transformer, steering: MetaController | None, grids: PinpadBatch) -> list[dict[str, Any]]:
+    """Every episode alone, by Transformer.step: what was seen and done at each of its steps."""
+    episodes = []
+    for row in range(len(grids)):
+        alone = new_grids()
+        alone.compact(torch.tensor([row]))
+        cache, past = None, None
+        seen: dict[str, list[Tensor]] = {"residual": [], "action": [], "log_prob": [], "switch": [], "code": []}
+        total = 0.0
+        while not bool(alone.terminated | alone.truncated):
+            logits, cache = model.step(alone.observe_tokens()[:, None], past, steering, cache)
+            past = model.action_readout.sample(logits)
+            total += float(alone.step(past[:, 0]))
+            output = cache.prev_hiddens.meta_controller
+            seen["residual"].append(cache.residual[0, 0])
+            seen["action"].append(past[0, 0])
+            seen["log_prob"].append(model.action_readout.log_prob(logits, past)[0, 0])
+            if output is not None:
+                seen["switch"].append(output.switch_beta[0, 0] >= 0.5)
+                seen["code"].append(output.actions[0, 0])
+        stacked = {name: torch.stack(values) for name, values in seen.items() if values}
+        episodes.append({**stacked, "return": total, "steps": int(alone.steps), "progress": int(alone.progress)})
+    return episodes
+
+
+@pytest.mark.parametrize("condition_on_actions", [False, True])
+def test_raw_rollouts_equal_steps_of_the_model(condition_on_actions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(condition_on_actions)
+    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    rollout = rollout_raw(model, new_grids())
+    episodes = step_by_step(model, None, new_grids())
+    for row, episode in enumerate(episodes):
+        steps = episode["steps"]
+        assert torch.equal(rollout.actions[row, :steps], episode["action"])
+        torch.testing.assert_close(rollout.log_prob[row, :steps], episode["log_prob"], atol=1e-5, rtol=1e-4)
+        assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], steps)
+        assert rollout.progress[row] == episode["progress"]
+    assert len({episode["steps"] for episode in episodes}) > 2  # so rows were dropped on the way
+    whole = model.residual(rollout.states, rollout.actions)
+    logits = model.action_readout(model.upper(whole))
+    again = model.action_readout.log_prob(logits, rollout.actions)
+    played = torch.arange(rollout.actions.shape[1]) < rollout.steps[:, None]
+    torch.testing.assert_close(again[played], rollout.log_prob[played], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("condition_on_actions", [False, True])
+def test_abstract_rollouts_equal_steps_of_the_steered_model(
+    condition_on_actions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steering = make_model(condition_on_actions), make_steering()
+    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    rollout = rollout_abstract(model, steering, new_grids(), policy_proposal(steering, None))
+    episodes = step_by_step(model, steering, new_grids())
+    for row, episode in enumerate(episodes):
+        switch, count = episode["switch"], int(episode["switch"].sum())
+        assert rollout.lengths[row] == count
+        torch.testing.assert_close(rollout.residual[row, :count], episode["residual"][switch], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(rollout.code[row, :count], episode["code"][switch], atol=1e-4, rtol=1e-3)
+        assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], episode["steps"])
+        assert rollout.progress[row] == episode["progress"]
+    decisions = sum(int(episode["switch"].sum()) for episode in episodes)
+    assert EPISODES < decisions < sum(episode["steps"] for episode in episodes)
+
+
+def test_codes_are_held_by_a_model_that_knows_its_past_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steering = make_model(condition_on_actions=True), make_steering()
+    known: list[int] = []
+    embed = model.embed
+
+    def note(states: Tensor, past_actions: Tensor | None = None) -> Tensor:
+        known.append(0 if past_actions is None else len(past_actions))
+        assert len(known) == 1 or len(states) == known[-1]
+        return embed(states, past_actions)
+
+    monkeypatch.setattr(model, "embed", note)
+    code_subgoal_bits(model, steering, GRID, codes=2, layouts_per_code=10, generator=torch.Generator().manual_seed(0))
+    assert known[0] == 0
+    assert len(set(known)) > 2
+
+
+def test_prior_codes_are_standard_normal_and_leave_the_policy_state_alone() -> None:
+    steering = make_steering()
+    state = torch.randn(4000, 8)
+    propose = prior_proposal(steering, torch.Generator().manual_seed(0))
+    code, log_prob, after = propose(torch.randn(4000, 16), state, torch.arange(4000))
+    torch.testing.assert_close(code.mean(0), torch.zeros(CODE), atol=0.06, rtol=0)
+    torch.testing.assert_close(code.std(0), torch.ones(CODE), atol=0.06, rtol=0)
+    torch.testing.assert_close(log_prob, torch.distributions.Normal(0.0, 1.0).log_prob(code).sum(-1))
+    assert after is state
+
+
+@torch.no_grad()
+def test_an_actor_that_keeps_some_grids_goes_on_with_their_past() -> None:
+    model, rows = make_model(condition_on_actions=True), torch.tensor([5, 2])
+    some, all_of_them = (Actor(model, new_grids(), torch.Generator().manual_seed(1)) for _ in range(2))
+    for actor in (some, all_of_them):
+        actor.act(actor.look())
+    some.keep(rows)
+    torch.testing.assert_close(some.look(), all_of_them.look()[rows])
+    assert some.past_actions is not None
+    assert len(some.past_actions) == len(some.grids) == 2
