@@ -48,7 +48,7 @@ format: $(STAMP) ## rewrite files to the house format
 	$(BIN)/ruff format
 
 reproduce: $(STAMP) ## train and evaluate the laptop preset, all phases
-	$(BIN)/metacontroller reproduce --preset laptop $(ARGS)
+	$(BIN)/metacontroller reproduce --preset laptop --out runs/laptop $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -140,9 +140,17 @@ class MetaController(Saveable, nn.Module):
     # phase 2: discovery
 
     def discover(
-        self, residual: Tensor, episode_lens: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        residual: Tensor,
+        episode_lens: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        embedded_residual: Tensor | None = None,
     ) -> DiscoveryOutput:
-        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps."""
+        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps.
+
+        embedded_residual (b, t, n_e): what the sequence embedder sees in place of the residual, if given.
+        """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
         check_lengths(episode_lens, batch, steps)
@@ -150,7 +158,8 @@ class MetaController(Saveable, nn.Module):
         mask = length_mask(lengths, steps)
         read = self.norm(residual)
         history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
-        sequence = self.sequence_embedder(read, mask)[:, None].expand(-1, steps, -1)
+        embedded = read if embedded_residual is None else self.norm(embedded_residual)
+        sequence = self.sequence_embedder(embedded, mask)[:, None].expand(-1, steps, -1)
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
         z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), generator)

@@ -326,6 +326,22 @@ def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
     return vector.scatter_(-1, tokens + starts, 1.0)
 
 
+@cache
+def _symmetry_table(size: int) -> Tensor:
+    cells = torch.arange(size * size).view(size, size)
+    return torch.stack([torch.rot90(board, turns).flatten() for board in (cells, cells.flip(0)) for turns in range(4)])
+
+
+def turn_at_random(size: int, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Show each episode on a board turned and mirrored at random, one of the eight symmetries of the square.
+
+    tokens int64 (b, t, o + 1), cells -> the same shape. Colors stay what they are; directions and places do not.
+    """
+    table = _symmetry_table(size).to(tokens.device)
+    drawn = torch.randint(len(table), (len(tokens),), generator=generator, device=tokens.device)
+    return table[drawn][:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)
+
+
 def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
     """Turn the paper's observation vector, (..., n (o + 1)), into tokens, int64 (..., o + 1): undo `tokens_to_onehot`.
 

@@ -215,14 +215,17 @@ class Transformer(Saveable, nn.Module):
         *,
         with_state_loss: bool = True,
         generator: torch.Generator | None = None,
+        embedded_states: Tensor | None = None,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
         """State and action loss under steering, and what the metacontroller did; generator: of its noise.
 
-        The model's own weights get no gradient: freezing is part of the method.
+        embedded_states: the episodes as the sequence embedder shall see them, if not as they are. The model's own
+        weights get no gradient: freezing is part of the method.
         """
         with torch.no_grad():
             residual = self.residual(states, actions)
-        output = meta_controller.discover(residual, episode_lens, generator)
+            embedded = None if embedded_states is None else self.residual(embedded_states, actions)
+        output = meta_controller.discover(residual, episode_lens, generator, embedded_residual=embedded)
         with frozen(self):
             hidden = self.upper(output.steered)
             return self.readout_losses(hidden, states, actions, episode_lens, with_state_loss), output

@@ -9,6 +9,7 @@ discovery never sees, on the training batches: ``gate_recall``, ``gate_precision
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.training import Generate, OptimizerConfig, train
 from metacontroller.run_folder import RunFolder
+
+EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
+"""states (b, t, ...) and a source of randomness -> states of the same shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,15 @@ def discover(
     generate: Generate,
     run: RunFolder,
     *,
+    embedded_view: EmbeddedView | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
-    """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run."""
+    """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run.
+
+    embedded_view: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
+    subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
+    """
     model.eval()
 
     def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,6 +79,7 @@ def discover(
             batch.lengths,
             with_state_loss=config.state_loss_weight > 0,
             generator=noise,
+            embedded_states=None if embedded_view is None else embedded_view(batch.states, noise),
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state + alpha * kl

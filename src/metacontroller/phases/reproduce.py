@@ -36,6 +36,7 @@ from metacontroller.presets.gridworld import (
     GridworldConfig,
     build_meta_controller,
     build_model,
+    embedded_view,
     from_json,
     generate,
     stream_seed,
@@ -113,7 +114,10 @@ def run_discover(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet
     model = load_artefact(Transformer, run, BASE_MODEL, device)
     meta_controller = build_meta_controller(config).to(device)
     source = generate(config, "discover")
-    return discover(config.discover, model, meta_controller, source, run, resume=resume, quiet=quiet)
+    view = embedded_view(config)
+    return discover(
+        config.discover, model, meta_controller, source, run, embedded_view=view, resume=resume, quiet=quiet
+    )
 
 
 def run_internal_rl(

@@ -15,10 +15,10 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
-from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig
+from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
 from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.phases.training import Generate, OptimizerConfig
@@ -112,7 +112,8 @@ class GridworldConfig:
     """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
 
     expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
-    seed: from which all other seeds derive, see `with_seed`.
+    turned_embedding: whether discovery's sequence embedder sees each episode on a board turned and mirrored at random
+    (our choice), or as it is (the paper). seed: from which all other seeds derive, see `with_seed`.
     """
 
     environment: PinpadConfig
@@ -127,6 +128,7 @@ class GridworldConfig:
     internal_rl: InternalRLConfig
     raw_action_rl: InternalRLConfig
     evaluate: EvaluateConfig
+    turned_embedding: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,6 +214,13 @@ def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) ->
     return source
 
 
+def embedded_view(config: GridworldConfig) -> EmbeddedView | None:
+    """How discovery's sequence embedder sees episodes; None for as they are."""
+    if not config.turned_embedding:
+        return None
+    return lambda states, generator: turn_at_random(config.environment.size, states, generator)
+
+
 def from_json(data: Any) -> GridworldConfig:
     """The config that a run's config.json holds; ValueError names the field that is unknown, missing or wrong."""
     return from_plain(GridworldConfig, data)
@@ -266,14 +275,15 @@ def laptop() -> GridworldConfig:
         meta_controller=MetaControllerConfig(policy_hidden=64),
         pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=4500, batch_size=256, lr=1e-3, decay_steps=1200)),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=2200, batch_size=128, lr=2e-3, decay_steps=500),
-            alpha=0.25,
-            alpha_start=0.005,
-            alpha_warmup=(900, 1500),
+            optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=500),
+            alpha=0.2,
+            alpha_start=0.003,
+            alpha_warmup=(2000, 2600),
         ),
         internal_rl=rl,
         raw_action_rl=rl,
         evaluate=EvaluateConfig(),
+        turned_embedding=True,
     )
     return with_seed(config, 0)
 
