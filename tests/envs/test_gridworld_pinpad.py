@@ -15,6 +15,7 @@ from metacontroller.envs.gridworld_pinpad import (
     feasible,
     sample_layouts,
     tokens_to_onehot,
+    turn_at_random,
 )
 from metacontroller.envs.tasks import pad_tasks
 
@@ -312,3 +313,18 @@ def test_actions_are_checked(start):
         check_actions(torch.tensor([-1]), 1)
     with pytest.raises(ValueError, match="integers"):
         check_actions(torch.tensor([0.0]), 1)
+
+
+def test_turning_keeps_distances_and_colors_and_draws_all_eight_symmetries():
+    config = PinpadConfig(size=5, num_colors=3, num_walls=2)
+    layouts = sample_layouts(config, 1, torch.Generator().manual_seed(0)).repeat(400)
+    tokens = torch.cat([layouts.objects, layouts.agent[:, None]], 1)[:, None].repeat(1, 3, 1)
+    turned = turn_at_random(5, tokens, torch.Generator().manual_seed(1))
+    assert torch.equal(turned, turned[:, :1].expand_as(turned))  # one symmetry an episode, not one a step
+    assert len(turned[:, 0].unique(dim=0)) == 8
+
+    def distances(cells):
+        row, column = cells // 5, cells % 5
+        return (row[..., :, None] - row[..., None, :]).square() + (column[..., :, None] - column[..., None, :]).square()
+
+    assert torch.equal(distances(turned), distances(tokens))

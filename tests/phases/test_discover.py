@@ -12,7 +12,7 @@ import torch
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.phases.discover import DiscoverConfig, discover
 from metacontroller.phases.training import OptimizerConfig
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
+from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, embedded_view, generate
 from metacontroller.run_folder import RunFolder
 
 OPTIMIZER = OptimizerConfig(steps=12, batch_size=16, lr=1e-2, log_every=4)
@@ -82,3 +82,21 @@ def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiscoverConfig(optimizer=OPTIMIZER, **change)
+
+
+def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> None:
+    model, steering = build_model(debug()), build_meta_controller(debug())
+    episodes = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
+    view = embedded_view(dataclasses.replace(debug(), turned_embedding=True))
+    assert view is not None
+    assert embedded_view(debug()) is None
+
+    def output(states: torch.Tensor | None) -> Any:
+        noise = torch.Generator().manual_seed(1)
+        arguments = (episodes.states, episodes.actions, steering, episodes.lengths)
+        return model.steered_losses(*arguments, generator=noise, embedded_states=states)[1]
+
+    as_they_are, again = output(None), output(episodes.states)
+    turned = output(view(episodes.states, torch.Generator().manual_seed(2)))
+    assert torch.equal(as_they_are.mean, again.mean)
+    assert not torch.allclose(as_they_are.mean, turned.mean)
