@@ -275,10 +275,10 @@ def laptop() -> GridworldConfig:
         meta_controller=MetaControllerConfig(policy_hidden=64),
         pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=4500, batch_size=256, lr=1e-3, decay_steps=1200)),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=4500, batch_size=128, lr=2e-3, decay_steps=700),
-            alpha=0.1,
+            optimizer=OptimizerConfig(steps=3000, batch_size=128, lr=2e-3, decay_steps=600),
+            alpha=0.02,
             alpha_start=0.003,
-            alpha_warmup=(1500, 4000),
+            alpha_warmup=(1500, 2500),
         ),
         internal_rl=rl,
         raw_action_rl=rl,
