@@ -176,7 +176,8 @@ def _reinforce(
             done = update + 1
             metrics = {"episodes": done * config.batch_size, **_episode_means(rollout)}
             advantage = trajectory_advantages(rollout.returns, config.delta)
-            for _ in range(config.passes):
+            # a batch in which all episodes end alike has nothing to teach: no advantage, no gradient
+            for _ in range(config.passes if bool(advantage.any()) else 0):
                 order = torch.randperm(config.batch_size, generator=generator, device=generator.device)
                 for rows in order.chunk(config.minibatches):
                     loss, measured = surrogate(rollout.index(rows), advantage[rows])
