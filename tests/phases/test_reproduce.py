@@ -75,7 +75,7 @@ def test_the_summary_has_a_value_for_each_seed(finished: Path) -> None:
     ):
         assert len(summary[name]) == 1
         assert isinstance(summary[name][0], float)
-    assert summary["episodes"] == 96
+    assert summary["episodes"] == 192
     assert summary["peak_rss_mb"] > 50
     assert set(summary["phase_seconds"][0]) == {*PHASES, "evaluate"}
     assert summary["seconds"][0] == pytest.approx(sum(summary["phase_seconds"][0].values()))

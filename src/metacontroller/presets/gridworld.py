@@ -232,7 +232,7 @@ def from_json(data: Any) -> GridworldConfig:
 def debug() -> GridworldConfig:
     """Every phase in seconds on a 5 x 5 grid; learns nothing worth having."""
     optimizer = OptimizerConfig(steps=12, batch_size=16, lr=1e-3, log_every=3, checkpoint_every=4)
-    rl = InternalRLConfig(episodes=96, batch_size=16, lr=1e-3, passes=2, checkpoint_every=2)
+    rl = InternalRLConfig(episodes=192, batch_size=32, lr=1e-3, passes=2, checkpoint_every=2)
     config = GridworldConfig(
         environment=PinpadConfig(size=5, num_colors=4, num_walls=1, max_steps=20),
         tasks=TABLE_A2,
