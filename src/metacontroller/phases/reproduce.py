@@ -70,7 +70,7 @@ class TimedRun(RunFolder):
         self._began = time.monotonic()
 
     def start_clock(self) -> None:
-        """The session's next checkpoint counts time from here."""
+        """The next checkpoint counts time from here."""
         self._began = time.monotonic()
 
     def load_checkpoint(
