@@ -100,3 +100,28 @@ def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> N
     turned = output(view(episodes.states, torch.Generator().manual_seed(2)))
     assert torch.equal(as_they_are.mean, again.mean)
     assert not torch.allclose(as_they_are.mean, turned.mean)
+
+
+def test_the_embedder_reads_the_state_after_the_last_action_and_nothing_after_it() -> None:
+    model, steering = build_model(debug()), build_meta_controller(debug())
+    episodes = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
+    row = int(episodes.lengths.argmin())
+    length = int(episodes.lengths[row])
+    assert length < episodes.steps
+
+    def mean_of_row(changed: slice) -> torch.Tensor:
+        states = episodes.states.clone()
+        states[row, changed, -1] = (states[row, changed, -1] + 1) % debug().environment.size ** 2
+        output = model.discover(states, episodes.actions, steering, episodes.lengths)
+        return output.mean[row, :length]
+
+    as_it_is, last, padding = mean_of_row(slice(0)), mean_of_row(slice(length, length + 1)), slice(length + 1, None)
+    assert not torch.allclose(as_it_is, last)
+    torch.testing.assert_close(as_it_is, mean_of_row(padding))
+
+
+def test_an_embedded_residual_of_another_length_is_refused() -> None:
+    steering = build_meta_controller(debug())
+    width = debug().model.dim
+    with pytest.raises(ValueError, match="embedded_residual has 7 steps; expected 5, as the residual, or one more"):
+        steering.discover(torch.zeros(2, 5, width), embedded_residual=torch.zeros(2, 7, width))

@@ -14,6 +14,7 @@ from torch import nn
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import Layouts, PinpadBatch, PinpadConfig
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases import internal_rl as internal_rl_phase
 from metacontroller.phases.internal_rl import InternalRLConfig, internal_rl, raw_action_rl
 from metacontroller.run_folder import RunFolder
 
@@ -138,6 +139,18 @@ def test_before_the_first_step_the_policy_is_the_one_that_played(tmp_path: Path)
     assert line["clip_fraction"] == 0
     assert line["entropy_per_code"] == pytest.approx(2.8379, abs=1e-4)  # of N(0, I) in two dimensions: log(2 pi e)
     assert line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_updates_in_parts_are_updates_of_the_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = InternalRLConfig(episodes=192, batch_size=64, lr=1e-2, passes=2)
+    whole = learn(tmp_path / "whole", kind, config)
+    monkeypatch.setattr(internal_rl_phase, "DECISIONS_AT_ONCE", 10)
+    parts = learn(tmp_path / "parts", kind, config)
+    assert len(whole) == 3
+    for one, other in zip(whole, parts, strict=True):
+        assert one.pop("phase") == other.pop("phase")
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ class MetaController(Saveable, nn.Module):
     ) -> DiscoveryOutput:
         """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps.
 
-        embedded_residual (b, t, n_e): what the sequence embedder sees in place of the residual, if given.
+        embedded_residual (b, t or t + 1, n_e): what the sequence embedder sees in place of the residual, if given; one
+        step more is the observation after each episode's last action, the only one that shows where that led.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -158,8 +159,8 @@ class MetaController(Saveable, nn.Module):
         mask = length_mask(lengths, steps)
         read = self.norm(residual)
         history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
-        embedded = read if embedded_residual is None else self.norm(embedded_residual)
-        sequence = self.sequence_embedder(embedded, mask)[:, None].expand(-1, steps, -1)
+        sequence = self._embed_sequence(residual if embedded_residual is None else embedded_residual, lengths, steps)
+        sequence = sequence[:, None].expand(-1, steps, -1)
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
         z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), generator)
@@ -167,6 +168,14 @@ class MetaController(Saveable, nn.Module):
         z, gate, beta = self.switching(read, history, z_tilde, fresh, generator=generator)
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
+
+    def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
+        """s (b, n_s) from the residuals (b, steps or steps + 1, n_e) of episodes with ``lengths`` actions."""
+        self._check_residual(residual)
+        seen = residual.shape[1]
+        if seen not in (steps, steps + 1):
+            raise ValueError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
+        return self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
 
     def kl_loss(self, output: DiscoveryOutput) -> Tensor:
         """Mean KL per real step (eq. 3); the weight alpha is the caller's."""

@@ -206,6 +206,32 @@ class Transformer(Saveable, nn.Module):
         )
         return DiscoveryLosses(*losses, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output))
 
+    @torch.no_grad()
+    def _whole_residual(self, states: Tensor, actions: Tensor) -> Tensor:
+        """e_t of every state given, (b, T or T + 1, n_e): of the one after the last action too, if it is there."""
+        return self.lower(self.embed(states, actions[:, : states.shape[1] - 1]))
+
+    def discover(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        meta_controller: MetaController,
+        episode_lens: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        embedded_states: Tensor | None = None,
+    ) -> DiscoveryOutput:
+        """What the metacontroller does over whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
+
+        With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
+        embedded_states: the episodes as it shall see them, if not as they are. generator: of the noise.
+        """
+        whole = self._whole_residual(states, actions)
+        embedded = whole if embedded_states is None else self._whole_residual(embedded_states, actions)
+        return meta_controller.discover(
+            whole[:, : actions.shape[1]], episode_lens, generator, embedded_residual=embedded
+        )
+
     def steered_losses(
         self,
         states: Tensor,
@@ -217,15 +243,13 @@ class Transformer(Saveable, nn.Module):
         generator: torch.Generator | None = None,
         embedded_states: Tensor | None = None,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
-        """State and action loss under steering, and what the metacontroller did; generator: of its noise.
+        """State and action loss under steering, and what the metacontroller did; arguments as of `discover`.
 
-        embedded_states: the episodes as the sequence embedder shall see them, if not as they are. The model's own
-        weights get no gradient: freezing is part of the method.
+        The model's own weights get no gradient: freezing is part of the method.
         """
-        with torch.no_grad():
-            residual = self.residual(states, actions)
-            embedded = None if embedded_states is None else self.residual(embedded_states, actions)
-        output = meta_controller.discover(residual, episode_lens, generator, embedded_residual=embedded)
+        output = self.discover(
+            states, actions, meta_controller, episode_lens, generator=generator, embedded_states=embedded_states
+        )
         with frozen(self):
             hidden = self.upper(output.steered)
             return self.readout_losses(hidden, states, actions, episode_lens, with_state_loss), output

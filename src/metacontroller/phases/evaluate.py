@@ -90,7 +90,7 @@ def gate_on_new_layouts(
     betas = []
     for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
         batch = fresh.index(rows)
-        output = meta_controller.discover(model.residual(batch.states, batch.actions), batch.lengths, noise)
+        output = model.discover(batch.states, batch.actions, meta_controller, batch.lengths, generator=noise)
         betas.append(F.pad(output.beta, (0, fresh.steps - batch.steps)))
     return torch.cat(betas), fresh
 

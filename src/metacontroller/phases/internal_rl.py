@@ -30,6 +30,8 @@ from metacontroller.phases.training import Learner
 from metacontroller.progress import track
 from metacontroller.run_folder import RunFolder
 
+DECISIONS_AT_ONCE = 8192  # of an update, padding included: bounds memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class InternalRLConfig:
@@ -180,12 +182,33 @@ def _reinforce(
             for _ in range(config.passes if bool(advantage.any()) else 0):
                 order = torch.randperm(config.batch_size, generator=generator, device=generator.device)
                 for rows in order.chunk(config.minibatches):
-                    loss, measured = surrogate(rollout.index(rows), advantage[rows])
-                    metrics |= {**measured, "grad_norm": learner.descend(loss)}
+                    metrics |= _surrogate_in_parts(rollout, advantage, rows, surrogate)
+                    metrics["grad_norm"] = learner.descend()
             run.log_metrics(phase, done, **metrics)
             progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
             if done % config.checkpoint_every == 0 or done == config.updates:
                 learner.save(run, phase, done)
+
+
+def _surrogate_in_parts(
+    rollout: AbstractRollout | RawRollout, advantage: Tensor, rows: Tensor, surrogate: Callable
+) -> dict[str, Tensor]:
+    """Backward of the surrogate's mean over all decisions of ``rows``; returns the metrics, means over the same.
+
+    Parts hold episodes of similar length, `DECISIONS_AT_ONCE` padded decisions at most: memory does not grow with the
+    batch, and little is spent on padding.
+    """
+    rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
+    total, metrics = rollout.decisions[rows].sum(), {}
+    while len(rows):
+        size = max(1, DECISIONS_AT_ONCE // int(rollout.decisions[rows[0]]))
+        part, rows = rows[:size], rows[size:]
+        share = rollout.decisions[part].sum() / total
+        loss, measured = surrogate(rollout.index(part), advantage[part])
+        (share * loss).backward()
+        for name, value in measured.items():
+            metrics[name] = metrics.get(name, 0.0) + share * value
+    return metrics
 
 
 def _episode_means(rollout: AbstractRollout | RawRollout) -> dict[str, Tensor]:

@@ -41,9 +41,17 @@ class AbstractRollout:
     steps: Tensor
     progress: Tensor
 
+    @property
+    def decisions(self) -> Tensor:
+        """(b,) how often each episode's actor chose: its abstract actions."""
+        return self.lengths
+
     def index(self, rows: Tensor) -> AbstractRollout:
-        """The episodes of the rows named."""
-        return AbstractRollout(**{name: value[rows] for name, value in vars(self).items()})
+        """The episodes of the rows named, cut to the longest of them."""
+        longest = int(self.lengths[rows].max())
+        return AbstractRollout(
+            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
+        )
 
 
 @dataclass
@@ -56,6 +64,11 @@ class RawRollout:
     returns: Tensor
     steps: Tensor
     progress: Tensor
+
+    @property
+    def decisions(self) -> Tensor:
+        """(b,) how often each episode's actor chose: its environment steps."""
+        return self.steps
 
     def index(self, rows: Tensor) -> RawRollout:
         """The episodes of the rows named, cut to the longest of them."""

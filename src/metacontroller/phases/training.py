@@ -109,12 +109,11 @@ class Learner:
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.max_grad_norm = max_grad_norm
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """One step down the gradient, which is clipped; returns its norm before."""
-        self.optimizer.zero_grad()
-        loss.backward()
+    def descend(self) -> Tensor:
+        """One step down the gradient gathered by ``backward`` since the last, which is clipped; returns its norm."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         return norm
 
     def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
@@ -212,7 +211,8 @@ def train(
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
             loss, metrics = loss_function(stream.next().to(device), step, learner.generator)
-            learner.descend(loss)
+            loss.backward()
+            learner.descend()
             means.add({"loss": loss, **metrics})
             done, last = step + 1, step + 1 == config.steps
             if last or done % config.log_every == 0:
