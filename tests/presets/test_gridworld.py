@@ -157,7 +157,7 @@ def test_an_integer_is_a_float_and_none_is_a_rank() -> None:
     [
         (lambda: ExpertConfig(tie_break="first"), "tie_break is 'first'; expected one of 'random'"),  # type: ignore[arg-type]
         (lambda: ExpertConfig(epsilon=1.5), "epsilon is 1.5; expected a probability"),
-        (lambda: dataclasses.replace(laptop().model, heads=5), "dim 64 is not a multiple of heads 5"),
+        (lambda: dataclasses.replace(laptop().model, heads=5), "dim 128 is not a multiple of heads 5"),
         (lambda: dataclasses.replace(laptop().model, mlp_dim=0), "mlp_dim is 0; expected at least 1"),
         (lambda: dataclasses.replace(laptop().model, lower_depth=-1), "lower_depth is -1; expected at least 0"),
         (lambda: dataclasses.replace(laptop().model, upper_depth=0), "upper_depth is 0; expected at least 1"),

@@ -261,28 +261,28 @@ def debug() -> GridworldConfig:
 
 
 def laptop() -> GridworldConfig:
-    """The paper's experiment on two cores: single-color subgoals (table A2) on a grid, with an expert that breaks ties
-    always the same way. All values are our choice; docs/log.md says what each was tried against."""
-    expert = ExpertConfig(tie_break="fixed")
-    rl = InternalRLConfig(episodes=200_000, batch_size=1024, lr=1e-3, passes=4)
+    """The paper's experiment on two cores: single-color subgoals (table A2) on a grid, with the paper's stochastic
+    expert. All values are our choice; docs/log.md says what each was tried against."""
+    expert = ExpertConfig(tie_break="random", epsilon=0.0)
+    rl = InternalRLConfig(episodes=100_000, batch_size=1024, lr=1e-3, passes=4)
     config = GridworldConfig(
         environment=PinpadConfig(size=7, num_colors=4, num_walls=2, max_steps=100),
         tasks=TABLE_A2,
         post_task=A2_POST,
         expert=expert,
         discovery_expert=expert,
-        model=ModelConfig(dim=64, lower_depth=1, upper_depth=3, heads=4, mlp_dim=128, view="egocentric", reach=2),
-        meta_controller=MetaControllerConfig(policy_hidden=64),
-        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=4500, batch_size=256, lr=1e-3, decay_steps=1200)),
+        model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128, view="egocentric", reach=2),
+        meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
+        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=3500, batch_size=256, lr=1e-3, decay_steps=1500)),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=3000, batch_size=128, lr=2e-3, decay_steps=600),
-            alpha=0.02,
-            alpha_start=0.003,
-            alpha_warmup=(1500, 2500),
+            optimizer=OptimizerConfig(steps=2400, batch_size=128, lr=2e-3, decay_steps=800),
+            alpha=0.004,
+            alpha_start=0.0,  # codes must mean something before they cost something
+            alpha_warmup=(800, 1500),
         ),
         internal_rl=rl,
         raw_action_rl=rl,
-        evaluate=EvaluateConfig(),
+        evaluate=EvaluateConfig(episodes=4096, codes=256, layouts_per_code=64),
         turned_embedding=True,
     )
     return with_seed(config, 0)
