@@ -8,7 +8,8 @@
     e_t <- e_t + f_hyp(z_t) e_t                               (11, 18)
 
 Axes: b batch, t steps, n_e residual, n_h history, n_s sequence embedding, n_z code. The paper is silent on how e is
-scaled before it is read; ours passes through a layer norm. U multiplies the residual itself.
+scaled before it is read; ours passes through a layer norm. U multiplies the residual itself. Where it is known, the
+sequence embedder reads the observation after the last action too: our choice.
 """
 
 from __future__ import annotations
