@@ -190,7 +190,10 @@ def test_discovery_losses_are_those_of_the_steered_model(monkeypatch: pytest.Mon
     model, steering = make_model(), make_steering(ratio_loss_weight=0.5, target_segment_length=3.0)
     states, actions = batch_of(model)
     losses = model.discovery_loss(states, actions, steering, LENGTHS)
-    output = steering.discover(model.residual(states, actions), LENGTHS)
+    whole = model.lower(model.embed(states, actions))  # of the state after the last action too
+    assert whole.shape[1] == actions.shape[1] + 1
+    torch.testing.assert_close(whole[:, :-1], model.residual(states, actions))
+    output = steering.discover(whole[:, :-1], LENGTHS, embedded_residual=whole)
     expected = model.readout_losses(model.upper(output.steered), states, actions, LENGTHS, True)
     assert (losses.state_pred, losses.action_recon) == tuple(expected)
     assert losses.kl == steering.kl_loss(output)
