@@ -46,8 +46,8 @@ class GridEncoder(nn.Module):
     view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls):
     the linear view of the relative positions that the paper's ant observes (§4); our choice for small models, which
     need not learn to subtract cells. Displacements saturate at ``reach`` cells along each axis (None: never): near by
-    the agent sees where things are, far away only in which direction. A code that is held can then hardly mean 'go to
-    that place', so that 'go to that color' is the better bargain.
+    the agent sees where things are, far away only in which direction. Codes for colors are found sooner so
+    (docs/log.md, 24).
 
     tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
     """

@@ -226,11 +226,10 @@ class Transformer(Saveable, nn.Module):
         With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
         embedded_states: the episodes as it shall see them, if not as they are. generator: of the noise.
         """
-        whole = self._whole_residual(states, actions)
-        embedded = whole if embedded_states is None else self._whole_residual(embedded_states, actions)
-        return meta_controller.discover(
-            whole[:, : actions.shape[1]], episode_lens, generator, embedded_residual=embedded
-        )
+        embedded = self._whole_residual(states if embedded_states is None else embedded_states, actions)
+        steps = actions.shape[1]
+        seen = embedded[:, :steps] if embedded_states is None else self._whole_residual(states[:, :steps], actions)
+        return meta_controller.discover(seen, episode_lens, generator, embedded_residual=embedded)
 
     def steered_losses(
         self,

@@ -25,7 +25,14 @@ from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.rollout import AbstractRollout, RawRollout, policy_proposal, rollout_abstract, rollout_raw
+from metacontroller.phases.rollout import (
+    AbstractRollout,
+    RawRollout,
+    Rollout,
+    policy_proposal,
+    rollout_abstract,
+    rollout_raw,
+)
 from metacontroller.phases.training import Learner
 from metacontroller.progress import track
 from metacontroller.run_folder import RunFolder
@@ -190,9 +197,7 @@ def _reinforce(
                 learner.save(run, phase, done)
 
 
-def _surrogate_in_parts(
-    rollout: AbstractRollout | RawRollout, advantage: Tensor, rows: Tensor, surrogate: Callable
-) -> dict[str, Tensor]:
+def _surrogate_in_parts(rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable) -> dict[str, Tensor]:
     """Backward of the surrogate's mean over all decisions of ``rows``; returns the metrics, means over the same.
 
     Parts hold episodes of similar length, `DECISIONS_AT_ONCE` padded decisions at most: memory does not grow with the
@@ -211,7 +216,7 @@ def _surrogate_in_parts(
     return metrics
 
 
-def _episode_means(rollout: AbstractRollout | RawRollout) -> dict[str, Tensor]:
+def _episode_means(rollout: Rollout) -> dict[str, Tensor]:
     """Means over a batch of episodes."""
     means = {
         "success": rollout.returns.mean(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,58 +25,55 @@ Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 (m,), next policy state."""
 
 
+AnyRollout = TypeVar("AnyRollout", bound="Rollout")
+
+
 @dataclass
-class AbstractRollout:
+class Rollout:
+    """What both kinds of episodes have: (b,) undiscounted returns, environment steps, colors of the task done."""
+
+    returns: Tensor
+    steps: Tensor
+    progress: Tensor
+
+    @property
+    def decisions(self) -> Tensor:
+        """(b,) how often each episode's actor chose."""
+        return self.steps
+
+    def index(self: AnyRollout, rows: Tensor) -> AnyRollout:
+        """The episodes of the rows named, cut to the longest of them."""
+        longest = int(self.decisions[rows].max())
+        return type(self)(
+            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
+        )
+
+
+@dataclass
+class AbstractRollout(Rollout):
     """Episodes as internal RL sees them: one step an abstract action.
 
     residual (b, k, n_e): what the policy saw at each switch. code (b, k, n_z). log_prob (b, k): joint, when sampled.
-    lengths (b,): abstract actions of each episode. returns (b,): undiscounted rewards. steps (b,): environment steps.
-    progress (b,): colors of the task done.
+    lengths (b,): abstract actions of each episode.
     """
 
     residual: Tensor
     code: Tensor
     log_prob: Tensor
     lengths: Tensor
-    returns: Tensor
-    steps: Tensor
-    progress: Tensor
 
     @property
     def decisions(self) -> Tensor:
-        """(b,) how often each episode's actor chose: its abstract actions."""
         return self.lengths
-
-    def index(self, rows: Tensor) -> AbstractRollout:
-        """The episodes of the rows named, cut to the longest of them."""
-        longest = int(self.lengths[rows].max())
-        return AbstractRollout(
-            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
-        )
 
 
 @dataclass
-class RawRollout:
-    """Episodes step by step: states (b, t, ...), actions, log_prob (b, t); returns, steps, progress (b,) as above."""
+class RawRollout(Rollout):
+    """Episodes step by step: states (b, t, ...), actions, log_prob (b, t)."""
 
     states: Tensor
     actions: Tensor
     log_prob: Tensor
-    returns: Tensor
-    steps: Tensor
-    progress: Tensor
-
-    @property
-    def decisions(self) -> Tensor:
-        """(b,) how often each episode's actor chose: its environment steps."""
-        return self.steps
-
-    def index(self, rows: Tensor) -> RawRollout:
-        """The episodes of the rows named, cut to the longest of them."""
-        longest = int(self.steps[rows].max())
-        return RawRollout(
-            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
-        )
 
 
 class Actor:
