@@ -149,26 +149,10 @@ def test_fixed_ties_take_the_first_action(picture):
     assert trajectories.actions.tolist() == [[0, 0, 3, 3]] * 3
 
 
-@pytest.mark.parametrize(
-    ("grid", "expected"),
-    [
-        ("..... ..... ....0 ..... A....", [3, 3, 0, 3, 0, 3]),  # four to the right, two up: right while it is longer
-        ("..0.. ..... ..... ..... A....", [0, 0, 0, 3, 0, 3]),
-        ("A.... ..... ..0.. ..... .....", [1, 3, 1, 3]),  # as far down as right: the first of them
-        ("..... ..... #...0 ..... A#...", [0, 3, 3, 3, 0, 3]),  # right is a wall at first
-    ],
-)
-def test_straight_takes_the_longer_axis_first(picture, grid, expected):
-    config, layouts = picture(grid)
-    trajectories = expert_trajectories(config, [(0,)], 3, layouts=layouts.repeat(3), tie_break="straight")
-    assert trajectories.actions.tolist() == [expected] * 3
-
-
-@pytest.mark.parametrize("tie_break", ["fixed", "straight"])
-def test_without_lots_the_layout_decides_the_path(tie_break):
+def test_without_lots_the_layout_decides_the_path():
     layouts = sample_layouts(SMALL, 20, generator())
     first, again = (
-        expert_trajectories(SMALL, [(0, 1, 2)], 20, layouts=layouts, tie_break=tie_break, generator=generator(seed))
+        expert_trajectories(SMALL, [(0, 1, 2)], 20, layouts=layouts, tie_break="fixed", generator=generator(seed))
         for seed in (1, 2)
     )
     assert torch.equal(first.actions, again.actions)

@@ -26,7 +26,7 @@ from metacontroller.envs.gridworld_pinpad import (
 )
 from metacontroller.envs.tasks import check_tasks, pad_tasks
 
-TieBreak = Literal["random", "fixed", "straight"]
+TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
 
 TIE_BREAKS: tuple[str, ...] = get_args(TieBreak)
@@ -90,8 +90,7 @@ def expert_trajectories(
         n: number of episodes.
         generator: source of all randomness; on `device`.
         tie_break: "random" draws uniformly among the moves that begin a shortest path, the paper's stochastic
-            shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right;
-            "straight" takes the one along the axis on which the target is farther away, the first of them if equal.
+            shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right.
         epsilon: probability that a move is instead drawn uniformly from those that enter no wrong color, nor a pocket
             of cells from which the color pursued cannot be reached; moves that change nothing are among them.
         layouts: n layouts to use in place of fresh ones.
@@ -141,7 +140,6 @@ class _ExpertPolicy:
         config, device = batch.config, batch.agent.device
         self.batch = batch
         self.random_ties = tie_break == "random"
-        self.straight = tie_break == "straight"
         self.epsilon = epsilon
         self.generator = generator
         colors = torch.arange(config.num_colors, device=device).expand(len(batch), -1)
@@ -163,9 +161,8 @@ class _ExpertPolicy:
         foreign = (found >= 0) & (found < num_colors) & (found != target) & (ahead != here)
         distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(foreign, UNREACHABLE)
         allowed = distance == distance.amin(dim=1, keepdim=True)
-        fixed = self._fixed_preference(target)
         if not self.random_ties and self.epsilon == 0:
-            return (allowed * fixed).argmax(dim=1)
+            return (allowed * self.fixed_preference).argmax(dim=1)
         preference = torch.rand(ahead.shape, generator=self.generator, device=ahead.device)
         if self.epsilon > 0:
             stray = torch.rand((len(batch), 1), generator=self.generator, device=ahead.device) < self.epsilon
@@ -173,17 +170,8 @@ class _ExpertPolicy:
         else:
             stray = torch.zeros_like(allowed[:, :1])
         if not self.random_ties:
-            preference = torch.where(stray, preference, fixed)
+            preference = torch.where(stray, preference, self.fixed_preference)
         return torch.where(allowed, preference, -1.0).argmax(dim=1)
-
-    def _fixed_preference(self, target: Tensor) -> Tensor:
-        """(4,) or (b, 4), above 0: how much the expert that draws no lots likes each move. target (b, 1) int64."""
-        if not self.straight:
-            return self.fixed_preference
-        goal, size = self.batch.layouts.objects.gather(1, target).squeeze(1), self.batch.config.size
-        agent = self.batch.agent
-        rows, columns = (goal // size - agent // size).abs(), (goal % size - agent % size).abs()
-        return self.fixed_preference + torch.stack([rows, rows, columns, columns], dim=1)
 
 
 def _check_arguments(

@@ -33,8 +33,8 @@ MAX_SEED = 2**28 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """tie_break: among equally short paths, "random" as in the paper, "fixed" or "straight" (along the longer axis
-    first), see `expert_trajectories`. epsilon: share of random moves."""
+    """tie_break: among equally short paths, "random" as in the paper or "fixed", see `expert_trajectories`.
+    epsilon: share of random moves."""
 
     tie_break: TieBreak = "random"
     epsilon: float = 0.0
