@@ -68,8 +68,7 @@ def slow_policy_loss(steering: MetaController, stored: dict[str, Any], lengths: 
         for t in range(length):
             if stored["switch_betas"][b, t] < steering.gate_config.threshold:
                 continue
-            out, hidden = policy.recurrence(policy.norm(stored["states"][b : b + 1, t : t + 1]), state[None])
-            state = hidden[0]
+            out, state = policy.recurrence(policy.norm(stored["states"][b : b + 1, t : t + 1]), state)
             mean, log_std = policy.readout(out)[0, 0].chunk(2)
             log_prob = Normal(mean, log_std.exp()).log_prob(stored["actions"][b, t]).sum()
             ratio = (log_prob - stored["old_log_probs"][b, t].sum()).exp()
@@ -82,8 +81,11 @@ def slow_policy_loss(steering: MetaController, stored: dict[str, Any], lengths: 
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("lengths", [None, [9, 5, 1, 7]])
 @pytest.mark.parametrize("eps_clip", [None, 0.5])
-def test_policy_loss_equals_the_slow_loop(per_step: bool, lengths: list[int] | None, eps_clip: float | None) -> None:
-    steering, stored = make_steering(eps_clip=0.3), stored_episodes()
+@pytest.mark.parametrize("kind", ["gru", "hawk"])
+def test_policy_loss_equals_the_slow_loop(
+    per_step: bool, lengths: list[int] | None, eps_clip: float | None, kind: str
+) -> None:
+    steering, stored = make_steering(eps_clip=0.3, policy_kind=kind, policy_hidden=8), stored_episodes()
     stored["switch_betas"][:, 0] = 1
     if per_step:
         stored["advantages"] = torch.randn(BATCH, TIME, dtype=torch.float64)

@@ -265,9 +265,9 @@ def test_resplit_moves_the_controlled_layer_and_changes_no_logit(layer: int, tmp
     [
         ({}, 3, "lower_depth is 3; expected 0..2"),
         ({}, -1, "lower_depth is -1; expected 0..2"),
-        ({"mlp_dim": 10}, 1, "only bodies of the same sizes"),
-        ({"heads": 3}, 1, "only bodies of the same sizes"),
-        ({"dim_head": 5}, 1, "only bodies of the same sizes"),
+        ({"mlp_dim": 10}, 1, "only bodies of one kind and the same sizes"),
+        ({"heads": 3}, 1, "only bodies of one kind and the same sizes"),
+        ({"dim_head": 5}, 1, "only bodies of one kind and the same sizes"),
     ],
 )
 def test_impossible_splits_are_refused(sizes: dict[str, int], layer: int, message: str) -> None:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from metacontroller.control.controller import Controller
 from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss
-from metacontroller.control.policy import AbstractActionPolicy
-from metacontroller.control.sequence_embedder import SequenceEmbedder
+from metacontroller.control.policy import AbstractActionPolicy, PolicyKind
+from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
@@ -54,7 +54,7 @@ class ControlState:
     """What the metacontroller carries from step to step while acting; one row an episode.
 
     history (b, n_h): h_{t-1}. z (b, n_z): the code in force. held (b,) int64: steps since the last switch. started (b,)
-    bool: false before the first step, which must take a fresh code. policy (b, hidden): advances only at switches.
+    bool: false before the first step, which must take a fresh code. policy (b, s): advances only at switches.
     """
 
     history: Tensor
@@ -87,6 +87,7 @@ class MetaController(Saveable, nn.Module):
 
     dim_model: n_e. dim_latent: n_z. dim_meta_controller: width of history, embeddings and hidden layers unless given
     one by one: dim_history n_h, dim_sequence n_s, encoder_hidden, decoder_hidden, switch_hidden, policy_hidden.
+    embedder_kind, policy_kind: attention and a GRU, or "hawk", the paper's SSM.
     rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional
     H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
     """
@@ -105,6 +106,8 @@ class MetaController(Saveable, nn.Module):
         policy_hidden: int | None = None,
         embedder_dim: int | None = None,
         embedder_depth: int = 1,
+        embedder_kind: EmbedderKind = "attention",
+        policy_kind: PolicyKind = "gru",
         rank: int | None = 16,
         gate: GateConfig | dict[str, Any] | None = None,
         ratio_loss_weight: float = 0.0,
@@ -128,7 +131,9 @@ class MetaController(Saveable, nn.Module):
 
         self.norm = nn.LayerNorm(dim_model)
         self.history = nn.GRU(dim_model, n_h, batch_first=True)
-        self.sequence_embedder = SequenceEmbedder(dim_model, n_s, dim=embedder_dim or width, depth=embedder_depth)
+        self.sequence_embedder = SequenceEmbedder(
+            dim_model, n_s, dim=embedder_dim or width, depth=embedder_depth, kind=embedder_kind
+        )
         self.encoder = nn.Sequential(
             nn.Linear(dim_model + n_h + n_s, encoder_hidden or width),
             nn.ReLU(),
@@ -136,7 +141,7 @@ class MetaController(Saveable, nn.Module):
         )
         self.switching = SwitchingUnit(dim_model, n_h, dim_latent, hidden=switch_hidden, config=self.gate_config)
         self.controller = Controller(dim_latent, dim_model, hidden=decoder_hidden, rank=rank)
-        self.policy = AbstractActionPolicy(dim_model, dim_latent, hidden=policy_hidden or width)
+        self.policy = AbstractActionPolicy(dim_model, dim_latent, hidden=policy_hidden or width, kind=policy_kind)
 
     # phase 2: discovery
 

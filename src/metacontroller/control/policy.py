@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
+
+from metacontroller.models.hawk import TAPS, HawkBlock
+
+PolicyKind = Literal["gru", "hawk"]
 
 
 class AbstractActionPolicy(nn.Module):
     """Recurrent Gaussian policy; its state advances only at switches. It starts as the prior N(0, I).
 
+    kind "gru": a GRU of width ``hidden``. "hawk": one Hawk block of that width, as the paper's (C.5).
+
     Axes: b batch, k switches of an episode in order, n_e residual, n_z code. A distribution is one tensor (..., 2 n_z):
     mean, then log standard deviation.
     """
 
-    def __init__(self, dim_model: int, dim_latent: int, *, hidden: int = 256) -> None:
+    def __init__(self, dim_model: int, dim_latent: int, *, hidden: int = 256, kind: PolicyKind = "gru") -> None:
         super().__init__()
-        self.hidden = hidden
+        if kind not in ("gru", "hawk"):
+            raise ValueError(f"the policy's kind is {kind!r}; expected 'gru' or 'hawk'.")
         self.norm = nn.LayerNorm(dim_model)
-        self.recurrence = nn.GRU(dim_model, hidden, batch_first=True)
+        if kind == "gru":
+            self.recurrence = _GRU(dim_model, hidden)
+        else:
+            self.recurrence = _Hawk(dim_model, hidden)
         self.readout = nn.Linear(hidden, 2 * dim_latent)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
     def forward(self, residual: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals at consecutive switches (b, k, n_e), state (b, hidden) -> distributions (b, k, 2 n_z), next state.
+        """Residuals at consecutive switches (b, k, n_e), state (b, s) -> distributions (b, k, 2 n_z), next state.
 
         Without a state, the first of them is the first of an episode.
         """
-        initial = None if state is None else state[None].contiguous()
-        out, last = self.recurrence(self.norm(residual), initial)
-        return self.readout(out), last[0]
+        out, last = self.recurrence(self.norm(residual), state)
+        return self.readout(out), last
 
     def initial_state(self, batch: int) -> Tensor:
-        """(b, hidden) zeros."""
-        return self.readout.weight.new_zeros(batch, self.hidden)
+        """(b, s) zeros, s numbers that the recurrence carries."""
+        return self.readout.weight.new_zeros(batch, self.recurrence.state_size)
+
+
+class _GRU(nn.GRU):
+    """A GRU with its state as (b, s)."""
+
+    def __init__(self, dim_model: int, hidden: int) -> None:
+        super().__init__(dim_model, hidden, batch_first=True)
+        self.state_size = hidden
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, last = super().forward(x, None if state is None else state[None].contiguous())
+        return out, last[0]
+
+
+class _Hawk(nn.Module):
+    """One Hawk block with its state as (b, s): the recurrence's, then the convolution's last inputs."""
+
+    def __init__(self, dim_model: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.state_size = hidden, TAPS * hidden
+        self.project_in = nn.Linear(dim_model, hidden)
+        self.block = HawkBlock(hidden, width=hidden, heads=8, mlp_dim=2 * hidden)
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        recurrent = recent = None
+        if state is not None:
+            recurrent, recent = state.split([self.hidden, (TAPS - 1) * self.hidden], -1)
+            recent = recent.unflatten(-1, (TAPS - 1, self.hidden))
+        out, recurrent, recent = self.block(self.project_in(x), recurrent, recent)
+        return self.norm(out), torch.cat([recurrent.to(x.dtype), recent.flatten(1)], -1)

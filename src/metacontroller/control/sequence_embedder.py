@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from metacontroller.models.attention import AttentionBody
+from metacontroller.models.hawk import HawkBody
+
+EmbedderKind = Literal["attention", "hawk"]
 
 
 class SequenceEmbedder(nn.Module):
-    """Two-sided attention over the residuals, a masked mean, a linear map: (b, t, n_e) -> (b, n_s)."""
+    """A stack of blocks over the residuals, one vector of it, a linear map: (b, t, n_e) -> (b, n_s).
 
-    def __init__(self, dim_model: int, dim_sequence: int, *, dim: int = 64, depth: int = 1, heads: int = 4) -> None:
+    kind "attention": two-sided, masked mean over the steps. "hawk": recurrent (the paper's SSM), its last real step.
+    """
+
+    def __init__(
+        self,
+        dim_model: int,
+        dim_sequence: int,
+        *,
+        dim: int = 64,
+        depth: int = 1,
+        heads: int = 4,
+        kind: EmbedderKind = "attention",
+    ) -> None:
         super().__init__()
+        if kind not in ("attention", "hawk"):
+            raise ValueError(f"the sequence embedder's kind is {kind!r}; expected 'attention' or 'hawk'.")
         self.project_in = nn.Linear(dim_model, dim)
-        self.body = AttentionBody(dim, depth=depth, heads=heads, causal=False)
+        if kind == "attention":
+            self.body = AttentionBody(dim, depth=depth, heads=heads, causal=False)
+        else:
+            self.body = HawkBody(dim, depth=depth, heads=heads)
         self.norm = nn.LayerNorm(dim)
         self.project_out = nn.Linear(dim, dim_sequence)
 
     def forward(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """residual (b, t, n_e), mask (b, t) bool of real steps -> (b, n_s); padded steps have no influence."""
-        x = self.norm(self.body(self.project_in(residual), mask=mask))
+        """residual (b, t, n_e), mask (b, t) bool of real steps, first ones first -> (b, n_s); padding has no
+        influence."""
+        x = self.project_in(residual)
+        if isinstance(self.body, HawkBody):
+            last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, x.shape[-1])
+            return self.project_out(self.norm(self.body(x).gather(1, last)[:, 0]))
+        x = self.norm(self.body(x, mask=mask))
         weight = mask.to(x.dtype)[..., None]
         return self.project_out((x * weight).sum(1) / weight.sum(1))

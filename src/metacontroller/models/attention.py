@@ -143,11 +143,8 @@ class AttentionBody(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
         self.heads = heads
         self.dim_head = dim // heads if dim_head is None else dim_head
-        self.mlp_dim = mlp_dim or 2 * dim
-        self.blocks = nn.ModuleList(
-            AttentionBlock(dim, heads=heads, dim_head=self.dim_head, mlp_dim=self.mlp_dim, causal=causal)
-            for _ in range(depth)
-        )
+        self.sizes = {"heads": heads, "dim_head": self.dim_head, "mlp_dim": mlp_dim or 2 * dim}
+        self.blocks = nn.ModuleList(AttentionBlock(dim, **self.sizes, causal=causal) for _ in range(depth))
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None, mask: Tensor | None = None) -> Tensor:
         """x (b, t, n) -> (b, t, n); with a cache, x continues it. mask (b, t) bool hides padding (two-sided only)."""

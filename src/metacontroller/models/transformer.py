@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
+from metacontroller.models.hawk import HawkBody, HawkCache
 from metacontroller.models.readouts import CategoricalReadout, make_readout
 from metacontroller.saving import Saveable
 
@@ -45,11 +46,15 @@ class DiscoveryLosses(NamedTuple):
     ratio: Tensor
 
 
+Body = AttentionBody | HawkBody
+BodyCache = AttentionCache | HawkCache
+
+
 class PreviousHiddens(NamedTuple):
     """What the last step left behind: caches of the two bodies and the metacontroller's output, if one acted."""
 
-    lower_body: AttentionCache
-    upper_body: AttentionCache
+    lower_body: BodyCache
+    upper_body: BodyCache
     meta_controller: MetaControllerOutput | None
 
 
@@ -62,10 +67,10 @@ class TransformerOutput(NamedTuple):
 
 @dataclass
 class ModelCache:
-    """Key-value caches of both bodies, as the phases use them."""
+    """What both bodies remember, as the phases use it."""
 
-    lower: AttentionCache
-    upper: AttentionCache
+    lower: BodyCache
+    upper: BodyCache
 
     def index(self, rows: Tensor) -> ModelCache:
         """The cache of the rows named."""
@@ -77,8 +82,8 @@ class Transformer(Saveable, nn.Module):
 
     dim: n_e. action_embed_readout: dict(num_discrete=...) or dict(num_continuous=...).
     state_embed_readout: dict(num_continuous=...) for vectors, or dict(grid=dict(size=, num_colors=, num_walls=, view=))
-    for grid tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=); the residual between them is
-    steered.
+    for grid tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=) of attention, or
+    dict(kind="hawk", depth=, width=, heads=, mlp_dim=); the residual between them is steered.
     condition_on_actions: whether past actions enter beside observations; the paper's do not (D.1).
     meta_controller: what steers when a call names no other; it is not saved with the model.
 
@@ -111,8 +116,8 @@ class Transformer(Saveable, nn.Module):
         else:
             self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
             self.encoder = VectorEncoder(state_embed_readout.get("num_continuous", 0), dim)
-        self.lower_body = AttentionBody(dim, **lower_body)
-        self.upper_body = AttentionBody(dim, **upper_body)
+        self.lower_body = make_body(dim, "lower_body", lower_body)
+        self.upper_body = make_body(dim, "upper_body", upper_body)
         self.norm = nn.LayerNorm(dim)
         self.meta_controller = meta_controller
 
@@ -130,11 +135,11 @@ class Transformer(Saveable, nn.Module):
         before = self.action_readout.embed(past_actions)
         return x + nn.functional.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))
 
-    def lower(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
+    def lower(self, x: Tensor, cache: BodyCache | None = None) -> Tensor:
         """First residual -> residual at the controlled layer, (b, t, n_e) each."""
         return self.lower_body(x, cache)
 
-    def upper(self, residual: Tensor, cache: AttentionCache | None = None) -> Tensor:
+    def upper(self, residual: Tensor, cache: BodyCache | None = None) -> Tensor:
         """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each."""
         return self.norm(self.upper_body(residual, cache))
 
@@ -150,11 +155,11 @@ class Transformer(Saveable, nn.Module):
         blocks = [*self.lower_body.blocks, *self.upper_body.blocks]
         if not 0 <= lower_depth <= len(blocks):
             raise ValueError(f"lower_depth is {lower_depth}; expected 0..{len(blocks)}, the model's number of blocks.")
-        sizes = [(body.heads, body.dim_head, body.mlp_dim) for body in (self.lower_body, self.upper_body)]
+        sizes = [(type(body).__name__, body.sizes) for body in (self.lower_body, self.upper_body)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"lower_body and upper_body have (heads, dim_head, mlp_dim) of {sizes[0]} and {sizes[1]}; only bodies "
-                "of the same sizes can exchange blocks."
+                f"lower_body is {sizes[0]} and upper_body {sizes[1]}; only bodies of one kind and the same sizes can "
+                "exchange blocks."
             )
         self.lower_body.blocks = nn.ModuleList(blocks[:lower_depth])
         self.upper_body.blocks = nn.ModuleList(blocks[lower_depth:])
@@ -360,6 +365,16 @@ class Transformer(Saveable, nn.Module):
             raise ValueError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
         if self.condition_on_actions and past_actions is None:
             raise ValueError("actions are missing; this model is conditioned on them: give the last one of each row.")
+
+
+def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
+    """A stack of blocks from the argument ``name``, dict(kind="attention" or "hawk", ...); attention if not said."""
+    kinds: dict[str, Callable[..., Body]] = {"attention": AttentionBody, "hawk": HawkBody}
+    options = {key: value for key, value in arguments.items() if key != "kind"}
+    kind = arguments.get("kind", "attention")
+    if kind not in kinds:
+        raise ValueError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+    return kinds[kind](dim, **options)
 
 
 @contextmanager

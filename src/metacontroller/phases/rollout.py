@@ -21,7 +21,7 @@ from metacontroller.models.transformer import Transformer
 KEEP_SHARE = 0.8  # finished rows are dropped once fewer than this share are still running: copying caches has a price
 
 Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Called at switches: (residual (m, n_e), policy state (m, hidden), rows (m,)) -> code (m, n_z), joint log-probability
+"""Called at switches: (residual (m, n_e), policy state (m, s), rows (m,)) -> code (m, n_z), joint log-probability
 (m,), next policy state."""
 
 

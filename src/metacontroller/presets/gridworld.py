@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.policy import PolicyKind
+from metacontroller.control.sequence_embedder import EmbedderKind
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
@@ -49,13 +51,14 @@ class ExpertConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer; below none it is the input
-    embedding, l = 0. view, reach: of the grid encoder."""
+    embedding, l = 0. body: of attention or, as wide as the residual, "hawk". view, reach: of the grid encoder."""
 
     dim: int
     lower_depth: int
     upper_depth: int
     heads: int
     mlp_dim: int
+    body: Literal["attention", "hawk"] = "attention"
     view: Literal["absolute", "egocentric"] = "absolute"
     reach: int | None = None
 
@@ -65,14 +68,16 @@ class ModelConfig:
             raise ValueError(f"lower_depth is {self.lower_depth}; expected at least 0.")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
+        if self.body not in ("attention", "hawk"):
+            raise ValueError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
         if self.view not in ("absolute", "egocentric"):
             raise ValueError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaControllerConfig:
-    """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. The others are
-    widths and depths of the parts they name."""
+    """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. embedder_kind,
+    policy_kind: "hawk" is the paper's SSM. The others are widths and depths of the parts they name."""
 
     dim_latent: int = 8
     dim_history: int = 32
@@ -82,15 +87,22 @@ class MetaControllerConfig:
     switch_hidden: int = 32
     embedder_dim: int = 64
     embedder_depth: int = 1
+    embedder_kind: EmbedderKind = "attention"
     rank: int | None = 16
     policy_hidden: int = 256
+    policy_kind: PolicyKind = "gru"
     gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
         _check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
+        for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
+        if self.policy_kind == "hawk" and self.policy_hidden % 8:
+            raise ValueError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
         if self.embedder_dim % 4:
-            raise ValueError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its attention heads.")
+            raise ValueError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
         if self.rank is not None:
             _check_positive(self, ("rank",))
 
@@ -169,7 +181,7 @@ def with_seed(config: GridworldConfig, seed: int) -> GridworldConfig:
 def build_model(config: GridworldConfig) -> Transformer:
     """A new action model, its weights drawn from the config's seed."""
     environment, model = config.environment, config.model
-    body = {"heads": model.heads, "mlp_dim": model.mlp_dim}
+    body = {"kind": model.body, "heads": model.heads, "mlp_dim": model.mlp_dim}
     grid = {
         "size": environment.size,
         "num_colors": environment.num_colors,
@@ -321,10 +333,12 @@ def paper() -> GridworldConfig:
             encoder_hidden=64,  # the same table
             decoder_hidden=32,  # the same table
             switch_hidden=32,  # our choice
-            embedder_dim=64,  # our choice: attention where the paper has an SSM
+            embedder_dim=64,  # our choice
             embedder_depth=1,  # our choice
+            embedder_kind="hawk",  # eq. 13, D.1
             rank=16,  # as the paper's supervised controllers on the grid
-            policy_hidden=256,  # C.5; a GRU where the paper has an SSM
+            policy_hidden=256,  # C.5
+            policy_kind="hawk",  # C.5: an SSM of one layer
             gate=GateConfig(mode="soft", threshold=0.5),  # C.6
         ),
         pretrain=PretrainConfig(

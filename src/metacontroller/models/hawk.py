@@ -1,0 +1,145 @@
+"""Hawk: pre-norm blocks around a real-gated linear recurrent unit (RG-LRU), arXiv 2402.19427; the paper's SSM (D.1).
+
+A block is x + recurrence(norm(x)), then x + mlp(norm(x)). The recurrence has two branches of the block's width: a
+causal convolution over four steps and the RG-LRU, times a GeLU; a linear map leads back to the residual. The MLP has a
+ReLU, as in the paper. Cost and memory are linear in time; acting carries a state of constant size.
+
+Axes: b batch, t steps, n model width, w recurrent width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.kernels.linear_scan import linear_scan
+from metacontroller.models.attention import variance_scaling_
+
+TAPS = 4
+"""Steps that the convolution looks at, the present one among them (Griffin, section 2.4)."""
+
+SHARPNESS = 8.0
+"""c of the RG-LRU: a_t = a^(c r_t) (Griffin, eq. 3 and 4)."""
+
+
+@dataclass
+class HawkCache:
+    """What a stack carries from step to step, no gradient in it: per block the state of the recurrence, (b, w) in
+    float32, and the inputs of the convolution's last steps, (b, TAPS - 1, w). length: steps seen, the same for every
+    row."""
+
+    states: list[Tensor]
+    recent: list[Tensor]
+    length: int = 0
+
+    def index(self, rows: Tensor) -> HawkCache:
+        """The cache of the rows named, for a batch from which finished episodes are dropped."""
+        return HawkCache([state[rows] for state in self.states], [recent[rows] for recent in self.recent], self.length)
+
+
+class RGLRU(nn.Module):
+    """Real-gated linear recurrent unit (Griffin, eq. 1 to 4), gates block-diagonal in ``heads`` blocks.
+
+        r_t = sigmoid(W_a x_t + b_a),  i_t = sigmoid(W_x x_t + b_x)
+        log a_t = -c softplus(-Lambda) r_t                     that is, a_t = sigmoid(Lambda)^(c r_t)
+        h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)
+
+    Lambda is drawn so that a^c is uniform in (0.9, 0.999). The recurrence runs in float32 at least, autocast or not.
+    """
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        if width < 1 or heads < 1 or width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}; change one of them.")
+        block = width // heads
+        self.gates = nn.Parameter(torch.randn(heads, block, 2 * block) * block**-0.5)  # W_a and W_x, side by side
+        self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * block))
+        decay = torch.empty(width).uniform_(0.9, 0.999).pow(1 / SHARPNESS)
+        self.decay_logit = nn.Parameter(torch.logit(decay))  # Lambda
+
+    def forward(self, x: Tensor, state: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+        """x (b, t, w), state h_0 (b, w) or None for zeros -> h_1 .. h_t, (b, t, w), of at least float32."""
+        heads = self.gates.shape[0]
+        gates = torch.einsum("bthi,hij->bthj", x.unflatten(-1, (heads, -1)), self.gates) + self.gate_bias
+        with torch.autocast(x.device.type, enabled=False):
+            precise = torch.promote_types(x.dtype, torch.float32)
+            recurrence, entry = torch.sigmoid(gates.to(precise)).chunk(2, -1)
+            log_decay = -SHARPNESS * F.softplus(-self.decay_logit.to(precise)) * recurrence.flatten(-2)
+            kept = torch.sqrt(-torch.expm1(2 * log_decay) + 1e-12)  # its slope at 0 must be finite
+            drive = kept * entry.flatten(-2) * x.to(precise)
+            return linear_scan(log_decay.exp(), drive, state, backend=backend)
+
+
+class HawkBlock(nn.Module):
+    """x + recurrence(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
+
+    def __init__(self, dim: int, *, width: int, heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.width = width
+        self.recurrence_norm = nn.LayerNorm(dim)
+        self.to_branches = nn.Linear(dim, 2 * width)
+        self.taps = nn.Parameter(torch.randn(TAPS, width) * (0.1 / TAPS) ** 0.5)
+        self.tap_bias = nn.Parameter(torch.zeros(width))
+        self.unit = RGLRU(width, heads=heads)
+        self.to_out = nn.Linear(width, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp_in = nn.Linear(dim, mlp_dim)
+        self.mlp_out = nn.Linear(mlp_dim, dim)
+        for linear in (self.to_branches, self.to_out, self.mlp_in, self.mlp_out):
+            variance_scaling_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, recent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, n), going on from state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n) and these two at
+        the end."""
+        passed, entering = self.to_branches(self.recurrence_norm(x)).chunk(2, -1)
+        before = entering.new_zeros(entering.shape[0], TAPS - 1, self.width) if recent is None else recent
+        window = torch.cat([before.to(entering.dtype), entering], 1)
+        steps = x.shape[1]
+        mixed = sum((self.taps[k] * window[:, k : k + steps] for k in range(TAPS)), self.tap_bias)
+        hidden = self.unit(mixed, state)
+        x = x + self.to_out(hidden.to(passed.dtype) * F.gelu(passed))
+        x = x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+        return x, hidden[:, -1], window[:, -(TAPS - 1) :]
+
+
+class HawkBody(nn.Module):
+    """A causal stack of Hawk blocks, wherever an attention body can be. Depth 0 passes its input on."""
+
+    def __init__(
+        self, dim: int, *, depth: int, width: int | None = None, heads: int = 8, mlp_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if depth < 0:
+            raise ValueError(f"depth is {depth}; expected a number of blocks, 0 or more.")
+        if dim < 1:
+            raise ValueError(f"dim is {dim}; expected at least 1.")
+        self.width = dim if width is None else width
+        self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
+        self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes) for _ in range(depth))
+
+    def forward(self, x: Tensor, cache: HawkCache | None = None) -> Tensor:
+        """x (b, t, n) -> (b, t, n); with a cache, x continues it."""
+        for index, block in enumerate(self.blocks):
+            if cache is None:
+                x, _, _ = block(x)
+            else:
+                x, state, recent = block(x, cache.states[index], cache.recent[index])
+                cache.states[index], cache.recent[index] = state.detach(), recent.detach()
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x
+
+    def empty_cache(self, batch: int, capacity: int = 0) -> HawkCache:
+        """The state of ``batch`` rows before their first step; of constant size, whatever the capacity."""
+        weight = next(self.parameters(), torch.empty(0))
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        return HawkCache(
+            states=[weight.new_zeros(batch, self.width, dtype=precise) for _ in self.blocks],
+            recent=[weight.new_zeros(batch, TAPS - 1, self.width) for _ in self.blocks],
+        )
