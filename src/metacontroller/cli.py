@@ -23,6 +23,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import Policy, evaluate, gate_figures
+from metacontroller.phases.parallel import launched, processes
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
@@ -71,17 +72,21 @@ class Pretrain(Training):
     """Change any value of the preset."""
 
     def __call__(self) -> None:
-        run = RunFolder(self.run)
+        run, device = RunFolder(self.run), device_name(self.device)
+        workers = processes(device)
         config = chosen_config(self.config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
-        open_folder(run, config, resume=self.resume, option="folder")
+        workers.wait()  # until all have seen what was there before
+        if workers.is_main:
+            open_folder(run, config, resume=self.resume, option="folder")
+        workers.wait()
         started_from = read_config(run).seed
         if started_from != config.seed:
             raise ValueError(
                 f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to go on with "
                 "it, or choose another folder."
             )
-        run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+        run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
@@ -93,9 +98,11 @@ class Discover(Training):
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
-        config = read_config(run)
+        config, device = read_config(run), device_name(self.device)
+        workers = processes(device)
         refuse_begun(run, "discover", self.resume)
-        run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+        workers.wait()  # until all have seen what was there before
+        run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
@@ -213,7 +220,10 @@ COMMANDS: dict[str, type] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt."""
     try:
-        parse(list(sys.argv[1:] if argv is None else argv))()
+        command = parse(list(sys.argv[1:] if argv is None else argv))
+        if launched() and not isinstance(command, Pretrain | Discover):
+            raise ValueError("only pretrain and discover run in several processes; start this one without a launcher.")
+        command()
     except (ValueError, FileNotFoundError) as error:
         print(f"metacontroller: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ def make_residual() -> Tensor:
 def propose(monkeypatch: pytest.MonkeyPatch, z_tilde: Tensor | None = None) -> None:
     """Discovery proposes the codes given, or the means of its proposals."""
 
-    def sample(distribution: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample(distribution: Tensor, generator: torch.Generator | None = None, **_: Any) -> Tensor:
         return distribution.chunk(2, -1)[0] if z_tilde is None else z_tilde
 
     monkeypatch.setattr(metacontroller_module, "sample_gaussian", sample)
@@ -158,9 +158,10 @@ def test_ratio_loss_is_weighted_and_optional() -> None:
 
 def test_proposals_are_sampled_from_their_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     steering, residual = make_steering("forced"), make_residual()
-    output = steering.discover(residual, generator=torch.Generator().manual_seed(3))
-    noise = torch.randn(output.z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    torch.testing.assert_close(output.z, output.mean + output.log_std.exp() * noise)
+    noise = steering.draw_noise(BATCH, TIME, torch.Generator().manual_seed(3))
+    output = steering.discover(residual, noise=noise)
+    expected = torch.randn(output.z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    torch.testing.assert_close(output.z, output.mean + output.log_std.exp() * expected)
 
 
 def act_given(

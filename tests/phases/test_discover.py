@@ -92,9 +92,9 @@ def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> N
     assert embedded_view(debug()) is None
 
     def output(states: torch.Tensor | None) -> Any:
-        noise = torch.Generator().manual_seed(1)
+        noise = steering.draw_noise(8, episodes.steps, torch.Generator().manual_seed(1))
         arguments = (episodes.states, episodes.actions, steering, episodes.lengths)
-        return model.steered_losses(*arguments, generator=noise, embedded_states=states)[1]
+        return model.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
 
     as_they_are, again = output(None), output(episodes.states)
     turned = output(view(episodes.states, torch.Generator().manual_seed(2)))

@@ -75,13 +75,18 @@ def run_train(folder: Path, steps: int, resume: bool = False, **options: Any) ->
     nn.init.ones_(module.weight)
     parameters = list(module.parameters())
 
-    def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        error = module(batch.states).mean() - torch.rand((), generator=noise)
+    def draw(batch: Trajectories, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"target": torch.rand(batch.batch, generator=generator)}
+
+    def loss_function(batch: Trajectories, step: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error = module(batch.states).mean() - drawn["target"].mean()
         return error.square(), {"number": torch.tensor(float(step))}
 
     run = RunFolder(folder)
     config = OptimizerConfig(**settings)
-    train("phase", config, module, parameters, numbered, loss_function, run, seed=0, resume=resume, quiet=True)
+    train(
+        "phase", config, module, parameters, numbered, loss_function, run, seed=0, draw=draw, resume=resume, quiet=True
+    )
     return run.read_metrics("phase"), module.weight.detach()
 
 

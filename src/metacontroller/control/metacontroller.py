@@ -31,6 +31,14 @@ from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.saving import Saveable
 
 
+class DiscoveryNoise(NamedTuple):
+    """The random numbers of discovery: code (b, t, n_z) standard normal; gate (b, t) uniform in (0, 1), which only the
+    Gumbel-sigmoid gate uses."""
+
+    code: Tensor
+    gate: Tensor
+
+
 class DiscoveryOutput(NamedTuple):
     """What discovery computes over a batch of episodes.
 
@@ -149,14 +157,15 @@ class MetaController(Saveable, nn.Module):
         self,
         residual: Tensor,
         episode_lens: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        noise: DiscoveryNoise | None = None,
         *,
         embedded_residual: Tensor | None = None,
     ) -> DiscoveryOutput:
         """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps.
 
         embedded_residual (b, t or t + 1, n_e): what the sequence embedder sees in place of the residual, if given; one
-        step more is the observation after each episode's last action, the only one that shows where that led.
+        step more is the observation after each episode's last action, the only one that shows where that led. noise:
+        drawn here if not given.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -169,11 +178,20 @@ class MetaController(Saveable, nn.Module):
         sequence = sequence[:, None].expand(-1, steps, -1)
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
-        z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), generator)
+        noise = self.draw_noise(batch, steps) if noise is None else noise
+        z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), noise=noise.code)
         fresh = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        z, gate, beta = self.switching(read, history, z_tilde, fresh, generator=generator)
+        z, gate, beta = self.switching(read, history, z_tilde, fresh, uniform=noise.gate)
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
+
+    def draw_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
+        """Random numbers for ``discover`` on ``batch`` episodes of ``steps`` steps."""
+        weight = self.policy.readout.weight
+        options = {"generator": generator, "device": weight.device}
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        code = torch.randn(batch, steps, self.dim_latent, dtype=precise, **options)
+        return DiscoveryNoise(code, torch.rand(batch, steps, **options))
 
     def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
         """s (b, n_s) from the residuals (b, steps or steps + 1, n_e) of episodes with ``lengths`` actions."""

@@ -60,13 +60,14 @@ class SwitchingUnit(nn.Module):
         z_tilde: Tensor,
         fresh: Tensor,
         z_initial: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
     ) -> GateOutput:
         """Integrates the proposals over time.
 
         residual (b, t, n_e), history h_{t-1} (b, t, n_h), z_tilde (b, t, n_z), fresh (b, t) bool: steps that must take
-        a fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step, generator: of
-        the Gumbel-sigmoid's noise. Returns z (b, t, n_z), gate (b, t) as mixed, beta (b, t) the probability.
+        a fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step, uniform (b, t)
+        random numbers in (0, 1) for the Gumbel-sigmoid, drawn here if not given. Returns z (b, t, n_z), gate (b, t) as
+        mixed, beta (b, t) the probability.
         """
         config = self.config
         if config.mode in ("forced", "fixed-frequency"):
@@ -75,7 +76,7 @@ class SwitchingUnit(nn.Module):
             return hold_between(z_tilde, fresh | due, z_initial)
         noise = None
         if config.mode == "gumbel-sigmoid" and self.training:
-            uniform = torch.rand(fresh.shape, generator=generator, device=residual.device)
+            uniform = torch.rand(fresh.shape, device=residual.device) if uniform is None else uniform
             noise = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(residual.dtype)
         return gate_scan(
             self.drive(torch.cat([residual, history], -1)),

@@ -100,10 +100,14 @@ class GaussianReadout(nn.Module):
             raise ValueError("actions hold NaN or infinite values; clean the data before training.")
 
 
-def sample_gaussian(params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One draw per distribution: mean and log standard deviation (..., 2 a) -> (..., a), reparameterised."""
+def sample_gaussian(params: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+    """One draw per distribution: mean and log standard deviation (..., 2 a) -> (..., a), reparameterised.
+
+    noise (..., a): standard normal, drawn here if not given.
+    """
     mean, log_std = params.chunk(2, -1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    if noise is None:
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + log_std.exp() * noise
 
 

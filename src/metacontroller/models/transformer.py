@@ -24,6 +24,7 @@ from metacontroller.saving import Saveable
 if TYPE_CHECKING:  # a model knows nothing of what steers it, but its types name it
     from metacontroller.control.metacontroller import (
         ControlState,
+        DiscoveryNoise,
         DiscoveryOutput,
         MetaController,
         MetaControllerOutput,
@@ -223,18 +224,18 @@ class Transformer(Saveable, nn.Module):
         meta_controller: MetaController,
         episode_lens: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        noise: DiscoveryNoise | None = None,
         embedded_states: Tensor | None = None,
     ) -> DiscoveryOutput:
         """What the metacontroller does over whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
 
         With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
-        embedded_states: the episodes as it shall see them, if not as they are. generator: of the noise.
+        embedded_states: the episodes as it shall see them, if not as they are. noise: drawn afresh if not given.
         """
         embedded = self._whole_residual(states if embedded_states is None else embedded_states, actions)
         steps = actions.shape[1]
         seen = embedded[:, :steps] if embedded_states is None else self._whole_residual(states[:, :steps], actions)
-        return meta_controller.discover(seen, episode_lens, generator, embedded_residual=embedded)
+        return meta_controller.discover(seen, episode_lens, noise, embedded_residual=embedded)
 
     def steered_losses(
         self,
@@ -244,7 +245,7 @@ class Transformer(Saveable, nn.Module):
         episode_lens: Tensor | None = None,
         *,
         with_state_loss: bool = True,
-        generator: torch.Generator | None = None,
+        noise: DiscoveryNoise | None = None,
         embedded_states: Tensor | None = None,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
         """State and action loss under steering, and what the metacontroller did; arguments as of `discover`.
@@ -252,7 +253,7 @@ class Transformer(Saveable, nn.Module):
         The model's own weights get no gradient: freezing is part of the method.
         """
         output = self.discover(
-            states, actions, meta_controller, episode_lens, generator=generator, embedded_states=embedded_states
+            states, actions, meta_controller, episode_lens, noise=noise, embedded_states=embedded_states
         )
         with frozen(self):
             hidden = self.upper(output.steered)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from metacontroller.analysis.switching import gate_alignment
-from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import Generate, OptimizerConfig, train
+from metacontroller.phases.parallel import processes
+from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
 from metacontroller.run_folder import RunFolder
 
 EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
@@ -70,7 +71,12 @@ def discover(
     """
     model.eval()
 
-    def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
+        noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
+        seen = {} if embedded_view is None else {"embedded_states": embedded_view(batch.states, generator)}
+        return {**noise._asdict(), **seen}
+
+    def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
         losses, output = model.steered_losses(
             batch.states,
@@ -78,8 +84,8 @@ def discover(
             meta_controller,
             batch.lengths,
             with_state_loss=config.state_loss_weight > 0,
-            generator=noise,
-            embedded_states=None if embedded_view is None else embedded_view(batch.states, noise),
+            noise=DiscoveryNoise(drawn["code"], drawn["gate"]),
+            embedded_states=drawn.get("embedded_states"),
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
@@ -100,8 +106,10 @@ def discover(
         loss_function,
         run,
         seed=config.seed,
+        draw=draw,
         resume=resume,
         quiet=quiet,
     )
-    meta_controller.save(run.path / "meta_controller.safetensors")
+    if processes(next(model.parameters()).device.type).is_main:
+        meta_controller.save(run.path / "meta_controller.safetensors")
     return meta_controller

@@ -90,7 +90,8 @@ def gate_on_new_layouts(
     betas = []
     for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
         batch = fresh.index(rows)
-        output = model.discover(batch.states, batch.actions, meta_controller, batch.lengths, generator=noise)
+        drawn = meta_controller.draw_noise(batch.batch, batch.steps, noise)
+        output = model.discover(batch.states, batch.actions, meta_controller, batch.lengths, noise=drawn)
         betas.append(F.pad(output.beta, (0, fresh.steps - batch.steps)))
     return torch.cat(betas), fresh
 

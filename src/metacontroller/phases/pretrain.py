@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import Generate, OptimizerConfig, train
+from metacontroller.phases.parallel import processes
+from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
 from metacontroller.run_folder import RunFolder
 
 
@@ -39,7 +39,7 @@ def pretrain(
     """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run."""
     weight = config.state_loss_weight
 
-    def loss_function(batch: Trajectories, step: int, noise: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         losses = model.behavior_cloning_loss(
             batch.states, batch.actions, batch.lengths, with_state_loss=weight > 0, checked=step > 0
         )
@@ -58,5 +58,6 @@ def pretrain(
         resume=resume,
         quiet=quiet,
     )
-    model.save(run.path / "base_model.safetensors")
+    if processes(next(model.parameters()).device.type).is_main:
+        model.save(run.path / "base_model.safetensors")
     return model

@@ -31,6 +31,7 @@ from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
 from metacontroller.phases.evaluate import evaluate, gate_figures
 from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
+from metacontroller.phases.parallel import processes
 from metacontroller.phases.pretrain import pretrain
 from metacontroller.presets.gridworld import (
     GridworldConfig,
@@ -105,7 +106,8 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
 def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> Transformer:
     """Phase 1 in a run folder; writes config.json too."""
     model = build_model(config).to(device)
-    run.write_config(config)
+    if processes(device).is_main:
+        run.write_config(config)
     return pretrain(config.pretrain, model, generate(config, "pretrain"), run, resume=resume, quiet=quiet)
 
 

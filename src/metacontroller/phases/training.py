@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.data.trajectories import Trajectories, length_sorted_batches
+from metacontroller.phases.parallel import Processes, processes
 from metacontroller.progress import track
 from metacontroller.run_folder import (
     RunFolder,
@@ -108,9 +109,11 @@ class Learner:
         self.module, self.parameters, self.generator = module, parameters, generator
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
         self.max_grad_norm = max_grad_norm
+        self.processes = processes(parameters[0].device.type)
 
     def descend(self) -> Tensor:
         """One step down the gradient gathered by ``backward`` since the last, which is clipped; returns its norm."""
+        self.processes.add_up([value.grad for value in self.parameters if value.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -118,6 +121,8 @@ class Learner:
 
     def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
         """Writes the checkpoint of ``phase`` after update number ``step``, counted from 1, with ``more`` tensors."""
+        if not self.processes.is_main:
+            return
         tensors = {
             **module_tensors("module", self.module),
             **optimizer_tensors("optimizer", self.optimizer),
@@ -150,8 +155,9 @@ class _Means:
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.count += 1
 
-    def take(self) -> dict[str, float]:
-        """The means, which start afresh."""
+    def take(self, workers: Processes) -> dict[str, float]:
+        """The means, added up over the processes; they start afresh."""
+        workers.add_up(list(self.sums.values()))
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
@@ -166,7 +172,11 @@ def noise_generator(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed ^ NOISE_BIT)
 
 
-LossFunction = Callable[[Trajectories, int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Drawn = dict[str, Tensor]
+"""What a loss needs beside its batch, (b, ...) each: random numbers, views."""
+
+Draw = Callable[[Trajectories, torch.Generator], Drawn]
+LossFunction = Callable[[Trajectories, int, Drawn], tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(
@@ -179,13 +189,15 @@ def train(
     run: RunFolder,
     *,
     seed: int,
+    draw: Draw | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> None:
     """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
-    ``loss_function(batch, step, noise)`` returns the loss and the metrics to log, of which means over the log interval
-    are kept. seed: of the episodes and, apart, of the noise.
+    ``loss_function(batch, step, drawn)`` returns the loss, a mean over real steps, and the metrics to log, of which
+    means over the log interval are kept. ``draw(batch, generator)`` makes ``drawn`` for each batch. seed: of the
+    episodes and, apart, of what is drawn. Several processes share each batch, see `phases.parallel`.
     Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
     if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
     the steps since the checkpoint. A finished phase is not trained again.
@@ -203,22 +215,42 @@ def train(
     first, tensors = learner.restore(run, phase) if resume else (0, {})
     if 0 < first < config.steps:
         stream.restore(tensors)
-    run.rewind_metrics(phase, first)
+    workers = learner.processes
+    if workers.is_main:
+        run.rewind_metrics(phase, first)
     module.train()
     means = _Means()
-    with track(config.steps, phase, start=first, quiet=quiet) as progress:
+    with track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress:
         for step in range(first, config.steps):
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
-            loss, metrics = loss_function(stream.next().to(device), step, learner.generator)
-            loss.backward()
+            batch = stream.next().to(device)
+            drawn = draw(batch, learner.generator) if draw else {}
+            batch, drawn, share = _own_share(batch, drawn, workers)
+            loss, metrics = loss_function(batch, step, drawn)
+            (share * loss).backward()
             learner.descend()
-            means.add({"loss": loss, **metrics})
+            means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
             done, last = step + 1, step + 1 == config.steps
             if last or done % config.log_every == 0:
-                measured = means.take()
-                run.log_metrics(phase, done, **measured)
+                measured = means.take(workers)
+                if workers.is_main:
+                    run.log_metrics(phase, done, **measured)
                 progress.update(done, **measured)
             if last or done % config.checkpoint_every == 0:
                 learner.save(run, phase, done, stream.tensors())
     module.eval()
+    workers.wait()
+
+
+def _own_share(batch: Trajectories, drawn: Drawn, workers: Processes) -> tuple[Trajectories, Drawn, Tensor | float]:
+    """This process's rows of a batch and of what was drawn for it, and their share of the batch's real steps."""
+    rows = workers.rows(batch.batch)
+    if rows is None:
+        return batch, drawn, 1.0
+    rows = rows.to(batch.lengths.device)
+    part = batch.index(rows)
+    # what has an entry for every step (or every state) is cut like the batch
+    cut = batch.steps - part.steps
+    own = {name: value[rows, : value.shape[1] - cut] for name, value in drawn.items()}
+    return part, own, part.lengths.sum() / batch.lengths.sum()
