@@ -52,7 +52,7 @@ def batch_of(model: Transformer, extra_state: bool = True) -> tuple[Tensor, Tens
 
 def fixed_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposals take their mean, so that two calls propose the same."""
-    monkeypatch.setattr(metacontroller_module, "sample_gaussian", lambda params, generator: params.chunk(2, -1)[0])
+    monkeypatch.setattr(metacontroller_module, "sample_gaussian", lambda params, **_: params.chunk(2, -1)[0])
 
 
 @pytest.mark.parametrize("extra_state", [False, True])

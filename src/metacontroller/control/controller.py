@@ -36,7 +36,7 @@ class Controller(nn.Module):
             self.full = nn.Parameter(torch.randn(units, dim_model, dim_model) * scale)  # (k, o, i)
         else:
             self.read = nn.Parameter(torch.randn(units, rank, dim_model) * dim_model**-0.5)  # B: (k, r, i)
-            self.write = nn.Parameter(torch.randn(units, dim_model, rank) * scale)  # A: (k, o, r)
+            self.write = nn.Parameter(torch.randn(dim_model, units, rank) * scale)  # A: (o, k, r)
 
     def hidden(self, z: Tensor) -> Tensor:
         """(..., k) hidden units of a code, and the constant 1."""
@@ -47,8 +47,8 @@ class Controller(nn.Module):
         hidden = self.hidden(z)
         if self.rank is None:
             return torch.einsum("...k,koi->...oi", hidden, self.full)
-        write = torch.einsum("...k,kor->...or", hidden, self.write)
         read = torch.einsum("...k,kri->...ri", hidden, self.read)
+        write = torch.einsum("...k,okr->...or", hidden, self.write)
         return write @ read
 
     @overload
@@ -80,4 +80,4 @@ class Controller(nn.Module):
         projected = F.linear(e, self.read.flatten(0, 1)).unflatten(-1, self.read.shape[:2])  # (..., k, r)
         v = torch.einsum("...k,...kr->...r", hidden, projected)
         weighted = (hidden[..., None] * v[..., None, :]).flatten(-2)  # (..., k r)
-        return F.linear(weighted, self.write.transpose(0, 1).flatten(1))
+        return F.linear(weighted, self.write.flatten(1))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from metacontroller.control.controller import Controller
 from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss
-from metacontroller.control.policy import AbstractActionPolicy, PolicyKind
+from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
@@ -235,8 +235,7 @@ class MetaController(Saveable, nn.Module):
         read = self.norm(residual)
         beta = self.switching.probability(read, state.history, state.z, state.held)
         beta = torch.where(state.started, beta, torch.ones_like(beta))
-        history = self.history(read[:, None], state.history[None].contiguous())[1][0]
-        return beta, history
+        return beta, gru_step(self.history, read, state.history)
 
     def integrate(self, state: ControlState, history: Tensor, switch: Tensor, proposed: Tensor) -> ControlState:
         """The state after a step at which the rows of ``switch`` (b,) bool took the code ``proposed`` (b, n_z)."""

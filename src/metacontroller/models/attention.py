@@ -18,25 +18,24 @@ from torch.nn import functional as F
 class AttentionCache:
     """Keys and values of the steps seen so far, one pair of buffers a block; they carry no gradient.
 
-    keys, values: per block (b, h, capacity, d). length: steps already written, the same for every row.
+    keys, values: per block (capacity, b, h, d): a step is written, and the steps so far are read, without gaps.
+    bias: per block (capacity, 1, h), the position bias at distances capacity - 1 to 0. length: steps already written,
+    the same for every row.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
+    bias: list[Tensor]
     length: int = 0
 
-    def index(self, rows: Tensor) -> AttentionCache:
-        """The cache of the rows named, for a batch from which finished episodes are dropped."""
-        return AttentionCache(
-            keys=[self._keep(keys, rows) for keys in self.keys],
-            values=[self._keep(values, rows) for values in self.values],
-            length=self.length,
-        )
-
-    def _keep(self, buffer: Tensor, rows: Tensor) -> Tensor:
-        kept = buffer.new_empty(len(rows), *buffer.shape[1:])
-        torch.index_select(buffer[:, :, : self.length], 0, rows, out=kept[:, :, : self.length])
-        return kept
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows named, int64 (m,), in place: only rows that change their number are moved."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        for buffers in (self.keys, self.values):
+            for block, buffer in enumerate(buffers):
+                used = buffer[: self.length]
+                used.index_copy_(1, moved, used.index_select(1, rows[moved]))
+                buffers[block] = buffer[:, : len(rows)]
 
 
 class RelativePositionBias(nn.Module):
@@ -106,18 +105,36 @@ class AttentionBlock(nn.Module):
         self, x: Tensor, hidden_keys: Tensor | None = None, cache: AttentionCache | None = None, block: int = 0
     ) -> Tensor:
         """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at keys that no query may see, else 0."""
+        if cache is not None and cache.length and x.shape[1] == 1:
+            return self._step(x[:, 0], cache, block)[:, None]
         q, k, v = self.to_qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             end = cache.length + x.shape[1]
-            cache.keys[block][:, :, cache.length : end] = k.detach()
-            cache.values[block][:, :, cache.length : end] = v.detach()
+            keys, values = cache.keys[block][:end], cache.values[block][:end]
+            keys[cache.length :], values[cache.length :] = (
+                k.detach().permute(2, 0, 1, 3),
+                v.detach().permute(2, 0, 1, 3),
+            )
             if cache.length:
-                k, v = cache.keys[block][:, :, :end], cache.values[block][:, :, :end]
+                k, v = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + self.bias(q.shape[2], k.shape[2])
         if hidden_keys is not None:
             scores = scores + hidden_keys
-        mixed = torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2)
-        x = x + self.to_out(mixed)
+        x = x + self.to_out(torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
+        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+
+    def _step(self, x: Tensor, cache: AttentionCache, block: int) -> Tensor:
+        """The same for one step x (b, n) of rows that have a cache, in few and plain operations.
+
+        Bounded by reading the cache, which entry by entry is faster than b h matrix products of one row each.
+        """
+        q, k, v = self.to_qkv(self.attention_norm(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        now = cache.length
+        keys, values = cache.keys[block], cache.values[block]
+        keys[now], values[now] = k.detach(), v.detach()
+        scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
+        mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)
+        x = x + self.to_out(mixed.flatten(1))
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
 
 
@@ -163,19 +180,28 @@ class AttentionBody(nn.Module):
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
         """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it must grow."""
-        shape = (batch, self.heads, capacity, self.dim_head)
+        shape = (capacity, batch, self.heads, self.dim_head)
         weight = next(self.parameters(), torch.empty(0))  # without blocks there are no buffers, whatever their type
         return AttentionCache(
-            keys=[weight.new_empty(shape) for _ in self.blocks], values=[weight.new_empty(shape) for _ in self.blocks]
+            keys=[weight.new_empty(shape) for _ in self.blocks],
+            values=[weight.new_empty(shape) for _ in self.blocks],
+            bias=self._step_bias(capacity),
         )
 
-    @staticmethod
-    def _grow(cache: AttentionCache, needed: int) -> None:
-        capacity = cache.keys[0].shape[2]
+    @torch.no_grad()
+    def _step_bias(self, capacity: int) -> list[Tensor]:
+        """Per block (capacity, 1, h): the bias of the last of ``capacity`` steps towards each of them."""
+        biases = [block.bias for block in self.blocks]
+        return [bias(1, capacity).permute(2, 1, 0).contiguous() for bias in biases]  # pyright: ignore[reportCallIssue]
+
+    def _grow(self, cache: AttentionCache, needed: int) -> None:
+        capacity = len(cache.keys[0])
         if needed > capacity:
-            extra = max(needed, 2 * capacity) - capacity
-            cache.keys = [F.pad(keys, (0, 0, 0, extra)) for keys in cache.keys]
-            cache.values = [F.pad(values, (0, 0, 0, extra)) for values in cache.values]
+            capacity, old = max(needed, 2 * capacity), capacity
+            extra = (0, 0, 0, 0, 0, 0, 0, capacity - old)
+            cache.bias = self._step_bias(capacity)
+            cache.keys = [F.pad(keys, extra) for keys in cache.keys]
+            cache.values = [F.pad(values, extra) for values in cache.values]
 
 
 def variance_scaling_(weight: Tensor, scale: float = 0.1) -> None:

@@ -53,6 +53,7 @@ class GridEncoder(nn.Module):
     """
 
     offsets: Tensor
+    displacements: Tensor
 
     def __init__(
         self,
@@ -85,6 +86,8 @@ class GridEncoder(nn.Module):
         if view == "absolute":
             tables.append(self.num_objects)  # one more table, for the agent
         self.register_buffer("offsets", torch.tensor(tables) * places, persistent=False)
+        if view == "egocentric":
+            self.register_buffer("displacements", self._displacements(), persistent=False)
         self.table = nn.Parameter(torch.randn((max(tables) + 1) * places, dim) * dim**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -112,7 +115,12 @@ class GridEncoder(nn.Module):
         if self.view == "absolute":
             return tokens + self.offsets
         objects, agent = tokens[..., :-1], tokens[..., -1:]
-        size, reach = self.size, self.reach
+        return self.displacements[objects * self.size**2 + agent] + self.offsets
+
+    def _displacements(self) -> Tensor:
+        """The displacement of each cell from each other, (cells * cells,), numbered row by row from the upper left."""
+        cells, size, reach = torch.arange(self.size**2), self.size, self.reach
+        objects, agent = cells[:, None], cells[None]
         down = (objects // size - agent // size).clamp(-reach, reach) + reach
         right = (objects % size - agent % size).clamp(-reach, reach) + reach
-        return down * (2 * reach + 1) + right + self.offsets
+        return (down * (2 * reach + 1) + right).flatten()

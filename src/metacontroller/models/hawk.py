@@ -35,9 +35,10 @@ class HawkCache:
     recent: list[Tensor]
     length: int = 0
 
-    def index(self, rows: Tensor) -> HawkCache:
-        """The cache of the rows named, for a batch from which finished episodes are dropped."""
-        return HawkCache([state[rows] for state in self.states], [recent[rows] for recent in self.recent], self.length)
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows named, int64 (m,)."""
+        self.states = [state[rows] for state in self.states]
+        self.recent = [recent[rows] for recent in self.recent]
 
 
 class RGLRU(nn.Module):

@@ -73,9 +73,10 @@ class ModelCache:
     lower: BodyCache
     upper: BodyCache
 
-    def index(self, rows: Tensor) -> ModelCache:
-        """The cache of the rows named."""
-        return ModelCache(self.lower.index(rows), self.upper.index(rows))
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows named, in place."""
+        self.lower.keep(rows)
+        self.upper.keep(rows)
 
 
 class Transformer(Saveable, nn.Module):

@@ -18,7 +18,7 @@ from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.models.transformer import Transformer
 
-KEEP_SHARE = 0.8  # finished rows are dropped once fewer than this share are still running: copying caches has a price
+KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share are still running: moving rows has a price
 
 Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Called at switches: (residual (m, n_e), policy state (m, s), rows (m,)) -> code (m, n_z), joint log-probability
@@ -101,7 +101,7 @@ class Actor:
     def keep(self, rows: Tensor) -> None:
         """Goes on with the grids of the rows (k,) alone."""
         self.grids.compact(rows)
-        self.cache = self.cache.index(rows)
+        self.cache.keep(rows)
         self.past_actions = None if self.past_actions is None else self.past_actions[rows]
 
 
@@ -151,7 +151,7 @@ def rollout_abstract(
         state.policy = state.policy.index_copy(0, chosen, advanced)
         outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
         alive = ~(grids.terminated | grids.truncated)
-        running = alive.nonzero().squeeze(1)
+        running = survivors(alive)
         if len(running) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
             actor.keep(running)
@@ -179,7 +179,7 @@ def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generat
         actions.append(torch.zeros_like(outcome.steps).index_copy(0, rows, action[:, 0]))
         log_probs.append(torch.zeros_like(outcome.returns).index_copy(0, rows, log_prob))
         outcome.returns[rows] += reward
-        running = (~(grids.terminated | grids.truncated)).nonzero().squeeze(1)
+        running = survivors(~(grids.terminated | grids.truncated))
         if len(running) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
             actor.keep(running)
@@ -191,6 +191,18 @@ def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generat
         log_prob=torch.stack(log_probs, 1),
         **vars(outcome),
     )
+
+
+def survivors(alive: Tensor) -> Tensor:
+    """The rows alive (b,) bool, int64 (m,), with the last of them in the places of the finished among the first m.
+
+    So few rows change their number when a batch goes on without the finished ones.
+    """
+    running = alive.nonzero().squeeze(1)
+    count = len(running)
+    rows = torch.arange(count, device=alive.device)
+    rows[~alive[:count]] = running[running >= count]
+    return rows
 
 
 class _Outcome:
