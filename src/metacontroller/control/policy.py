@@ -49,7 +49,7 @@ class AbstractActionPolicy(nn.Module):
 
 def gru_step(gru: nn.GRU, x: Tensor, state: Tensor) -> Tensor:
     """One step of a one-layer GRU, x (b, i), state (b, h) -> (b, h): the module's own way in has a higher price."""
-    return torch.gru_cell(x, state, gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0)
+    return torch.gru_cell(x, state, *gru.all_weights[0])
 
 
 class _GRU(nn.GRU):

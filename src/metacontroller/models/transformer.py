@@ -18,6 +18,7 @@ from metacontroller.data.trajectories import check_lengths, length_mask, masked_
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.hawk import HawkBody, HawkCache
+from metacontroller.models.parts import losses_in_parts, row_parts
 from metacontroller.models.readouts import CategoricalReadout, make_readout
 from metacontroller.saving import Saveable
 
@@ -216,7 +217,8 @@ class Transformer(Saveable, nn.Module):
     @torch.no_grad()
     def _whole_residual(self, states: Tensor, actions: Tensor) -> Tensor:
         """e_t of every state given, (b, T or T + 1, n_e): of the one after the last action too, if it is there."""
-        return self.lower(self.embed(states, actions[:, : states.shape[1] - 1]))
+        past = actions[:, : states.shape[1] - 1]
+        return torch.cat([self.lower(self.embed(states[rows], past[rows])) for rows in row_parts(states)])
 
     def discover(
         self,
@@ -256,9 +258,22 @@ class Transformer(Saveable, nn.Module):
         output = self.discover(
             states, actions, meta_controller, episode_lens, noise=noise, embedded_states=embedded_states
         )
+        batch, steps = actions.shape[:2]
+        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
+
+        def part_losses(steered: Tensor, rows: slice) -> Tensor:
+            hidden = self.upper(steered)
+            losses = self.readout_losses(hidden, states[rows], actions[rows], lengths[rows], with_state_loss)
+            action = losses.action * (lengths[rows].sum() / lengths.sum())
+            if not with_state_loss:
+                return action[None]
+            return torch.stack([action, losses.state * (targets[rows].sum() / targets.sum().clamp_min(1))])
+
         with frozen(self):
-            hidden = self.upper(output.steered)
-            return self.readout_losses(hidden, states, actions, episode_lens, with_state_loss), output
+            losses = losses_in_parts(output.steered, part_losses)
+        state = losses[1] if with_state_loss else losses.new_zeros(())
+        return BehaviorCloningLosses(state, losses[0]), output
 
     # phase 3: acting
 
