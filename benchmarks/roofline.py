@@ -1,0 +1,423 @@
+"""How far is each phase from what this machine can do?
+
+First the machine's ceilings are measured: matrix products in float32 and bfloat16, and copying memory. Then each part
+of the work at the paper's grid sizes (`presets.gridworld.paper`; fewer episodes a batch on a CPU): its time, the
+matrix operations that it takes (counted by PyTorch as they run, attention scores and gradients among them) and the
+bytes that it must at least move (parameters, what it is given and what it returns; in training gradients and AdamW's
+state too). The limit is the longer of operations / ceiling and bytes / bandwidth; "share" is limit / time. Medians.
+
+    python benchmarks/roofline.py [--device cpu] [--threads N] [--repeats 7] [--run RUN] [--output FILE.json]
+
+--run: a finished run, for the rate of internal RL with its model and policy; left out, that row says 'not measured'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from metacontroller.control.losses import clipped_surrogate
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import length_mask
+from metacontroller.envs.expert import expert_trajectories
+from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.models.parts import losses_in_parts
+from metacontroller.models.readouts import gaussian_log_prob
+from metacontroller.models.transformer import Transformer, frozen
+from metacontroller.phases.internal_rl import internal_rl, task_grids
+from metacontroller.phases.reproduce import load_artefact, read_config, usable_cores
+from metacontroller.phases.rollout import Actor
+from metacontroller.presets.gridworld import GridworldConfig, build_meta_controller, build_model, generate, paper
+from metacontroller.run_folder import RunFolder
+
+OUT = Path(__file__).parent / "out"
+BATCHES = {"cpu": (64, 64), "cuda": (1024, 512)}
+"""Episodes a batch in pretraining and in discovery."""
+
+ROLLOUT_ENVIRONMENTS, ROLLOUT_STEPS, RL_EPISODES, RL_DECISIONS = 256, 24, 1024, 12
+ENVIRONMENTS, EXPERT_EPISODES = 16_384, 4096
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Matrix operations a second in float32 and bfloat16, bytes a second read and written by a copy."""
+
+    float32: float
+    bfloat16: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """seconds: median. operations: of matrix products. moved: bytes at least. rate: "1,234 unit/s", if there is one."""
+
+    name: str
+    seconds: float | None
+    operations: float = 0.0
+    moved: float = 0.0
+    rate: str = ""
+
+    def limit(self, ceilings: Ceilings) -> float:
+        """Seconds below which the machine cannot go, in float32."""
+        return max(self.operations / ceilings.float32, self.moved / ceilings.bandwidth)
+
+
+class Bench:
+    """Times work on a device."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def seconds(self, work: Callable[[], Any], repeats: int | None = None) -> float:
+        """Median time of a call, after two to warm up."""
+        times = []
+        for _ in range(2 + (repeats or self.repeats)):
+            self._wait()
+            start = time.perf_counter()
+            work()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    def row(self, name: str, work: Callable[[], Any], moved: float, rate: Callable[[float], str] | None = None) -> Row:
+        """Time and operations of some work that moves so many bytes at least."""
+        seconds = self.seconds(work)
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return Row(name, seconds, counter.get_total_flops(), moved, rate(seconds) if rate else "")
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure_ceilings(bench: Bench) -> Ceilings:
+    """Square products large enough to be at their best, and a copy far larger than any cache."""
+    width = 8192 if bench.device.type == "cuda" else 1024
+
+    def operations_a_second(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(width, width, device=bench.device).to(dtype) for _ in range(2))
+        return 2 * width**3 / bench.seconds(lambda: a @ b, 15)
+
+    source = torch.ones(2**26, device=bench.device)
+    target = torch.empty_like(source)
+    copying = bench.seconds(lambda: target.copy_(source), 15)
+    return Ceilings(
+        operations_a_second(torch.float32), operations_a_second(torch.bfloat16), 2 * source.nbytes / copying
+    )
+
+
+def total_bytes(values: Iterable[Tensor]) -> float:
+    return float(sum(value.nbytes for value in values))
+
+
+def training_bytes(parameters: Iterable[nn.Parameter]) -> float:
+    """Parameters read forward and back, gradients written and read, AdamW's two moments and the weights updated."""
+    return 10 * total_bytes(parameters)
+
+
+def there_and_back(work: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """Forward and backward of ``work``, down to its parameters and the inputs that need a gradient."""
+
+    def run() -> None:
+        out = work(*inputs)
+        out.backward(torch.ones_like(out))
+
+    return run
+
+
+def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+
+# the phases
+
+
+def pretraining_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> list[Row]:
+    """One pretraining step: forward, backward, AdamW."""
+    model = build_model(config).to(bench.device)
+    parameters = list(model.parameters())
+    optimizer = optimizer_of(parameters)
+    batch = generate(config, "pretrain")(batch_size, torch.Generator().manual_seed(0)).to(bench.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, checked=True)
+        (losses.action + 0.01 * losses.state).backward()
+        optimizer.step()
+
+    moved = training_bytes(parameters) + batch.states.nbytes
+    tokens = batch.batch * batch.steps
+    return [bench.row(f"pretraining step, {batch_size} episodes", step, moved, lambda s: f"{tokens / s:,.0f} tokens/s")]
+
+
+def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> list[Row]:
+    """One discovery step and its parts, forward and backward each."""
+    model, steering = build_model(config).to(bench.device), build_meta_controller(config).to(bench.device)
+    parameters = steering.discovery_parameters()
+    optimizer = optimizer_of(parameters)
+    batch = generate(config, "discover")(batch_size, torch.Generator().manual_seed(0)).to(bench.device)
+    states, actions, lengths, steps = batch.states, batch.actions, batch.lengths, batch.steps
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses, output = model.steered_losses(states, actions, steering, lengths, with_state_loss=False)
+        (losses.action + 0.17 * steering.kl_loss(output)).backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        whole = model.lower(model.embed(states))
+        residual = whole[:, :steps].contiguous()
+        output = steering.discover(residual, lengths, embedded_residual=whole)
+        read = steering.norm(residual)
+        history = steering.history(read)[0]
+        encoded = torch.cat(
+            [read, history, history.new_zeros(*history.shape[:2], config.meta_controller.dim_sequence)], -1
+        )
+    z = output.z.clone().requires_grad_()
+    steered = output.steered.clone().requires_grad_()
+    z_tilde = output.z.clone().requires_grad_()
+    fresh = (torch.arange(steps, device=bench.device) == 0).expand(len(states), -1)
+    mask = length_mask(lengths + 1, steps + 1)
+
+    def upper_losses() -> Tensor:
+        def of_part(part: Tensor, rows: slice) -> Tensor:
+            hidden = model.upper(part)
+            return model.readout_losses(hidden, states[rows], actions[rows], lengths[rows], False).action[None]
+
+        return losses_in_parts(steered, of_part)
+
+    e_bytes = residual.nbytes
+    weights = {name: total_bytes(part.parameters()) for name, part in steering.named_children()}
+    with torch.no_grad():
+        lower = bench.row("  lower body", lambda: model.lower(model.embed(states)), whole.nbytes + states.nbytes)
+    with frozen(model):
+        upper = bench.row("  upper body, losses", there_and_back(upper_losses), 2 * e_bytes)
+    rows = [
+        lower,
+        bench.row(
+            "  history",
+            there_and_back(lambda: steering.history(steering.norm(residual))[0]),
+            e_bytes + 2 * history.nbytes + 2 * weights["history"],
+        ),
+        bench.row(
+            "  sequence embedder",
+            there_and_back(lambda: steering.sequence_embedder(steering.norm(whole), mask)),
+            whole.nbytes + 2 * weights["sequence_embedder"],
+        ),
+        bench.row(
+            "  encoder", there_and_back(lambda: steering.encoder(encoded)), encoded.nbytes + 2 * weights["encoder"]
+        ),
+        bench.row(
+            "  gate",
+            there_and_back(lambda: steering.switching(read, history, z_tilde, fresh).z),
+            read.nbytes + 4 * z.nbytes,
+        ),
+        bench.row(
+            "  controller",
+            there_and_back(lambda: steering.steer(residual, z)),
+            4 * e_bytes + 2 * z.nbytes + 2 * weights["controller"],
+        ),
+        upper,
+        bench.row("  optimizer", optimizer.step, 7 * total_bytes(parameters)),
+    ]
+    moved = training_bytes(parameters) + total_bytes(model.parameters()) + states.nbytes
+    name = f"discovery step, {batch_size} episodes"
+    return [bench.row(name, step, moved, lambda s: f"{batch.batch * steps / s:,.0f} tokens/s"), *rows]
+
+
+def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
+    """One environment step of steered grids, `ROLLOUT_ENVIRONMENTS` at once; mean over an episode's first steps."""
+    model, steering = build_model(config).to(bench.device).eval(), build_meta_controller(config).to(bench.device).eval()
+    count, generator = ROLLOUT_ENVIRONMENTS, torch.Generator(bench.device).manual_seed(0)
+    first = task_grids(config.environment, config.post_task, count, generator)
+
+    @torch.no_grad()
+    def play() -> None:
+        grids = PinpadBatch(first.config, first.layouts, first.tasks, first.task_lengths)
+        actor, state = Actor(model, grids, generator), steering.initial_state(count)
+        for _ in range(ROLLOUT_STEPS):
+            residual = actor.look()
+            beta, history = steering.observe(residual, state)
+            distribution, policy = steering.policy(residual[:, None], state.policy)
+            switch = beta >= steering.gate_config.threshold
+            proposed = distribution[:, 0, : steering.dim_latent]
+            state = steering.integrate(state, history, switch, proposed)
+            state.policy = torch.where(switch[:, None], policy, state.policy)
+            actor.act(steering.steer(residual, state.z))
+
+    weights = total_bytes([*model.parameters(), *steering.parameters()])
+    blocks = len(model.lower_body.blocks) + len(model.upper_body.blocks)
+    cache = 2 * 4 * blocks * count * model.dim * ROLLOUT_STEPS / 2  # keys and values, half of the steps on average
+    row = bench.row("", play, ROLLOUT_STEPS * (weights + cache))
+    return Row(
+        f"rollout step, {count} environments",
+        (row.seconds or 0.0) / ROLLOUT_STEPS,
+        row.operations / ROLLOUT_STEPS,
+        row.moved / ROLLOUT_STEPS,
+        f"{count * ROLLOUT_STEPS / (row.seconds or 1.0):,.0f} steps/s",
+    )
+
+
+def update_row(bench: Bench, config: GridworldConfig) -> Row:
+    """One pass of the clipped surrogate over stored decisions."""
+    steering: MetaController = build_meta_controller(config).to(bench.device)
+    parameters = list(steering.policy.parameters())
+    optimizer = optimizer_of(parameters)
+    residual = torch.randn(RL_EPISODES, RL_DECISIONS, config.model.dim, device=bench.device)
+    code = torch.randn(RL_EPISODES, RL_DECISIONS, steering.dim_latent, device=bench.device)
+    mask = torch.ones(RL_EPISODES, RL_DECISIONS, dtype=torch.bool, device=bench.device)
+    advantage, old = torch.randn(RL_EPISODES, 1, device=bench.device), torch.zeros_like(code[..., 0])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        log_prob = gaussian_log_prob(steering.policy(residual)[0], code).sum(-1)
+        clipped_surrogate(log_prob, old, advantage, mask, 0.2).backward()
+        optimizer.step()
+
+    moved = training_bytes(parameters) + residual.nbytes + 3 * code.nbytes
+    return bench.row(
+        f"RL update, one pass over {RL_EPISODES} episodes", step, moved, lambda s: f"{RL_EPISODES / s:,.0f} episodes/s"
+    )
+
+
+def environment_rows(bench: Bench, config: GridworldConfig) -> list[Row]:
+    """Grid steps, and expert episodes from fresh layouts; no matrix products in them, so bytes alone limit them."""
+    generator = torch.Generator(bench.device).manual_seed(0)
+    grids = task_grids(config.environment, config.post_task, ENVIRONMENTS, generator)
+    actions = torch.randint(4, (8, ENVIRONMENTS), device=bench.device)
+
+    def play() -> None:
+        batch = PinpadBatch(grids.config, grids.layouts, grids.tasks, grids.task_lengths)
+        for action in actions:
+            batch.step(action)
+
+    def begin() -> None:
+        PinpadBatch(grids.config, grids.layouts, grids.tasks, grids.task_lengths)
+
+    seconds = (bench.seconds(play) - bench.seconds(begin)) / len(actions)
+    kept = total_bytes([grids.agent, grids.progress, grids.steps, grids.terminated, grids.truncated, actions[0]])
+    environment = Row(
+        f"grid step, {ENVIRONMENTS:,} grids", seconds, 0.0, 2 * kept, f"{ENVIRONMENTS / seconds:,.0f} steps/s"
+    )
+
+    def expert() -> Any:
+        return expert_trajectories(
+            config.environment, config.tasks, EXPERT_EPISODES, generator=generator, device=bench.device
+        )
+
+    made = expert()
+    moved = total_bytes([made.states, made.actions])
+    moved += 2.0 * EXPERT_EPISODES * config.environment.num_colors * config.environment.num_cells  # int16 distances
+    seconds = bench.seconds(expert)
+    rate = f"{EXPERT_EPISODES / seconds:,.0f} episodes/s"
+    return [environment, Row(f"expert, {EXPERT_EPISODES:,} episodes", seconds, 0.0, moved, rate)]
+
+
+def internal_rl_row(bench: Bench, path: Path | None) -> Row:
+    """Episodes a second of internal RL as a run does it, rollout and update, with the policy that it has learned."""
+    name = "internal RL, the run's model and policy"
+    if path is None:
+        return Row(name, None)
+    run = RunFolder(path)
+    config = read_config(run)
+    model = load_artefact(Transformer, run, "base_model", str(bench.device))
+    steering = load_artefact(MetaController, run, "internal_rl_policy", str(bench.device))
+    settings = replace(config.internal_rl, episodes=8 * config.internal_rl.batch_size, checkpoint_every=100)
+    out = RunFolder(OUT / "roofline-run")
+
+    def learn() -> None:
+        internal_rl(
+            settings,
+            model,
+            steering,
+            lambda n, g: task_grids(config.environment, config.post_task, n, g),
+            out,
+            quiet=True,
+        )
+
+    seconds = bench.seconds(learn, 3)
+    return Row(name, seconds / 8, 0.0, 0.0, f"{settings.episodes / seconds:,.0f} episodes/s")
+
+
+def show(rows: list[Row], ceilings: Ceilings, title: str) -> None:
+    """Prints ceilings and rows."""
+    console = Console()
+    console.print(
+        f"{title}\nceilings: {ceilings.float32 / 1e9:,.0f} Gflop/s float32, {ceilings.bfloat16 / 1e9:,.0f} bfloat16, "
+        f"{ceilings.bandwidth / 1e9:.1f} GB/s"
+    )
+    table = Table(box=None)
+    table.add_column("part", no_wrap=True)
+    for name in ("ms", "Gflop", "MB", "limit ms", "share", "rate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.seconds is None:
+            table.add_row(row.name, "not measured")
+            continue
+        limit = row.limit(ceilings)
+        share = f"{limit / row.seconds:.0%}" if limit else ""
+        numbers = (f"{1e3 * row.seconds:.2f}", f"{row.operations / 1e9:.2f}", f"{row.moved / 1e6:.1f}")
+        table.add_row(row.name, *numbers, f"{1e3 * limit:.2f}", share, row.rate)
+    console.print(table)
+
+
+def measure(device: torch.device, repeats: int, run: Path | None) -> tuple[Ceilings, list[Row]]:
+    """Everything on one device."""
+    bench, config = Bench(device, repeats), paper()
+    pretraining, discovery = BATCHES[device.type]
+    ceilings = measure_ceilings(bench)
+    rows = [
+        *pretraining_rows(bench, config, pretraining),
+        *discovery_rows(bench, config, discovery),
+        rollout_row(bench, config),
+        update_row(bench, config),
+        *environment_rows(bench, config),
+        internal_rl_row(bench, run),
+    ]
+    return ceilings, rows
+
+
+def report(device: torch.device, threads: int, ceilings: Ceilings, rows: list[Row]) -> dict[str, Any]:
+    """What is written as JSON."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+        "torch": torch.__version__,
+        "ceilings": vars(ceilings),
+        "rows": [{**vars(row), "limit_seconds": row.limit(ceilings)} for row in rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--output", type=Path, default=OUT / "roofline.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ceilings, rows = measure(arguments.device, arguments.repeats, arguments.run)
+    show(rows, ceilings, f"{arguments.device}, {arguments.threads} threads, torch {torch.__version__}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    content = report(arguments.device, arguments.threads, ceilings, rows)
+    arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
