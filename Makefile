@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,viz,fast,evo,babyai
+EXTRAS ?= dev,viz,evo,babyai
 ARGS ?=
 
 # torch is installed by itself and first, so that no other package's range can choose a build. On a system where this
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format reproduce bench clean
+.PHONY: help venv test test-slow lint types format reproduce bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,10 @@ reproduce: $(STAMP) ## train and evaluate the laptop preset, all phases
 	$(BIN)/metacontroller reproduce --preset laptop --out runs/laptop $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call goes on from the last
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

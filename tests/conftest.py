@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-# The kernels' compiled files are left out: numba and Triton compile the plain function, not a checked one.
+# The kernels' compiled files are left out: Triton compiles the plain function, not a checked one.
 CHECKED = [
     *("metacontroller." + name for name in ("models", "control", "envs", "data", "phases", "analysis")),
     "metacontroller.run_folder",

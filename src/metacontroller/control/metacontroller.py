@@ -169,7 +169,7 @@ class MetaController(Saveable, nn.Module):
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
-        check_lengths(episode_lens, batch, steps)
+        check_lengths(episode_lens, batch, steps, wait=False)
         lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         mask = length_mask(lengths, steps)
         read = self.norm(residual)

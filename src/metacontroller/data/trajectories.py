@@ -50,8 +50,7 @@ class Trajectories:
             )
         if self.lengths.shape != (batch,):
             raise ValueError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
-        if self.lengths.device.type == "cpu":
-            check_lengths(self.lengths, batch, steps, "lengths")
+        check_lengths(self.lengths, batch, steps, "lengths", wait=False)
 
     @property
     def batch(self) -> int:
@@ -96,8 +95,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp_min(1)
 
 
-def check_lengths(lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens") -> None:
-    """Raises ValueError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps."""
+def check_lengths(
+    lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens", *, wait: bool = True
+) -> None:
+    """Raises ValueError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps.
+
+    With wait=False their values are looked at only where they lie on the CPU: elsewhere that would wait for the device.
+    """
     if lengths is None:
         return
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
@@ -105,6 +109,8 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, name: str = "e
             f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
             f"expected ({batch},) whole numbers, one per episode."
         )
+    if not wait and lengths.device.type != "cpu":
+        return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 1 or high > steps:
         raise ValueError(f"{name} ranges over {low}..{high}; each must lie in 1..{steps}, the padded length.")
@@ -122,9 +128,11 @@ def length_sorted_batches(
     count = trajectories.batch // batch_size
     if count == 0:
         raise ValueError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
-    kept = torch.randperm(trajectories.batch, generator=generator)[: count * batch_size]
-    by_length = kept[torch.argsort(trajectories.lengths[kept].cpu(), stable=True)].view(count, batch_size)
-    for index in torch.randperm(count, generator=generator).tolist():
+    device = generator.device if generator is not None else torch.device("cpu")
+    kept = torch.randperm(trajectories.batch, generator=generator, device=device)[: count * batch_size]
+    lengths = trajectories.lengths.to(device)
+    by_length = kept[torch.argsort(lengths[kept], stable=True)].view(count, batch_size)
+    for index in torch.randperm(count, generator=generator, device=device).tolist():
         yield trajectories.index(by_length[index].to(trajectories.lengths.device))
 
 

@@ -90,7 +90,7 @@ def discover(
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
         loss = loss + meta_controller.auxiliary_ratio_loss(output)
-        metrics = {"action_loss": losses.action, "kl": kl, "alpha": torch.tensor(alpha)}
+        metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
             metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1
             if batch.segments is not None:

@@ -60,11 +60,16 @@ Generate = Callable[[int, torch.Generator], Trajectories]
 
 
 class EpisodeStream:
-    """Endless length-sorted batches from a source, in windows; its position can be saved and restored exactly."""
+    """Endless length-sorted batches from a source, in windows; its position can be saved and restored exactly.
 
-    def __init__(self, generate: Generate, batch_size: int, seed: int, window: int = 8) -> None:
+    The source is given random numbers of ``device`` and so can make its episodes there.
+    """
+
+    def __init__(
+        self, generate: Generate, batch_size: int, seed: int, window: int = 8, device: torch.device | str = "cpu"
+    ) -> None:
         self.generate, self.batch_size, self.window = generate, batch_size, window
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.window_start = self.generator.get_state()
         self.used = window
         self.batches: list[Trajectories] = []
@@ -82,7 +87,7 @@ class EpisodeStream:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Goes on exactly where ``tensors`` were taken."""
-        self.generator.set_state(tensors["stream.window"])
+        self.generator.set_state(tensors["stream.window"].cpu())
         self._open_window()
         self.used = int(tensors["stream.used"])
 
@@ -203,7 +208,7 @@ def train(
     the steps since the checkpoint. A finished phase is not trained again.
     """
     device = parameters[0].device
-    stream = EpisodeStream(generate, config.batch_size, seed)
+    stream = EpisodeStream(generate, config.batch_size, seed, device=device)
     learner = Learner(
         module,
         parameters,
