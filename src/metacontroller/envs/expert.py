@@ -23,6 +23,7 @@ from metacontroller.envs.gridworld_pinpad import (
     move_table,
     object_lookup,
     sample_layouts,
+    sweeps,
 )
 from metacontroller.envs.tasks import check_tasks, pad_tasks
 
@@ -36,10 +37,10 @@ UNREACHABLE = 16_000
 
 
 def _nearest_neighbor(distance: Tensor) -> Tensor:
-    """Smallest distance among the four neighbors of each cell, for (rows, size, size)."""
-    padded = F.pad(distance, (1, 1, 1, 1), value=UNREACHABLE)
-    vertical = torch.minimum(padded[:, :-2, 1:-1], padded[:, 2:, 1:-1])
-    horizontal = torch.minimum(padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    """Smallest distance among the four neighbors of each cell, for (size, size, rows)."""
+    padded = F.pad(distance, (0, 0, 1, 1, 1, 1), value=UNREACHABLE)
+    vertical = torch.minimum(padded[:-2, 1:-1], padded[2:, 1:-1])
+    horizontal = torch.minimum(padded[1:-1, :-2], padded[1:-1, 2:])
     return torch.minimum(vertical, horizontal)
 
 
@@ -52,23 +53,26 @@ def distance_fields(config: PinpadConfig, layouts: Layouts, targets: Tensor) -> 
         targets: int64 (b, k), colors.
 
     A path may begin on another color, as it does after that color was visited, but never enters one. Walls and cells
-    without a path have a distance of at least `UNREACHABLE`. Exact: relaxation runs until nothing changes.
+    without a path have a distance of at least `UNREACHABLE`. Exact: relaxation runs until nothing changes. It sweeps
+    over the grids row by row and column by column, forth and back, so that a distance travels through a whole grid in
+    one sweep; all grids and targets lie side by side in memory.
     """
     batch, num_targets = targets.shape
-    found = object_lookup(config, layouts)[:, None]
-    target = found == targets[:, :, None]
-    grid = (batch * num_targets, config.size, config.size)
-    penalty = ((found >= 0) & ~target).to(torch.int16).mul(UNREACHABLE).reshape(grid)
-    distance = torch.where(target, 0, UNREACHABLE).to(torch.int16).reshape(grid)
-    while True:
-        relaxed = torch.minimum(distance, (_nearest_neighbor(distance) + 1).maximum(penalty))
-        if torch.equal(relaxed, distance):
-            break
-        distance = relaxed
+    found = object_lookup(config, layouts).T.contiguous()[:, :, None]  # (n, b, 1)
+    target = found == targets
+    grid = (config.size, config.size, batch * num_targets)
+    penalty = ((found >= 0) & ~target).to(torch.int16).mul_(UNREACHABLE).view(grid)
+    distance = torch.where(target, 0, UNREACHABLE).to(torch.int16).view(grid)
+    before = torch.empty_like(distance)
+    while not torch.equal(before, distance):
+        before.copy_(distance)
+        for here, neighbor in sweeps(config.size):
+            step = (distance[neighbor] + 1).maximum(penalty[here])
+            torch.minimum(distance[here], step, out=distance[here])
     # Other colors are closed to paths, yet a path may leave from one.
-    departing = torch.minimum(distance, _nearest_neighbor(distance) + 1).view(batch, num_targets, -1)
-    wall = found >= config.num_colors
-    return torch.where(wall, UNREACHABLE, departing).to(torch.int16)
+    departing = torch.minimum(distance, _nearest_neighbor(distance) + 1).view(-1, batch, num_targets)
+    fields = departing.masked_fill_(found >= config.num_colors, UNREACHABLE)
+    return fields.permute(1, 2, 0).contiguous()
 
 
 def expert_trajectories(

@@ -127,22 +127,36 @@ def object_lookup(config: PinpadConfig, layouts: Layouts) -> Tensor:
     return lookup.scatter_(1, layouts.objects, numbers.expand(len(layouts), -1))
 
 
+Place = tuple[int | slice, ...]
+
+
+@cache
+def sweeps(size: int) -> list[tuple[Place, Place]]:
+    """Rows and columns of a grid (size, size, ...) each with the one before it: down, up, right, left."""
+    everything = slice(None)
+    rows: list[tuple[Place, Place]] = [((i,), (i - 1,)) for i in range(1, size)]
+    rows += [((i,), (i + 1,)) for i in range(size - 2, -1, -1)]
+    return rows + [((everything, *here), (everything, *neighbor)) for here, neighbor in rows]
+
+
 def feasible(config: PinpadConfig, layouts: Layouts) -> Tensor:
     """Return bool (b,): every color can be reached from the start, and from every other color, over empty cells only.
 
     The empty cells connected to the start are flooded. A color can be reached from the start exactly when it touches
     the flooded region; when all colors touch it, each can also be reached from each other.
     """
-    empty = object_lookup(config, layouts) < 0
-    moves = move_table(config.size, layouts.agent.device)
-    flooded = torch.zeros_like(empty).scatter_(1, layouts.agent[:, None], True)
-    while True:
-        spread = flooded[:, moves].any(dim=1)
-        grown = (spread & empty) | flooded
-        if torch.equal(grown, flooded):
-            break
-        flooded = grown
-    return spread.gather(1, layouts.objects[:, : config.num_colors]).all(dim=1)
+    batch, size = len(layouts), config.size
+    empty = (object_lookup(config, layouts) < 0).T.reshape(size, size, batch)
+    flooded = torch.zeros_like(empty).view(-1, batch).scatter_(0, layouts.agent[None], True).view(size, size, batch)
+    before = torch.zeros_like(flooded)
+    while not torch.equal(before, flooded):
+        before.copy_(flooded)
+        for here, neighbor in sweeps(size):
+            flooded[here] |= flooded[neighbor] & empty[here]
+    touched = flooded.clone()
+    for here, neighbor in sweeps(size):
+        touched[here] |= flooded[neighbor]
+    return touched.view(-1, batch).gather(0, layouts.objects[:, : config.num_colors].T).all(dim=0)
 
 
 def _draw_layouts(
