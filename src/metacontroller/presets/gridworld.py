@@ -287,7 +287,7 @@ def laptop() -> GridworldConfig:
         meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
         pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=3500, batch_size=256, lr=1e-3, decay_steps=1500)),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=2400, batch_size=128, lr=2e-3, decay_steps=800),
+            optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
             alpha=0.004,
             alpha_start=0.0,  # codes must mean something before they cost something
             alpha_warmup=(800, 1500),
