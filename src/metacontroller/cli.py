@@ -1,4 +1,4 @@
-"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | reproduce."""
+"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | reproduce | sweep."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from metacontroller.phases.reproduce import (
     run_pretrain,
     run_raw_action_rl,
 )
+from metacontroller.phases.sweep import MEASURES, Engine, sweep
 from metacontroller.presets import PRESETS, GridworldConfig, laptop
 from metacontroller.presets.gridworld import generate, stream_seed, with_seed
 from metacontroller.run_folder import RunFolder
@@ -208,12 +209,71 @@ class Reproduce(Training):
         )
 
 
+@dataclass(kw_only=True)
+class Sweep(Training):
+    """Seeds x alpha x learning rate of internal RL; what is finished is not run again, what fails is reported."""
+
+    out: Path = Path("runs/sweep")
+    """Folder to make, or with --resume to go on in."""
+    preset: Preset | None = None
+    """Where the config starts from; laptop unless given."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One base model for each."""
+    alphas: list[float] | None = None
+    """Weights of the KL, a metacontroller for each; the preset's unless given."""
+    lrs: list[float] | None = None
+    """Learning rates of internal RL; the preset's unless given."""
+    engine: Engine = "processes"
+    """On this machine, by submitit on Slurm, or on a Ray cluster; all need one folder that every machine can reach."""
+    workers: int = 1
+    """Cells at the same time; on Ray the cluster decides."""
+    address: str | None = None
+    """Of the Ray cluster; for Slurm, "local" tries it out on this machine."""
+    minutes: int = 24 * 60
+    """Time limit of a Slurm job."""
+    config: GridworldConfig = field(default_factory=laptop)
+    """Change any value of the preset."""
+
+    def __call__(self) -> None:
+        config = chosen_config(self.config, self.preset, RunFolder(self.out), self.resume)
+        rows = sweep(
+            config,
+            self.out,
+            seeds=self.seeds,
+            alphas=[config.discover.alpha] if self.alphas is None else self.alphas,
+            lrs=[config.internal_rl.lr] if self.lrs is None else self.lrs,
+            engine=self.engine,
+            workers=self.workers,
+            address=self.address,
+            minutes=self.minutes,
+            resume=self.resume,
+            quiet=self.quiet,
+            device=device_name(self.device),
+        )
+        Console().print(sweep_table(rows))
+        failed = [row["status"] for row in rows if row["status"] != "finished"]
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(rows)} cells did not finish, such as: {failed[0]}")
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line a cell."""
+    table = Table()
+    short: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
+    for name in rows[0]:
+        table.add_column(short.get(name, name), justify="left" if name == "status" else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
 COMMANDS: dict[str, type] = {
     "pretrain": Pretrain,
     "discover": Discover,
     "internal-rl": InternalRL,
     "evaluate": Evaluate,
     "reproduce": Reproduce,
+    "sweep": Sweep,
 }
 
 
@@ -239,7 +299,11 @@ def parse(argv: list[str]) -> Any:
     early.add_argument("--preset", nargs="?")
     preset = early.parse_known_args(argv)[0].preset
     config = PRESETS.get(preset, laptop)()
-    defaults = {"pretrain": Pretrain(run=tyro.MISSING, config=config), "reproduce": Reproduce(config=config)}
+    defaults = {
+        "pretrain": Pretrain(run=tyro.MISSING, config=config),
+        "reproduce": Reproduce(config=config),
+        "sweep": Sweep(config=config),
+    }
     options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _task_registry()}
     if argv and argv[0] in COMMANDS:
         prog = f"metacontroller {argv[0]}"

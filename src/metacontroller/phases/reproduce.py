@@ -320,7 +320,7 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], 
     If one fails, or this process is interrupted, the others are ended: each phase can be resumed.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_start_worker)
+    pool = ProcessPoolExecutor(at_once, mp_context=spawn, initializer=start_worker)
     try:
         for future in as_completed([pool.submit(function, *job) for job in jobs]):
             future.result()
@@ -333,7 +333,8 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], 
         pool.shutdown()
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Prepares a worker process: one thread, and an end when its parent ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

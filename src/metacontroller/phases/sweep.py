@@ -1,0 +1,301 @@
+"""Many cells of one experiment: seeds x alpha x learning rate of internal RL. What is shared is made once.
+
+    OUT/config.json, summary.json        what the sweep varies, and its table
+    OUT/seed-0/                          a base model
+    OUT/seed-0/alpha-0.004/              a metacontroller on it
+    OUT/seed-0/alpha-0.004/lr-0.001/     internal RL with it
+
+Every folder is a run and its cell is finished when it has a summary; a finished cell is not run again, one that was
+interrupted goes on from its last checkpoint, one that failed leaves ``error.txt``, and the rest go on. Cells run in
+this process, in processes, on Slurm or on a Ray cluster: always the same function, `attempt`, on one folder that all
+can reach.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.evaluate import evaluate, gate_figures
+from metacontroller.phases.reproduce import (
+    BASE_MODEL,
+    META_CONTROLLER,
+    POLICY,
+    RUN_PHASE,
+    load_artefact,
+    open_folder,
+    read_config,
+    start_worker,
+)
+from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed, with_seed
+from metacontroller.progress import track
+from metacontroller.run_folder import RunFolder
+
+Engine = Literal["processes", "slurm", "ray"]
+
+MEASURES = ("internal_rl_success", "gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: without alpha it makes the base model of its seed, without lr a metacontroller on that."""
+
+    seed: int
+    alpha: float | None = None
+    lr: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it is, below the sweep's folder."""
+        parts = [f"seed-{self.seed}"]
+        parts += [] if self.alpha is None else [f"alpha-{self.alpha:g}"]
+        parts += [] if self.lr is None else [f"lr-{self.lr:g}"]
+        return "/".join(parts)
+
+    @property
+    def parent(self) -> Cell | None:
+        """The cell whose artefacts it starts from."""
+        if self.alpha is None:
+            return None
+        return Cell(self.seed) if self.lr is None else Cell(self.seed, self.alpha)
+
+
+def cell_config(config: GridworldConfig, cell: Cell) -> GridworldConfig:
+    """The sweep's config with the cell's values; where alpha does not rise, it starts as it ends."""
+    config = with_seed(config, cell.seed)
+    if cell.alpha is not None:
+        rises = config.discover.alpha_start != config.discover.alpha
+        start = config.discover.alpha_start if rises else cell.alpha
+        config = replace(config, discover=replace(config.discover, alpha=cell.alpha, alpha_start=start))
+    if cell.lr is not None:
+        config = replace(config, internal_rl=replace(config.internal_rl, lr=cell.lr))
+    return config
+
+
+# -- one cell ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(out: str, cell: Cell, device: str) -> None:
+    """Runs a cell, or goes on with it; what went wrong is written to its ``error.txt``."""
+    path = Path(out) / cell.folder
+    failure = path / "error.txt"
+    try:
+        run_cell(Path(out), cell, device)
+        failure.unlink(missing_ok=True)
+    except Exception:
+        path.mkdir(parents=True, exist_ok=True)
+        failure.write_text(traceback.format_exc())
+
+
+def run_cell(out: Path, cell: Cell, device: str) -> None:
+    """One phase in the cell's folder, and its summary."""
+    run = RunFolder(out / cell.folder)
+    if run.read_summary():
+        return
+    config = cell_config(read_config(RunFolder(out)), cell)
+    run.write_config(config)
+    if cell.parent:
+        for artefact in (BASE_MODEL, META_CONTROLLER) if cell.lr is not None else (BASE_MODEL,):
+            _copy(out / cell.parent.folder / f"{artefact}.safetensors", run.path)
+    phase = "pretrain" if cell.alpha is None else "discover" if cell.lr is None else "internal_rl"
+    RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
+    run.write_summary({**vars(cell), **_measure(config, run, cell, device)})
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """A copy in ``folder``, under its name only once it is whole."""
+    draft = folder / f".{source.name}.{os.getpid()}.tmp"
+    shutil.copyfile(source, draft)
+    os.replace(draft, folder / source.name)
+
+
+def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -> dict[str, Any]:
+    """What the cell's phase is judged by, on new layouts."""
+    if cell.alpha is None:
+        return {}
+    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
+    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    controlled = load_artefact(MetaController, run, META_CONTROLLER if cell.lr is None else POLICY, device)
+    if cell.lr is not None:
+        task, episodes = config.post_task, settings.episodes
+        result = evaluate(model, controlled, config.environment, "internal-rl", task, episodes, seed)
+        return {"internal_rl_success": result["success"]}
+    meaning = code_subgoal_bits(
+        model,
+        controlled,
+        config.environment,
+        codes=settings.codes,
+        layouts_per_code=settings.layouts_per_code,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    gate = gate_figures(model, controlled, generate(config, "discover"), settings.episodes, seed)
+    return {**gate, "code_subgoal_bits": meaning.bits}
+
+
+# -- all cells --------------------------------------------------------------------------------------------------------
+
+Job = tuple[str, Cell, str]
+Run = Callable[[Sequence[Job], Callable[[], None]], None]
+"""Attempts all jobs, whatever becomes of each, and says so after each."""
+
+
+def sweep(
+    config: GridworldConfig,
+    out: str | os.PathLike[str],
+    *,
+    seeds: Sequence[int],
+    alphas: Sequence[float],
+    lrs: Sequence[float],
+    engine: Engine = "processes",
+    workers: int = 1,
+    address: str | None = None,
+    minutes: int = 24 * 60,
+    resume: bool = False,
+    quiet: bool = False,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Runs all cells; writes ``out/summary.json`` and returns its rows, one a combination, in their order.
+
+    engine "processes": ``workers`` at the same time, one thread each; with one worker in this process. "slurm": by
+    submitit, ``workers`` jobs at the same time of ``minutes`` at most; address "local" tries it out on this machine.
+    "ray": on the cluster at ``address``, or on this machine. A row holds seed, alpha, lr, status ("finished" or why
+    not) and `MEASURES`; nothing in it depends on interruptions.
+    """
+    for name, values in (("seeds", seeds), ("alphas", alphas), ("lrs", lrs)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} are {list(values)}; give at least one, each once.")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; expected at least 1.")
+    folder = RunFolder(out)
+    open_folder(folder, config, resume=resume, option="--out")
+    run = _engine(engine, folder.path, workers, address, minutes)
+    waves = [
+        [Cell(seed) for seed in seeds],
+        [Cell(seed, alpha) for seed in seeds for alpha in alphas],
+        [Cell(seed, alpha, lr) for seed in seeds for alpha in alphas for lr in lrs],
+    ]
+    done = 0
+    with track(sum(map(len, waves)), "sweep", quiet=quiet) as progress:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress.update(done)
+
+        for cells in waves:
+            waiting = [cell for cell in cells if not _finished(folder.path, cell)]
+            ready = [cell for cell in waiting if cell.parent is None or _finished(folder.path, cell.parent)]
+            for _ in range(len(cells) - len(ready)):
+                advance()
+            if ready:
+                run([(str(folder.path), cell, device) for cell in ready], advance)
+    rows = [_row(folder.path, cell) for cell in waves[-1]]
+    folder.write_summary({"cells": rows})
+    return rows
+
+
+def _finished(out: Path, cell: Cell) -> bool:
+    return bool(RunFolder(out / cell.folder).read_summary())
+
+
+def _row(out: Path, cell: Cell) -> dict[str, Any]:
+    """The cell's line of the table, with what its metacontroller was judged by."""
+    assert cell.parent is not None
+    found = {**RunFolder(out / cell.parent.folder).read_summary(), **RunFolder(out / cell.folder).read_summary()}
+    measured = {name: found.get(name) for name in MEASURES}
+    return {**vars(cell), "status": _status(out, cell), **measured}
+
+
+def _status(out: Path, cell: Cell) -> str:
+    if _finished(out, cell):
+        return "finished"
+    if cell.parent is not None and not _finished(out, cell.parent):
+        return f"not run: {_status(out, cell.parent)}"
+    failure = out / cell.folder / "error.txt"
+    if failure.exists():
+        return f"failed in {cell.folder}: {failure.read_text().strip().splitlines()[-1]}"
+    return f"failed in {cell.folder}: it ended without a word, perhaps killed"
+
+
+def _engine(engine: Engine, out: Path, workers: int, address: str | None, minutes: int) -> Run:
+    if engine == "slurm":
+        return lambda jobs, advance: _on_slurm(jobs, advance, out, workers, address, minutes)
+    if engine == "ray":
+        return lambda jobs, advance: _on_ray(jobs, advance, address)
+    return _here if workers == 1 else lambda jobs, advance: _in_processes(jobs, advance, workers)
+
+
+def _here(jobs: Sequence[Job], advance: Callable[[], None]) -> None:
+    for job in jobs:
+        attempt(*job)
+        advance()
+
+
+def _in_processes(jobs: Sequence[Job], advance: Callable[[], None], workers: int) -> None:
+    """A fresh process a job: one that is killed takes no other with it."""
+    context, left, running = multiprocessing.get_context("spawn"), list(jobs), []
+    try:
+        while left or running:
+            while left and len(running) < workers:
+                process = context.Process(target=_attempt_alone, args=left.pop(0))
+                process.start()
+                running.append(process)
+            wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                running.remove(process)
+                advance()
+    except BaseException:
+        for process in running:
+            process.terminate()
+        raise
+
+
+def _attempt_alone(out: str, cell: Cell, device: str) -> None:
+    start_worker()
+    attempt(out, cell, device)
+
+
+def _on_slurm(
+    jobs: Sequence[Job], advance: Callable[[], None], out: Path, workers: int, address: str | None, minutes: int
+) -> None:
+    submitit = _need("submitit")
+    executor = submitit.AutoExecutor(folder=out / "slurm", cluster=address)
+    executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_array_parallelism=workers)
+    with executor.batch():
+        submitted = [executor.submit(attempt, *job) for job in jobs]
+    for job in submitted:
+        job.exception()  # waits; what became of the cell is read from its folder
+        advance()
+
+
+def _on_ray(jobs: Sequence[Job], advance: Callable[[], None], address: str | None) -> None:
+    ray = _need("ray")
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    remote = ray.remote(num_cpus=1, max_retries=0)(attempt)
+    left = [remote.remote(*job) for job in jobs]
+    while left:
+        ended, left = ray.wait(left)  # one that was killed has ended, too; its folder says so
+        for _ in ended:
+            advance()
+
+
+def _need(package: str) -> Any:
+    """A package of the extra ``cluster``."""
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{package} is not installed; install it by: pip install 'metacontroller-rl[cluster]'."
+        ) from error

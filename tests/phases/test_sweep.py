@@ -1,0 +1,120 @@
+"""Sweeps: what is shared is made once, a failed cell is reported and the rest go on, a killed sweep ends the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metacontroller.cli import main
+from metacontroller.phases.sweep import Cell, cell_config, sweep
+from metacontroller.presets.gridworld import GridworldConfig, debug, laptop, with_seed
+from metacontroller.run_folder import RunFolder
+
+GRID: dict[str, Any] = {"seeds": [0, 1], "alphas": [0.1, 0.3], "lrs": [1e-3, 3e-3]}
+
+
+def tiny() -> GridworldConfig:
+    """The debug preset, with fewer episodes to judge by."""
+    return dataclasses.replace(debug(), evaluate=dataclasses.replace(debug().evaluate, episodes=16))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was never interrupted."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    sweep(tiny(), out, **GRID, quiet=True)
+    return out
+
+
+def test_every_combination_has_a_row(whole: Path) -> None:
+    rows = RunFolder(whole).read_summary()["cells"]
+    combinations = [(seed, alpha, lr) for seed in (0, 1) for alpha in (0.1, 0.3) for lr in (1e-3, 3e-3)]
+    assert [(row["seed"], row["alpha"], row["lr"]) for row in rows] == combinations
+    assert {row["status"] for row in rows} == {"finished"}
+    assert all(0 <= row["internal_rl_success"] <= 1 and row["gate_recall"] is not None for row in rows)
+
+
+def test_what_is_shared_is_made_once(whole: Path) -> None:
+    assert len(list(whole.rglob("pretrain.safetensors"))) == 2
+    assert len(list(whole.rglob("discover.safetensors"))) == 4
+    assert len(list(whole.rglob("internal_rl.safetensors"))) == 8
+    base = (whole / "seed-1" / "base_model.safetensors").read_bytes()
+    assert {path.read_bytes() for path in (whole / "seed-1").rglob("base_model.safetensors")} == {base}
+
+
+def test_a_cell_has_its_own_values() -> None:
+    config = cell_config(laptop(), Cell(3, 0.01, 3e-4))
+    assert (config.discover.alpha, config.discover.alpha_start) == (0.01, laptop().discover.alpha_start)
+    assert (config.seed, config.internal_rl.lr) == (3, 3e-4)
+    assert config.pretrain == with_seed(laptop(), 3).pretrain
+    constant = dataclasses.replace(debug(), discover=dataclasses.replace(debug().discover, alpha=0.3, alpha_start=0.3))
+    assert cell_config(constant, Cell(0, 0.5)).discover.alpha_start == 0.5
+
+
+def test_a_failed_cell_is_reported_and_the_rest_go_on(tmp_path: Path, whole: Path) -> None:
+    out, broken = tmp_path / "out", tmp_path / "out" / "seed-1" / "alpha-0.1"
+    grid = {**GRID, "lrs": [1e-3]}
+    sweep(tiny(), out, **{**grid, "seeds": [0]}, quiet=True)
+    broken.mkdir(parents=True)
+    (broken / "discover.safetensors").write_bytes(b"torn")
+    rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
+    status = {(row["seed"], row["alpha"]): row["status"] for row in rows}
+    assert status.pop((1, 0.1)).startswith("not run: failed in seed-1/alpha-0.1: ValueError: ")
+    assert set(status.values()) == {"finished"}
+    (broken / "discover.safetensors").unlink()
+    rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
+    assert rows == [row for row in RunFolder(whole).read_summary()["cells"] if row["lr"] == 1e-3]
+    assert not (broken / "error.txt").exists()
+
+
+def test_finished_cells_are_not_run_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    monkeypatch.setattr("metacontroller.phases.sweep.RUN_PHASE", {})
+    rows = sweep(tiny(), whole, **GRID, resume=True, quiet=True)
+    assert {row["status"] for row in rows} == {"finished"}
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "seeds are []; give at least one"),
+        ({"alphas": [0.1, 0.1]}, "alphas are"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        sweep(tiny(), tmp_path / "out", **{**GRID, **options}, quiet=True)
+
+
+def command(out: Path, *more: str) -> list[str]:
+    words = ["sweep", "--out", str(out), "--preset", "debug", "--seeds", "0", "1", "--lrs", "0.001", "0.003"]
+    return [*words, "--workers", "2", "--device", "cpu", *more]
+
+
+def test_a_sweep_that_was_killed_ends_with_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(whole)) == 0
+    assert "finished" in capsys.readouterr().out
+    process = subprocess.Popen([sys.executable, "-m", "metacontroller.cli", *command(killed)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(killed.rglob("discover.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # its workers end with it
+    assert not (killed / "summary.json").exists()
+    assert main(command(killed, "--resume", "--quiet")) == 0
+    assert json.loads((killed / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
