@@ -118,3 +118,32 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(tmp_path: Path, capsys
     assert not (killed / "summary.json").exists()
     assert main(command(killed, "--resume", "--quiet")) == 0
     assert json.loads((killed / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+
+
+def test_engines_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("submitit", "ray"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for engine, package in (("slurm", "submitit"), ("ray", "ray")):
+        with pytest.raises(ValueError, match=f"{package} is not installed"):
+            sweep(tiny(), tmp_path / engine, **GRID, engine=engine, quiet=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_slurm_jobs_give_the_same_table(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    rows = sweep(tiny(), tmp_path / "out", **GRID, engine="slurm", address="local", workers=2, minutes=10, quiet=True)
+    assert rows == RunFolder(whole).read_summary()["cells"]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed (extra: cluster)")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    try:
+        rows = sweep(tiny(), tmp_path / "out", **GRID, engine="ray", address=cluster.address, quiet=True)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert rows == RunFolder(whole).read_summary()["cells"]
