@@ -1,4 +1,5 @@
-"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | reproduce | sweep."""
+"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | reproduce |
+sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 import torch
 import tyro
@@ -18,6 +19,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.analysis.figures import draw_layers, require_matplotlib
+from metacontroller.analysis.probing import probe_layers
+from metacontroller.analysis.steering import steer_layers
 from metacontroller.analysis.summary import results_table
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
@@ -143,10 +147,10 @@ class Evaluate:
     """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
-        parts = sorted(self.run.glob("seed-*"), key=lambda path: (len(path.name), path.name))
-        results = [self.measure(RunFolder(path)) for path in parts or [self.run]]
+        parts = seed_folders(self.run)
+        results = [self.measure(RunFolder(path)) for path in parts]
         if self.json:
-            print(json.dumps(results if parts else results[0], indent=2))
+            print(json.dumps(results[0] if parts == [self.run] else results, indent=2))
         else:
             Console().print(evaluation_table(results))
 
@@ -174,6 +178,112 @@ class Evaluate:
         )
         gate = gate_figures(model, controlled, generate(config, "discover"), max(episodes, settings.episodes), seed)
         return {"run": run.path.name, **result, **gate, "code_subgoal_bits": meaning.bits}
+
+
+@dataclass(kw_only=True)
+class LayerAnalysis:
+    """Options of analyses that train something small at every layer of a run's base model."""
+
+    run: Positional[Path]
+    """Folder of a run or of a reproduction."""
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 128
+    """Episodes an update."""
+    episodes: int = 2048
+    """New episodes to judge by."""
+    json: bool = False
+    """Print JSON: an object for a run, a list for a reproduction."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    name: ClassVar[str]
+
+    def __call__(self) -> None:
+        for option in ("steps", "batch_size", "episodes"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} is {getattr(self, option)}; expected at least 1.")
+        require_matplotlib()
+        runs = [RunFolder(path) for path in seed_folders(self.run)]
+        results = []
+        for run in runs:
+            config, device = read_config(run), device_name(self.device)
+            model = load_artefact(Transformer, run, BASE_MODEL, device)
+            result = self.measure(config, model)
+            run.write_analysis(self.name, {**result, "steps": self.steps, "batch_size": self.batch_size})
+            results.append({"run": run.path.name, **result})
+        draw_layers(RunFolder(self.run), runs)
+        if self.json:
+            print(json.dumps(results if runs[0].path != self.run else results[0], indent=2))
+        else:
+            Console().print(layers_table(results))
+
+    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+        """The analysis of one run."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Probe(LayerAnalysis):
+    """Linear probes of the subgoal at every layer of the base model (Fig. 3)."""
+
+    name: ClassVar[str] = "probes"
+
+    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+        found = probe_layers(
+            model,
+            generate(config, "discover"),
+            subgoals=config.environment.num_colors,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            episodes=self.episodes,
+            seed=stream_seed(config.seed, "analyse"),
+            quiet=self.quiet,
+        )
+        return found._asdict()
+
+
+@dataclass(kw_only=True)
+class Steer(LayerAnalysis):
+    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
+
+    name: ClassVar[str] = "steering"
+
+    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+        found = steer_layers(
+            model,
+            generate(config, "discover"),
+            config.environment,
+            config.post_task,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            episodes=self.episodes,
+            seed=stream_seed(config.seed, "analyse"),
+            quiet=self.quiet,
+        )
+        return found._asdict()
+
+
+def layers_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One line a layer and measure, one column a run."""
+    table = Table()
+    table.add_column("measure")
+    for result in results:
+        table.add_column(result["run"], justify="right")
+    for name, value in results[0].items():
+        if isinstance(value, list):
+            for layer in range(len(value)):
+                table.add_row(f"{name}, layer {layer}", *(f"{result[name][layer]:.3f}" for result in results))
+        elif name != "run":
+            table.add_row(name, *(f"{result[name]:.3f}" for result in results))
+    return table
+
+
+def seed_folders(path: Path) -> list[Path]:
+    """The runs in a reproduction's folder, or the folder of a run itself."""
+    return sorted(path.glob("seed-*"), key=lambda part: (len(part.name), part.name)) or [path]
 
 
 @dataclass(kw_only=True)
@@ -272,6 +382,8 @@ COMMANDS: dict[str, type] = {
     "discover": Discover,
     "internal-rl": InternalRL,
     "evaluate": Evaluate,
+    "probe": Probe,
+    "steer": Steer,
     "reproduce": Reproduce,
     "sweep": Sweep,
 }

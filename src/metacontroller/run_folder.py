@@ -2,6 +2,7 @@
 
     config.json         the full configuration the run was started with
     summary.json        the run's results
+    analyses/NAME.json  what was measured later
     metrics.jsonl       one JSON object a line: phase, step and the numbers logged there; only ever appended to
     NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them
 
@@ -56,6 +57,15 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json; empty if nothing has been written yet."""
         path = self.path / "summary.json"
+        return _read_object(path) if path.exists() else {}
+
+    def write_analysis(self, name: str, result: Mapping[str, Any]) -> None:
+        """Replace analyses/NAME.json, in strict JSON like the summary."""
+        _write_text(self.path / "analyses" / f"{name}.json", json.dumps(_strict(dict(result)), indent=2) + "\n")
+
+    def read_analysis(self, name: str) -> dict[str, Any]:
+        """Return analyses/NAME.json; empty if it has not been made."""
+        path = self.path / "analyses" / f"{name}.json"
         return _read_object(path) if path.exists() else {}
 
     # -- metrics ------------------------------------------------------------------------------------------------------

@@ -123,6 +123,32 @@ def codes_figure(share: torch.Tensor, bits: float) -> Figure:
     return figure
 
 
+def layers_figure(runs: Sequence[RunFolder]) -> Figure:
+    """Probes (as Fig. 3) and chained supervised controllers (as Fig. 4) by layer; a thin line a seed, the median."""
+    figure = _figure(9.0, 3.2)
+    panels = (
+        ("probes", "accuracy", "Linear probe of the subgoal", "accuracy"),
+        ("steering", "success", "Supervised controllers, chained", "success rate"),
+    )
+    for ax, (analysis, measure, title, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        found = [run.read_analysis(analysis).get(measure) for run in runs]
+        lines = torch.tensor([values for values in found if values])
+        ax.set(title=title, xlabel="layer (0: input embedding)", ylabel=label, ylim=(-0.02, 1.02))
+        if not len(lines):
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+            continue
+        layers = range(lines.shape[1])
+        ax.plot(layers, lines.T.numpy(), color="C0", alpha=0.3, linewidth=0.8)
+        ax.plot(layers, lines.quantile(0.5, dim=0).tolist(), color="C0", marker=".")
+        ax.set_xticks(list(layers))
+    return figure
+
+
+def draw_layers(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
+    """The figure of probes and supervised controllers, from what the runs hold of them."""
+    _save(layers_figure(runs), folder.path / "figures" / "layers.png")
+
+
 def _figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed

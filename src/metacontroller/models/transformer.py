@@ -196,6 +196,21 @@ class Transformer(Saveable, nn.Module):
         """
         return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks, of both bodies together."""
+        return len(self.lower_body.blocks) + len(self.upper_body.blocks)
+
+    def residuals(self, states: Tensor, actions: Tensor) -> list[Tensor]:
+        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); arguments as `residual`."""
+        x = self.embed(states[:, : actions.shape[1]], actions[:, :-1])
+        layers = [x]
+        for block in [*self.lower_body.blocks, *self.upper_body.blocks]:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x  # a recurrent block returns its state, too
+            layers.append(x)
+        return layers
+
     # phase 2: discovery
 
     def discovery_loss(

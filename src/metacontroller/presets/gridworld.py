@@ -26,7 +26,7 @@ from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.phases.training import Generate, OptimizerConfig
 from metacontroller.presets.reading import from_plain
 
-STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "raw_action_rl", "evaluate")
+STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "raw_action_rl", "evaluate", "analyse")
 """What draws random numbers, each from a stream of its own."""
 
 MAX_SEED = 2**28 - 1
