@@ -1,5 +1,5 @@
-"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | reproduce |
-sweep."""
+"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | inject |
+reproduce | sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.analysis.codes import code_subgoal_bits, injected_codes
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.steering import steer_layers
@@ -266,6 +266,46 @@ class Steer(LayerAnalysis):
         return found._asdict()
 
 
+@dataclass(kw_only=True)
+class Inject:
+    """Force each color's code in the middle of episodes, and see where they go (Fig. A4)."""
+
+    run: Positional[Path]
+    """Folder of a run with discovered abstract actions, or of a reproduction."""
+    walks: int = 1024
+    """For each color, free and forced."""
+    json: bool = False
+    """Print JSON: an object for a run, a list for a reproduction."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        if self.walks < 1:
+            raise ValueError(f"walks is {self.walks}; expected at least 1.")
+        parts = seed_folders(self.run)
+        results = [self.measure(RunFolder(path)) for path in parts]
+        if self.json:
+            print(json.dumps(results[0] if parts == [self.run] else results, indent=2))
+        else:
+            Console().print(evaluation_table(results))
+
+    def measure(self, run: RunFolder) -> dict[str, Any]:
+        """The four shares of a run, which are written to its analyses, too."""
+        config, device = read_config(run), device_name(self.device)
+        found = injected_codes(
+            load_artefact(Transformer, run, BASE_MODEL, device),
+            load_artefact(MetaController, run, META_CONTROLLER, device),
+            config.environment,
+            config.tasks,
+            codes=config.evaluate.codes,
+            layouts_per_code=config.evaluate.layouts_per_code,
+            walks=self.walks,
+            generator=torch.Generator(device).manual_seed(stream_seed(config.seed, "analyse")),
+        )
+        run.write_analysis("injection", {**found._asdict(), "walks": self.walks})
+        return {"run": run.path.name, **found._asdict()}
+
+
 def layers_table(results: Sequence[dict[str, Any]]) -> Table:
     """One line a layer and measure, one column a run."""
     table = Table()
@@ -384,6 +424,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": Evaluate,
     "probe": Probe,
     "steer": Steer,
+    "inject": Inject,
     "reproduce": Reproduce,
     "sweep": Sweep,
 }

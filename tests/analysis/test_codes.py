@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from metacontroller.analysis.codes import code_subgoal_bits, mutual_information_bits, unseen_transition_share
+from metacontroller.analysis import codes as codes_module
+from metacontroller.analysis.codes import (
+    code_subgoal_bits,
+    injected_codes,
+    mutual_information_bits,
+    unseen_transition_share,
+)
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets.gridworld import build_meta_controller, build_model, debug
@@ -105,3 +112,42 @@ def test_unseen_transition_share_is_nan_when_every_color_may_follow() -> None:
     environment = PinpadConfig(size=3, num_colors=2, num_walls=0)
     model, generator = model_with_bias(environment, UNIFORM), torch.Generator().manual_seed(0)
     assert math.isnan(unseen_transition_share(model, environment, [(0, 1, 0)], episodes=10, generator=generator))
+
+
+def test_codes_that_change_nothing_are_reached_as_often_as_free_walks_reach_them() -> None:
+    environment = PinpadConfig(size=4, num_colors=3, num_walls=0, max_steps=40)
+    model = model_with_bias(environment, [0.0] * 4)  # an aimless walk, however it is steered
+    steering = build_meta_controller(debug())
+    options = {"codes": 4, "layouts_per_code": 8, "walks": 2000, "generator": torch.Generator().manual_seed(0)}
+    found = injected_codes(model, steering, environment, [(0, 1)], **options)
+    assert 0.3 < found.free < 0.5  # one of two others; some walks reach no second color
+    for share in (found.forced, found.free_unseen, found.forced_unseen):
+        assert share == pytest.approx(found.free, abs=0.05)
+    everything = [(a, b) for a in range(3) for b in range(3) if a != b]
+    assert math.isnan(injected_codes(model, steering, environment, everything, **options).free_unseen)
+
+
+def test_a_code_is_held_only_after_the_first_color() -> None:
+    environment = PinpadConfig(size=4, num_colors=3, num_walls=0, max_steps=40)
+    model = model_with_bias(environment, [0.0] * 4)
+    steering, seen = build_meta_controller(debug()), []
+    code = torch.randn(steering.dim_latent)
+
+    def steer(residual: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        seen.append(z)
+        return torch.full_like(residual, math.inf)  # where it acts, it cannot go unnoticed
+
+    acted: list[torch.Tensor] = []
+    upper = model.upper
+
+    def watch(residual: torch.Tensor, cache: Any) -> torch.Tensor:
+        acted.append(residual[:, 0, 0].isinf())
+        return upper(torch.zeros_like(residual), cache)
+
+    model.upper = watch  # type: ignore[method-assign]
+    steering.steer = steer  # type: ignore[method-assign]
+    first, _ = codes_module._two_colors(model, environment, 64, torch.Generator().manual_seed(0), (steering, code))
+    assert all(torch.equal(z, code.expand_as(z)) for z in seen)
+    assert not acted[0].any()
+    assert acted[-1].any()
+    assert not (acted[-1] & (first < 0)).any()

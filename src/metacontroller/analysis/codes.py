@@ -25,11 +25,22 @@ CODES_AT_ONCE = 1024  # episodes at a time: bounds memory
 
 class CodeMeaning(NamedTuple):
     """bits: mutual information between a code and the color it reaches first. share (c, o): p(outcome | code).
-    marginal (o,): p(outcome) over all codes."""
+    marginal (o,): p(outcome) over all codes. codes (c, n_z)."""
 
     bits: float
     share: Tensor
     marginal: Tensor
+    codes: Tensor
+
+
+class InjectionResult(NamedTuple):
+    """Share of walks whose second color is the one named: free, or with its code forced after the first color; over all
+    transitions, and over those that training never shows (nan if there are none)."""
+
+    free: float
+    forced: float
+    free_unseen: float
+    forced_unseen: float
 
 
 def mutual_information_bits(counts: Tensor) -> float:
@@ -75,7 +86,7 @@ def code_subgoal_bits(
     outcomes = environment.num_colors + 1
     counts = torch.bincount(owner * outcomes + reached + 1, minlength=codes * outcomes).view(codes, outcomes)
     share = counts / layouts_per_code
-    return CodeMeaning(mutual_information_bits(counts), share, share.mean(0))
+    return CodeMeaning(mutual_information_bits(counts), share, share.mean(0), drawn)
 
 
 def _first_color(
@@ -115,9 +126,7 @@ def unseen_transition_share(
     steps, the share that reach one of them. A model that has learned nothing of transitions takes each other color
     equally often (1/3 for each of four). nan if no walk counts.
     """
-    seen = torch.eye(environment.num_colors, dtype=torch.bool, device=generator.device)
-    for color, following in transitions(tasks):
-        seen[color, following] = True
+    seen = _seen_transitions(environment, tasks, generator.device)
     unseen_count, walks = 0, 0
     for start in range(0, episodes, CODES_AT_ONCE):
         first, second = _two_colors(model, environment, min(CODES_AT_ONCE, episodes - start), generator)
@@ -127,16 +136,77 @@ def unseen_transition_share(
     return unseen_count / walks if walks else math.nan
 
 
+@torch.no_grad()
+def injected_codes(
+    model: Transformer,
+    meta_controller: MetaController,
+    environment: PinpadConfig,
+    tasks: Iterable[Sequence[int]],
+    *,
+    codes: int = 256,
+    layouts_per_code: int = 64,
+    walks: int = 1024,
+    generator: torch.Generator,
+) -> InjectionResult:
+    """Forces 'go to that color' in the middle of an episode (Fig. A4).
+
+    A color's code is the one, of ``codes`` from the prior, that leads to it most often from an episode's start. On new
+    layouts the model walks freely to a first color; then the code of each other color in turn is held until the next
+    color, in ``walks`` walks a color, beside as many free ones.
+    """
+    meaning = code_subgoal_bits(
+        model, meta_controller, environment, codes=codes, layouts_per_code=layouts_per_code, generator=generator
+    )
+    seen = _seen_transitions(environment, tasks, generator.device)
+    reached: dict[bool, list[Tensor]] = {False: [], True: []}
+    unseen: dict[bool, list[Tensor]] = {False: [], True: []}
+    for color in range(environment.num_colors):
+        favourite = meaning.codes[meaning.share[:, color + 1].argmax()]
+        for forced in (False, True):
+            hold = (meta_controller, favourite) if forced else None
+            first, second = _two_colors(model, environment, walks, generator, hold)
+            counted = (first >= 0) & (first != color)
+            reached[forced].append((second == color)[counted])
+            unseen[forced].append((second == color)[counted & ~seen[first, color]])
+    shares = [_share(found[forced]) for found in (reached, unseen) for forced in (False, True)]
+    return InjectionResult(*shares)
+
+
+def _share(found: list[Tensor]) -> float:
+    whole = torch.cat(found)
+    return float(whole.double().mean()) if len(whole) else math.nan
+
+
+def _seen_transitions(environment: PinpadConfig, tasks: Iterable[Sequence[int]], device: torch.device) -> Tensor:
+    """(color, following color) bool: which of them ``tasks`` hold, and each color after itself."""
+    seen = torch.eye(environment.num_colors, dtype=torch.bool, device=device)
+    for color, following in transitions(tasks):
+        seen[color, following] = True
+    return seen
+
+
 def _two_colors(
-    model: Transformer, environment: PinpadConfig, episodes: int, generator: torch.Generator
+    model: Transformer,
+    environment: PinpadConfig,
+    episodes: int,
+    generator: torch.Generator,
+    hold: tuple[MetaController, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first color that each free walk reaches and the next different one, (b,) int64, -1 where there was none."""
+    """The first color that each free walk reaches and the next different one, (b,) int64, -1 where there was none.
+
+    hold: a metacontroller and a code (n_z,) by which it steers once the first color is reached.
+    """
     limited = replace(environment, max_steps=8 * environment.size)
     grids = task_grids(limited, (0,), episodes, generator)
     first, second = torch.full_like(grids.agent, -1), torch.full_like(grids.agent, -1)
     actor = Actor(model, grids, generator)
     while not bool(((second >= 0) | grids.truncated).all()):
-        actor.act(actor.look())
+        residual = actor.look()
+        if hold is not None:
+            meta_controller, code = hold
+            steered = meta_controller.steer(residual, code.expand(len(residual), -1))
+            residual = torch.where((first >= 0)[:, None], steered, residual)
+        actor.act(residual)
         grids.terminated = torch.zeros_like(grids.terminated)  # unlike by the rules, a visit does not end the walk
         visited = grids.visited_color()
         second = torch.where((second < 0) & (first >= 0) & (visited >= 0) & (visited != first), visited, second)
