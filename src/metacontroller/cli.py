@@ -1,5 +1,5 @@
 """The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | inject |
-reproduce | sweep."""
+reproduce | sweep | report."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from metacontroller.analysis.codes import code_subgoal_bits, injected_codes
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.probing import probe_layers
+from metacontroller.analysis.report import write_report
 from metacontroller.analysis.steering import steer_layers
 from metacontroller.analysis.summary import results_table
 from metacontroller.control.metacontroller import MetaController
@@ -45,7 +46,7 @@ from metacontroller.phases.reproduce import (
 from metacontroller.phases.sweep import MEASURES, Engine, sweep
 from metacontroller.presets import PRESETS, GridworldConfig, laptop
 from metacontroller.presets.gridworld import generate, stream_seed, with_seed
-from metacontroller.run_folder import RunFolder
+from metacontroller.run_folder import RunFolder, module_tensors
 
 Preset = Literal["debug", "laptop", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -211,7 +212,7 @@ class LayerAnalysis:
         for run in runs:
             config, device = read_config(run), device_name(self.device)
             model = load_artefact(Transformer, run, BASE_MODEL, device)
-            result = self.measure(config, model)
+            result = self.measure(config, run, model)
             run.write_analysis(self.name, {**result, "steps": self.steps, "batch_size": self.batch_size})
             results.append({"run": run.path.name, **result})
         draw_layers(RunFolder(self.run), runs)
@@ -220,18 +221,18 @@ class LayerAnalysis:
         else:
             Console().print(layers_table(results))
 
-    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
         """The analysis of one run."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
 class Probe(LayerAnalysis):
-    """Linear probes of the subgoal at every layer of the base model (Fig. 3)."""
+    """Linear probes of the subgoal at every layer of the base model (Fig. 3); kept in probes.safetensors."""
 
     name: ClassVar[str] = "probes"
 
-    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
         found = probe_layers(
             model,
             generate(config, "discover"),
@@ -242,7 +243,8 @@ class Probe(LayerAnalysis):
             seed=stream_seed(config.seed, "analyse"),
             quiet=self.quiet,
         )
-        return found._asdict()
+        run.save_checkpoint("probes", module_tensors("probes", found.probes), {"step": self.steps})
+        return {name: value for name, value in found._asdict().items() if name != "probes"}
 
 
 @dataclass(kw_only=True)
@@ -251,7 +253,7 @@ class Steer(LayerAnalysis):
 
     name: ClassVar[str] = "steering"
 
-    def measure(self, config: GridworldConfig, model: Transformer) -> dict[str, Any]:
+    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
         found = steer_layers(
             model,
             generate(config, "discover"),
@@ -417,6 +419,23 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+@dataclass(kw_only=True)
+class Report:
+    """One HTML file on finished reproductions, with all figures and a trajectory player; it needs no network."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of reproductions."""
+    out: Path = Path("report.html")
+    """File to write."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        if not self.runs:
+            raise ValueError("no folder was named; give that of a reproduction.")
+        print(write_report(self.runs, self.out, device=device_name(self.device)))
+
+
 COMMANDS: dict[str, type] = {
     "pretrain": Pretrain,
     "discover": Discover,
@@ -427,6 +446,7 @@ COMMANDS: dict[str, type] = {
     "inject": Inject,
     "reproduce": Reproduce,
     "sweep": Sweep,
+    "report": Report,
 }
 
 

@@ -19,11 +19,13 @@ from metacontroller.progress import track
 
 class ProbeResult(NamedTuple):
     """accuracy: of each layer's probe, on new episodes, over all steps. at_start: over steps of first segments alone,
-    where nothing but the way the expert goes can tell. majority: share of the commonest subgoal."""
+    where nothing but the way the expert goes can tell. majority: share of the commonest subgoal. probes: the trained
+    linear maps, one a layer."""
 
     accuracy: list[float]
     at_start: list[float]
     majority: float
+    probes: nn.ModuleList
 
 
 def probe_layers(
@@ -69,6 +71,7 @@ def probe_layers(
         accuracy=[float(masked_mean(value, mask)) for value in right],
         at_start=[float(masked_mean(value, first)) for value in right],
         majority=float(torch.bincount(labels[mask]).max() / mask.sum()),
+        probes=probes,
     )
 
 
