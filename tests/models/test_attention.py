@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from metacontroller.models import attention
 from metacontroller.models.attention import (
     AttentionBlock,
     AttentionBody,
@@ -68,14 +67,6 @@ def test_steps_from_the_cache_equal_the_sequence(chunks: list[int], capacity: in
     torch.testing.assert_close(stepped, body(x))
     assert cache.length == TIME
     assert len(cache.keys[0]) == len(cache.values[1]) >= max(TIME, capacity)
-
-
-@pytest.mark.parametrize("entries", [1, 2 * TIME * DIM])
-def test_rows_taken_a_few_at_a_time_are_the_same(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CACHED_ENTRIES", entries)  # one row, or two of four
-    body, x = make_body(), states()
-    cache = body.empty_cache(BATCH)
-    torch.testing.assert_close(torch.cat([body(part, cache) for part in x.split(1, dim=1)], 1), body(x))
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [3, 1], [2]])

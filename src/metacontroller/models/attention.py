@@ -13,9 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CACHED_ENTRIES = 2**17
-"""Numbers of a product with keys or values that a CPU's cache holds beside them, half a MiB in float32."""
-
 
 @dataclass
 class AttentionCache:
@@ -135,23 +132,10 @@ class AttentionBlock(nn.Module):
         now = cache.length
         keys, values = cache.keys[block], cache.values[block]
         keys[now], values[now] = k.detach(), v.detach()
-        mixed = _mix_one(q * q.shape[-1] ** -0.5, keys[: now + 1], values[: now + 1], cache.bias[block][-now - 1 :])
+        scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
+        mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)
         x = x + self.to_out(mixed.flatten(1))
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
-
-
-def _mix_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one scaled query a row, (b, h, d), to keys and values (s, b, h, d) with bias (s, 1, h) -> (b, h, d).
-
-    On a CPU for so many rows at a time that what is computed in between stays in its cache.
-    """
-    entries = keys[:, :1].numel()
-    rows = max(1, CACHED_ENTRIES // entries) if q.device.type == "cpu" else len(q)
-    if rows < len(q):
-        parts = zip(q.split(rows), keys.split(rows, 1), values.split(rows, 1), strict=True)
-        return torch.cat([_mix_one(*part, bias) for part in parts])
-    scores = (keys * q).sum(-1) + bias  # (s, b, h)
-    return (scores.softmax(0)[..., None] * values).sum(0)
 
 
 class AttentionBody(nn.Module):
