@@ -91,11 +91,21 @@ class Bench:
             times.append(time.perf_counter() - start)
         return statistics.median(times[2:])
 
-    def row(self, name: str, work: Callable[[], Any], moved: float, rate: Callable[[float], str] | None = None) -> Row:
-        """Time and operations of some work that moves so many bytes at least."""
+    def row(
+        self,
+        name: str,
+        work: Callable[[], Any],
+        moved: float,
+        rate: Callable[[float], str] | None = None,
+        counted: Callable[[], Any] | None = None,
+    ) -> Row:
+        """Time and operations of some work that moves so many bytes at least.
+
+        counted: the same operations where PyTorch's counter cannot look into the work itself.
+        """
         seconds = self.seconds(work)
         with FlopCounterMode(display=False) as counter:
-            work()
+            (counted or work)()
         return Row(name, seconds, counter.get_total_flops(), moved, rate(seconds) if rate else "")
 
     def _wait(self) -> None:
@@ -201,12 +211,17 @@ def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> li
 
         return losses_in_parts(steered, of_part)
 
+    def upper_at_once() -> Tensor:
+        return model.readout_losses(model.upper(steered), states, actions, lengths, False).action
+
     e_bytes = residual.nbytes
     weights = {name: total_bytes(part.parameters()) for name, part in steering.named_children()}
     with torch.no_grad():
         lower = bench.row("  lower body", lambda: model.lower(model.embed(states)), whole.nbytes + states.nbytes)
     with frozen(model):
-        upper = bench.row("  upper body, losses", there_and_back(upper_losses), 2 * e_bytes)
+        upper = bench.row(
+            "  upper body, losses", there_and_back(upper_losses), 2 * e_bytes, counted=there_and_back(upper_at_once)
+        )
     rows = [
         lower,
         bench.row(
@@ -236,8 +251,12 @@ def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> li
         bench.row("  optimizer", optimizer.step, 7 * total_bytes(parameters)),
     ]
     moved = training_bytes(parameters) + total_bytes(model.parameters()) + states.nbytes
-    name = f"discovery step, {batch_size} episodes"
-    return [bench.row(name, step, moved, lambda s: f"{batch.batch * steps / s:,.0f} tokens/s"), *rows]
+    seconds = bench.seconds(step)
+    rate = f"{batch.batch * steps / seconds:,.0f} tokens/s"
+    whole_step = Row(
+        f"discovery step, {batch_size} episodes", seconds, sum(row.operations for row in rows), moved, rate
+    )
+    return [whole_step, *rows]
 
 
 def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
@@ -356,7 +375,7 @@ def internal_rl_row(bench: Bench, path: Path | None) -> Row:
 
 def show(rows: list[Row], ceilings: Ceilings, title: str) -> None:
     """Prints ceilings and rows."""
-    console = Console()
+    console = Console(width=110)
     console.print(
         f"{title}\nceilings: {ceilings.float32 / 1e9:,.0f} Gflop/s float32, {ceilings.bfloat16 / 1e9:,.0f} bfloat16, "
         f"{ceilings.bandwidth / 1e9:.1f} GB/s"
