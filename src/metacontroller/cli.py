@@ -413,9 +413,12 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table()
     short: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
     for name in rows[0]:
-        table.add_column(short.get(name, name), justify="left" if name == "status" else "right")
+        wordy = name == "status"
+        table.add_column(
+            short.get(name, name), justify="left" if wordy else "right", min_width=8 if wordy else None, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     return table
 
 

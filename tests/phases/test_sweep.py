@@ -106,7 +106,9 @@ def test_a_sweep_that_was_killed_ends_with_the_same_table(tmp_path: Path, capsys
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(whole)) == 0
     assert "finished" in capsys.readouterr().out
-    process = subprocess.Popen([sys.executable, "-m", "metacontroller.cli", *command(killed)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metacontroller.cli", *command(killed)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list(killed.rglob("discover.safetensors")):
         assert time.monotonic() < deadline
