@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,13 +145,13 @@ def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:
 
 
 def go_on(run: Path, preset: str, device: torch.device, minutes: float) -> None:
-    """Reproduces the preset for so long; it is interrupted then, and goes on from its last checkpoint next time."""
+    """Reproduces the preset for so long; it is ended then, and goes on from its last checkpoint next time."""
     command = [sys.executable, "-m", "metacontroller.cli", "reproduce", "--preset", preset, "--out", str(run)]
     process = subprocess.Popen([*command, "--resume", "--device", device.type])
     try:
         status = process.wait(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait()
         return
     if status:

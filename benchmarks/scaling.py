@@ -124,7 +124,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for name, row in report[along].items():
             axis.loglog(sizes, [1e3 * value for value in row["seconds"]], "o-", label=f"{name}: {row['exponent']:.2f}")
         axis.set(xlabel={"length": "steps an episode", "batch": "episodes a batch"}[along], ylabel="ms")
-        axis.legend(title="exponent")
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.minorticks_off()
+        axis.legend(title="exponent", fontsize="small")
     figure.savefig(path)
 
 
