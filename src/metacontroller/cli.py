@@ -18,7 +18,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from metacontroller.analysis.codes import code_subgoal_bits, injected_codes
+from metacontroller.analysis.codes import injected_codes
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.report import write_report
@@ -27,13 +27,14 @@ from metacontroller.analysis.summary import results_table
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.evaluate import Policy, evaluate, gate_figures
+from metacontroller.phases.evaluate import Policy, evaluate
 from metacontroller.phases.parallel import launched, processes
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
     POLICY,
     RAW_MODEL,
+    discovery_figures,
     load_artefact,
     open_folder,
     read_config,
@@ -169,16 +170,8 @@ class Evaluate:
         name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
         controlled = load_artefact(MetaController, run, name, device)
         result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
-        meaning = code_subgoal_bits(
-            model,
-            controlled,
-            config.environment,
-            codes=settings.codes,
-            layouts_per_code=settings.layouts_per_code,
-            generator=torch.Generator(device).manual_seed(seed),
-        )
-        gate = gate_figures(model, controlled, generate(config, "discover"), max(episodes, settings.episodes), seed)
-        return {"run": run.path.name, **result, **gate, "code_subgoal_bits": meaning.bits}
+        found = discovery_figures(config, model, controlled, seed, max(episodes, settings.episodes))
+        return {"run": run.path.name, **result, **found}
 
 
 @dataclass(kw_only=True)
@@ -221,6 +214,12 @@ class LayerAnalysis:
         else:
             Console().print(layers_table(results))
 
+    def options(self, config: GridworldConfig) -> dict[str, Any]:
+        """What every such analysis takes."""
+        seed = stream_seed(config.seed, "analyse")
+        names = ("steps", "batch_size", "episodes", "quiet")
+        return {"seed": seed, **{name: getattr(self, name) for name in names}}
+
     def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
         """The analysis of one run."""
         raise NotImplementedError
@@ -237,11 +236,7 @@ class Probe(LayerAnalysis):
             model,
             generate(config, "discover"),
             subgoals=config.environment.num_colors,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            episodes=self.episodes,
-            seed=stream_seed(config.seed, "analyse"),
-            quiet=self.quiet,
+            **self.options(config),
         )
         run.save_checkpoint("probes", module_tensors("probes", found.probes), {"step": self.steps})
         return {name: value for name, value in found._asdict().items() if name != "probes"}
@@ -259,11 +254,7 @@ class Steer(LayerAnalysis):
             generate(config, "discover"),
             config.environment,
             config.post_task,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            episodes=self.episodes,
-            seed=stream_seed(config.seed, "analyse"),
-            quiet=self.quiet,
+            **self.options(config),
         )
         return found._asdict()
 

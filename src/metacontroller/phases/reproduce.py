@@ -209,6 +209,23 @@ def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, de
     RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
 
 
+def discovery_figures(
+    config: GridworldConfig, model: Transformer, controlled: MetaController, seed: int, episodes: int
+) -> dict[str, float]:
+    """What discovery is judged by, on ``episodes`` new ones: how the gate meets subgoals, and what fixed codes tell."""
+    settings = config.evaluate
+    meaning = code_subgoal_bits(
+        model,
+        controlled,
+        config.environment,
+        codes=settings.codes,
+        layouts_per_code=settings.layouts_per_code,
+        generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
+    )
+    gate = gate_figures(model, controlled, generate(config, "discover"), episodes, seed)
+    return {**gate, "code_subgoal_bits": meaning.bits}
+
+
 def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
     """What a finished run is judged by, all of it on new layouts."""
     base = load_artefact(Transformer, run, BASE_MODEL, device)

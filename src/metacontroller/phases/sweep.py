@@ -23,23 +23,21 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from metacontroller.analysis.codes import code_subgoal_bits
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.evaluate import evaluate, gate_figures
+from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
     POLICY,
     RUN_PHASE,
+    discovery_figures,
     load_artefact,
     open_folder,
     read_config,
     start_worker,
 )
-from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed, with_seed
+from metacontroller.presets.gridworld import GridworldConfig, stream_seed, with_seed
 from metacontroller.progress import track
 from metacontroller.run_folder import RunFolder
 
@@ -132,16 +130,7 @@ def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -
         task, episodes = config.post_task, settings.episodes
         result = evaluate(model, controlled, config.environment, "internal-rl", task, episodes, seed)
         return {"internal_rl_success": result["success"]}
-    meaning = code_subgoal_bits(
-        model,
-        controlled,
-        config.environment,
-        codes=settings.codes,
-        layouts_per_code=settings.layouts_per_code,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    gate = gate_figures(model, controlled, generate(config, "discover"), settings.episodes, seed)
-    return {**gate, "code_subgoal_bits": meaning.bits}
+    return discovery_figures(config, model, controlled, seed, settings.episodes)
 
 
 # -- all cells --------------------------------------------------------------------------------------------------------
