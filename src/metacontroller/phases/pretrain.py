@@ -8,6 +8,7 @@ Metrics: ``loss``, ``action_loss`` and, with lambda > 0, ``state_loss``, all in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,11 +21,17 @@ from metacontroller.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """optimizer: how long and how fast. state_loss_weight: lambda. seed: of the episodes."""
+    """optimizer: how long and how fast. state_loss_weight: lambda. snapshots: after which updates the model is kept,
+    for analyses over training. seed: of the episodes."""
 
     optimizer: OptimizerConfig
     state_loss_weight: float = 0.0
+    snapshots: tuple[int, ...] = ()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(step < 1 for step in self.snapshots):
+            raise ValueError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
 
 
 def pretrain(
@@ -36,8 +43,16 @@ def pretrain(
     resume: bool = False,
     quiet: bool = False,
 ) -> Transformer:
-    """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run."""
+    """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run, and
+    snapshots, see `snapshot_path`."""
     weight = config.state_loss_weight
+    is_main = processes(next(model.parameters()).device.type).is_main
+
+    def keep_snapshot(step: int) -> None:
+        if is_main and step in config.snapshots:
+            path = snapshot_path(run, step)
+            path.parent.mkdir(exist_ok=True)
+            model.save(path)
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         losses = model.behavior_cloning_loss(
@@ -55,9 +70,15 @@ def pretrain(
         loss_function,
         run,
         seed=config.seed,
+        after=keep_snapshot,
         resume=resume,
         quiet=quiet,
     )
-    if processes(next(model.parameters()).device.type).is_main:
+    if is_main:
         model.save(run.path / "base_model.safetensors")
     return model
+
+
+def snapshot_path(run: RunFolder, step: int) -> Path:
+    """Where the model as it was after ``step`` updates lies."""
+    return run.path / "snapshots" / f"base_model-{step}.safetensors"

@@ -195,14 +195,16 @@ def train(
     *,
     seed: int,
     draw: Draw | None = None,
+    after: Callable[[int], None] | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> None:
     """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
     ``loss_function(batch, step, drawn)`` returns the loss, a mean over real steps, and the metrics to log, of which
-    means over the log interval are kept. ``draw(batch, generator)`` makes ``drawn`` for each batch. seed: of the
-    episodes and, apart, of what is drawn. Several processes share each batch, see `phases.parallel`.
+    means over the log interval are kept. ``draw(batch, generator)`` makes ``drawn`` for each batch.
+    ``after(done)`` is called after every update, ``done`` of them so far. seed: of the episodes and, apart, of what is
+    drawn. Several processes share each batch, see `phases.parallel`.
     Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
     if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
     the steps since the checkpoint. A finished phase is not trained again.
@@ -242,6 +244,8 @@ def train(
                 if workers.is_main:
                     run.log_metrics(phase, done, **measured)
                 progress.update(done, **measured)
+            if after is not None:
+                after(done)
             if last or done % config.checkpoint_every == 0:
                 learner.save(run, phase, done, stream.tensors())
     module.eval()

@@ -263,7 +263,7 @@ def debug() -> GridworldConfig:
             rank=4,
             policy_hidden=16,
         ),
-        pretrain=PretrainConfig(optimizer=optimizer),
+        pretrain=PretrainConfig(optimizer=optimizer, snapshots=(4,)),
         discover=DiscoverConfig(optimizer=optimizer, alpha_warmup=(2, 8)),
         internal_rl=rl,
         raw_action_rl=rl,
@@ -285,7 +285,10 @@ def laptop() -> GridworldConfig:
         discovery_expert=expert,
         model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128, view="egocentric", reach=2),
         meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
-        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=3500, batch_size=256, lr=1e-3, decay_steps=1500)),
+        pretrain=PretrainConfig(
+            optimizer=OptimizerConfig(steps=3500, batch_size=256, lr=1e-3, decay_steps=1500),
+            snapshots=(125, 250, 500, 1000, 2000),
+        ),
         discover=DiscoverConfig(
             optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
             alpha=0.004,
