@@ -43,6 +43,7 @@ from metacontroller.phases.reproduce import (
     run_internal_rl,
     run_pretrain,
     run_raw_action_rl,
+    steered_model,
 )
 from metacontroller.phases.sweep import MEASURES, Engine, sweep
 from metacontroller.presets import PRESETS, GridworldConfig, laptop
@@ -163,10 +164,11 @@ class Evaluate:
         task = config.post_task if self.task is None else parse_task(self.task)
         settings = config.evaluate
         episodes = settings.episodes if self.episodes is None else self.episodes
-        model = load_artefact(Transformer, run, RAW_MODEL if self.policy == "raw" else BASE_MODEL, device)
         if self.policy in ("base", "raw"):
+            model = load_artefact(Transformer, run, RAW_MODEL if self.policy == "raw" else BASE_MODEL, device)
             result = evaluate(model, None, config.environment, self.policy, task, episodes, seed)
             return {"run": run.path.name, **result}
+        model = steered_model(config, run, device)
         name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
         controlled = load_artefact(MetaController, run, name, device)
         result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
@@ -286,7 +288,7 @@ class Inject:
         """The four shares of a run, which are written to its analyses, too."""
         config, device = read_config(run), device_name(self.device)
         found = injected_codes(
-            load_artefact(Transformer, run, BASE_MODEL, device),
+            steered_model(config, run, device),
             load_artefact(MetaController, run, META_CONTROLLER, device),
             config.environment,
             config.tasks,

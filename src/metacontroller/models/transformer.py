@@ -229,11 +229,13 @@ class Transformer(Saveable, nn.Module):
         )
         return DiscoveryLosses(*losses, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output))
 
-    @torch.no_grad()
-    def _whole_residual(self, states: Tensor, actions: Tensor) -> Tensor:
+    def _whole_residual(self, states: Tensor, actions: Tensor, train_model: bool) -> Tensor:
         """e_t of every state given, (b, T or T + 1, n_e): of the one after the last action too, if it is there."""
         past = actions[:, : states.shape[1] - 1]
-        return torch.cat([self.lower(self.embed(states[rows], past[rows])) for rows in row_parts(states)])
+        if train_model:
+            return self.lower(self.embed(states, past))
+        with torch.no_grad():
+            return torch.cat([self.lower(self.embed(states[rows], past[rows])) for rows in row_parts(states)])
 
     def discover(
         self,
@@ -244,15 +246,21 @@ class Transformer(Saveable, nn.Module):
         *,
         noise: DiscoveryNoise | None = None,
         embedded_states: Tensor | None = None,
+        train_model: bool = False,
     ) -> DiscoveryOutput:
         """What the metacontroller does over whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
 
         With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
         embedded_states: the episodes as it shall see them, if not as they are. noise: drawn afresh if not given.
+        train_model: whether gradients reach the model's own weights, as in co-training (Fig. 7, 8); the method freezes
+        them.
         """
-        embedded = self._whole_residual(states if embedded_states is None else embedded_states, actions)
         steps = actions.shape[1]
-        seen = embedded[:, :steps] if embedded_states is None else self._whole_residual(states[:, :steps], actions)
+        viewed = states if embedded_states is None else embedded_states
+        embedded = self._whole_residual(viewed, actions, train_model)
+        seen = embedded[:, :steps]
+        if embedded_states is not None:
+            seen = self._whole_residual(states[:, :steps], actions, train_model)
         return meta_controller.discover(seen, episode_lens, noise, embedded_residual=embedded)
 
     def steered_losses(
@@ -265,14 +273,34 @@ class Transformer(Saveable, nn.Module):
         with_state_loss: bool = True,
         noise: DiscoveryNoise | None = None,
         embedded_states: Tensor | None = None,
+        train_model: bool = False,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
-        """State and action loss under steering, and what the metacontroller did; arguments as of `discover`.
-
-        The model's own weights get no gradient: freezing is part of the method.
-        """
+        """State and action loss under steering, and what the metacontroller did; arguments as of `discover`."""
         output = self.discover(
-            states, actions, meta_controller, episode_lens, noise=noise, embedded_states=embedded_states
+            states,
+            actions,
+            meta_controller,
+            episode_lens,
+            noise=noise,
+            embedded_states=embedded_states,
+            train_model=train_model,
         )
+        steered, options = output.steered, {"with_state_loss": with_state_loss}
+        if train_model:
+            return self.readout_losses(self.upper(steered), states, actions, episode_lens, **options), output
+        return self.losses_under(steered, states, actions, episode_lens, **options), output
+
+    def losses_under(
+        self,
+        steered: Tensor,
+        states: Tensor,
+        actions: Tensor,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+    ) -> BehaviorCloningLosses:
+        """State and action loss when the upper body reads ``steered`` (b, T, n_e), as whose function alone they have a
+        gradient: the model's own weights get none, freezing is part of the method."""
         batch, steps = actions.shape[:2]
         lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
@@ -286,9 +314,9 @@ class Transformer(Saveable, nn.Module):
             return torch.stack([action, losses.state * (targets[rows].sum() / targets.sum().clamp_min(1))])
 
         with frozen(self):
-            losses = losses_in_parts(output.steered, part_losses)
+            losses = losses_in_parts(steered, part_losses)
         state = losses[1] if with_state_loss else losses.new_zeros(())
-        return BehaviorCloningLosses(state, losses[0]), output
+        return BehaviorCloningLosses(state, losses[0])
 
     # phase 3: acting
 
@@ -353,7 +381,7 @@ class Transformer(Saveable, nn.Module):
         return self.behavior_cloning_loss(state, actions, episode_lens)
 
     def readout_losses(
-        self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool
+        self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool = True
     ) -> BehaviorCloningLosses:
         """Losses of what the readouts read, hidden (b, T, n_e); with_state_loss=False leaves the state loss at zero."""
         batch, steps = actions.shape[:2]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metacontroller.analysis.switching import gate_alignment
 from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
@@ -30,14 +30,16 @@ EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class DiscoverConfig:
     """alpha: weight of the KL (eq. 3), reached from ``alpha_start`` linearly between steps ``alpha_warmup`` (from, to);
-    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda. seed: of the
-    episodes and, apart, of the noise in codes and gate."""
+    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda. train_model:
+    whether the action model is trained along, a baseline (Fig. 7, 8). seed: of the episodes and, apart, of the noise in
+    codes and gate."""
 
     optimizer: OptimizerConfig
     alpha: float = 0.3
     alpha_start: float = 0.015
     alpha_warmup: tuple[int, int] = (0, 0)
     state_loss_weight: float = 0.0
+    train_model: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ def discover(
 ) -> MetaController:
     """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run.
 
+    With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
     embedded_view: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
     subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
     """
@@ -86,6 +89,7 @@ def discover(
             with_state_loss=config.state_loss_weight > 0,
             noise=DiscoveryNoise(drawn["code"], drawn["gate"]),
             embedded_states=drawn.get("embedded_states"),
+            train_model=config.train_model,
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
@@ -97,11 +101,15 @@ def discover(
                 metrics |= gate_alignment(output.beta, batch.segments, batch.lengths)
         return loss, metrics
 
+    trained, parameters = meta_controller, meta_controller.discovery_parameters()
+    if config.train_model:
+        trained = nn.ModuleDict({"model": model, "meta_controller": meta_controller})
+        parameters = [*model.parameters(), *parameters]
     train(
         "discover",
         config.optimizer,
-        meta_controller,
-        meta_controller.discovery_parameters(),
+        trained,
+        parameters,
         generate,
         loss_function,
         run,
@@ -111,5 +119,7 @@ def discover(
         quiet=quiet,
     )
     if processes(next(model.parameters()).device.type).is_main:
+        if config.train_model:
+            model.save(run.path / "cotrained_model.safetensors")
         meta_controller.save(run.path / "meta_controller.safetensors")
     return meta_controller

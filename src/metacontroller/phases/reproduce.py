@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from torch import Tensor
 from metacontroller.analysis import figures
 from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
 from metacontroller.analysis.summary import combined_summary, environment_facts, peak_rss_mb
+from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.transformer import Transformer
@@ -50,12 +52,14 @@ PHASES = ("pretrain", "discover", *RL_PHASES)
 
 BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
+COTRAINED_MODEL = "cotrained_model"
 META_CONTROLLER = "meta_controller"
 POLICY = "internal_rl_policy"
 
 _MADE_BY = {
     BASE_MODEL: "pretrain",
     RAW_MODEL: "internal-rl --raw",
+    COTRAINED_MODEL: "discover",
     META_CONTROLLER: "discover",
     POLICY: "internal-rl",
 }
@@ -112,21 +116,40 @@ def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet
 
 
 def run_discover(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
-    """Phase 2 in a run folder that holds a base model."""
-    model = load_artefact(Transformer, run, BASE_MODEL, device)
-    meta_controller = build_meta_controller(config).to(device)
-    source = generate(config, "discover")
-    view = embedded_view(config)
-    return discover(
-        config.discover, model, meta_controller, source, run, embedded_view=view, resume=resume, quiet=quiet
-    )
+    """Phase 2 in a run folder that holds a base model; a model that is trained along may start from new weights."""
+    if config.discover.train_model and not (run.path / f"{BASE_MODEL}.safetensors").exists():
+        model = build_model(config).to(device)
+    else:
+        model = load_artefact(Transformer, run, BASE_MODEL, device)
+    meta_controller, source = build_meta_controller(config).to(device), generate(config, "discover")
+    options: dict[str, Any] = {"embedded_view": embedded_view(config), "resume": resume, "quiet": quiet}
+    if config.discovery == "compile":
+        seed = stream_seed(config.seed, "meta_controller")
+        segmentation = build_compile(config.compile, model, config.meta_controller.dim_latent, seed).to(device)
+        return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
+    return discover(config.discover, model, meta_controller, source, run, **options)
+
+
+def copy_artefact(name: str, source: Path, folder: Path) -> None:
+    """Copies what a phase left in the folder ``source``, if it is there; under its name only once it is whole."""
+    path = source / f"{name}.safetensors"
+    if path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{path.name}.{os.getpid()}.tmp"
+        shutil.copyfile(path, draft)
+        os.replace(draft, folder / path.name)
+
+
+def steered_model(config: GridworldConfig, run: RunFolder, device: str) -> Transformer:
+    """The model that the run's metacontroller steers."""
+    return load_artefact(Transformer, run, COTRAINED_MODEL if config.discover.train_model else BASE_MODEL, device)
 
 
 def run_internal_rl(
     config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
 ) -> MetaController:
     """Phase 3 in a run folder that holds a base model and a metacontroller."""
-    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    model = steered_model(config, run, device)
     meta_controller = load_artefact(MetaController, run, META_CONTROLLER, device)
     grids = _post_task_grids(config)
     return internal_rl(config.internal_rl, model, meta_controller, grids, run, resume=resume, quiet=quiet)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,18 +23,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
+    COTRAINED_MODEL,
     META_CONTROLLER,
     POLICY,
     RUN_PHASE,
+    copy_artefact,
     discovery_figures,
     load_artefact,
     open_folder,
     read_config,
     start_worker,
+    steered_model,
 )
 from metacontroller.presets.gridworld import GridworldConfig, stream_seed, with_seed
 from metacontroller.progress import track
@@ -105,18 +106,11 @@ def run_cell(out: Path, cell: Cell, device: str) -> None:
     config = cell_config(read_config(RunFolder(out)), cell)
     run.write_config(config)
     if cell.parent:
-        for artefact in (BASE_MODEL, META_CONTROLLER) if cell.lr is not None else (BASE_MODEL,):
-            _copy(out / cell.parent.folder / f"{artefact}.safetensors", run.path)
+        for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER):
+            copy_artefact(artefact, out / cell.parent.folder, run.path)
     phase = "pretrain" if cell.alpha is None else "discover" if cell.lr is None else "internal_rl"
     RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
     run.write_summary({**vars(cell), **_measure(config, run, cell, device)})
-
-
-def _copy(source: Path, folder: Path) -> None:
-    """A copy in ``folder``, under its name only once it is whole."""
-    draft = folder / f".{source.name}.{os.getpid()}.tmp"
-    shutil.copyfile(source, draft)
-    os.replace(draft, folder / source.name)
 
 
 def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -> dict[str, Any]:
@@ -124,7 +118,7 @@ def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -
     if cell.alpha is None:
         return {}
     settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
-    model = load_artefact(Transformer, run, BASE_MODEL, device)
+    model = steered_model(config, run, device)
     controlled = load_artefact(MetaController, run, META_CONTROLLER if cell.lr is None else POLICY, device)
     if cell.lr is not None:
         task, episodes = config.post_task, settings.episodes

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from metacontroller.baselines.compile import CompileConfig
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.policy import PolicyKind
 from metacontroller.control.sequence_embedder import EmbedderKind
@@ -119,13 +120,26 @@ class EvaluateConfig:
         _check_positive(self, ("episodes", "codes", "layouts_per_code"))
 
 
+def _paper_compile() -> CompileConfig:
+    return CompileConfig(  # hyperparameters of the baselines
+        optimizer=OptimizerConfig(steps=32_000, batch_size=512, lr=1e-3, weight_decay=0.03),
+        segments=4,
+        hidden=32,
+        prior_rate=10.0,
+        temperature=1.0,  # 0.5 or 1
+        alpha_code=0.1,  # our choice among those searched: 0.003 to 1
+        alpha_place=0.1,  # likewise
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridworldConfig:
     """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
 
     expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
     turned_embedding: whether discovery's sequence embedder sees each episode on a board turned and mirrored at random
-    (our choice), or as it is (the paper). seed: from which all other seeds derive, see `with_seed`.
+    (our choice), or as it is (the paper). discovery: by the metacontroller, or by the baseline CompILE as
+    ``compile`` says. seed: from which all other seeds derive, see `with_seed`.
     """
 
     environment: PinpadConfig
@@ -141,10 +155,14 @@ class GridworldConfig:
     raw_action_rl: InternalRLConfig
     evaluate: EvaluateConfig
     turned_embedding: bool = False
+    discovery: Literal["metacontroller", "compile"] = "metacontroller"
+    compile: CompileConfig = field(default_factory=_paper_compile)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
+        if self.discovery not in ("metacontroller", "compile"):
+            raise ValueError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
         if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
             raise ValueError(
                 f"meta_controller.rank is {self.meta_controller.rank}; expected at most model.dim, {self.model.dim}."
@@ -172,6 +190,7 @@ def with_seed(config: GridworldConfig, seed: int) -> GridworldConfig:
     """The same experiment from another seed, with the seeds of all phases derived from it."""
     phases = ("pretrain", "discover", "internal_rl", "raw_action_rl")
     seeded: dict[str, Any] = {name: replace(getattr(config, name), seed=stream_seed(seed, name)) for name in phases}
+    seeded["compile"] = replace(config.compile, seed=stream_seed(seed, "discover"))
     return replace(config, seed=seed, **seeded)
 
 
@@ -265,6 +284,7 @@ def debug() -> GridworldConfig:
         ),
         pretrain=PretrainConfig(optimizer=optimizer, snapshots=(4,)),
         discover=DiscoverConfig(optimizer=optimizer, alpha_warmup=(2, 8)),
+        compile=CompileConfig(optimizer=optimizer, alpha_warmup=(2, 8)),
         internal_rl=rl,
         raw_action_rl=rl,
         evaluate=EvaluateConfig(episodes=64, codes=4, layouts_per_code=16),
@@ -294,6 +314,13 @@ def laptop() -> GridworldConfig:
             alpha=0.004,
             alpha_start=0.0,  # codes must mean something before they cost something
             alpha_warmup=(800, 1500),
+        ),
+        compile=CompileConfig(
+            optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
+            alpha_code=0.03,
+            alpha_place=0.03,
+            alpha_warmup=(800, 1500),
+            prior_rate=5.0,
         ),
         internal_rl=rl,
         raw_action_rl=rl,

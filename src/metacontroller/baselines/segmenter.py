@@ -1,0 +1,161 @@
+"""CompILE's recognition model: where segments end, and a code for each (arXiv 1812.01483, section 3).
+
+    q(b_i | x): a categorical over where segment i + 1 begins, relaxed by Gumbel-softmax; the last segment ends the
+                episode
+    q(z_i | x): a Gaussian, read from the recurrent encoder just before b_i
+    s_i(t) = prod_{j<i} P(b_j <= t) (1 - P(b_i <= t))       how much step t belongs to segment i; sums to 1 over i
+
+The encoder is run once a segment, and forgets what lies before it: its state is multiplied by prod_{j<i} P(b_j <= t).
+Axes: b batch, t steps, p places (0..t, the last is the end), i segments, z code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.control.losses import gaussian_kl
+from metacontroller.data.trajectories import length_mask
+from metacontroller.models.readouts import sample_gaussian
+
+
+class SegmentNoise(NamedTuple):
+    """place (b, i - 1, p) uniform in (0, 1), for the Gumbel-softmax. code (b, i, z) standard normal."""
+
+    place: Tensor
+    code: Tensor
+
+
+class Segmentation(NamedTuple):
+    """code (b, i, z): one a segment. share (b, i, t): s_i(t). begins (b, i - 1, p): relaxed one-hot of where each
+    segment but the first begins; at place ``length`` there is none. code_kl (b,): of all codes against N(0, I).
+    place_kl (b,): of the boundaries against the prior on lengths."""
+
+    code: Tensor
+    share: Tensor
+    begins: Tensor
+    code_kl: Tensor
+    place_kl: Tensor
+
+    def code_at(self) -> Tensor:
+        """The code in force at each step, (b, t, z): codes mixed by s_i(t)."""
+        return torch.einsum("bit,biz->btz", self.share, self.code)
+
+    def begin_at(self) -> Tensor:
+        """How much each step is the first of a new segment, (b, t); the first step of an episode is none."""
+        return self.begins[..., :-1].sum(1).clamp(max=1.0)
+
+
+class Segmenter(nn.Module):
+    """Segments of inputs and a Gaussian code for each.
+
+    dim_in: of the inputs. dim, depth: of the recurrent encoder (GRU). hidden: units of the two heads. segments: M, the
+    most there can be. temperature: of the Gumbel-softmax. prior_rate: mean length of a segment under the Poisson prior.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        *,
+        dim_latent: int,
+        segments: int,
+        dim: int = 64,
+        depth: int = 1,
+        hidden: int = 32,
+        temperature: float = 1.0,
+        prior_rate: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if segments < 2:
+            raise ValueError(f"segments is {segments}; expected at least 2, else there is nothing to place.")
+        if temperature <= 0 or prior_rate <= 0:
+            raise ValueError(f"temperature is {temperature} and prior_rate {prior_rate}; expected numbers above 0.")
+        self.segments, self.dim_latent = segments, dim_latent
+        self.temperature, self.prior_rate = temperature, prior_rate
+        self.project_in = nn.Linear(dim_in, dim)
+        self.end = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.layers = nn.ModuleList(nn.GRUCell(dim, dim) for _ in range(depth))
+        self.place = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.code = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * dim_latent))
+
+    def forward(self, inputs: Tensor, lengths: Tensor, noise: SegmentNoise | None = None) -> Segmentation:
+        """inputs (b, t, dim_in), lengths (b,) -> `Segmentation`; without noise the likeliest places and mean codes."""
+        steps = inputs.shape[1]
+        x = F.pad(self.project_in(inputs), (0, 0, 0, 1))
+        places = torch.arange(steps + 1, device=inputs.device)
+        x = torch.where((places == lengths[:, None])[..., None], self.end, x)
+        known = length_mask(lengths + 1, steps + 1)
+        allowed = known & (places > 0)
+        read_x = F.linear(x, self.layers[0].weight_ih, self.layers[0].bias_ih)  # the same for every segment
+        reached = x.new_ones(x.shape[:2])  # prod_{j<i} P(b_j <= p)
+        begins, shares, distributions, log_place = [], [], [], None
+        for index in range(self.segments):
+            encoded = self._encode(read_x, reached)
+            if index + 1 < self.segments:
+                logits = self.place(encoded)[..., 0].masked_fill(~allowed, -torch.inf)
+                log_place = F.log_softmax(logits, -1) if log_place is None else log_place
+                begin = self._sample_place(logits, None if noise is None else noise.place[:, index])
+                begins.append(begin)
+            else:
+                begin = (places == lengths[:, None]).to(x.dtype)
+            over = begin.cumsum(1).clamp(max=1.0)
+            shares.append((reached * (1 - over))[:, :-1])
+            reached = reached * over
+            distributions.append(self.code((begin[:, 1:, None] * encoded[:, :-1]).sum(1)))
+        assert log_place is not None
+        proposal = torch.stack(distributions, 1)
+        mean, log_std = proposal.chunk(2, -1)
+        code = mean if noise is None else sample_gaussian(proposal, noise=noise.code)
+        kl = gaussian_kl(mean, log_std).sum(1)
+        place_kl = self.segments * categorical_kl(log_place, poisson_log_prior(allowed, self.prior_rate))
+        return Segmentation(code, torch.stack(shares, 1), torch.stack(begins, 1), kl, place_kl)
+
+    def draw_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> SegmentNoise:
+        """Random numbers for ``forward`` on ``batch`` inputs of ``steps`` steps."""
+        options = {"generator": generator, "device": self.end.device}
+        place = torch.rand(batch, self.segments - 1, steps + 1, **options)
+        return SegmentNoise(place, torch.randn(batch, self.segments, self.dim_latent, **options))
+
+    def _encode(self, read_x: Tensor, mask: Tensor) -> Tensor:
+        """The masked encoder: the first layer's input projections (b, p, 3 d), mask (b, p) -> (b, p, d)."""
+        encoded = _masked_gru(self.layers[0], read_x, mask)
+        for layer in self.layers[1:]:
+            encoded = _masked_gru(layer, F.linear(encoded, layer.weight_ih, layer.bias_ih), mask)
+        return encoded
+
+    def _sample_place(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
+        """A relaxed one-hot of the place, or the one-hot of the likeliest; (b, p)."""
+        if uniform is None:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
+        return F.softmax((logits + gumbel) / self.temperature, -1)
+
+
+def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
+    """The cell along projected inputs (b, p, 3 d), its state multiplied by mask (b, p) after each -> (b, p, d)."""
+    state, outputs = read_x.new_zeros(len(read_x), cell.hidden_size), []
+    for x, kept in zip(read_x.unbind(1), mask.unbind(1), strict=True):
+        gates_x, new_x = x.split([2 * cell.hidden_size, cell.hidden_size], -1)
+        gates_h, new_h = F.linear(state, cell.weight_hh, cell.bias_hh).split_with_sizes(
+            [2 * cell.hidden_size, cell.hidden_size], -1
+        )
+        reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, -1)
+        state = kept[:, None] * torch.lerp(torch.tanh(new_x + reset * new_h), state, update)
+        outputs.append(state)
+    return torch.stack(outputs, 1)
+
+
+def poisson_log_prior(allowed: Tensor, rate: float) -> Tensor:
+    """Log-probability of each allowed place (b, p) bool under Poisson(rate), normalized over them; -inf elsewhere."""
+    places = torch.arange(allowed.shape[1], device=allowed.device, dtype=torch.get_default_dtype())
+    log_prob = places * torch.log(torch.tensor(rate)) - torch.lgamma(places + 1)
+    return F.log_softmax(log_prob.expand(len(allowed), -1).masked_fill(~allowed, -torch.inf), -1)
+
+
+def categorical_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) of categoricals with the same support, log-probabilities (b, p) -> (b,)."""
+    difference = (log_q - log_p).masked_fill(log_q == -torch.inf, 0.0)
+    return (log_q.exp() * difference).sum(-1)
