@@ -1,14 +1,15 @@
-"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | inject |
-reproduce | sweep | report."""
+"""The command line: metacontroller pretrain | discover | internal-rl | evaluate | probe | steer | inject | gate |
+reproduce | figures | sweep | report."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 import torch
@@ -18,11 +19,10 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from metacontroller.analysis.codes import injected_codes
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
-from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.report import write_report
-from metacontroller.analysis.steering import steer_layers
+from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
+from metacontroller.analysis.study_figures import draw_study
 from metacontroller.analysis.summary import results_table
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
@@ -45,10 +45,11 @@ from metacontroller.phases.reproduce import (
     run_raw_action_rl,
     steered_model,
 )
+from metacontroller.phases.study import STUDIES, StudyConfig, study, variant_rows
 from metacontroller.phases.sweep import MEASURES, Engine, sweep
 from metacontroller.presets import PRESETS, GridworldConfig, laptop
-from metacontroller.presets.gridworld import generate, stream_seed, with_seed
-from metacontroller.run_folder import RunFolder, module_tensors
+from metacontroller.presets.gridworld import stream_seed, with_seed
+from metacontroller.run_folder import RunFolder
 
 Preset = Literal["debug", "laptop", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -150,12 +151,8 @@ class Evaluate:
     """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
-        parts = seed_folders(self.run)
-        results = [self.measure(RunFolder(path)) for path in parts]
-        if self.json:
-            print(json.dumps(results[0] if parts == [self.run] else results, indent=2))
-        else:
-            Console().print(evaluation_table(results))
+        results = [self.measure(RunFolder(path)) for path in seed_folders(self.run)]
+        print_results(results, self.run, evaluation_table, as_json=self.json)
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too."""
@@ -195,70 +192,35 @@ class LayerAnalysis:
     device: Device = "auto"
     """auto: a GPU if there is one."""
 
-    name: ClassVar[str]
-
     def __call__(self) -> None:
         for option in ("steps", "batch_size", "episodes"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} is {getattr(self, option)}; expected at least 1.")
         require_matplotlib()
         runs = [RunFolder(path) for path in seed_folders(self.run)]
-        results = []
-        for run in runs:
-            config, device = read_config(run), device_name(self.device)
-            model = load_artefact(Transformer, run, BASE_MODEL, device)
-            result = self.measure(config, run, model)
-            run.write_analysis(self.name, {**result, "steps": self.steps, "batch_size": self.batch_size})
-            results.append({"run": run.path.name, **result})
+        options = {name: getattr(self, name) for name in ("steps", "batch_size", "episodes", "quiet")}
+        results = [
+            {"run": run.path.name, **self.analysis(run, device=device_name(self.device), **options)} for run in runs
+        ]
         draw_layers(RunFolder(self.run), runs)
-        if self.json:
-            print(json.dumps(results if runs[0].path != self.run else results[0], indent=2))
-        else:
-            Console().print(layers_table(results))
+        print_results(results, self.run, layers_table, as_json=self.json)
 
-    def options(self, config: GridworldConfig) -> dict[str, Any]:
-        """What every such analysis takes."""
-        seed = stream_seed(config.seed, "analyse")
-        names = ("steps", "batch_size", "episodes", "quiet")
-        return {"seed": seed, **{name: getattr(self, name) for name in names}}
-
-    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
-        """The analysis of one run."""
-        raise NotImplementedError
+    analysis: ClassVar[Callable[..., dict[str, Any]]]
 
 
 @dataclass(kw_only=True)
 class Probe(LayerAnalysis):
-    """Linear probes of the subgoal at every layer of the base model (Fig. 3); kept in probes.safetensors."""
+    """Linear probes of the subgoal at every layer of the base model (Fig. 3, A1), also of its snapshots; kept in
+    probes.safetensors."""
 
-    name: ClassVar[str] = "probes"
-
-    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
-        found = probe_layers(
-            model,
-            generate(config, "discover"),
-            subgoals=config.environment.num_colors,
-            **self.options(config),
-        )
-        run.save_checkpoint("probes", module_tensors("probes", found.probes), {"step": self.steps})
-        return {name: value for name, value in found._asdict().items() if name != "probes"}
+    analysis = staticmethod(probe_run)
 
 
 @dataclass(kw_only=True)
 class Steer(LayerAnalysis):
     """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
 
-    name: ClassVar[str] = "steering"
-
-    def measure(self, config: GridworldConfig, run: RunFolder, model: Transformer) -> dict[str, Any]:
-        found = steer_layers(
-            model,
-            generate(config, "discover"),
-            config.environment,
-            config.post_task,
-            **self.options(config),
-        )
-        return found._asdict()
+    analysis = staticmethod(steer_run)
 
 
 @dataclass(kw_only=True)
@@ -277,28 +239,57 @@ class Inject:
     def __call__(self) -> None:
         if self.walks < 1:
             raise ValueError(f"walks is {self.walks}; expected at least 1.")
-        parts = seed_folders(self.run)
-        results = [self.measure(RunFolder(path)) for path in parts]
-        if self.json:
-            print(json.dumps(results[0] if parts == [self.run] else results, indent=2))
-        else:
-            Console().print(evaluation_table(results))
+        results = [
+            {"run": path.name, **inject_run(RunFolder(path), walks=self.walks, device=device_name(self.device))}
+            for path in seed_folders(self.run)
+        ]
+        print_results(results, self.run, evaluation_table, as_json=self.json)
 
-    def measure(self, run: RunFolder) -> dict[str, Any]:
-        """The four shares of a run, which are written to its analyses, too."""
-        config, device = read_config(run), device_name(self.device)
-        found = injected_codes(
-            steered_model(config, run, device),
-            load_artefact(MetaController, run, META_CONTROLLER, device),
-            config.environment,
-            config.tasks,
-            codes=config.evaluate.codes,
-            layouts_per_code=config.evaluate.layouts_per_code,
-            walks=self.walks,
-            generator=torch.Generator(device).manual_seed(stream_seed(config.seed, "analyse")),
-        )
-        run.write_analysis("injection", {**found._asdict(), "walks": self.walks})
-        return {"run": run.path.name, **found._asdict()}
+
+@dataclass(kw_only=True)
+class Gate:
+    """The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3)."""
+
+    run: Positional[Path]
+    """Folder of a run with discovered abstract actions, or of a reproduction."""
+    episodes: int = 2048
+    """New episodes to judge by."""
+    json: bool = False
+    """Print JSON: an object for a run, a list for a reproduction."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+
+    def __call__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"episodes is {self.episodes}; expected at least 1.")
+        results = [
+            {"run": path.name, **gate_run(RunFolder(path), episodes=self.episodes, device=device_name(self.device))}
+            for path in seed_folders(self.run)
+        ]
+        print_results(results, self.run, gate_table, as_json=self.json)
+
+
+def gate_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One line a tolerance and measure, one column a run."""
+    table = Table()
+    table.add_column("within, steps", justify="right")
+    table.add_column("measure")
+    for result in results:
+        table.add_column(result["run"], justify="right")
+    for index, tolerance in enumerate(results[0]["tolerance"]):
+        for name in ("recall", "precision", "f1"):
+            table.add_row(str(tolerance), name, *(f"{result[name][index]:.3f}" for result in results))
+    return table
+
+
+def print_results(
+    results: list[dict[str, Any]], folder: Path, table: Callable[[list[dict[str, Any]]], Table], *, as_json: bool
+) -> None:
+    """As a table, or as JSON: an object for a run's own folder, a list for a reproduction's."""
+    if as_json:
+        print(json.dumps(results[0] if seed_folders(folder) == [folder] else results, indent=2))
+    else:
+        Console().print(table(results))
 
 
 def layers_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -311,7 +302,7 @@ def layers_table(results: Sequence[dict[str, Any]]) -> Table:
         if isinstance(value, list):
             for layer in range(len(value)):
                 table.add_row(f"{name}, layer {layer}", *(f"{result[name][layer]:.3f}" for result in results))
-        elif name != "run":
+        elif isinstance(value, float):
             table.add_row(name, *(f"{result[name]:.3f}" for result in results))
     return table
 
@@ -352,6 +343,66 @@ class Reproduce(Training):
         console.print(
             f"Summary: {self.out / 'summary.json'}", f"Figures: {self.out / 'figures'}", sep="\n", soft_wrap=True
         )
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """The paper's figures: the reproduction, every baseline and analysis on its seeds, and a report; goes on where it
+    was."""
+
+    out: Path = Path("runs/reproduce")
+    """Folder to make, or of a reproduction to go on in."""
+    preset: Preset | None = None
+    """Where the configs start from; laptop unless given."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """One run for each."""
+    workers: int = 2
+    """Runs at the same time, one thread each."""
+    quiet: bool = False
+    """Show no progress."""
+    device: Device = "auto"
+    """auto: a GPU if there is one."""
+    study: StudyConfig = field(default_factory=StudyConfig)
+    """How much of every baseline and analysis."""
+    config: GridworldConfig = field(default_factory=laptop)
+    """Change any value of the preset."""
+
+    def __call__(self) -> None:
+        require_matplotlib()
+        folder, device = RunFolder(self.out), device_name(self.device)
+        config = chosen_config(self.config, self.preset, folder, True)
+        open_folder(folder, config, resume=True, option="--out")
+        found = study(self.study, self.out, self.seeds, workers=self.workers, quiet=self.quiet, device=device)
+        failed = [row for row in found["cells"] if row["status"] != "finished"]
+        if not any(row["name"] == "run" for row in failed):
+            reproduce(config, self.out, self.seeds, resume=True, quiet=True, device=device)
+            draw_study(folder, [RunFolder(path) for path in seed_folders(self.out)])
+            print(write_report([self.out], self.out / "report.html", device=device))
+        Console().print(study_table(found))
+        if failed:
+            row = failed[0]
+            raise ValueError(
+                f"{len(failed)} of {len(found['cells'])} parts did not finish, such as {row['name']} of seed "
+                f"{row['seed']}: {row['status']}"
+            )
+
+
+def study_table(found: dict[str, Any]) -> Table:
+    """One line a variant, medians over its seeds."""
+    table = Table(title=f"{found['seconds'] / 60:.0f} minutes of one core")
+    names = {
+        "internal_rl_success": "success",
+        "gate_recall": "recall",
+        "gate_precision": "precision",
+        "rate": "rate",
+        "distortion": "distortion",
+    }
+    for title in ("variant", "seeds", *names.values()):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for name, rows in variant_rows(found).items():
+        cells = [[row[measure] for row in rows if row.get(measure) is not None] for measure in names]
+        table.add_row(name, str(len(rows)), *(f"{median(values):.3f}" if values else "" for values in cells))
+    return table
 
 
 @dataclass(kw_only=True)
@@ -440,7 +491,9 @@ COMMANDS: dict[str, type] = {
     "probe": Probe,
     "steer": Steer,
     "inject": Inject,
+    "gate": Gate,
     "reproduce": Reproduce,
+    "figures": Figures,
     "sweep": Sweep,
     "report": Report,
 }
@@ -471,6 +524,7 @@ def parse(argv: list[str]) -> Any:
     defaults = {
         "pretrain": Pretrain(run=tyro.MISSING, config=config),
         "reproduce": Reproduce(config=config),
+        "figures": Figures(config=config, study=STUDIES.get(preset or "laptop", StudyConfig())),
         "sweep": Sweep(config=config),
     }
     options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _task_registry()}

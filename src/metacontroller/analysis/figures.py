@@ -32,20 +32,22 @@ def require_matplotlib() -> None:
 def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], device: str) -> None:
     """All figures of one finished seed."""
     folder = run.path / "figures"
-    _save(losses_figure(run), folder / "losses.png")
-    _save(gate_figure(config, run, device), folder / "gate.png")
-    _save(success_figure([run], config), folder / "success.png")
-    _save(codes_figure(torch.tensor(measured["code_color_share"]), measured["code_subgoal_bits"]), folder / "codes.png")
+    save_figure(losses_figure(run), folder / "losses.png")
+    save_figure(gate_figure(config, run, device), folder / "gate.png")
+    save_figure(success_figure([run], config), folder / "success.png")
+    save_figure(
+        codes_figure(torch.tensor(measured["code_color_share"]), measured["code_subgoal_bits"]), folder / "codes.png"
+    )
 
 
 def draw_all(config: GridworldConfig, folder: RunFolder, runs: Sequence[RunFolder]) -> None:
     """Figures over all seeds."""
-    _save(success_figure(runs, config), folder.path / "figures" / "success.png")
+    save_figure(success_figure(runs, config), folder.path / "figures" / "success.png")
 
 
 def losses_figure(run: RunFolder) -> Figure:
     """Pretraining and discovery: action loss against updates, and the KL that discovery pays."""
-    figure = _figure(9.0, 3.2)
+    figure = figure_of_size(9.0, 3.2)
     left, right = figure.subplots(1, 2)
     pretraining, discovery = run.read_metrics("pretrain"), run.read_metrics("discover")
     left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0")
@@ -67,7 +69,7 @@ def gate_figure(config: GridworldConfig, run: RunFolder, device: str) -> Figure:
     assert fresh.segments is not None
     assert fresh.subgoals is not None
     changes = subgoal_changes(fresh.segments, fresh.lengths)
-    figure = _figure(8.0, 1.1 * GATE_EPISODES + 0.6)
+    figure = figure_of_size(8.0, 1.1 * GATE_EPISODES + 0.6)
     axes: Sequence[Axes] = figure.subplots(GATE_EPISODES, 1, sharex=True, sharey=True)
     for row, ax in enumerate(axes):
         length = int(fresh.lengths[row])
@@ -84,25 +86,29 @@ def gate_figure(config: GridworldConfig, run: RunFolder, device: str) -> Figure:
 
 def success_figure(runs: Sequence[RunFolder], config: GridworldConfig) -> Figure:
     """Success on the post-training task against episodes (as Fig. 8); over seeds the median and a band of quartiles."""
-    figure = _figure(5.6, 3.6)
+    figure = figure_of_size(5.6, 3.6)
     ax = figure.subplots()
     highest = 0.0
     for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
-        lines = [run.read_metrics(phase) for run in runs]
-        shared = min(len(line) for line in lines)
-        episodes = _column(lines[0][:shared], "episodes")
-        success = torch.tensor([_column(line[:shared], "success") for line in lines])
-        low, median, high = success.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
-        highest = max(highest, float(success.max()))
-        ax.plot(episodes, median, color=color, label=label)
-        if len(runs) > 1:
-            ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
+        highest = max(highest, median_and_quartiles(ax, [run.read_metrics(phase) for run in runs], label, color))
     ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
     top = 1.02 if highest > 0.2 else max(1.1 * highest, 0.05)
     ax.set_ylim(-0.02 * top, top)
     ax.set_title("Task " + "-".join(map(str, config.post_task)) + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
     ax.legend(frameon=False)
     return figure
+
+
+def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label: str, color: str) -> float:
+    """Draws success against episodes, one list of logged lines a seed; returns the highest value of any."""
+    shared = min(len(lines) for lines in logged)
+    episodes = _column(logged[0][:shared], "episodes")
+    success = torch.tensor([_column(lines[:shared], "success") for lines in logged])
+    low, median, high = success.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
+    ax.plot(episodes, median, color=color, label=label)
+    if len(logged) > 1:
+        ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
+    return float(success.max())
 
 
 def codes_figure(share: torch.Tensor, bits: float) -> Figure:
@@ -113,7 +119,7 @@ def codes_figure(share: torch.Tensor, bits: float) -> Figure:
     shown = share[:, [*range(1, colors + 1), 0]]
     favourite = shown.argmax(1)
     order = sorted(range(len(shown)), key=lambda code: (int(favourite[code]), -float(shown[code].max())))
-    figure = _figure(1.2 + 0.55 * colors + 1.6, 5.0)
+    figure = figure_of_size(1.2 + 0.55 * colors + 1.6, 5.0)
     ax = figure.subplots()
     image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     ax.set_xticks(range(colors + 1), [*map(str, range(colors)), "none"])
@@ -124,39 +130,59 @@ def codes_figure(share: torch.Tensor, bits: float) -> Figure:
 
 
 def layers_figure(runs: Sequence[RunFolder]) -> Figure:
-    """Probes (as Fig. 3) and chained supervised controllers (as Fig. 4) by layer; a thin line a seed, the median."""
-    figure = _figure(9.0, 3.2)
-    panels = (
-        ("probes", "accuracy", "Linear probe of the subgoal", "accuracy"),
-        ("steering", "success", "Supervised controllers, chained", "success rate"),
-    )
-    for ax, (analysis, measure, title, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        found = [run.read_analysis(analysis).get(measure) for run in runs]
-        lines = torch.tensor([values for values in found if values])
-        ax.set(title=title, xlabel="layer (0: input embedding)", ylabel=label, ylim=(-0.02, 1.02))
-        if not len(lines):
-            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
-            continue
-        layers = range(lines.shape[1])
-        ax.plot(layers, lines.T.numpy(), color="C0", alpha=0.3, linewidth=0.8)
-        ax.plot(layers, lines.quantile(0.5, dim=0).tolist(), color="C0", marker=".")
-        ax.set_xticks(list(layers))
+    """By layer, probes (as Fig. 3) and chained supervised controllers (as Fig. 4), a thin line a seed and the median;
+    and the probes' medians over pretraining, a line a layer (as Fig. A1)."""
+    figure = figure_of_size(12.0, 3.2)
+    left, middle, right = figure.subplots(1, 3)
+    _by_layer(left, runs, "probes", "accuracy")
+    left.set(title="Linear probe of the subgoal", ylabel="accuracy")
+    _over_training(middle, runs)
+    _by_layer(right, runs, "steering", "success")
+    right.set(title="Supervised controllers, chained", ylabel="success rate")
     return figure
+
+
+def _by_layer(ax: Axes, runs: Sequence[RunFolder], analysis: str, measure: str) -> None:
+    found = [run.read_analysis(analysis).get(measure) for run in runs]
+    lines = torch.tensor([values for values in found if values])
+    ax.set(xlabel="layer (0: input embedding)", ylim=(-0.02, 1.02))
+    if not len(lines):
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+        return
+    layers = range(lines.shape[1])
+    ax.plot(layers, lines.T.numpy(), color="C0", alpha=0.3, linewidth=0.8)
+    ax.plot(layers, lines.quantile(0.5, dim=0).tolist(), color="C0", marker=".")
+    ax.set_xticks(list(layers))
+
+
+def _over_training(ax: Axes, runs: Sequence[RunFolder]) -> None:
+    found = [run.read_analysis("probes").get("over_training") for run in runs]
+    found = [values for values in found if values]
+    ax.set(title="The same over pretraining", xlabel="update", ylabel="accuracy", ylim=(-0.02, 1.02))
+    if not found:
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+        return
+    accuracy = torch.tensor([values["accuracy"] for values in found]).quantile(0.5, dim=0)  # (snapshots, layers)
+    for layer, line in enumerate(accuracy.T.tolist()):
+        ax.plot(found[0]["steps"], line, marker=".", label=f"layer {layer}")
+    ax.legend(frameon=False, fontsize="small")
 
 
 def draw_layers(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
     """The figure of probes and supervised controllers, from what the runs hold of them."""
-    _save(layers_figure(runs), folder.path / "figures" / "layers.png")
+    save_figure(layers_figure(runs), folder.path / "figures" / "layers.png")
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of_size(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     require_matplotlib()
     from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

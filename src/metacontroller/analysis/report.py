@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.analysis import figures
+from metacontroller.analysis.study_figures import BASELINES, study_figures
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases.study import variant_rows
 from metacontroller.phases.training import noise_generator
 from metacontroller.presets.gridworld import GridworldConfig, from_json, generate, stream_seed
 from metacontroller.run_folder import RunFolder
@@ -88,7 +90,7 @@ def write_report(paths: Sequence[Path], out: Path, *, device: str = "cpu") -> Pa
             )
         config = from_json(folder.read_config())
         runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
-        parts.append(_section(path.name, config, summary, runs, device))
+        parts.append(_section(folder, config, summary, runs, device))
         players.append(player_data(config, runs[0], device))
     page = resources.files("metacontroller.analysis").joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps(players).replace("</", "<\\/")  # a script's text may not end the script
@@ -105,9 +107,11 @@ def _analyses(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
     return [found for run in runs if (found := run.read_analysis(name))]
 
 
-def _section(name: str, config: GridworldConfig, summary: dict[str, Any], runs: list[RunFolder], device: str) -> str:
+def _section(
+    folder: RunFolder, config: GridworldConfig, summary: dict[str, Any], runs: list[RunFolder], device: str
+) -> str:
     """One reproduction."""
-    seeds, first = len(runs), runs[0]
+    name, seeds, first = folder.path.name, len(runs), runs[0]
     drawn = {
         "Success against episodes, median and quartiles over seeds": figures.success_figure(runs, config),
         "Gate and true subgoal changes, first seed": figures.gate_figure(config, first, device),
@@ -115,12 +119,17 @@ def _section(name: str, config: GridworldConfig, summary: dict[str, Any], runs: 
         "What a fixed code leads to, first seed": figures.codes_figure(
             torch.tensor(first.read_summary()["code_color_share"]), first.read_summary()["code_subgoal_bits"]
         ),
-        "By layer": figures.layers_figure(runs),
+        **dict(study_figures(folder, runs).values()),
     }
     lines = [f"<h2>{html.escape(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>"]
     lines.append("<table><tr><th>measure</th><th>the paper</th><th>here: median [quartiles]</th></tr>")
-    for label, said, values in PAPER:
-        lines.append(f"<tr><td>{label}</td><td>{said}</td><td>{_spread(values(summary, runs))}</td></tr>")
+    found = [(label, said, values(summary, runs)) for label, said, values in PAPER]
+    baselines = variant_rows(RunFolder(folder.path / "study").read_summary(), "baseline")
+    for variant, (label, _) in BASELINES.items():
+        values = [row["internal_rl_success"] for row in baselines.get(variant, [])]
+        found.append((f"{label}: internal RL on it (Fig. 8)", "near 0", values))
+    for label, said, values in found:
+        lines.append(f"<tr><td>{label}</td><td>{said}</td><td>{_spread(values)}</td></tr>")
     lines.append("</table>")
     for caption, figure in drawn.items():
         lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")

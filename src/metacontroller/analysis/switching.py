@@ -1,4 +1,4 @@
-"""How the gate meets the subgoals: precision and recall of switches against true subgoal changes (Fig. 6)."""
+"""How the gate meets the subgoals: precision and recall of switches against true subgoal changes (Fig. 6, A3)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,31 @@ def gate_alignment(
         "gate_precision": masked_mean(_near(change, tolerance).to(beta.dtype), switch),
         "gate_binary_fraction": masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later),
     }
+
+
+TOLERANCES = (0, 1, 2)
+HISTOGRAM_BINS = 20
+
+
+def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, list[float]]:
+    """The gate against true subgoal changes in full (Fig. 6, A3); arguments as of `gate_alignment`.
+
+    tolerance, recall, precision, f1: entry by entry. at_change, elsewhere: share of beta in each of `HISTOGRAM_BINS`
+    equal parts of [0, 1], at the first step of each new subgoal and at all other steps, an episode's first apart.
+    """
+    report: dict[str, list[float]] = {name: [] for name in ("tolerance", "recall", "precision", "f1")}
+    for tolerance in TOLERANCES:
+        met = gate_alignment(beta, segments, lengths, tolerance=tolerance)
+        recall, precision = float(met["gate_recall"]), float(met["gate_precision"])
+        f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
+        for name, value in (("tolerance", tolerance), ("recall", recall), ("precision", precision), ("f1", f1)):
+            report[name].append(value)
+    change, later = subgoal_changes(segments, lengths), length_mask(lengths, beta.shape[1])
+    later[:, 0] = False
+    for name, where in (("at_change", change), ("elsewhere", later & ~change)):
+        counts = torch.histc(beta[where].float(), HISTOGRAM_BINS, 0.0, 1.0)
+        report[name] = (counts / counts.sum().clamp_min(1)).tolist()
+    return report
 
 
 def _near(marks: Tensor, tolerance: int) -> Tensor:

@@ -13,16 +13,15 @@ can reach.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.phases.cells import in_own_processes
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
@@ -35,7 +34,6 @@ from metacontroller.phases.reproduce import (
     load_artefact,
     open_folder,
     read_config,
-    start_worker,
     steered_model,
 )
 from metacontroller.presets.gridworld import GridworldConfig, stream_seed, with_seed
@@ -227,27 +225,8 @@ def _here(jobs: Sequence[Job], advance: Callable[[], None]) -> None:
 
 
 def _in_processes(jobs: Sequence[Job], advance: Callable[[], None], workers: int) -> None:
-    """A fresh process a job: one that is killed takes no other with it."""
-    context, left, running = multiprocessing.get_context("spawn"), list(jobs), []
-    try:
-        while left or running:
-            while left and len(running) < workers:
-                process = context.Process(target=_attempt_alone, args=left.pop(0))
-                process.start()
-                running.append(process)
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                running.remove(process)
-                advance()
-    except BaseException:
-        for process in running:
-            process.terminate()
-        raise
-
-
-def _attempt_alone(out: str, cell: Cell, device: str) -> None:
-    start_worker()
-    attempt(out, cell, device)
+    left = list(jobs)
+    in_own_processes(attempt, lambda: left.pop(0) if left else None, workers, advance)
 
 
 def _on_slurm(

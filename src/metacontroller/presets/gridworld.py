@@ -381,6 +381,7 @@ def paper() -> GridworldConfig:
                 max_grad_norm=1.0,  # our choice
             ),
             state_loss_weight=0.01,  # 0 or 0.01
+            snapshots=(10_000, 50_000, 100_000),  # our choice
         ),
         discover=DiscoverConfig(
             optimizer=OptimizerConfig(  # hyperparameters of discovery

@@ -1,0 +1,166 @@
+"""Figures of a study: baselines (Fig. 8, A5), rate-distortion (Fig. 7), gate histograms (A3), pretraining (A2), codes
+forced in mid-episode (A4). Needs matplotlib, like `figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metacontroller.analysis.figures import figure_of_size, layers_figure, median_and_quartiles, save_figure
+from metacontroller.analysis.switching import HISTOGRAM_BINS
+from metacontroller.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASELINES = {
+    "compile": ("CompILE", "C1"),
+    "forced-switching": ("forced switching", "C2"),
+    "cotrained-from-pretrained": ("co-trained, from pretrained weights", "C4"),
+    "cotrained-from-scratch": ("co-trained, from scratch", "C5"),
+}
+"""How the study's baselines are named and drawn."""
+
+
+def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tuple[str, Figure]]:
+    """All figures of the study in a reproduction's folder: by file name, a caption and the figure."""
+    rows = RunFolder(folder.path / "study").read_summary().get("cells", [])
+    return {
+        "baselines": ("Success against episodes, median and quartiles over seeds", baselines_figure(folder, runs)),
+        "rate_distortion": ("Rate and distortion over alpha", rate_distortion_figure(rows)),
+        "pretraining": ("What pretraining does to abstract actions", pretraining_figure(rows)),
+        "gate_histogram": ("The gate at true subgoal changes and elsewhere, all seeds", gate_histogram_figure(runs)),
+        "injection": ("Codes forced in mid-episode", injection_figure(runs)),
+        "layers": ("By layer", layers_figure(runs)),
+    }
+
+
+def draw_study(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
+    """Writes them to the folder's figures."""
+    for name, (_, figure) in study_figures(folder, runs).items():
+        save_figure(figure, folder.path / "figures" / f"{name}.png")
+
+
+def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
+    """Internal RL, raw-action RL and each baseline (as Fig. 8)."""
+    figure = figure_of_size(6.4, 4.0)
+    ax = figure.subplots()
+    lines = [("internal RL", "C0", [run.read_metrics("internal_rl") for run in runs])]
+    for name, (label, color) in BASELINES.items():
+        variant = [RunFolder(folder.path / "study" / name / run.path.name) for run in runs]
+        lines.append((label, color, [run.read_metrics("internal_rl") for run in variant]))
+    lines.append(("raw-action RL", "C3", [run.read_metrics("raw_action_rl") for run in runs]))
+    for label, color, logged in lines:
+        logged = [line for line in logged if line]
+        if logged:
+            median_and_quartiles(ax, logged, label, color)
+    ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None), ylim=(-0.02, 1.02))
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def rate_distortion_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Two curves over alpha, frozen and co-trained; stars are aligned with subgoals, by the rule (as Fig. 7)."""
+    figure = figure_of_size(6.0, 4.0)
+    ax = figure.subplots()
+    for kind, label, color in (("frozen", "base frozen", "C0"), ("cotrained", "base co-trained", "C4")):
+        points = [row for row in rows if row["name"].startswith(f"rate-{kind}-") and "rate" in row]
+        if not points:
+            continue
+        alphas = sorted({row["value"] for row in points})
+        middle = [_median_of([row for row in points if row["value"] == alpha]) for alpha in alphas]
+        ax.plot([x for x, _ in middle], [y for _, y in middle], color=color, linewidth=1.0, label=label)
+        for row in points:
+            marker, size = ("*", 11) if row["aligned"] else ("o", 4)
+            ax.plot(row["rate"], row["distortion"], color=color, marker=marker, markersize=size)
+        for alpha, place in zip(alphas, middle, strict=True):
+            ax.annotate(f"α {alpha:g}", place, textcoords="offset points", xytext=(6, 5), fontsize="x-small")
+    ax.plot([], [], color="0.3", marker="*", markersize=11, linestyle="", label="switches aligned with subgoals")
+    ax.set(xlabel="rate: KL of the codes (nats per step)", ylabel="distortion: action loss (nats per step)")
+    ax.set_xscale("symlog", linthresh=0.1)
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _median_of(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    return median(row["rate"] for row in rows), median(row["distortion"] for row in rows)
+
+
+PRETRAINING_PANELS = (
+    ("pretraining-steps-", "updates of pretraining"),
+    ("weight-decay-", "weight decay"),
+    ("state-loss-", "λ, weight of the state loss"),
+    ("epsilon-", "ε, random moves of the expert"),
+)
+
+
+def pretraining_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Success of internal RL and the gate's recall and precision after each variant of pretraining (as Fig. A2)."""
+    figure = figure_of_size(11.0, 3.0)
+    panels: Sequence[Axes] = figure.subplots(1, len(PRETRAINING_PANELS), sharey=True)
+    reference = [row for row in rows if row["name"] == "pretraining-reference" and "gate_recall" in row]
+    for ax, (prefix, label) in zip(panels, PRETRAINING_PANELS, strict=True):
+        points = [row for row in rows if row["name"].startswith(prefix) and "gate_recall" in row]
+        values = sorted({row["value"] for row in points})
+        places = ["preset", *(f"{value:g}" for value in values)]
+        groups = [reference if prefix != "pretraining-steps-" else []]
+        groups += [[row for row in points if row["value"] == value] for value in values]
+        for measure, name, marker in (
+            ("internal_rl_success", "internal RL: success", "o"),
+            ("gate_recall", "gate: recall", "^"),
+            ("gate_precision", "gate: precision", "v"),
+        ):
+            shown = [(place, row[measure]) for place, group in zip(places, groups, strict=True) for row in group]
+            ax.plot([x for x, _ in shown], [y for _, y in shown], marker=marker, linestyle="", label=name, alpha=0.8)
+        ax.set(xlabel=label, ylim=(-0.03, 1.05))
+    panels[0].legend(frameon=False, fontsize="x-small")
+    return figure
+
+
+def gate_histogram_figure(runs: Sequence[RunFolder]) -> Figure:
+    """Histogram of beta where subgoals change and elsewhere, and precision, recall, F1 by tolerance (as Fig. A3)."""
+    figure = figure_of_size(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
+    found = [analysis for run in runs if (analysis := run.read_analysis("gate"))]
+    if not found:
+        for ax in (left, right):
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+        return figure
+    edges = torch.linspace(0, 1, HISTOGRAM_BINS + 1)[:-1].tolist()
+    for name, label, color in (("elsewhere", "elsewhere", "C7"), ("at_change", "at true changes", "C1")):
+        share = torch.tensor([analysis[name] for analysis in found]).mean(0)
+        left.bar(edges, share.tolist(), 1 / HISTOGRAM_BINS, align="edge", label=label, color=color, alpha=0.7)
+    left.set(xlabel="gate β", ylabel="share of steps", title="Histogram of the gate")
+    left.legend(frameon=False)
+    tolerance = found[0]["tolerance"]
+    for name, marker in (("recall", "^"), ("precision", "v"), ("f1", "o")):
+        values = torch.tensor([analysis[name] for analysis in found]).quantile(0.5, dim=0)
+        right.plot(tolerance, values.tolist(), marker=marker, label=name)
+    right.set(xlabel="tolerance (steps)", ylim=(-0.02, 1.05), title="Against true subgoal changes", xticks=tolerance)
+    right.legend(frameon=False)
+    return figure
+
+
+def injection_figure(runs: Sequence[RunFolder]) -> Figure:
+    """Walks whose second color is the one named, free and with its code forced (as Fig. A4); dots are seeds."""
+    figure = figure_of_size(5.0, 3.4)
+    ax = figure.subplots()
+    found = [analysis for run in runs if (analysis := run.read_analysis("injection"))]
+    bars = {
+        "free": "all, free",
+        "forced": "all, forced",
+        "free_unseen": "unseen, free",
+        "forced_unseen": "unseen, forced",
+    }
+    for place, name in enumerate(bars):
+        values = [analysis[name] for analysis in found if analysis.get(name) is not None]
+        if values:
+            ax.bar(place, median(values), color="C0" if "forced" in name else "C7", alpha=0.7)
+            ax.plot([place] * len(values), values, color="0.2", marker=".", linestyle="")
+    ax.set_xticks(range(len(bars)), list(bars.values()), fontsize="small")
+    ax.set(ylabel="second color is the one named", ylim=(0, 1.02), title="A color's code, forced after the first color")
+    return figure

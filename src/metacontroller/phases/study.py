@@ -1,0 +1,415 @@
+"""Every baseline and every analysis on the seeds of a reproduction: what the paper's figures are drawn from.
+
+    OUT/seed-0/ ...                  the reproduction, with the analyses of its runs
+    OUT/study/NAME/seed-0/           a run folder of each variant: config, artefacts, metrics, summary
+    OUT/study/config.json            what the study was asked for
+    OUT/study/summary.json           all numbers
+
+A variant starts from the base model of the reproduction's seed, changes what its name says and nothing else, and is
+measured like it. Whatever is finished is not run again, what was interrupted goes on from its last checkpoint, what
+failed leaves ``error.txt``, and the rest go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
+from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
+from metacontroller.baselines.compile import CompILE
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.switching import GateConfig
+from metacontroller.phases.cells import Job, in_own_processes
+from metacontroller.phases.evaluate import evaluate
+from metacontroller.phases.pretrain import snapshot_path
+from metacontroller.phases.reproduce import (
+    BASE_MODEL,
+    META_CONTROLLER,
+    POLICY,
+    TimedRun,
+    copy_artefact,
+    load_artefact,
+    read_config,
+    reproduce_seed,
+    run_phase,
+    steered_model,
+)
+from metacontroller.phases.training import OptimizerConfig
+from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed, with_seed
+from metacontroller.presets.reading import from_plain
+from metacontroller.progress import track
+from metacontroller.run_folder import RunFolder
+
+FOLDER = "study"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """How much of everything.
+
+    alphas: of the rate-distortion curves. discovery_steps: of each of their points, and of each variant of pretraining.
+    snapshots: base models in mid-pretraining to discover on. weight_decays, state_loss_weights, epsilons: one variant
+    of pretraining each, of pretraining_steps updates, beside one with the preset's values. episodes: of internal RL on
+    each. few_seeds: so many of the seeds have these curves and variants; the four baselines have all.
+    probe_steps, steer_steps, walks, analysis_episodes: of the analyses of each reproduced run.
+    """
+
+    alphas: tuple[float, ...] = (0.001, 0.004, 0.016, 0.064)
+    discovery_steps: int = 2400
+    snapshots: tuple[int, ...] = (500, 1000, 2000)
+    weight_decays: tuple[float, ...] = (0.0, 0.3)
+    state_loss_weights: tuple[float, ...] = (0.01, 0.1)
+    epsilons: tuple[float, ...] = (0.1,)
+    pretraining_steps: int = 1500
+    episodes: int = 50_000
+    few_seeds: int = 1
+    probe_steps: int = 300
+    steer_steps: int = 400
+    walks: int = 1024
+    analysis_episodes: int = 2048
+
+
+STUDIES = {
+    "debug": StudyConfig(
+        alphas=(0.01,),
+        discovery_steps=6,
+        snapshots=(4,),
+        weight_decays=(0.1,),
+        state_loss_weights=(0.1,),
+        epsilons=(0.1,),
+        pretraining_steps=6,
+        episodes=64,
+        probe_steps=5,
+        steer_steps=5,
+        walks=16,
+        analysis_episodes=64,
+    ),
+    "laptop": StudyConfig(),
+    "paper": StudyConfig(
+        alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),  # the alphas searched
+        discovery_steps=64_000,  # as the paper's discovery; all below: our choice where the paper is silent
+        snapshots=(10_000, 50_000, 100_000),
+        weight_decays=(0.0, 0.01, 0.1),
+        state_loss_weights=(0.0, 0.1),
+        epsilons=(0.05, 0.1, 0.2),  # §4
+        pretraining_steps=256_000,
+        episodes=1_000_000,
+        few_seeds=3,
+        probe_steps=8000,  # table of probes
+        steer_steps=3200,  # table of supervised controllers
+        walks=4096,
+        analysis_episodes=4096,
+    ),
+}
+"""By preset."""
+
+Group = Literal["baseline", "rate", "pretraining"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One change to the reproduction. value: what is varied in its group, for axes and tables. start: from the base
+    model of the seed, from one of its snapshots (the step), from a base model of its own, or from new weights."""
+
+    name: str
+    group: Group
+    config: GridworldConfig
+    value: float | None = None
+    start: Literal["base", "own", "new"] | int = "base"
+    reinforces: bool = True
+
+
+def _shortened(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The same with fewer steps, of which the learning rate falls over the same share."""
+    return replace(optimizer, steps=steps, decay_steps=round(optimizer.decay_steps * steps / optimizer.steps))
+
+
+def variants(config: GridworldConfig, study: StudyConfig) -> dict[str, Variant]:
+    """All variants by name, in the order in which they are run."""
+    found = [*_baselines(config), *_rate_distortion(config, study), *_pretraining(config, study)]
+    return {variant.name: variant for variant in found}
+
+
+def _baselines(config: GridworldConfig) -> list[Variant]:
+    """The paper's baselines beside raw-action RL, which the reproduction has (Fig. 8)."""
+    forced = replace(config, meta_controller=replace(config.meta_controller, gate=GateConfig(mode="forced")))
+    cotrained = _cotrained(config)
+    scratch = replace(  # as many updates as pretraining and discovery have together
+        cotrained,
+        discover=replace(
+            cotrained.discover,
+            optimizer=replace(
+                cotrained.discover.optimizer,
+                steps=config.pretrain.optimizer.steps + config.discover.optimizer.steps,
+            ),
+        ),
+    )
+    return [
+        Variant(name="compile", group="baseline", config=replace(config, discovery="compile")),
+        Variant(name="forced-switching", group="baseline", config=forced),
+        Variant(name="cotrained-from-pretrained", group="baseline", config=cotrained),
+        Variant(name="cotrained-from-scratch", group="baseline", config=scratch, start="new"),
+    ]
+
+
+def _cotrained(config: GridworldConfig) -> GridworldConfig:
+    """The base trained along, at pretraining's learning rate."""
+    optimizer = replace(config.discover.optimizer, lr=config.pretrain.optimizer.lr)
+    return replace(config, discover=replace(config.discover, optimizer=optimizer, train_model=True))
+
+
+def _rate_distortion(config: GridworldConfig, study: StudyConfig) -> list[Variant]:
+    """Each alpha, frozen and co-trained, with the Gumbel-sigmoid gate (Fig. 7)."""
+    found = []
+    gate = replace(config.meta_controller.gate, mode="gumbel-sigmoid")
+    for alpha in study.alphas:
+        for kind, base in (("frozen", config), ("cotrained", _cotrained(config))):
+            optimizer = _shortened(base.discover.optimizer, study.discovery_steps)
+            discovery = replace(base.discover, optimizer=optimizer, alpha=alpha)
+            changed = replace(base, discover=discovery, meta_controller=replace(base.meta_controller, gate=gate))
+            name = f"rate-{kind}-{alpha:g}"
+            found.append(Variant(name=name, group="rate", config=changed, value=alpha, reinforces=False))
+    return found
+
+
+def _pretraining(config: GridworldConfig, study: StudyConfig) -> list[Variant]:
+    """Base models pretrained for less time or otherwise, with the same discovery on each (Fig. A2)."""
+    rl = replace(config.internal_rl, episodes=study.episodes)
+    discovery = replace(config.discover, optimizer=_shortened(config.discover.optimizer, study.discovery_steps))
+    config = replace(config, discover=discovery, internal_rl=rl)
+    found = []
+    for step in study.snapshots:
+        name = f"pretraining-steps-{step}"
+        found.append(Variant(name=name, group="pretraining", config=config, value=step, start=step))
+    short = _shortened(config.pretrain.optimizer, study.pretraining_steps)
+    config = replace(config, pretrain=replace(config.pretrain, optimizer=short, snapshots=()))
+
+    def add(name: str, value: float | None, changed: GridworldConfig) -> None:
+        found.append(Variant(name=name, group="pretraining", config=changed, value=value, start="own"))
+
+    add("pretraining-reference", None, config)
+    for decay in study.weight_decays:
+        optimizer = replace(short, weight_decay=decay)
+        add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=replace(config.pretrain, optimizer=optimizer)))
+    for weight in study.state_loss_weights:
+        pretraining = replace(config.pretrain, state_loss_weight=weight)
+        add(f"state-loss-{weight:g}", weight, replace(config, pretrain=pretraining))
+    for epsilon in study.epsilons:
+        add(f"epsilon-{epsilon:g}", epsilon, replace(config, expert=replace(config.expert, epsilon=epsilon)))
+    return found
+
+
+# -- one cell ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A seed of the reproduction (what: "run"), its analyses ("analyses"), or of the variant named."""
+
+    what: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where it leaves its files."""
+        reproduced = self.what in ("run", "analyses")
+        return out / f"seed-{self.seed}" if reproduced else variant_folder(out, self.what, self.seed)
+
+    def finished(self, out: Path) -> bool:
+        """Whether nothing of it is left to do."""
+        run = RunFolder(self.folder(out))
+        if self.what == "analyses":
+            return all(run.read_analysis(name) for name in ANALYSES)
+        return bool(run.read_summary())
+
+
+ANALYSES = ("gate", "injection", "probes", "steering")
+
+
+def variant_folder(out: Path, name: str, seed: int) -> Path:
+    """The run folder of a variant's seed."""
+    return out / FOLDER / name / f"seed-{seed}"
+
+
+def attempt(out: str, cell: Cell, study: StudyConfig, device: str) -> None:
+    """Runs a cell, or goes on with it; what went wrong is written to its ``error.txt``."""
+    folder = cell.folder(Path(out))
+    failure = folder / "error.txt"
+    try:
+        if cell.what == "run":
+            config = with_seed(read_config(RunFolder(out)), cell.seed)
+            reproduce_seed(config, folder, quiet=True, device=device)
+        elif cell.what == "analyses":
+            analyse(RunFolder(folder), study, device)
+        else:
+            run_variant(Path(out), cell, study, device)
+        failure.unlink(missing_ok=True)
+    except Exception:
+        folder.mkdir(parents=True, exist_ok=True)
+        failure.write_text(traceback.format_exc())
+
+
+def analyse(run: RunFolder, study: StudyConfig, device: str) -> None:
+    """All analyses of a reproduced run that are not there yet."""
+    episodes = study.analysis_episodes
+    training: dict[str, Any] = {"batch_size": 128, "episodes": episodes, "quiet": True, "device": device}
+    calls: dict[str, Callable[[], Any]] = {
+        "gate": lambda: gate_run(run, episodes=episodes, device=device),
+        "injection": lambda: inject_run(run, walks=study.walks, device=device),
+        "probes": lambda: probe_run(run, steps=study.probe_steps, **training),
+        "steering": lambda: steer_run(run, steps=study.steer_steps, **training),
+    }
+    assert tuple(calls) == ANALYSES
+    for name, call in calls.items():
+        if not run.read_analysis(name):
+            began = time.monotonic()
+            found = call()
+            run.write_analysis(name, {**found, "seconds": time.monotonic() - began})
+
+
+def run_variant(out: Path, cell: Cell, study: StudyConfig, device: str) -> None:
+    """Its phases, resumed if they were begun, and its summary."""
+    variant = variants(read_config(RunFolder(out)), study)[cell.what]
+    config, run = with_seed(variant.config, cell.seed), TimedRun(cell.folder(out))
+    source = RunFolder(out / f"seed-{cell.seed}")
+    phases = ["discover"]
+    run.write_config(config)
+    if variant.start == "base":
+        copy_artefact(BASE_MODEL, source.path, run.path)
+    elif variant.start == "own":
+        phases.insert(0, "pretrain")
+    elif variant.start != "new":
+        snapshot = snapshot_path(source, variant.start)
+        copy_artefact(snapshot.stem, snapshot.parent, run.path)
+        os.replace(run.path / snapshot.name, run.path / f"{BASE_MODEL}.safetensors")
+    if variant.reinforces:
+        phases.append("internal_rl")
+    for phase in phases:
+        run_phase(phase, config, run.path, True, device)
+    began = time.monotonic()
+    measured = measure_variant(config, run, device, reinforced=variant.reinforces)
+    phase_seconds = {phase: run.load_checkpoint(phase)[1]["seconds"] for phase in phases}
+    phase_seconds["evaluate"] = time.monotonic() - began
+    seconds = sum(phase_seconds.values())
+    run.write_summary({"seed": cell.seed, **measured, "seconds": seconds, "phase_seconds": phase_seconds})
+
+
+def measure_variant(config: GridworldConfig, run: RunFolder, device: str, *, reinforced: bool) -> dict[str, Any]:
+    """What a variant is judged by, all of it on new layouts."""
+    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
+    model = steered_model(config, run, device)
+    controlled = load_artefact(MetaController, run, META_CONTROLLER, device)
+    source = generate(config, "discover")
+    if config.discovery == "compile":
+        segmentation = CompILE.init_and_load(run.path / "compile.safetensors").to(device)
+        found = rate_distortion_of_segments(model, segmentation, controlled, source, settings.episodes, seed)
+    else:
+        found = rate_distortion(model, controlled, source, settings.episodes, seed)
+    if reinforced:
+        policy = load_artefact(MetaController, run, POLICY, device)
+        task, episodes = config.post_task, settings.episodes
+        result = evaluate(model, policy, config.environment, "internal-rl", task, episodes, seed)
+        found["internal_rl_success"] = result["success"]
+    return {**found, "aligned": is_aligned(found)}
+
+
+# -- all cells --------------------------------------------------------------------------------------------------------
+
+
+def study(
+    config: StudyConfig,
+    out: str | os.PathLike[str],
+    seeds: list[int],
+    *,
+    workers: int = 1,
+    quiet: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Runs what is left of the study in ``out``, which holds a reproduction's config; writes and returns its summary.
+
+    workers: cells at the same time, each in a process of its own with one thread; with one worker in this process.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {seeds}; give at least one, each once.")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; expected at least 1.")
+    folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
+    if (own.path / "config.json").exists() and from_plain(StudyConfig, own.read_config()) != config:
+        raise ValueError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
+    own.write_config(config)
+    named = variants(read_config(folder), config)
+    few = seeds[: config.few_seeds]
+    cells = [Cell("run", seed) for seed in seeds]
+    cells += [Cell("analyses", seed) for seed in seeds]
+    for variant in named.values():
+        cells += [Cell(variant.name, seed) for seed in (seeds if variant.group == "baseline" else few)]
+    left = [cell for cell in cells if not cell.finished(folder.path)]
+    done = len(cells) - len(left)
+
+    with track(len(cells), "study", start=done, quiet=quiet) as progress:
+
+        def next_job() -> Job | None:
+            for cell in left:
+                if cell.what == "run" or Cell("run", cell.seed).finished(folder.path):
+                    left.remove(cell)
+                    return str(folder.path), cell, config, device
+            return None
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress.update(done)
+
+        if workers == 1:
+            while (job := next_job()) is not None:
+                attempt(*job)
+                advance()
+        else:
+            in_own_processes(attempt, next_job, workers, advance)
+    summary = _summary(folder.path, cells, named)
+    own.write_summary(summary)
+    return summary
+
+
+def _summary(out: Path, cells: list[Cell], named: dict[str, Variant]) -> dict[str, Any]:
+    """cells: a row each with what was measured, or why not; seconds: of all cells, added up."""
+    rows, seconds = [], 0.0
+    for cell in cells:
+        run = RunFolder(cell.folder(out))
+        if cell.what == "analyses":
+            seconds += sum(run.read_analysis(name).get("seconds", 0.0) for name in ANALYSES)
+            found: dict[str, Any] = {}
+        else:
+            found = run.read_summary()
+            seconds += found.get("seconds", 0.0)
+        row: dict[str, Any] = {"name": cell.what, "seed": cell.seed, "status": _status(out, cell)}
+        if cell.what in named:
+            kept = ("internal_rl_success", "rate", "distortion", "aligned", "seconds")
+            kept += ("gate_recall", "gate_precision", "gate_binary_fraction", "segment_recall", "segment_precision")
+            row |= {"group": named[cell.what].group, "value": named[cell.what].value}
+            row |= {name: found[name] for name in kept if name in found}
+        rows.append(row)
+    return {"cells": rows, "seconds": seconds}
+
+
+def variant_rows(summary: dict[str, Any], group: Group | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of a study's summary, by variant, of one group or of all."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in summary.get("cells", []):
+        if row["status"] == "finished" and "group" in row and group in (None, row["group"]):
+            found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def _status(out: Path, cell: Cell) -> str:
+    if cell.finished(out):
+        return "finished"
+    failure = cell.folder(out) / "error.txt"
+    if failure.exists():
+        return f"failed: {failure.read_text().strip().splitlines()[-1]}"
+    return "not run"
