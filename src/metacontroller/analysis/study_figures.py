@@ -32,7 +32,7 @@ def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tup
     return {
         "baselines": ("Success against episodes, median and quartiles over seeds", baselines_figure(folder, runs)),
         "rate_distortion": ("Rate and distortion over alpha", rate_distortion_figure(rows)),
-        "pretraining": ("What pretraining does to abstract actions", pretraining_figure(rows)),
+        "pretraining": ("What pretraining does to abstract actions", pretraining_figure(folder, rows)),
         "gate_histogram": ("The gate at true subgoal changes and elsewhere, all seeds", gate_histogram_figure(runs)),
         "injection": ("Codes forced in mid-episode", injection_figure(runs)),
         "layers": ("By layer", layers_figure(runs)),
@@ -98,17 +98,20 @@ PRETRAINING_PANELS = (
 )
 
 
-def pretraining_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Success of internal RL and the gate's recall and precision after each variant of pretraining (as Fig. A2)."""
+def pretraining_figure(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> Figure:
+    """Success of internal RL and the gate's recall and precision after each variant of pretraining (as Fig. A2); those
+    with other settings beside the preset's after as many updates."""
     figure = figure_of_size(11.0, 3.0)
     panels: Sequence[Axes] = figure.subplots(1, len(PRETRAINING_PANELS), sharey=True)
-    reference = [row for row in rows if row["name"] == "pretraining-reference" and "gate_recall" in row]
+    steps = RunFolder(folder.path / "study").read_config().get("pretraining_steps") if rows else None
+    reference = [row for row in rows if row["name"] == f"pretraining-steps-{steps}" and "gate_recall" in row]
     for ax, (prefix, label) in zip(panels, PRETRAINING_PANELS, strict=True):
         points = [row for row in rows if row["name"].startswith(prefix) and "gate_recall" in row]
         values = sorted({row["value"] for row in points})
         places = ["preset", *(f"{value:g}" for value in values)]
-        groups = [reference if prefix != "pretraining-steps-" else []]
-        groups += [[row for row in points if row["value"] == value] for value in values]
+        groups = [reference, *([row for row in points if row["value"] == value] for value in values)]
+        if prefix == "pretraining-steps-":
+            places, groups = places[1:], groups[1:]
         for measure, name, marker in (
             ("internal_rl_success", "internal RL: success", "o"),
             ("gate_recall", "gate: recall", "^"),

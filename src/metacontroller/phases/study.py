@@ -26,6 +26,7 @@ from metacontroller.baselines.compile import CompILE
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 from metacontroller.phases.cells import Job, in_own_processes
+from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.pretrain import snapshot_path
 from metacontroller.phases.reproduce import (
@@ -40,7 +41,6 @@ from metacontroller.phases.reproduce import (
     run_phase,
     steered_model,
 )
-from metacontroller.phases.training import OptimizerConfig
 from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed, with_seed
 from metacontroller.presets.reading import from_plain
 from metacontroller.progress import track
@@ -53,20 +53,21 @@ FOLDER = "study"
 class StudyConfig:
     """How much of everything.
 
-    alphas: of the rate-distortion curves. discovery_steps: of each of their points, and of each variant of pretraining.
-    snapshots: base models in mid-pretraining to discover on. weight_decays, state_loss_weights, epsilons: one variant
-    of pretraining each, of pretraining_steps updates, beside one with the preset's values. episodes: of internal RL on
-    each. few_seeds: so many of the seeds have these curves and variants; the four baselines have all.
+    alphas: of the rate-distortion curves. discovery_steps, alpha_warmup: of their points and of variants of
+    pretraining. snapshots: base models in mid-pretraining to discover on. weight_decays, state_loss_weights, epsilons:
+    a base model of its own for each, after pretraining_steps updates, to compare with the snapshot of that step.
+    episodes: of internal RL on each. few_seeds: so many of the seeds have curves and variants; all have the baselines.
     probe_steps, steer_steps, walks, analysis_episodes: of the analyses of each reproduced run.
     """
 
-    alphas: tuple[float, ...] = (0.001, 0.004, 0.016, 0.064)
-    discovery_steps: int = 2400
-    snapshots: tuple[int, ...] = (500, 1000, 2000)
-    weight_decays: tuple[float, ...] = (0.0, 0.3)
-    state_loss_weights: tuple[float, ...] = (0.01, 0.1)
+    alphas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5)
+    discovery_steps: int = 1600
+    alpha_warmup: tuple[int, int] = (700, 1200)
+    snapshots: tuple[int, ...] = (500, 1000)
+    weight_decays: tuple[float, ...] = (0.0,)
+    state_loss_weights: tuple[float, ...] = (0.01,)
     epsilons: tuple[float, ...] = (0.1,)
-    pretraining_steps: int = 1500
+    pretraining_steps: int = 1000
     episodes: int = 50_000
     few_seeds: int = 1
     probe_steps: int = 300
@@ -79,11 +80,12 @@ STUDIES = {
     "debug": StudyConfig(
         alphas=(0.01,),
         discovery_steps=6,
+        alpha_warmup=(1, 4),
         snapshots=(4,),
         weight_decays=(0.1,),
         state_loss_weights=(0.1,),
         epsilons=(0.1,),
-        pretraining_steps=6,
+        pretraining_steps=4,
         episodes=64,
         probe_steps=5,
         steer_steps=5,
@@ -94,11 +96,12 @@ STUDIES = {
     "paper": StudyConfig(
         alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),  # the alphas searched
         discovery_steps=64_000,  # as the paper's discovery; all below: our choice where the paper is silent
+        alpha_warmup=(0, 0),
         snapshots=(10_000, 50_000, 100_000),
         weight_decays=(0.0, 0.01, 0.1),
         state_loss_weights=(0.0, 0.1),
         epsilons=(0.05, 0.1, 0.2),  # §4
-        pretraining_steps=256_000,
+        pretraining_steps=100_000,
         episodes=1_000_000,
         few_seeds=3,
         probe_steps=8000,  # table of probes
@@ -125,9 +128,13 @@ class Variant:
     reinforces: bool = True
 
 
-def _shortened(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """The same with fewer steps, of which the learning rate falls over the same share."""
-    return replace(optimizer, steps=steps, decay_steps=round(optimizer.decay_steps * steps / optimizer.steps))
+def _discovery(config: DiscoverConfig, study: StudyConfig) -> DiscoverConfig:
+    """The same with the study's steps, over as large a share of which the learning rate falls."""
+    optimizer, steps = config.optimizer, study.discovery_steps
+    falls = round(optimizer.decay_steps * steps / optimizer.steps)
+    return replace(
+        config, optimizer=replace(optimizer, steps=steps, decay_steps=falls), alpha_warmup=study.alpha_warmup
+    )
 
 
 def variants(config: GridworldConfig, study: StudyConfig) -> dict[str, Variant]:
@@ -140,16 +147,10 @@ def _baselines(config: GridworldConfig) -> list[Variant]:
     """The paper's baselines beside raw-action RL, which the reproduction has (Fig. 8)."""
     forced = replace(config, meta_controller=replace(config.meta_controller, gate=GateConfig(mode="forced")))
     cotrained = _cotrained(config)
-    scratch = replace(  # as many updates as pretraining and discovery have together
-        cotrained,
-        discover=replace(
-            cotrained.discover,
-            optimizer=replace(
-                cotrained.discover.optimizer,
-                steps=config.pretrain.optimizer.steps + config.discover.optimizer.steps,
-            ),
-        ),
+    joint = replace(
+        cotrained.discover.optimizer, steps=max(config.pretrain.optimizer.steps, config.discover.optimizer.steps)
     )
+    scratch = replace(cotrained, discover=replace(cotrained.discover, optimizer=joint))
     return [
         Variant(name="compile", group="baseline", config=replace(config, discovery="compile")),
         Variant(name="forced-switching", group="baseline", config=forced),
@@ -170,8 +171,7 @@ def _rate_distortion(config: GridworldConfig, study: StudyConfig) -> list[Varian
     gate = replace(config.meta_controller.gate, mode="gumbel-sigmoid")
     for alpha in study.alphas:
         for kind, base in (("frozen", config), ("cotrained", _cotrained(config))):
-            optimizer = _shortened(base.discover.optimizer, study.discovery_steps)
-            discovery = replace(base.discover, optimizer=optimizer, alpha=alpha)
+            discovery = replace(_discovery(base.discover, study), alpha=alpha)
             changed = replace(base, discover=discovery, meta_controller=replace(base.meta_controller, gate=gate))
             name = f"rate-{kind}-{alpha:g}"
             found.append(Variant(name=name, group="rate", config=changed, value=alpha, reinforces=False))
@@ -181,22 +181,20 @@ def _rate_distortion(config: GridworldConfig, study: StudyConfig) -> list[Varian
 def _pretraining(config: GridworldConfig, study: StudyConfig) -> list[Variant]:
     """Base models pretrained for less time or otherwise, with the same discovery on each (Fig. A2)."""
     rl = replace(config.internal_rl, episodes=study.episodes)
-    discovery = replace(config.discover, optimizer=_shortened(config.discover.optimizer, study.discovery_steps))
-    config = replace(config, discover=discovery, internal_rl=rl)
+    config = replace(config, discover=_discovery(config.discover, study), internal_rl=rl)
     found = []
     for step in study.snapshots:
         name = f"pretraining-steps-{step}"
         found.append(Variant(name=name, group="pretraining", config=config, value=step, start=step))
-    short = _shortened(config.pretrain.optimizer, study.pretraining_steps)
-    config = replace(config, pretrain=replace(config.pretrain, optimizer=short, snapshots=()))
+    optimizer = replace(config.pretrain.optimizer, steps=study.pretraining_steps, decay_steps=0)  # as at a snapshot
+    config = replace(config, pretrain=replace(config.pretrain, optimizer=optimizer, snapshots=()))
 
-    def add(name: str, value: float | None, changed: GridworldConfig) -> None:
+    def add(name: str, value: float, changed: GridworldConfig) -> None:
         found.append(Variant(name=name, group="pretraining", config=changed, value=value, start="own"))
 
-    add("pretraining-reference", None, config)
     for decay in study.weight_decays:
-        optimizer = replace(short, weight_decay=decay)
-        add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=replace(config.pretrain, optimizer=optimizer)))
+        decayed = replace(config.pretrain, optimizer=replace(optimizer, weight_decay=decay))
+        add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=decayed))
     for weight in study.state_loss_weights:
         pretraining = replace(config.pretrain, state_loss_weight=weight)
         add(f"state-loss-{weight:g}", weight, replace(config, pretrain=pretraining))
@@ -345,9 +343,9 @@ def study(
     named = variants(read_config(folder), config)
     few = seeds[: config.few_seeds]
     cells = [Cell("run", seed) for seed in seeds]
-    cells += [Cell("analyses", seed) for seed in seeds]
     for variant in named.values():
         cells += [Cell(variant.name, seed) for seed in (seeds if variant.group == "baseline" else few)]
+    cells += [Cell("analyses", seed) for seed in seeds]
     left = [cell for cell in cells if not cell.finished(folder.path)]
     done = len(cells) - len(left)
 
