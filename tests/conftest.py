@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 # The kernels' compiled files are left out: Triton compiles the plain function, not a checked one.
 CHECKED = [
-    *("metacontroller." + name for name in ("models", "control", "envs", "data", "phases", "analysis")),
+    *("metacontroller." + name for name in ("models", "control", "envs", "data", "phases", "baselines", "analysis")),
     "metacontroller.run_folder",
     "metacontroller.progress",
 ]

@@ -125,3 +125,53 @@ def test_an_embedded_residual_of_another_length_is_refused() -> None:
     width = debug().model.dim
     with pytest.raises(ValueError, match="embedded_residual has 7 steps; expected 5, as the residual, or one more"):
         steering.discover(torch.zeros(2, 5, width), embedded_residual=torch.zeros(2, 7, width))
+
+
+def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_path: Path) -> None:
+    config = debug()
+    model, steering = build_model(config).double(), build_meta_controller(config).double()
+    batch = generate(config, "discover")(6, torch.Generator().manual_seed(0))
+    noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
+    view = embedded_view(dataclasses.replace(config, turned_embedding=True))
+    assert view is not None
+    seen = view(batch.states, torch.Generator().manual_seed(2))
+
+    def losses(train_model: bool) -> Any:
+        return model.steered_losses(
+            batch.states,
+            batch.actions,
+            steering,
+            batch.lengths,
+            noise=noise,
+            embedded_states=seen,
+            train_model=train_model,
+        )[0]
+
+    frozen, trained = losses(False), losses(True)
+    for ours, theirs in zip(frozen, trained, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    ours = torch.autograd.grad(frozen.action, steering.controller.write)
+    theirs = torch.autograd.grad(trained.action, steering.controller.write, retain_graph=True)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-12)
+    reached = torch.autograd.grad(trained.action, list(model.parameters()), allow_unused=True)
+    names = [name for (name, _), value in zip(model.named_parameters(), reached, strict=True) if value is None]
+    assert all(name.startswith(("state_readout", "action_readout.embedding")) for name in names)
+    weight = model.encoder.table
+    (gradient,) = torch.autograd.grad(losses(True).action, weight)
+    index = tuple(int(i) for i in (gradient.abs() == gradient.abs().max()).nonzero()[0])
+    with torch.no_grad():
+        weight[index] += 1e-6
+        up = float(losses(True).action)
+        weight[index] -= 2e-6
+        down = float(losses(True).action)
+    assert (up - down) / 2e-6 == pytest.approx(float(gradient[index]), rel=1e-5)
+
+
+def test_a_co_trained_model_is_kept_beside_the_metacontroller(tmp_path: Path) -> None:
+    model = build_model(debug())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learn(tmp_path, model=model, train_model=True)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    kept = type(model).init_and_load(tmp_path / "cotrained_model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept.state_dict()[name])

@@ -11,6 +11,7 @@ Axes: b batch, t steps, p places (0..t, the last is the end), i segments, z code
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class Segmenter(nn.Module):
         x = torch.where((places == lengths[:, None])[..., None], self.end, x)
         known = length_mask(lengths + 1, steps + 1)
         allowed = known & (places > 0)
-        read_x = F.linear(x, self.layers[0].weight_ih, self.layers[0].bias_ih)  # the same for every segment
+        read_x = _project(self._cells[0], x)  # the same for every segment
         reached = x.new_ones(x.shape[:2])  # prod_{j<i} P(b_j <= p)
         begins, shares, distributions, log_place = [], [], [], None
         for index in range(self.segments):
@@ -110,7 +111,7 @@ class Segmenter(nn.Module):
         mean, log_std = proposal.chunk(2, -1)
         code = mean if noise is None else sample_gaussian(proposal, noise=noise.code)
         kl = gaussian_kl(mean, log_std).sum(1)
-        place_kl = self.segments * categorical_kl(log_place, poisson_log_prior(allowed, self.prior_rate))
+        place_kl = self.segments * categorical_kl(log_place, poisson_log_prior(allowed, self.prior_rate, x.dtype))
         return Segmentation(code, torch.stack(shares, 1), torch.stack(begins, 1), kl, place_kl)
 
     def draw_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> SegmentNoise:
@@ -121,10 +122,14 @@ class Segmenter(nn.Module):
 
     def _encode(self, read_x: Tensor, mask: Tensor) -> Tensor:
         """The masked encoder: the first layer's input projections (b, p, 3 d), mask (b, p) -> (b, p, d)."""
-        encoded = _masked_gru(self.layers[0], read_x, mask)
-        for layer in self.layers[1:]:
-            encoded = _masked_gru(layer, F.linear(encoded, layer.weight_ih, layer.bias_ih), mask)
+        encoded = _masked_gru(self._cells[0], read_x, mask)
+        for cell in self._cells[1:]:
+            encoded = _masked_gru(cell, _project(cell, encoded), mask)
         return encoded
+
+    @property
+    def _cells(self) -> list[nn.GRUCell]:
+        return [layer for layer in self.layers if isinstance(layer, nn.GRUCell)]
 
     def _sample_place(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
         """A relaxed one-hot of the place, or the one-hot of the likeliest; (b, p)."""
@@ -132,6 +137,11 @@ class Segmenter(nn.Module):
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
         return F.softmax((logits + gumbel) / self.temperature, -1)
+
+
+def _project(cell: nn.GRUCell, x: Tensor) -> Tensor:
+    """What the cell makes of its inputs alone, (..., d) -> (..., 3 d)."""
+    return F.linear(x, cell.weight_ih, cell.bias_ih)
 
 
 def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
@@ -148,10 +158,10 @@ def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def poisson_log_prior(allowed: Tensor, rate: float) -> Tensor:
+def poisson_log_prior(allowed: Tensor, rate: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Log-probability of each allowed place (b, p) bool under Poisson(rate), normalized over them; -inf elsewhere."""
-    places = torch.arange(allowed.shape[1], device=allowed.device, dtype=torch.get_default_dtype())
-    log_prob = places * torch.log(torch.tensor(rate)) - torch.lgamma(places + 1)
+    places = torch.arange(allowed.shape[1], device=allowed.device, dtype=dtype)
+    log_prob = places * math.log(rate) - torch.lgamma(places + 1)
     return F.log_softmax(log_prob.expand(len(allowed), -1).masked_fill(~allowed, -torch.inf), -1)
 
 
