@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format reproduce bench gpu clean
+.PHONY: help venv test test-slow lint types format reproduce figures bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: $(STAMP) ## rewrite files to the house format
 
 reproduce: $(STAMP) ## train and evaluate the laptop preset, all phases
 	$(BIN)/metacontroller reproduce --preset laptop --out runs/laptop $(ARGS)
+
+figures: $(STAMP) ## all baselines, analyses and figures of the laptop preset, three seeds, and a report; goes on where it was
+	$(BIN)/metacontroller figures --preset laptop --out runs/laptop $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
 	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -183,6 +183,8 @@ class LayerAnalysis:
     """Updates."""
     batch_size: int = 128
     """Episodes an update."""
+    lr: float = 3e-3
+    """Learning rate."""
     episodes: int = 2048
     """New episodes to judge by."""
     json: bool = False
@@ -196,9 +198,11 @@ class LayerAnalysis:
         for option in ("steps", "batch_size", "episodes"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} is {getattr(self, option)}; expected at least 1.")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; expected a number above 0.")
         require_matplotlib()
         runs = [RunFolder(path) for path in seed_folders(self.run)]
-        options = {name: getattr(self, name) for name in ("steps", "batch_size", "episodes", "quiet")}
+        options = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "episodes", "quiet")}
         results = [
             {"run": run.path.name, **self.analysis(run, device=device_name(self.device), **options)} for run in runs
         ]

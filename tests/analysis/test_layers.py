@@ -86,7 +86,7 @@ def test_labels_make_the_actions_likelier_and_the_model_stays() -> None:
     options: dict[str, Any] = {"batch_size": 32, "episodes": 40, "seed": 0, "lr": 1e-2, "quiet": True}
     arguments = (model, generate(config, "discover"), config.environment, config.post_task)
     short, long = (steer_layers(*arguments, steps=steps, **options) for steps in (2, 120))
-    assert len(long.success) == len(long.action_loss) == model.depth
+    assert len(long.success) == len(long.action_loss) == model.depth + 1
     assert all(later < earlier for earlier, later in zip(short.action_loss, long.action_loss, strict=True))
     assert all(0 <= share <= 1 for share in long.success)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
@@ -106,7 +106,7 @@ def test_both_commands_write_what_they_found(tmp_path: Path, capsys: pytest.Capt
     run = tmp_path / "run"
     assert main(["pretrain", str(run), "--preset", "debug", "--quiet", "--device", "cpu"]) == 0
     options = ["--steps", "3", "--batch-size", "8", "--episodes", "16", "--quiet", "--json", "--device", "cpu"]
-    for command, name, measure, layers in (("probe", "probes", "accuracy", 3), ("steer", "steering", "success", 2)):
+    for command, name, measure, layers in (("probe", "probes", "accuracy", 3), ("steer", "steering", "success", 3)):
         capsys.readouterr()
         assert main([command, str(run), *options]) == 0
         printed = json.loads(capsys.readouterr().out)
@@ -114,6 +114,9 @@ def test_both_commands_write_what_they_found(tmp_path: Path, capsys: pytest.Capt
         assert RunFolder(run).read_analysis(name)[measure] == printed[measure]
     assert (run / "figures" / "layers.png").stat().st_size > 0
     panels = figures.layers_figure([RunFolder(run), RunFolder(run)]).axes
-    assert [len(panel.lines) for panel in panels] == [3, 3]  # a line a seed and the median
+    assert [len(panel.lines) for panel in panels] == [3, 3, 3]  # a line a seed and the median; a line a layer
+    over = RunFolder(run).read_analysis("probes")["over_training"]
+    assert over["steps"] == [0, 4, 12]
+    assert over["accuracy"][-1] == RunFolder(run).read_analysis("probes")["accuracy"]
     assert main(["probe", str(run), "--steps", "0"]) == 2
     assert "steps is 0" in capsys.readouterr().err

@@ -37,14 +37,14 @@ def test_the_report_is_one_file_that_loads_nothing(reproduction: Path, tmp_path:
     assert "@import" not in page
     assert "CONTENT-->" not in page
     assert "DATA-->" not in page
-    assert page.count("<figure><svg") == 5 + 4  # figures and the player's panels
+    assert page.count("<figure><svg") == 7 + 4  # figures and the player's panels
     assert "tiny &lt;run&gt;: 2 seeds" in page
     assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
 
 
 def test_what_was_not_measured_is_said(reproduction: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = write_report([reproduction], tmp_path / "before.html").read_text()
-    assert before.count("<td>not measured</td>") == 5
+    assert before.count("<td>not measured</td>") == 5 + 4  # analyses and baselines
     assert all(episode["belief"] is None for episode in data_of(before)[0]["episodes"])
     quick = ["--steps", "3", "--batch-size", "8", "--episodes", "16", "--quiet", "--device", "cpu"]
     assert main(["probe", str(reproduction), *quick]) == 0
@@ -52,7 +52,7 @@ def test_what_was_not_measured_is_said(reproduction: Path, tmp_path: Path, capsy
     assert main(["inject", str(reproduction), "--walks", "8", "--device", "cpu"]) == 0
     assert main(["report", str(reproduction), "--out", str(tmp_path / "after.html"), "--device", "cpu"]) == 0
     after = (tmp_path / "after.html").read_text()
-    assert "<td>not measured</td>" not in after
+    assert after.count("<td>not measured</td>") == 4
     for episode in data_of(after)[0]["episodes"]:
         assert all(sum(belief) == pytest.approx(1, abs=1e-3) for belief in episode["belief"])
 

@@ -156,7 +156,7 @@ def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_pat
     reached = torch.autograd.grad(trained.action, list(model.parameters()), allow_unused=True)
     names = [name for (name, _), value in zip(model.named_parameters(), reached, strict=True) if value is None]
     assert all(name.startswith(("state_readout", "action_readout.embedding")) for name in names)
-    weight = model.encoder.table
+    weight = dict(model.named_parameters())["encoder.table"]
     (gradient,) = torch.autograd.grad(losses(True).action, weight)
     index = tuple(int(i) for i in (gradient.abs() == gradient.abs().max()).nonzero()[0])
     with torch.no_grad():

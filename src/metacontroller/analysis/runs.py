@@ -21,13 +21,16 @@ from metacontroller.run_folder import RunFolder, module_tensors
 Found = dict[str, Any]
 
 
-def probe_run(run: RunFolder, *, steps: int, batch_size: int, episodes: int, quiet: bool, device: str) -> Found:
+def probe_run(
+    run: RunFolder, *, steps: int, batch_size: int, lr: float, episodes: int, quiet: bool, device: str
+) -> Found:
     """Linear probes of the subgoal at every layer of the base model (Fig. 3, A1), and of it as it was before and during
     pretraining, where the run has snapshots. The final probes go to probes.safetensors."""
     config = read_config(run)
     training = {
         "steps": steps,
         "batch_size": batch_size,
+        "lr": lr,
         "episodes": episodes,
         "seed": stream_seed(config.seed, "analyse"),
         "quiet": quiet,
@@ -48,10 +51,12 @@ def probe_run(run: RunFolder, *, steps: int, batch_size: int, episodes: int, qui
     if over_training:
         over_training[config.pretrain.optimizer.steps] = final.accuracy
         found["over_training"] = {"steps": list(over_training), "accuracy": list(over_training.values())}
-    return _written(run, "probes", {**found, "steps": steps, "batch_size": batch_size})
+    return _written(run, "probes", {**found, "steps": steps, "batch_size": batch_size, "lr": lr})
 
 
-def steer_run(run: RunFolder, *, steps: int, batch_size: int, episodes: int, quiet: bool, device: str) -> Found:
+def steer_run(
+    run: RunFolder, *, steps: int, batch_size: int, lr: float, episodes: int, quiet: bool, device: str
+) -> Found:
     """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
     config = read_config(run)
     found = steer_layers(
@@ -61,11 +66,12 @@ def steer_run(run: RunFolder, *, steps: int, batch_size: int, episodes: int, qui
         config.post_task,
         steps=steps,
         batch_size=batch_size,
+        lr=lr,
         episodes=episodes,
         seed=stream_seed(config.seed, "analyse"),
         quiet=quiet,
     )
-    return _written(run, "steering", {**found._asdict(), "steps": steps, "batch_size": batch_size})
+    return _written(run, "steering", {**found._asdict(), "steps": steps, "batch_size": batch_size, "lr": lr})
 
 
 def inject_run(run: RunFolder, *, walks: int, device: str) -> Found:

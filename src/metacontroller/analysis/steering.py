@@ -60,14 +60,14 @@ def steer_layers(
     lr: float = 1e-3,
     quiet: bool = False,
 ) -> SteeringResult:
-    """Trains controllers at every layer but the last and plays ``task`` with them on ``episodes`` new layouts.
+    """Trains controllers at every layer and plays ``task`` with them on ``episodes`` new layouts.
 
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). The model is left as it is.
     """
     losses, successes = [], []
     split = copy.deepcopy(model).eval()
-    with track(steps * model.depth, "steer", quiet=quiet) as progress:
-        for layer in range(model.depth):
+    with track(steps * (model.depth + 1), "steer", quiet=quiet) as progress:
+        for layer in range(model.depth + 1):
             split.resplit(layer)
 
             def update(step: int, loss: float, layer: int = layer) -> None:

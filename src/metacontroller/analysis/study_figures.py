@@ -27,16 +27,20 @@ BASELINES = {
 
 
 def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tuple[str, Figure]]:
-    """All figures of the study in a reproduction's folder: by file name, a caption and the figure."""
+    """What a reproduction's folder has beyond the reproduction: by file name, a caption and the figure."""
     rows = RunFolder(folder.path / "study").read_summary().get("cells", [])
-    return {
-        "baselines": ("Success against episodes, median and quartiles over seeds", baselines_figure(folder, runs)),
-        "rate_distortion": ("Rate and distortion over alpha", rate_distortion_figure(rows)),
-        "pretraining": ("What pretraining does to abstract actions", pretraining_figure(folder, rows)),
+    found = {
+        "layers": ("By layer and over pretraining, medians and seeds", layers_figure(runs)),
         "gate_histogram": ("The gate at true subgoal changes and elsewhere, all seeds", gate_histogram_figure(runs)),
-        "injection": ("Codes forced in mid-episode", injection_figure(runs)),
-        "layers": ("By layer", layers_figure(runs)),
+        "injection": ("Codes forced in mid-episode; dots are seeds", injection_figure(runs)),
     }
+    if rows:
+        found |= {
+            "baselines": ("Baselines, median and quartiles over seeds", baselines_figure(folder, runs)),
+            "rate_distortion": ("Rate and distortion over α; a dot a run", rate_distortion_figure(rows)),
+            "pretraining": ("What pretraining does to abstract actions", pretraining_figure(folder, rows)),
+        }
+    return found
 
 
 def draw_study(folder: RunFolder, runs: Sequence[RunFolder]) -> None:

@@ -57,10 +57,10 @@ class StudyConfig:
     pretraining. snapshots: base models in mid-pretraining to discover on. weight_decays, state_loss_weights, epsilons:
     a base model of its own for each, after pretraining_steps updates, to compare with the snapshot of that step.
     episodes: of internal RL on each. few_seeds: so many of the seeds have curves and variants; all have the baselines.
-    probe_steps, steer_steps, walks, analysis_episodes: of the analyses of each reproduced run.
+    probe_steps, probe_lr, steer_steps, steer_lr, walks, analysis_episodes: of the analyses of each reproduced run.
     """
 
-    alphas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5)
+    alphas: tuple[float, ...] = (0.001, 0.01, 0.1)
     discovery_steps: int = 1600
     alpha_warmup: tuple[int, int] = (700, 1200)
     snapshots: tuple[int, ...] = (500, 1000)
@@ -71,7 +71,9 @@ class StudyConfig:
     episodes: int = 50_000
     few_seeds: int = 1
     probe_steps: int = 300
-    steer_steps: int = 400
+    probe_lr: float = 3e-3
+    steer_steps: int = 1200
+    steer_lr: float = 3e-3
     walks: int = 1024
     analysis_episodes: int = 2048
 
@@ -105,7 +107,9 @@ STUDIES = {
         episodes=1_000_000,
         few_seeds=3,
         probe_steps=8000,  # table of probes
+        probe_lr=1e-3,  # the same table
         steer_steps=3200,  # table of supervised controllers
+        steer_lr=1e-3,  # the same table
         walks=4096,
         analysis_episodes=4096,
     ),
@@ -259,8 +263,8 @@ def analyse(run: RunFolder, study: StudyConfig, device: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "gate": lambda: gate_run(run, episodes=episodes, device=device),
         "injection": lambda: inject_run(run, walks=study.walks, device=device),
-        "probes": lambda: probe_run(run, steps=study.probe_steps, **training),
-        "steering": lambda: steer_run(run, steps=study.steer_steps, **training),
+        "probes": lambda: probe_run(run, steps=study.probe_steps, lr=study.probe_lr, **training),
+        "steering": lambda: steer_run(run, steps=study.steer_steps, lr=study.steer_lr, **training),
     }
     assert tuple(calls) == ANALYSES
     for name, call in calls.items():
@@ -341,11 +345,7 @@ def study(
         raise ValueError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
     own.write_config(config)
     named = variants(read_config(folder), config)
-    few = seeds[: config.few_seeds]
-    cells = [Cell("run", seed) for seed in seeds]
-    for variant in named.values():
-        cells += [Cell(variant.name, seed) for seed in (seeds if variant.group == "baseline" else few)]
-    cells += [Cell("analyses", seed) for seed in seeds]
+    cells = _cells(named, seeds, config.few_seeds)
     left = [cell for cell in cells if not cell.finished(folder.path)]
     done = len(cells) - len(left)
 
@@ -372,6 +372,14 @@ def study(
     summary = _summary(folder.path, cells, named)
     own.write_summary(summary)
     return summary
+
+
+def _cells(named: dict[str, Variant], seeds: list[int], few: int) -> list[Cell]:
+    """In the order in which they are run: what every seed has comes first."""
+    baselines = [variant.name for variant in named.values() if variant.group == "baseline"]
+    rest = [variant.name for variant in named.values() if variant.group != "baseline"]
+    shared = [Cell(what, seed) for what in ("run", *baselines, "analyses") for seed in seeds]
+    return shared + [Cell(what, seed) for what in rest for seed in seeds[:few]]
 
 
 def _summary(out: Path, cells: list[Cell], named: dict[str, Variant]) -> dict[str, Any]:
