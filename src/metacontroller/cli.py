@@ -23,7 +23,7 @@ from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.report import write_report
 from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
 from metacontroller.analysis.study_figures import draw_study
-from metacontroller.analysis.summary import results_table
+from metacontroller.analysis.summary import results_table, variant_rows
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
 from metacontroller.models.transformer import Transformer
@@ -45,7 +45,7 @@ from metacontroller.phases.reproduce import (
     run_raw_action_rl,
     steered_model,
 )
-from metacontroller.phases.study import STUDIES, StudyConfig, study, variant_rows
+from metacontroller.phases.study import STUDIES, StudyConfig, study
 from metacontroller.phases.sweep import MEASURES, Engine, sweep
 from metacontroller.presets import PRESETS, GridworldConfig, laptop
 from metacontroller.presets.gridworld import stream_seed, with_seed

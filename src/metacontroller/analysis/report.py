@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from metacontroller.analysis import figures
 from metacontroller.analysis.study_figures import BASELINES, study_figures
+from metacontroller.analysis.summary import variant_rows
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.study import variant_rows
 from metacontroller.phases.training import noise_generator
 from metacontroller.presets.gridworld import GridworldConfig, from_json, generate, stream_seed
 from metacontroller.run_folder import RunFolder

@@ -73,6 +73,15 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def variant_rows(summary: Mapping[str, Any], group: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of a study's summary, by variant, of one group or of all."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in summary.get("cells", []):
+        if row["status"] == "finished" and "group" in row and group in (None, row["group"]):
+            found.setdefault(row["name"], []).append(row)
+    return found
+
+
 def _add_row(table: Table, label: str, values: Sequence[float], form: str) -> None:
     cells = [form.format(statistics.median(values))]
     if len(table.columns) > 2:

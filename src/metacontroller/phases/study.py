@@ -403,15 +403,6 @@ def _summary(out: Path, cells: list[Cell], named: dict[str, Variant]) -> dict[st
     return {"cells": rows, "seconds": seconds}
 
 
-def variant_rows(summary: dict[str, Any], group: Group | None = None) -> dict[str, list[dict[str, Any]]]:
-    """The finished rows of a study's summary, by variant, of one group or of all."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in summary.get("cells", []):
-        if row["status"] == "finished" and "group" in row and group in (None, row["group"]):
-            found.setdefault(row["name"], []).append(row)
-    return found
-
-
 def _status(out: Path, cell: Cell) -> str:
     if cell.finished(out):
         return "finished"
