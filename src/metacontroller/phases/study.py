@@ -60,7 +60,7 @@ class StudyConfig:
     probe_steps, probe_lr, steer_steps, steer_lr, walks, analysis_episodes: of the analyses of each reproduced run.
     """
 
-    alphas: tuple[float, ...] = (0.001, 0.01, 0.1)
+    alphas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.1)
     discovery_steps: int = 1600
     alpha_warmup: tuple[int, int] = (700, 1200)
     snapshots: tuple[int, ...] = (500, 1000)
