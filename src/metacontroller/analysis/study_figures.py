@@ -51,7 +51,7 @@ def draw_study(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
 
 def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
     """Internal RL, raw-action RL and each baseline (as Fig. 8)."""
-    figure = figure_of_size(6.4, 4.0)
+    figure = figure_of_size(9.0, 4.0)
     ax = figure.subplots()
     lines = [("internal RL", "C0", [run.read_metrics("internal_rl") for run in runs])]
     for name, (label, color) in BASELINES.items():
@@ -63,7 +63,7 @@ def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
         if logged:
             median_and_quartiles(ax, logged, label, color)
     ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None), ylim=(-0.02, 1.02))
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -111,6 +111,10 @@ def pretraining_figure(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> Fig
     reference = [row for row in rows if row["name"] == f"pretraining-steps-{steps}" and "gate_recall" in row]
     for ax, (prefix, label) in zip(panels, PRETRAINING_PANELS, strict=True):
         points = [row for row in rows if row["name"].startswith(prefix) and "gate_recall" in row]
+        ax.set(xlabel=label, ylim=(-0.03, 1.05))
+        if not points:
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+            continue
         values = sorted({row["value"] for row in points})
         places = ["preset", *(f"{value:g}" for value in values)]
         groups = [reference, *([row for row in points if row["value"] == value] for value in values)]
@@ -123,8 +127,8 @@ def pretraining_figure(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> Fig
         ):
             shown = [(place, row[measure]) for place, group in zip(places, groups, strict=True) for row in group]
             ax.plot([x for x, _ in shown], [y for _, y in shown], marker=marker, linestyle="", label=name, alpha=0.8)
-        ax.set(xlabel=label, ylim=(-0.03, 1.05))
-    panels[0].legend(frameon=False, fontsize="x-small")
+    if panels[0].lines:
+        panels[0].legend(frameon=False, fontsize="x-small")
     return figure
 
 
