@@ -34,7 +34,7 @@ from metacontroller.data.trajectories import Trajectories, length_mask, masked_m
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import EmbeddedView
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
+from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
 from metacontroller.run_folder import RunFolder
 from metacontroller.saving import Saveable
 
@@ -65,8 +65,7 @@ class CompileConfig:
 
     def alpha_code_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""
-        start, end = self.alpha_warmup
-        return self.alpha_code * (1.0 if step >= end else max(0.0, (step - start) / (end - start)))
+        return self.alpha_code * risen(step, self.alpha_warmup)
 
 
 class CompILE(Saveable, nn.Module):

@@ -20,7 +20,7 @@ from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import processes
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
+from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
 from metacontroller.run_folder import RunFolder
 
 EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
@@ -50,9 +50,7 @@ class DiscoverConfig:
 
     def alpha_at(self, step: int) -> float:
         """KL weight of update number ``step``, counted from 0."""
-        start, end = self.alpha_warmup
-        share = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
-        return self.alpha_start + (self.alpha - self.alpha_start) * share
+        return self.alpha_start + (self.alpha - self.alpha_start) * risen(step, self.alpha_warmup)
 
 
 def discover(

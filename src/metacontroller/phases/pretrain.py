@@ -51,7 +51,7 @@ def pretrain(
     def keep_snapshot(step: int) -> None:
         if is_main and step in config.snapshots:
             path = snapshot_path(run, step)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             model.save(path)
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:

@@ -55,6 +55,12 @@ class OptimizerConfig:
         return self.lr * min(1.0, left / self.decay_steps) if self.decay_steps else self.lr
 
 
+def risen(step: int, between: tuple[int, int]) -> float:
+    """How much of a linear rise between two steps is done at update number ``step``, counted from 0: 0 to 1."""
+    start, end = between
+    return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+
+
 Generate = Callable[[int, torch.Generator], Trajectories]
 """A source of behaviour: ``generate(n, generator)`` returns n fresh (or drawn) episodes."""
 
