@@ -56,3 +56,14 @@ def test_bad_data_is_refused_at_the_first_step(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="actions range over 4"):
         pretrain(config.pretrain, build_model(config), broken, RunFolder(tmp_path), quiet=True)
+
+
+def test_a_snapshot_is_the_model_of_that_update(tmp_path: Path) -> None:
+    learn(tmp_path / "new" / "run", snapshots=(1, 40, 99))
+    kept = tmp_path / "new" / "run" / "snapshots"
+    assert {path.name for path in kept.iterdir()} == {"base_model-1.safetensors", "base_model-40.safetensors"}
+    final = (tmp_path / "new" / "run" / "base_model.safetensors").read_bytes()
+    assert (kept / "base_model-40.safetensors").read_bytes() == final
+    assert (kept / "base_model-1.safetensors").read_bytes() != final
+    with pytest.raises(ValueError, match="snapshots are"):
+        PretrainConfig(optimizer=OPTIMIZER, snapshots=(0,))
