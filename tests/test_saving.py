@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from metacontroller import MetaController, Transformer, saving
@@ -74,6 +75,7 @@ def test_arguments_are_the_constructors_and_no_later_change_reaches_them() -> No
         "lower_body",
         "upper_body",
         "condition_on_actions",
+        "precision",
     }
     assert model.arguments["lower_body"] == {"depth": 1}
     assert make_model(**{name: value for name, value in model.arguments.items() if name != "dim"}).dim == 8
@@ -93,6 +95,17 @@ def test_an_attached_metacontroller_is_not_part_of_the_model(tmp_path: Path) -> 
     other.load(tmp_path / "model")
     torch.testing.assert_close(before, dict(steering.state_dict()), rtol=0, atol=0)
     assert torch.equal(other.norm.weight, model.norm.weight)
+
+
+def test_equal_modules_give_equal_files(tmp_path: Path) -> None:
+    model = make_model()
+    model.save(tmp_path / "first")
+    Transformer.init_and_load(tmp_path / "first").save(tmp_path / "second")
+    make_model().save(tmp_path / "other")
+    first, second, other = ((tmp_path / name).read_bytes() for name in ("first", "second", "other"))
+    assert first == second != other
+    with safe_open(tmp_path / "first", framework="pt") as file:
+        assert len(file.metadata()) == 1  # several would come in no order of theirs
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Module = TypeVar("Module", bound="Saveable")
 SAVE_FORMAT = "1"
+_HEADER = "metacontroller"
+"""The one key of the file's metadata: safetensors writes several in no order of theirs, and equal modules shall give
+equal files."""
 
 
 class Saveable:
@@ -36,8 +39,8 @@ class Saveable:
         target = Path(path)
         draft = target.with_name(f".{target.name}.tmp")
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
-        metadata = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": json.dumps(self.arguments)}
-        save_file(tensors, draft, metadata=metadata)
+        header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
+        save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
         os.replace(draft, target)
 
     def load(self, path: str | Path, strict: bool = True) -> None:
@@ -80,17 +83,17 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
         raise ValueError(f"{path} does not exist; give a file that `save` wrote.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); give a file that `save` wrote.") from None
-    if metadata.get("format") != SAVE_FORMAT or metadata.get("class") != kind:
+    if header.get("format") != SAVE_FORMAT or header.get("class") != kind:
         raise ValueError(
-            f"{path} holds a {metadata.get('class')!r} of format {metadata.get('format')!r}; "
+            f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
-    return tensors, json.loads(metadata["arguments"])
+    return tensors, header["arguments"]
 
 
 def _plain(value: Any) -> Any:
