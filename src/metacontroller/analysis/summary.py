@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from metacontroller.precision import prefers_bfloat16
+
 RESULTS = {
     "internal_rl_success": "internal RL: success on the post-training task",
     "raw_action_success": "raw-action RL: success, as many episodes",
@@ -44,7 +46,7 @@ def combined_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def environment_facts() -> dict[str, Any]:
-    """Versions and hardware that a result was made with."""
+    """Versions and hardware that a result was made with; bfloat16: where precision "auto" multiplies in it."""
     versions = {name: _version(name) for name in ("metacontroller-rl", "torch", "numpy")}
     return {
         "versions": {"python": platform.python_version(), **versions},
@@ -52,6 +54,7 @@ def environment_facts() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "bfloat16": {device: prefers_bfloat16(device) for device in ("cpu", "cuda")},
         },
     }
 

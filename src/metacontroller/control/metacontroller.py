@@ -28,6 +28,7 @@ from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbed
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
+from metacontroller.precision import Precision, check_precision, products
 from metacontroller.saving import Saveable
 
 
@@ -98,6 +99,8 @@ class MetaController(Saveable, nn.Module):
     embedder_kind, policy_kind: attention and a GRU, or "hawk", the paper's SSM.
     rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional
     H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
+    precision: of the matrix products in sequence embedder and controller, the two large parts; gate, KL and policy are
+    computed in float32.
     """
 
     def __init__(
@@ -121,9 +124,11 @@ class MetaController(Saveable, nn.Module):
         ratio_loss_weight: float = 0.0,
         target_segment_length: float = 4.0,
         eps_clip: float = 0.2,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         self.remember_arguments(locals())
+        check_precision(precision)
         if dim_model < 1 or dim_latent < 1:
             raise ValueError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
         if target_segment_length <= 1:
@@ -135,7 +140,7 @@ class MetaController(Saveable, nn.Module):
         self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h
         self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
-        self.eps_clip = eps_clip
+        self.eps_clip, self.precision = eps_clip, precision
 
         self.norm = nn.LayerNorm(dim_model)
         self.history = nn.GRU(dim_model, n_h, batch_first=True)
@@ -199,7 +204,9 @@ class MetaController(Saveable, nn.Module):
         seen = residual.shape[1]
         if seen not in (steps, steps + 1):
             raise ValueError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
-        return self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
+        with products(self.precision, residual.device):
+            embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
+        return embedded.to(residual.dtype)
 
     def kl_loss(self, output: DiscoveryOutput) -> Tensor:
         """Mean KL per real step (eq. 3); the weight alpha is the caller's."""
@@ -249,7 +256,8 @@ class MetaController(Saveable, nn.Module):
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11)."""
-        return residual + self.controller.apply(z.to(residual.dtype), residual)
+        with products(self.precision, residual.device):
+            return residual + self.controller.apply(z.to(residual.dtype), residual)
 
     def act(
         self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None

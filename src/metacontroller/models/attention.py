@@ -128,9 +128,10 @@ class AttentionBlock(nn.Module):
 
         Bounded by reading the cache, which entry by entry is faster than b h matrix products of one row each.
         """
-        q, k, v = self.to_qkv(self.attention_norm(x)).view(len(x), 3, self.heads, -1).unbind(1)
         now = cache.length
         keys, values = cache.keys[block], cache.values[block]
+        qkv = self.to_qkv(self.attention_norm(x)).to(keys.dtype)
+        q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
         keys[now], values[now] = k.detach(), v.detach()
         scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
         mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)

@@ -20,6 +20,7 @@ from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.hawk import HawkBody, HawkCache
 from metacontroller.models.parts import losses_in_parts, row_parts
 from metacontroller.models.readouts import CategoricalReadout, make_readout
+from metacontroller.precision import Precision, check_precision, products
 from metacontroller.saving import Saveable
 
 if TYPE_CHECKING:  # a model knows nothing of what steers it, but its types name it
@@ -88,6 +89,7 @@ class Transformer(Saveable, nn.Module):
     for grid tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=) of attention, or
     dict(kind="hawk", depth=, width=, heads=, mlp_dim=); the residual between them is steered.
     condition_on_actions: whether past actions enter beside observations; the paper's do not (D.1).
+    precision: of the matrix products in both bodies; the residual stream and all else stay in float32.
     meta_controller: what steers when a call names no other; it is not saved with the model.
 
     Methods by phase: ``behavior_cloning_loss``, ``discovery_loss``, ``step``; ``embed``, ``lower``, ``upper`` and
@@ -106,11 +108,13 @@ class Transformer(Saveable, nn.Module):
         lower_body: dict[str, Any],
         upper_body: dict[str, Any],
         condition_on_actions: bool = True,
+        precision: Precision = "float32",
         meta_controller: MetaController | None = None,
     ) -> None:
         super().__init__()
+        check_precision(precision)
         self.remember_arguments({name: value for name, value in locals().items() if name != "meta_controller"})
-        self.dim, self.condition_on_actions = dim, condition_on_actions
+        self.dim, self.condition_on_actions, self.precision = dim, condition_on_actions, precision
         self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
         if set(state_embed_readout) == {"grid"}:
             grid = state_embed_readout["grid"]
@@ -140,11 +144,13 @@ class Transformer(Saveable, nn.Module):
 
     def lower(self, x: Tensor, cache: BodyCache | None = None) -> Tensor:
         """First residual -> residual at the controlled layer, (b, t, n_e) each."""
-        return self.lower_body(x, cache)
+        with products(self.precision, x.device):
+            return self.lower_body(x, cache)
 
     def upper(self, residual: Tensor, cache: BodyCache | None = None) -> Tensor:
         """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each."""
-        return self.norm(self.upper_body(residual, cache))
+        with products(self.precision, residual.device):
+            return self.norm(self.upper_body(residual, cache))
 
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
         """Caches for ``batch`` episodes acting in step."""
@@ -206,7 +212,8 @@ class Transformer(Saveable, nn.Module):
         x = self.embed(states[:, : actions.shape[1]], actions[:, :-1])
         layers = [x]
         for block in [*self.lower_body.blocks, *self.upper_body.blocks]:
-            x = block(x)
+            with products(self.precision, x.device):
+                x = block(x)
             x = x[0] if isinstance(x, tuple) else x  # a recurrent block returns its state, too
             layers.append(x)
         return layers

@@ -25,6 +25,7 @@ from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.phases.training import Generate, OptimizerConfig
+from metacontroller.precision import Precision, check_precision
 from metacontroller.presets.reading import from_plain
 
 STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "raw_action_rl", "evaluate", "analyse")
@@ -52,7 +53,8 @@ class ExpertConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer; below none it is the input
-    embedding, l = 0. body: of attention or, as wide as the residual, "hawk". view, reach: of the grid encoder."""
+    embedding, l = 0. body: of attention or, as wide as the residual, "hawk". view, reach: of the grid encoder.
+    precision: of its matrix products, see `metacontroller.precision`."""
 
     dim: int
     lower_depth: int
@@ -62,8 +64,10 @@ class ModelConfig:
     body: Literal["attention", "hawk"] = "attention"
     view: Literal["absolute", "egocentric"] = "absolute"
     reach: int | None = None
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         _check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
         if self.lower_depth < 0:
             raise ValueError(f"lower_depth is {self.lower_depth}; expected at least 0.")
@@ -78,7 +82,8 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class MetaControllerConfig:
     """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. embedder_kind,
-    policy_kind: "hawk" is the paper's SSM. The others are widths and depths of the parts they name."""
+    policy_kind: "hawk" is the paper's SSM. precision: of its large matrix products. The others are widths and depths of
+    the parts they name."""
 
     dim_latent: int = 8
     dim_history: int = 32
@@ -93,8 +98,10 @@ class MetaControllerConfig:
     policy_hidden: int = 256
     policy_kind: PolicyKind = "gru"
     gate: GateConfig = field(default_factory=GateConfig)
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
         _check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
@@ -217,6 +224,7 @@ def build_model(config: GridworldConfig) -> Transformer:
             lower_body={"depth": model.lower_depth, **body},
             upper_body={"depth": model.upper_depth, **body},
             condition_on_actions=False,
+            precision=model.precision,
         )
 
 
