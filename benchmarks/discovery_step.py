@@ -3,11 +3,14 @@
 A step is forward, backward and AdamW on what discovery trains, over a frozen base of 3 + 3 blocks at n_e 256 (4 heads
 of 64, MLP 512, ReLU). Both libraries get the same batch of episodes of 32 steps: vectors of 588 numbers, in float32, on
 as many threads. The peer is called as its README shows, and spared what discovery does not need: gradients of the
-frozen base, its next-latent loss and its ratio loss are off. Settings of the metacontroller:
+frozen base, its next-latent loss and its ratio loss are off. Ours has the precision of the presets: large products in
+bfloat16 where the processor has instructions for them. Settings of the metacontroller:
 
 - "paper": the paper's sizes, as far as the peer's arguments allow; where they do not is printed.
 - "readme": the same two arguments for both, `dim_meta_controller = 256, dim_latent = 128`, the rest as each has it.
 - "paper, wide" is ours alone: its history and sequence embedder as wide as the peer's have to be.
+- "paper, float32": ours with all products in float32.
+- "paper, autocast": the peer under PyTorch's bfloat16 autocast, which its README does not mention.
 
 Every measurement is a process of its own, ours and the peer's in turn. Memory is the highest resident memory during the
 steps, less what was resident right before the first one. Linux only: it is read from /proc.
@@ -47,6 +50,8 @@ CASES = (  # library, setting, batch
     ("ours", "readme", 64),
     ("peer", "readme", 64),
     ("ours", "paper, wide", 64),
+    ("ours", "paper, float32", 64),
+    ("peer", "paper, autocast", 64),
     ("ours", "paper", 512),
     ("peer", "paper", 512),
 )
@@ -57,6 +62,7 @@ OUR_PAPER_SIZES = {"dim_meta_controller": 32, "dim_latent": 8, "encoder_hidden":
 OUR_SIZES = {
     "paper": OUR_PAPER_SIZES,
     "paper, wide": {**OUR_PAPER_SIZES, "dim_history": DIM, "embedder_dim": DIM},
+    "paper, float32": OUR_PAPER_SIZES,
     "readme": README_SIZES,
 }
 PEER_ATTENTION = {"depth": 1, "heads": 4, "attn_dim_head": 8, "polar_pos_emb": True}
@@ -71,6 +77,7 @@ PEER_SIZES = {
     },
     "readme": README_SIZES,
 }
+PEER_SIZES["paper, autocast"] = PEER_SIZES["paper"]
 UNMATCHED = (  # what, ours, the peer's; setting "paper"
     ("rank of the controller", "16", "7: must be below n_z = 8"),
     ("how the controller acts", "U e", "e scaled by the row sums of U"),
@@ -90,14 +97,16 @@ def our_modules(setting: str) -> tuple[Any, Any]:
     """Our base model and metacontroller."""
     library: Any = importlib.import_module("metacontroller")
     body = {"depth": 3, "heads": 4, "dim_head": 64, "mlp_dim": 512}
+    precision = "float32" if setting.endswith("float32") else "auto"
     model = library.Transformer(
         DIM,
         action_embed_readout={"num_discrete": 4},
         state_embed_readout={"num_continuous": DIM_STATE},
         lower_body=body,
         upper_body=body,
+        precision=precision,
     )
-    return model, library.MetaController(DIM, **OUR_SIZES[setting])
+    return model, library.MetaController(DIM, **OUR_SIZES[setting], precision=precision)
 
 
 def our_step(setting: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -132,7 +141,8 @@ def peer_step(setting: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tenso
     model, meta_controller = peer_modules(setting)
 
     def loss(states: Tensor, actions: Tensor) -> Tensor:
-        losses = model(states, actions, meta_controller=meta_controller, discovery_phase=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.endswith("autocast")):
+            losses = model(states, actions, meta_controller=meta_controller, discovery_phase=True)
         _, action_loss, kl_loss, _ = losses
         return action_loss + KL_WEIGHT * kl_loss
 
@@ -233,7 +243,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_case = {(row["library"], row["setting"], row["batch"]): row for row in rows}
     ratios = []
     for (library, setting, batch), peer in by_case.items():
-        if library == "peer":
+        if library == "peer" and ("ours", setting, batch) in by_case:
             ours = by_case["ours", setting, batch]
             speed = ours["tokens_per_second"] / peer["tokens_per_second"]
             memory = ours["step_memory_mb"] / peer["step_memory_mb"]
@@ -247,6 +257,9 @@ def show(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     console = Console()
+    from metacontroller.precision import prefers_bfloat16
+
+    console.print(f"ours multiplies in {'bfloat16' if prefers_bfloat16('cpu') else 'float32'} unless named float32")
     table = Table(box=None, padding=(0, 1, 0, 0), caption="trained: parameters. MB: resident, peak - before = step")
     for name in ("library", "setting"):
         table.add_column(name, no_wrap=True)
@@ -296,6 +309,8 @@ def main() -> None:
         for case in CASES:
             words = [*case, arguments.steps, arguments.threads]
             results[case].append(measure_apart(pythons[case[0]], __file__, case[0], words, arguments.threads))
+    from metacontroller.precision import prefers_bfloat16
+
     rows = [summary(*case, results[case]) for case in CASES]
     ratios = compare(rows)
     show(rows, ratios)
@@ -303,6 +318,7 @@ def main() -> None:
         "peer": f"{PEER} {PEER_VERSION}",
         "machine": platform.machine(),
         "threads": arguments.threads,
+        "bfloat16": prefers_bfloat16("cpu"),
         "episode_steps": EPISODE_STEPS,
         "rows": rows,
         "ratios": ratios,

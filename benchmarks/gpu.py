@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def parity(device: torch.device, preset: str) -> dict[str, float]:
     """Largest relative difference between the CPU and ``device``, by what was compared; 0 is expected of the grid."""
     torch.backends.cuda.matmul.allow_tf32 = False
     config = PRESETS[preset]()
+    model, steering = (replace(part, precision="float32") for part in (config.model, config.meta_controller))
+    config = replace(config, model=model, meta_controller=steering)
     episodes = generate(config, "discover")(16, torch.Generator().manual_seed(0))
     view = build_meta_controller(config).draw_noise(16, episodes.steps, torch.Generator().manual_seed(1))
     compared = {

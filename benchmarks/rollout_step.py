@@ -1,8 +1,8 @@
 """How fast does a steered model act? One step of 256 environments, ours beside metacontroller-pytorch 0.3.3.
 
 Both are called as the peer's README shows, with a cache, past actions and a metacontroller, under ``torch.no_grad``, on
-the sizes of `discovery_step.py`; what is not matched there is not matched here. A measurement is a process of its own,
-ours and the peer's in turn: the mean step of an episode of 32 steps, medians over episodes.
+the sizes and in the precision of `discovery_step.py`; what is not matched there is not matched here. A measurement is a
+process of its own, ours and the peer's in turn: the mean step of an episode of 32 steps, medians over episodes.
 
     python benchmarks/rollout_step.py [--peer-python PATH] [--rounds 3] [--episodes 5] [--output FILE.json]
 """

@@ -4,7 +4,8 @@ First the machine's ceilings are measured: matrix products in float32 and bfloat
 of the work at the paper's grid sizes (`presets.gridworld.paper`; fewer episodes a batch on a CPU): its time, the
 matrix operations that it takes (counted by PyTorch as they run, attention scores and gradients among them) and the
 bytes that it must at least move (parameters, what it is given and what it returns; in training gradients and AdamW's
-state too). The limit is the longer of operations / ceiling and bytes / bandwidth; "share" is limit / time. Medians.
+state too). The limit is the longer of operations / ceiling, that of the faster type, and bytes / bandwidth; "share" is
+limit / time. Medians.
 
     python benchmarks/roofline.py [--device cpu] [--threads N] [--repeats 7] [--run RUN] [--output FILE.json]
 
@@ -70,8 +71,8 @@ class Row:
     rate: str = ""
 
     def limit(self, ceilings: Ceilings) -> float:
-        """Seconds below which the machine cannot go, in float32."""
-        return max(self.operations / ceilings.float32, self.moved / ceilings.bandwidth)
+        """Seconds below which the machine cannot go, with products in the faster of the two types."""
+        return max(self.operations / max(ceilings.float32, ceilings.bfloat16), self.moved / ceilings.bandwidth)
 
 
 class Bench:
