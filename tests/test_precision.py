@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from metacontroller import MetaController, Transformer
-from metacontroller.precision import check_precision, prefers_bfloat16, products
+from metacontroller.precision import LARGE, check_precision, prefers_bfloat16, products
 from metacontroller.presets.gridworld import ModelConfig
-
-CPU = torch.device("cpu")
 
 
 def make(kind: str, chosen: str) -> tuple[Transformer, MetaController]:
@@ -96,13 +94,14 @@ def test_acting_draws_codes_and_their_densities_in_float32() -> None:
 
 
 def test_float32_leaves_the_callers_autocast_alone() -> None:
-    with torch.autocast("cpu", torch.bfloat16), products("float32", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with products("float32", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    with products("bfloat16", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-        assert (torch.ones(2, 2).double() @ torch.ones(2, 2).double()).dtype == torch.float64
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16), products("float32", x):
+        assert (x @ x).dtype == torch.bfloat16
+    with products("float32", x):
+        assert (x @ x).dtype == torch.float32
+    with products("bfloat16", x):
+        assert (x @ x).dtype == torch.bfloat16
+        assert (x.double() @ x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", None])
@@ -110,11 +109,14 @@ def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "avx2": True}, raising=False)
     prefers_bfloat16.cache_clear()
     try:
-        with products("auto", CPU):
-            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        found = []
+        for rows in (LARGE["cpu"] // 8, LARGE["cpu"] // 8 - 1):
+            x = torch.ones(rows, 8)
+            with products("auto", x):
+                found.append((x @ torch.ones(8, 8)).dtype)
     finally:
         prefers_bfloat16.cache_clear()
-    assert product.dtype == (torch.bfloat16 if name else torch.float32)
+    assert found == [torch.bfloat16 if name else torch.float32, torch.float32]
 
 
 def test_auto_is_float32_where_nothing_is_known_of_the_device() -> None:

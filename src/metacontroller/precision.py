@@ -7,6 +7,7 @@ from functools import cache
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -17,13 +18,19 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
 
 
-def products(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which float32 matrices are multiplied as asked; what they add up to stays in float32.
+LARGE = {"cpu": 2**16, "cuda": 0}
+"""Entries from which on an input is worth a cast on the way to a product: 256 rows of 256, 512 of 128."""
 
-    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto": see `prefers_bfloat16`.
+
+def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
+    """The context in which x and float32 matrices are multiplied as asked; what they add up to stays in float32.
+
+    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" for large
+    inputs on a device that prefers it, see `prefers_bfloat16`.
     """
-    if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(device.type)):
-        return torch.autocast(device.type, torch.bfloat16)
+    kind = x.device.type
+    if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(kind) and x.numel() >= LARGE[kind]):
+        return torch.autocast(kind, torch.bfloat16)
     return nullcontext()
 
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from metacontroller.analysis.codes import code_subgoal_bits
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases import rollout as rollout_phase
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import (
     Actor,
@@ -19,6 +22,7 @@ from metacontroller.phases.rollout import (
     prior_proposal,
     rollout_abstract,
     rollout_raw,
+    survivors,
 )
 
 GRID = PinpadConfig(size=4, num_colors=3, num_walls=1, max_steps=9)
@@ -84,8 +88,13 @@ def step_by_step(model: Transformer, steering: MetaController | None, grids: Pin
     return episodes
 
 
+@pytest.mark.parametrize("many", [2, 1000])
 @pytest.mark.parametrize("condition_on_actions", [False, True])
-def test_raw_rollouts_equal_steps_of_the_model(condition_on_actions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_rollouts_equal_steps_of_the_model(
+    condition_on_actions: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_phase, "MANY_ROWS", many)
+    monkeypatch.setattr(rollout_phase, "ROW_STEP", 5)
     model = make_model(condition_on_actions)
     monkeypatch.setattr(model.action_readout, "sample", greedy)
     rollout = rollout_raw(model, new_grids())
@@ -104,10 +113,13 @@ def test_raw_rollouts_equal_steps_of_the_model(condition_on_actions: bool, monke
     torch.testing.assert_close(again[played], rollout.log_prob[played], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("many", [2, 1000])
 @pytest.mark.parametrize("condition_on_actions", [False, True])
 def test_abstract_rollouts_equal_steps_of_the_steered_model(
-    condition_on_actions: bool, monkeypatch: pytest.MonkeyPatch
+    condition_on_actions: bool, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rollout_phase, "MANY_ROWS", many)
+    monkeypatch.setattr(rollout_phase, "ROW_STEP", 5)
     model, steering = make_model(condition_on_actions), make_steering()
     monkeypatch.setattr(model.action_readout, "sample", greedy)
     rollout = rollout_abstract(model, steering, new_grids(), policy_proposal(steering, None))
@@ -148,6 +160,23 @@ def test_prior_codes_are_standard_normal_and_leave_the_policy_state_alone() -> N
     torch.testing.assert_close(code.std(0), torch.ones(CODE), atol=0.06, rtol=0)
     torch.testing.assert_close(log_prob, torch.distributions.Normal(0.0, 1.0).log_prob(code).sum(-1))
     assert after is state
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 20), st.integers(1, 8))
+def test_the_survivors_are_all_alive_and_few_of_them_move(alive: list[bool], many: int, step: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rollout_phase, "MANY_ROWS", many)
+        patched.setattr(rollout_phase, "ROW_STEP", step)
+        rows = survivors(torch.tensor(alive)).tolist()
+    running = [row for row, lives in enumerate(alive) if lives]
+    assert len(set(rows)) == len(rows)
+    assert set(running) <= set(rows)
+    assert all(row == place or (row >= len(rows) and not alive[place]) for place, row in enumerate(rows))
+    if len(running) > many:
+        assert len(rows) % step == 0 or len(rows) == len(alive)
+        assert len(rows) < len(running) + step
+    else:
+        assert len(rows) == len(running)
 
 
 @torch.no_grad()

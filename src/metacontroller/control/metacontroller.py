@@ -204,7 +204,7 @@ class MetaController(Saveable, nn.Module):
         seen = residual.shape[1]
         if seen not in (steps, steps + 1):
             raise ValueError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
-        with products(self.precision, residual.device):
+        with products(self.precision, residual):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
         return embedded.to(residual.dtype)
 
@@ -256,7 +256,7 @@ class MetaController(Saveable, nn.Module):
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11)."""
-        with products(self.precision, residual.device):
+        with products(self.precision, residual):
             return residual + self.controller.apply(z.to(residual.dtype), residual)
 
     def act(

@@ -144,12 +144,12 @@ class Transformer(Saveable, nn.Module):
 
     def lower(self, x: Tensor, cache: BodyCache | None = None) -> Tensor:
         """First residual -> residual at the controlled layer, (b, t, n_e) each."""
-        with products(self.precision, x.device):
+        with products(self.precision, x):
             return self.lower_body(x, cache)
 
     def upper(self, residual: Tensor, cache: BodyCache | None = None) -> Tensor:
         """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each."""
-        with products(self.precision, residual.device):
+        with products(self.precision, residual):
             return self.norm(self.upper_body(residual, cache))
 
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
@@ -212,7 +212,7 @@ class Transformer(Saveable, nn.Module):
         x = self.embed(states[:, : actions.shape[1]], actions[:, :-1])
         layers = [x]
         for block in [*self.lower_body.blocks, *self.upper_body.blocks]:
-            with products(self.precision, x.device):
+            with products(self.precision, x):
                 x = block(x)
             x = x[0] if isinstance(x, tuple) else x  # a recurrent block returns its state, too
             layers.append(x)

@@ -200,13 +200,15 @@ def _reinforce(
 def _surrogate_in_parts(rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable) -> dict[str, Tensor]:
     """Backward of the surrogate's mean over all decisions of ``rows``; returns the metrics, means over the same.
 
-    Parts hold episodes of similar length, `DECISIONS_AT_ONCE` padded decisions at most: memory does not grow with the
-    batch, and little is spent on padding.
+    Parts hold episodes of similar length, the shortest at least half as long as the longest, and `DECISIONS_AT_ONCE`
+    padded decisions at most: memory does not grow with the batch, and little is spent on padding.
     """
     rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
     total, metrics = rollout.decisions[rows].sum(), {}
     while len(rows):
-        size = max(1, DECISIONS_AT_ONCE // int(rollout.decisions[rows[0]]))
+        longest = rollout.decisions[rows[0]]
+        similar = int((2 * rollout.decisions[rows] >= longest).sum())
+        size = min(similar, max(1, DECISIONS_AT_ONCE // int(longest)))
         part, rows = rows[:size], rows[size:]
         share = rollout.decisions[part].sum() / total
         loss, measured = surrogate(rollout.index(part), advantage[part])

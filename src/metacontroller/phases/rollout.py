@@ -18,7 +18,8 @@ from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.models.transformer import Transformer
 
-KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share are still running: moving rows has a price
+KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would go on: moving rows has a price
+MANY_ROWS, ROW_STEP = 256, 64  # above so many rows their number stays a multiple
 
 Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Called at switches: (residual (m, n_e), policy state (m, s), rows (m,)) -> code (m, n_z), joint log-probability
@@ -151,11 +152,11 @@ def rollout_abstract(
         state.policy = state.policy.index_copy(0, chosen, advanced)
         outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
         alive = ~(grids.terminated | grids.truncated)
-        running = survivors(alive)
-        if len(running) < KEEP_SHARE * len(rows):
+        kept = survivors(alive)
+        if len(kept) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
-            actor.keep(running)
-            rows, alive, state = rows[running], alive[running], state.index(running)
+            actor.keep(kept)
+            rows, alive, state = rows[kept], alive[kept], state.index(kept)
     return AbstractRollout(
         residual=decisions.padded(decisions.residual),
         code=decisions.padded(decisions.code),
@@ -179,11 +180,11 @@ def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generat
         actions.append(torch.zeros_like(outcome.steps).index_copy(0, rows, action[:, 0]))
         log_probs.append(torch.zeros_like(outcome.returns).index_copy(0, rows, log_prob))
         outcome.returns[rows] += reward
-        running = survivors(~(grids.terminated | grids.truncated))
-        if len(running) < KEEP_SHARE * len(rows):
+        kept = survivors(~(grids.terminated | grids.truncated))
+        if len(kept) < KEEP_SHARE * len(rows):
             outcome.close(rows, grids)
-            actor.keep(running)
-            rows = rows[running]
+            actor.keep(kept)
+            rows = rows[kept]
     agent = torch.stack(agents, 1)[..., None]
     return RawRollout(
         states=torch.cat([objects[:, None].expand(-1, agent.shape[1], -1), agent], -1),
@@ -194,14 +195,19 @@ def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generat
 
 
 def survivors(alive: Tensor) -> Tensor:
-    """The rows alive (b,) bool, int64 (m,), with the last of them in the places of the finished among the first m.
+    """The rows to go on with when those alive (b,) bool are running, int64 (m,): the last of them in the places of the
+    finished among the first m, so that few rows change their number.
 
-    So few rows change their number when a batch goes on without the finished ones.
+    All that are alive are among them, and while there are many a few finished ones, so that m is a multiple of
+    `ROW_STEP`: matrix products prepare themselves anew for each number of rows that they have not met.
     """
     running = alive.nonzero().squeeze(1)
     count = len(running)
+    if count > MANY_ROWS:
+        count = min(len(alive), -(-count // ROW_STEP) * ROW_STEP)
     rows = torch.arange(count, device=alive.device)
-    rows[~alive[:count]] = running[running >= count]
+    moved = running[running >= count]
+    rows[(~alive[:count]).nonzero().squeeze(1)[: len(moved)]] = moved
     return rows
 
 
