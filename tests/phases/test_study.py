@@ -43,19 +43,24 @@ def test_a_variant_changes_what_its_name_says() -> None:
     along = {"discover.train_model", "discover.optimizer.lr"}
     assert found["cotrained-from-pretrained"] == along
     assert found["cotrained-from-scratch"] == along | {"discover.optimizer.steps"}
-    short = {"discover.optimizer.steps", "discover.optimizer.decay_steps", "discover.alpha_warmup"}
+    short = {"discover.optimizer.steps", "discover.optimizer.decay_steps"}
     assert found["rate-frozen-0.1"] == short | {"discover.alpha", "meta_controller.gate.mode"}
     assert found["rate-cotrained-0.1"] == found["rate-frozen-0.1"] | along
+    short |= {"discover.alpha_warmup"}
     assert found["pretraining-steps-500"] == short | {"internal_rl.episodes"}
     own = short | {"internal_rl.episodes", "pretrain.snapshots"}
     own |= {"pretrain.optimizer.steps", "pretrain.optimizer.decay_steps"}
     assert found["weight-decay-0"] == own | {"pretrain.optimizer.weight_decay"}
     assert found["state-loss-0.01"] == own | {"pretrain.state_loss_weight"}
     assert found["epsilon-0.1"] == own | {"expert.epsilon"}
+    assert found["unturned-frozen"] == {"turned_embedding"}
+    for name in ("cotrained-from-pretrained", "cotrained-from-scratch"):
+        assert found[f"unturned-{name}"] == found[name] | {"turned_embedding"}
     starts = {name: variant.start for name, variant in named.items()}
     assert starts["cotrained-from-scratch"] == "new"
     assert starts["pretraining-steps-500"] == 500
     assert starts["epsilon-0.1"] == "own"
+    assert starts["unturned-cotrained-from-scratch"] == "new"
     assert starts["compile"] == starts["forced-switching"] == starts["rate-cotrained-0.1"] == "base"
 
 
@@ -64,12 +69,10 @@ def test_the_variants_of_every_preset_can_be_made() -> None:
         settings = STUDIES[preset]
         assert set(settings.snapshots) <= set(config.pretrain.snapshots)
         assert settings.pretraining_steps in settings.snapshots  # else there is nothing to compare with
-        assert len(variants(config, settings)) == len(_cells(settings))
-
-
-def _cells(settings: StudyConfig) -> list[Any]:
-    pretraining = (settings.snapshots, settings.weight_decays, settings.state_loss_weights, settings.epsilons)
-    return [None] * 4 + [None] * 2 * len(settings.alphas) + [value for values in pretraining for value in values]
+        pretraining = (settings.snapshots, settings.weight_decays, settings.state_loss_weights, settings.epsilons)
+        controls = 3 if config.turned_embedding else 0
+        expected = 4 + 2 * len(settings.alphas) + sum(map(len, pretraining)) + controls
+        assert len(variants(config, settings)) == expected
 
 
 def test_everything_leaves_its_numbers(whole: Path) -> None:

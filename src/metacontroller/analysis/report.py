@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.analysis import figures
-from metacontroller.analysis.study_figures import BASELINES, study_figures
+from metacontroller.analysis.study_figures import BASELINES, CONTROLS, study_figures
 from metacontroller.analysis.summary import variant_rows
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task
@@ -124,10 +124,12 @@ def _section(
     lines = [f"<h2>{html.escape(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>"]
     lines.append("<table><tr><th>measure</th><th>the paper</th><th>here: median [quartiles]</th></tr>")
     found = [(label, said, values(summary, runs)) for label, said, values in PAPER]
-    baselines = variant_rows(RunFolder(folder.path / "study").read_summary(), "baseline")
-    for variant, (label, _) in BASELINES.items():
-        values = [row["internal_rl_success"] for row in baselines.get(variant, [])]
-        found.append((f"{label}: internal RL on it (Fig. 8)", "near 0", values))
+    studied = variant_rows(RunFolder(folder.path / "study").read_summary())
+    compared = {name: (label, "near 0") for name, (label, _) in BASELINES.items()}
+    compared |= {name: said for name, said in CONTROLS.items() if name in studied}
+    for variant, (label, said) in compared.items():
+        values = [row["internal_rl_success"] for row in studied.get(variant, [])]
+        found.append((f"{label}: internal RL on it (Fig. 8)", said, values))
     for label, said, values in found:
         lines.append(f"<tr><td>{label}</td><td>{said}</td><td>{_spread(values)}</td></tr>")
     lines.append("</table>")

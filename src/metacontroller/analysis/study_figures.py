@@ -25,6 +25,13 @@ BASELINES = {
 }
 """How the study's baselines are named and drawn."""
 
+CONTROLS = {
+    "unturned-frozen": ("base frozen, sequence embedder as the paper's", "high"),
+    "unturned-cotrained-from-pretrained": ("co-trained, from pretrained weights, embedder as the paper's", "near 0"),
+    "unturned-cotrained-from-scratch": ("co-trained, from scratch, embedder as the paper's", "near 0"),
+}
+"""The study's controls, and what the paper says of their success."""
+
 
 def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tuple[str, Figure]]:
     """What a reproduction's folder has beyond the reproduction: by file name, a caption and the figure."""

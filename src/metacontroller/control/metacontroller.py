@@ -140,7 +140,8 @@ class MetaController(Saveable, nn.Module):
         self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h
         self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
-        self.eps_clip, self.precision = eps_clip, precision
+        self.eps_clip = eps_clip
+        self.precision: Precision = precision
 
         self.norm = nn.LayerNorm(dim_model)
         self.history = nn.GRU(dim_model, n_h, batch_first=True)

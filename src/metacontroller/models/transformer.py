@@ -114,7 +114,8 @@ class Transformer(Saveable, nn.Module):
         super().__init__()
         check_precision(precision)
         self.remember_arguments({name: value for name, value in locals().items() if name != "meta_controller"})
-        self.dim, self.condition_on_actions, self.precision = dim, condition_on_actions, precision
+        self.dim, self.condition_on_actions = dim, condition_on_actions
+        self.precision: Precision = precision
         self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
         if set(state_embed_readout) == {"grid"}:
             grid = state_embed_readout["grid"]

@@ -53,14 +53,16 @@ FOLDER = "study"
 class StudyConfig:
     """How much of everything.
 
-    alphas: of the rate-distortion curves. discovery_steps, alpha_warmup: of their points and of variants of
-    pretraining. snapshots: base models in mid-pretraining to discover on. weight_decays, state_loss_weights, epsilons:
-    a base model of its own for each, after pretraining_steps updates, to compare with the snapshot of that step.
-    episodes: of internal RL on each. few_seeds: so many of the seeds have curves and variants; all have the baselines.
-    probe_steps, probe_lr, steer_steps, steer_lr, walks, analysis_episodes: of the analyses of each reproduced run.
+    alphas, rate_steps: of the rate-distortion curves and of discovery at each of their points. discovery_steps,
+    alpha_warmup: of discovery on variants of pretraining. snapshots: base models in mid-pretraining to discover on.
+    weight_decays, state_loss_weights, epsilons: a base model of its own for each, after pretraining_steps updates, to
+    compare with the snapshot of that step. episodes: of internal RL on each. few_seeds: so many of the seeds have
+    curves, variants and controls; all have the baselines. probe_steps, probe_lr, steer_steps, steer_lr, walks,
+    analysis_episodes: of the analyses of each reproduced run.
     """
 
-    alphas: tuple[float, ...] = (0.001, 0.003, 0.01, 0.1)
+    alphas: tuple[float, ...] = (0.001, 0.004, 0.02, 0.1)
+    rate_steps: int = 2400
     discovery_steps: int = 1600
     alpha_warmup: tuple[int, int] = (700, 1200)
     snapshots: tuple[int, ...] = (500, 1000)
@@ -72,7 +74,7 @@ class StudyConfig:
     few_seeds: int = 1
     probe_steps: int = 300
     probe_lr: float = 3e-3
-    steer_steps: int = 1200
+    steer_steps: int = 800
     steer_lr: float = 3e-3
     walks: int = 1024
     analysis_episodes: int = 2048
@@ -81,6 +83,7 @@ class StudyConfig:
 STUDIES = {
     "debug": StudyConfig(
         alphas=(0.01,),
+        rate_steps=6,
         discovery_steps=6,
         alpha_warmup=(1, 4),
         snapshots=(4,),
@@ -97,7 +100,8 @@ STUDIES = {
     "laptop": StudyConfig(),
     "paper": StudyConfig(
         alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),  # the alphas searched
-        discovery_steps=64_000,  # as the paper's discovery; all below: our choice where the paper is silent
+        rate_steps=64_000,  # as the paper's discovery; all below: our choice where the paper is silent
+        discovery_steps=64_000,
         alpha_warmup=(0, 0),
         snapshots=(10_000, 50_000, 100_000),
         weight_decays=(0.0, 0.01, 0.1),
@@ -116,7 +120,7 @@ STUDIES = {
 }
 """By preset."""
 
-Group = Literal["baseline", "rate", "pretraining"]
+Group = Literal["baseline", "rate", "pretraining", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,18 +136,16 @@ class Variant:
     reinforces: bool = True
 
 
-def _discovery(config: DiscoverConfig, study: StudyConfig) -> DiscoverConfig:
-    """The same with the study's steps, over as large a share of which the learning rate falls."""
-    optimizer, steps = config.optimizer, study.discovery_steps
+def _lasting(config: DiscoverConfig, steps: int) -> DiscoverConfig:
+    """The same for so many updates, over as large a share of which the learning rate falls."""
+    optimizer = config.optimizer
     falls = round(optimizer.decay_steps * steps / optimizer.steps)
-    return replace(
-        config, optimizer=replace(optimizer, steps=steps, decay_steps=falls), alpha_warmup=study.alpha_warmup
-    )
+    return replace(config, optimizer=replace(optimizer, steps=steps, decay_steps=falls))
 
 
 def variants(config: GridworldConfig, study: StudyConfig) -> dict[str, Variant]:
     """All variants by name, in the order in which they are run."""
-    found = [*_baselines(config), *_rate_distortion(config, study), *_pretraining(config, study)]
+    found = [*_baselines(config), *_rate_distortion(config, study), *_pretraining(config, study), *_controls(config)]
     return {variant.name: variant for variant in found}
 
 
@@ -169,13 +171,31 @@ def _cotrained(config: GridworldConfig) -> GridworldConfig:
     return replace(config, discover=replace(config.discover, optimizer=optimizer, train_model=True))
 
 
+def _controls(config: GridworldConfig) -> list[Variant]:
+    """Where the sequence embedder sees episodes turned: the base frozen and co-trained with an embedder as the paper's,
+    which sees them as they are. They tell what the turned view does for each."""
+    if not config.turned_embedding:
+        return []
+    compared = (Variant(name="frozen", group="control", config=config), *_baselines(config))
+    return [
+        replace(
+            variant,
+            name=f"unturned-{variant.name}",
+            group="control",
+            config=replace(variant.config, turned_embedding=False),
+        )
+        for variant in compared
+        if variant.name == "frozen" or variant.config.discover.train_model
+    ]
+
+
 def _rate_distortion(config: GridworldConfig, study: StudyConfig) -> list[Variant]:
     """Each alpha, frozen and co-trained, with the Gumbel-sigmoid gate (Fig. 7)."""
     found = []
     gate = replace(config.meta_controller.gate, mode="gumbel-sigmoid")
     for alpha in study.alphas:
         for kind, base in (("frozen", config), ("cotrained", _cotrained(config))):
-            discovery = replace(_discovery(base.discover, study), alpha=alpha)
+            discovery = replace(_lasting(base.discover, study.rate_steps), alpha=alpha)
             changed = replace(base, discover=discovery, meta_controller=replace(base.meta_controller, gate=gate))
             name = f"rate-{kind}-{alpha:g}"
             found.append(Variant(name=name, group="rate", config=changed, value=alpha, reinforces=False))
@@ -185,7 +205,8 @@ def _rate_distortion(config: GridworldConfig, study: StudyConfig) -> list[Varian
 def _pretraining(config: GridworldConfig, study: StudyConfig) -> list[Variant]:
     """Base models pretrained for less time or otherwise, with the same discovery on each (Fig. A2)."""
     rl = replace(config.internal_rl, episodes=study.episodes)
-    config = replace(config, discover=_discovery(config.discover, study), internal_rl=rl)
+    discovery = replace(_lasting(config.discover, study.discovery_steps), alpha_warmup=study.alpha_warmup)
+    config = replace(config, discover=discovery, internal_rl=rl)
     found = []
     for step in study.snapshots:
         name = f"pretraining-steps-{step}"
