@@ -17,11 +17,13 @@ from metacontroller.presets.gridworld import debug, laptop, with_seed
 from metacontroller.run_folder import RunFolder
 
 COMMAND = ["figures", "--preset", "debug", "--seeds", "0", "--workers", "1", "--quiet", "--device", "cpu"]
+COMMAND += ["--config.turned-embedding"]  # so that there are controls
+CONFIG = dataclasses.replace(debug(), turned_embedding=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The debug preset's study of one seed, in this process."""
+    """The study of one seed of `CONFIG`, in this process."""
     out = tmp_path_factory.mktemp("study") / "out"
     assert main([*COMMAND, "--out", str(out)]) == 0
     return out
@@ -78,7 +80,7 @@ def test_the_variants_of_every_preset_can_be_made() -> None:
 def test_everything_leaves_its_numbers(whole: Path) -> None:
     rows = RunFolder(whole / "study").read_summary()["cells"]
     assert {row["status"] for row in rows} == {"finished"}
-    named = variants(debug(), STUDIES["debug"])
+    named = variants(CONFIG, STUDIES["debug"])
     assert [row["name"] for row in rows] == ["run", *list(named)[:4], "analyses", *list(named)[4:]]
     for row in [row for row in rows if row["name"] in named]:
         assert row["rate"] >= 0
@@ -93,6 +95,7 @@ def test_everything_leaves_its_numbers(whole: Path) -> None:
     assert drawn >= {"success", "baselines", "rate_distortion", "pretraining", "gate_histogram", "injection", "layers"}
     page = (whole / "report.html").read_text()
     assert "<td>not measured</td>" not in page
+    assert page.count("embedder as the paper's: internal RL on it") == 3
     assert page.count("<figure><svg") == 10 + 4
 
 

@@ -314,8 +314,10 @@ def laptop() -> GridworldConfig:
         model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128, view="egocentric", reach=2),
         meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
         pretrain=PretrainConfig(
-            optimizer=OptimizerConfig(steps=3500, batch_size=256, lr=1e-3, decay_steps=1500),
-            snapshots=(125, 250, 500, 1000, 2000),
+            # a model that is surer of what follows is harder to lead elsewhere: longer, or to the end of a falling
+            # learning rate, is worse (docs/log.md, 24, 44)
+            optimizer=OptimizerConfig(steps=2000, batch_size=256, lr=1e-3),
+            snapshots=(125, 250, 500, 1000),
         ),
         discover=DiscoverConfig(
             optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
