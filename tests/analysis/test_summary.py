@@ -55,5 +55,5 @@ def test_facts_name_versions_and_hardware_only() -> None:
     facts = environment_facts()
     assert set(facts) == {"versions", "hardware"}
     assert set(facts["versions"]) == {"python", "metacontroller-rl", "torch", "numpy"}
-    assert set(facts["hardware"]) == {"cpu", "cores", "gpu"}
+    assert set(facts["hardware"]) == {"cpu", "cores", "gpu", "bfloat16"}
     assert facts["versions"]["torch"] == pytest.importorskip("torch").__version__
