@@ -12,6 +12,7 @@ import torch
 
 from metacontroller.cli import main
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases import study as study_phase
 from metacontroller.phases.study import STUDIES, Cell, StudyConfig, study, variant_folder, variants
 from metacontroller.presets.gridworld import debug, laptop, with_seed
 from metacontroller.run_folder import RunFolder
@@ -144,6 +145,24 @@ def test_a_failed_part_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     rows = study(settings, tmp_path, [0], quiet=True)["cells"]
     assert {row["status"] for row in rows} == {"finished"}
     assert not (broken / "error.txt").exists()
+
+
+def test_a_study_cut_short_has_the_numbers_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunFolder(tmp_path).write_config(debug())
+    whole = study_phase.attempt
+
+    def attempt(out: str, cell: Cell, *rest: Any) -> None:
+        if cell.what == "forced-switching":
+            raise KeyboardInterrupt
+        whole(out, cell, *rest)
+
+    monkeypatch.setattr(study_phase, "attempt", attempt)
+    with pytest.raises(KeyboardInterrupt):
+        study(STUDIES["debug"], tmp_path, [0], quiet=True)
+    rows = RunFolder(tmp_path / "study").read_summary()["cells"]
+    assert [row["status"] for row in rows] == ["finished", "finished", *["not run"] * (len(rows) - 2)]
+    assert rows[1]["name"] == "compile"
+    assert rows[1]["rate"] >= 0
 
 
 def test_without_a_base_model_nothing_is_built_on_it(tmp_path: Path) -> None:

@@ -382,6 +382,7 @@ def study(
         def advance() -> None:
             nonlocal done
             done += 1
+            own.write_summary(_summary(folder.path, cells, named))  # so that a report can be made on the way
             progress.update(done)
 
         if workers == 1:
