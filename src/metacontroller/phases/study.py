@@ -74,8 +74,8 @@ class StudyConfig:
     few_seeds: int = 1
     probe_steps: int = 300
     probe_lr: float = 3e-3
-    steer_steps: int = 800
-    steer_lr: float = 3e-3
+    steer_steps: int = 3200  # this and lr: table of supervised controllers
+    steer_lr: float = 1e-3
     walks: int = 1024
     analysis_episodes: int = 2048
 
