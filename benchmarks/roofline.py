@@ -7,9 +7,7 @@ bytes that it must at least move (parameters, what it is given and what it retur
 state too). The limit is the longer of operations / ceiling, that of the faster type, and bytes / bandwidth; "share" is
 limit / time. Medians.
 
-    python benchmarks/roofline.py [--device cpu] [--threads N] [--repeats 7] [--run RUN] [--output FILE.json]
-
---run: a finished run, for the rate of internal RL with its model and policy; left out, that row says 'not measured'.
+    python benchmarks/roofline.py [--device cpu] [--threads N] [--repeats 7] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,11 @@ from metacontroller.envs.expert import expert_trajectories
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.parts import losses_in_parts
 from metacontroller.models.readouts import gaussian_log_prob
-from metacontroller.models.transformer import Transformer, frozen
-from metacontroller.phases.internal_rl import internal_rl, task_grids
-from metacontroller.phases.reproduce import load_artefact, read_config, usable_cores
+from metacontroller.models.transformer import frozen
+from metacontroller.phases.internal_rl import task_grids
+from metacontroller.phases.reproduce import usable_cores
 from metacontroller.phases.rollout import Actor
 from metacontroller.presets.gridworld import GridworldConfig, build_meta_controller, build_model, generate, paper
-from metacontroller.run_folder import RunFolder
 
 OUT = Path(__file__).parent / "out"
 BATCHES = {"cpu": (64, 64), "cuda": (1024, 512)}
@@ -65,7 +62,7 @@ class Row:
     """seconds: median. operations: of matrix products. moved: bytes at least. rate: "1,234 unit/s", if there is one."""
 
     name: str
-    seconds: float | None
+    seconds: float
     operations: float = 0.0
     moved: float = 0.0
     rate: str = ""
@@ -286,10 +283,10 @@ def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
     row = bench.row("", play, ROLLOUT_STEPS * (weights + cache))
     return Row(
         f"rollout step, {count} environments",
-        (row.seconds or 0.0) / ROLLOUT_STEPS,
+        row.seconds / ROLLOUT_STEPS,
         row.operations / ROLLOUT_STEPS,
         row.moved / ROLLOUT_STEPS,
-        f"{count * ROLLOUT_STEPS / (row.seconds or 1.0):,.0f} steps/s",
+        f"{count * ROLLOUT_STEPS / row.seconds:,.0f} steps/s",
     )
 
 
@@ -348,32 +345,6 @@ def environment_rows(bench: Bench, config: GridworldConfig) -> list[Row]:
     return [environment, Row(f"expert, {EXPERT_EPISODES:,} episodes", seconds, 0.0, moved, rate)]
 
 
-def internal_rl_row(bench: Bench, path: Path | None) -> Row:
-    """Episodes a second of internal RL as a run does it, rollout and update, with the policy that it has learned."""
-    name = "internal RL, the run's model and policy"
-    if path is None:
-        return Row(name, None)
-    run = RunFolder(path)
-    config = read_config(run)
-    model = load_artefact(Transformer, run, "base_model", str(bench.device))
-    steering = load_artefact(MetaController, run, "internal_rl_policy", str(bench.device))
-    settings = replace(config.internal_rl, episodes=8 * config.internal_rl.batch_size, checkpoint_every=100)
-    out = RunFolder(OUT / "roofline-run")
-
-    def learn() -> None:
-        internal_rl(
-            settings,
-            model,
-            steering,
-            lambda n, g: task_grids(config.environment, config.post_task, n, g),
-            out,
-            quiet=True,
-        )
-
-    seconds = bench.seconds(learn, 3)
-    return Row(name, seconds / 8, 0.0, 0.0, f"{settings.episodes / seconds:,.0f} episodes/s")
-
-
 def show(rows: list[Row], ceilings: Ceilings, title: str) -> None:
     """Prints ceilings and rows."""
     console = Console(width=110)
@@ -386,9 +357,6 @@ def show(rows: list[Row], ceilings: Ceilings, title: str) -> None:
     for name in ("ms", "Gflop", "MB", "limit ms", "share", "rate"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        if row.seconds is None:
-            table.add_row(row.name, "not measured")
-            continue
         limit = row.limit(ceilings)
         share = f"{limit / row.seconds:.0%}" if limit else ""
         numbers = (f"{1e3 * row.seconds:.2f}", f"{row.operations / 1e9:.2f}", f"{row.moved / 1e6:.1f}")
@@ -396,7 +364,7 @@ def show(rows: list[Row], ceilings: Ceilings, title: str) -> None:
     console.print(table)
 
 
-def measure(device: torch.device, repeats: int, run: Path | None) -> tuple[Ceilings, list[Row]]:
+def measure(device: torch.device, repeats: int) -> tuple[Ceilings, list[Row]]:
     """Everything on one device."""
     bench, config = Bench(device, repeats), paper()
     pretraining, discovery = BATCHES[device.type]
@@ -407,7 +375,6 @@ def measure(device: torch.device, repeats: int, run: Path | None) -> tuple[Ceili
         rollout_row(bench, config),
         update_row(bench, config),
         *environment_rows(bench, config),
-        internal_rl_row(bench, run),
     ]
     return ceilings, rows
 
@@ -428,11 +395,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--run", type=Path)
     parser.add_argument("--output", type=Path, default=OUT / "roofline.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ceilings, rows = measure(arguments.device, arguments.repeats, arguments.run)
+    ceilings, rows = measure(arguments.device, arguments.repeats)
     show(rows, ceilings, f"{arguments.device}, {arguments.threads} threads, torch {torch.__version__}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = report(arguments.device, arguments.threads, ceilings, rows)

@@ -28,7 +28,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task, parse_task
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import Policy, evaluate
-from metacontroller.phases.parallel import launched, processes
+from metacontroller.phases.parallel import launched, leave, processes
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
@@ -125,10 +125,12 @@ class InternalRL(Training):
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
-        config = read_config(run)
+        config, device = read_config(run), device_name(self.device)
+        workers = processes(device)
         refuse_begun(run, "raw_action_rl" if self.raw else "internal_rl", self.resume)
+        workers.wait()  # until all have seen what was there before
         phase = run_raw_action_rl if self.raw else run_internal_rl
-        phase(config, run, resume=self.resume, quiet=self.quiet, device=device_name(self.device))
+        phase(config, run, resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
@@ -507,9 +509,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt."""
     try:
         command = parse(list(sys.argv[1:] if argv is None else argv))
-        if launched() and not isinstance(command, Pretrain | Discover):
-            raise ValueError("only pretrain and discover run in several processes; start this one without a launcher.")
+        if launched() and not isinstance(command, Pretrain | Discover | InternalRL):
+            names = "pretrain, discover and internal-rl"
+            raise ValueError(f"only {names} run in several processes; start this one without a launcher.")
         command()
+        leave()
     except (ValueError, FileNotFoundError) as error:
         print(f"metacontroller: {error}", file=sys.stderr)
         return 2

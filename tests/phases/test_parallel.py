@@ -1,17 +1,27 @@
-"""Several processes on one batch: the losses and weights of one process, started as a user would start them."""
+"""Several processes on one batch: the losses and weights of one process, started as a user would start them.
+
+In RL each plays its own episodes, so there the update is compared: shares of a batch against the whole of it.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from metacontroller.cli import main
+from metacontroller.control.losses import trajectory_advantages
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.phases.internal_rl import _surrogate_in_parts
 from metacontroller.phases.parallel import Processes
+from metacontroller.phases.reproduce import read_config
+from metacontroller.phases.rollout import AbstractRollout
 from metacontroller.run_folder import RunFolder
 
 PHASES = (["pretrain", "--preset", "debug", "--seed", "3"], ["discover"])
@@ -42,10 +52,81 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_reinforce_together(tmp_path: Path) -> None:
+    for command in PHASES:
+        assert main([command[0], str(tmp_path), *command[1:], "--device", "cpu", "--quiet"]) == 0
+    run = RunFolder(tmp_path)
+    for phase, words, artefact in (
+        ("internal_rl", [], "internal_rl_policy"),
+        ("raw_action_rl", ["--raw"], "raw_action_model"),
+    ):
+        done = in_two_processes("internal-rl", str(tmp_path), *words, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        settings = getattr(read_config(run), phase)
+        lines = run.read_metrics(phase)
+        assert [line["episodes"] for line in lines] == [settings.batch_size * (i + 1) for i in range(settings.updates)]
+        assert done.stderr.count(f"{settings.updates}/{settings.updates}") == 1  # one process shows progress
+        assert run.load_checkpoint(phase)[1]["step"] == settings.updates
+        assert (tmp_path / f"{artefact}.safetensors").exists()
+
+
+class Share(Processes):
+    """One of two processes, of which both together made so many decisions."""
+
+    def __init__(self, rank: int, decisions: Tensor) -> None:
+        self.rank, self.count, self.decisions = rank, 2, decisions
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """The other process is missed by none but the number of decisions."""
+        if tensors[0].dtype == torch.int64:
+            tensors[0].copy_(self.decisions)
+
+
+def test_shares_of_an_update_add_up_to_the_whole() -> None:
+    lengths, steps = torch.tensor([1, 7, 3, 2, 7, 4]), 7
+    rollout = AbstractRollout(
+        returns=torch.rand(6).double(),
+        steps=lengths,
+        progress=lengths,
+        residual=torch.randn(6, steps, 3).double(),
+        code=torch.randn(6, steps, 2).double(),
+        log_prob=torch.randn(6, steps).double(),
+        lengths=lengths,
+    )
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    advantage = trajectory_advantages(rollout.returns, 1e-3)
+
+    def surrogate(part: AbstractRollout, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        score = (part.residual @ weight * part.code).sum(-1) * own[:, None]
+        mean = masked_mean(score, length_mask(part.lengths, part.code.shape[1]))
+        return mean, {"score": mean.detach()}
+
+    expected = _surrogate_in_parts(rollout, advantage, torch.arange(6), surrogate, Processes("cpu"))["score"]
+    assert weight.grad is not None
+    gradient, weight.grad, found = weight.grad.clone(), None, torch.zeros(())
+    for rank, rows in enumerate(([0, 1, 2], [3, 4, 5])):
+        own, workers = torch.tensor(rows), Share(rank, lengths.sum())
+        part = rollout.index(own)
+        found = found + _surrogate_in_parts(part, advantage[own], torch.arange(3), surrogate, workers)["score"]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_each_process_has_random_numbers_of_its_own() -> None:
+    shared = [torch.Generator().manual_seed(1) for _ in range(2)]
+    workers = [Share(rank, torch.tensor(0)) for rank in range(2)]
+    own = [worker.own_generator(generator) for worker, generator in zip(workers, shared, strict=True)]
+    first, second = (torch.rand(8, generator=generator) for generator in own)
+    assert not torch.equal(first, second)
+    assert torch.equal(shared[0].get_state(), shared[1].get_state())  # so that a checkpoint is that of both
+    alone = Processes("cpu")
+    assert alone.own_generator(shared[0]) is shared[0]
+
+
 def test_other_commands_run_in_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["reproduce", "--preset", "debug"]) == 2
-    assert "only pretrain and discover run in several processes" in capsys.readouterr().err
+    assert "only pretrain, discover and internal-rl run in several processes" in capsys.readouterr().err
 
 
 def test_a_batch_too_small_to_share_is_refused() -> None:
@@ -57,3 +138,6 @@ def test_a_batch_too_small_to_share_is_refused() -> None:
     assert rows.tolist() == [1, 4, 7]
     with pytest.raises(ValueError, match="batch_size is 2; expected at least 3"):
         workers.rows(2)
+    assert workers.share(24, 4) == 8
+    with pytest.raises(ValueError, match="batch_size is 16; expected a multiple of 12, processes times minibatches"):
+        workers.share(16, 4)

@@ -2,7 +2,8 @@
 
 Frozen model, gate and controller decoder together with the task are the environment; the policy pi(z | e) acts in it
 only at switches. One update: a batch of fresh episodes, advantages (R - mean) / (std + delta), a few passes of the
-clipped surrogate over the stored residuals. The frozen model is never run again for the update.
+clipped surrogate over the stored residuals. The frozen model is never run again for the update. Several processes
+share each batch, see `phases.parallel`.
 
 Metrics: ``success`` of the batch just played, ``episodes`` so far, ``decisions`` and ``steps`` per episode,
 ``progress`` (colors of the task done); of the last optimizer step ``entropy_per_code`` of the policy's Gaussian in
@@ -25,6 +26,7 @@ from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases.parallel import Processes, processes
 from metacontroller.phases.rollout import (
     AbstractRollout,
     RawRollout,
@@ -94,8 +96,8 @@ def internal_rl(
     model.eval()
     meta_controller.eval()
 
-    def play(generator: torch.Generator) -> AbstractRollout:
-        grids = new_grids(config.batch_size, generator)
+    def play(n: int, generator: torch.Generator) -> AbstractRollout:
+        grids = new_grids(n, generator)
         return rollout_abstract(model, meta_controller, grids, policy_proposal(meta_controller, generator), generator)
 
     def surrogate(rollout: AbstractRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -109,7 +111,8 @@ def internal_rl(
         return loss, {**metrics, "entropy_per_code": entropy.detach()}
 
     _reinforce("internal_rl", config, meta_controller.policy, play, surrogate, run, resume=resume, quiet=quiet)
-    meta_controller.save(run.path / "internal_rl_policy.safetensors")
+    if processes(next(model.parameters()).device.type).is_main:
+        meta_controller.save(run.path / "internal_rl_policy.safetensors")
     return meta_controller
 
 
@@ -128,8 +131,8 @@ def raw_action_rl(
     """
     model.eval()
 
-    def play(generator: torch.Generator) -> RawRollout:
-        return rollout_raw(model, new_grids(config.batch_size, generator), generator)
+    def play(n: int, generator: torch.Generator) -> RawRollout:
+        return rollout_raw(model, new_grids(n, generator), generator)
 
     def surrogate(rollout: RawRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model.action_readout(model.upper(model.residual(rollout.states, rollout.actions)))
@@ -139,7 +142,8 @@ def raw_action_rl(
         return loss, _ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
 
     _reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)
-    model.save(run.path / "raw_action_model.safetensors")
+    if processes(next(model.parameters()).device.type).is_main:
+        model.save(run.path / "raw_action_model.safetensors")
     return model
 
 
@@ -165,7 +169,7 @@ def _reinforce(
 ) -> None:
     """The loop both kinds of RL share: play a batch, a few passes over it, log, save. Trains ``module`` in place.
 
-    play(generator) -> rollout. surrogate(rollout, advantage) -> loss, metrics.
+    play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage) -> loss, metrics.
     """
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
@@ -177,34 +181,45 @@ def _reinforce(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    workers = learner.processes
+    episodes = workers.share(config.batch_size, config.minibatches)
     first = learner.restore(run, phase)[0] if resume else 0
-    run.rewind_metrics(phase, first)
-    with track(config.updates, phase, start=first, quiet=quiet) as progress:
+    if workers.is_main:
+        run.rewind_metrics(phase, first)
+    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress:
         for update in range(first, config.updates):
-            rollout = play(generator)
+            numbers = workers.own_generator(generator)
+            rollout = play(episodes, numbers)
             done = update + 1
-            metrics = {"episodes": done * config.batch_size, **_episode_means(rollout)}
-            advantage = trajectory_advantages(rollout.returns, config.delta)
+            metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
+            advantages = trajectory_advantages(workers.gather(rollout.returns).view(-1), config.delta)
+            advantage = advantages.view(workers.count, -1)[workers.rank]
             # a batch in which all episodes end alike has nothing to teach: no advantage, no gradient
-            for _ in range(config.passes if bool(advantage.any()) else 0):
-                order = torch.randperm(config.batch_size, generator=generator, device=generator.device)
+            for _ in range(config.passes if bool(advantages.any()) else 0):
+                order = torch.randperm(episodes, generator=numbers, device=numbers.device)
                 for rows in order.chunk(config.minibatches):
-                    metrics |= _surrogate_in_parts(rollout, advantage, rows, surrogate)
+                    metrics |= _surrogate_in_parts(rollout, advantage, rows, surrogate, workers)
                     metrics["grad_norm"] = learner.descend()
-            run.log_metrics(phase, done, **metrics)
+            if workers.is_main:
+                run.log_metrics(phase, done, **metrics)
             progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
             if done % config.checkpoint_every == 0 or done == config.updates:
                 learner.save(run, phase, done)
+    workers.wait()
 
 
-def _surrogate_in_parts(rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable) -> dict[str, Tensor]:
-    """Backward of the surrogate's mean over all decisions of ``rows``; returns the metrics, means over the same.
+def _surrogate_in_parts(
+    rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
+) -> dict[str, Tensor]:
+    """Backward of this process's share of the surrogate's mean over all decisions of all processes' ``rows``; returns
+    the metrics, means over the same.
 
     Parts hold episodes of similar length, the shortest at least half as long as the longest, and `DECISIONS_AT_ONCE`
     padded decisions at most: memory does not grow with the batch, and little is spent on padding.
     """
     rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
     total, metrics = rollout.decisions[rows].sum(), {}
+    workers.add_up([total])
     while len(rows):
         longest = rollout.decisions[rows[0]]
         similar = int((2 * rollout.decisions[rows] >= longest).sum())
@@ -215,11 +230,12 @@ def _surrogate_in_parts(rollout: Rollout, advantage: Tensor, rows: Tensor, surro
         (share * loss).backward()
         for name, value in measured.items():
             metrics[name] = metrics.get(name, 0.0) + share * value
+    workers.add_up(list(metrics.values()))
     return metrics
 
 
-def _episode_means(rollout: Rollout) -> dict[str, Tensor]:
-    """Means over a batch of episodes."""
+def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
+    """Means over the batch of episodes, all processes' together."""
     means = {
         "success": rollout.returns.mean(),
         "steps": rollout.steps.float().mean(),
@@ -227,4 +243,6 @@ def _episode_means(rollout: Rollout) -> dict[str, Tensor]:
     }
     if isinstance(rollout, AbstractRollout):
         means["decisions"] = rollout.lengths.float().mean()
+    means = {name: mean / workers.count for name, mean in means.items()}
+    workers.add_up(list(means.values()))
     return means

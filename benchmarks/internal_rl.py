@@ -1,0 +1,98 @@
+"""Episodes a second of internal RL as a run does it, rollout and update, in one process and in several.
+
+One process has a thread for every core; several have one each and share the batches, as under ``torchrun``. The policy
+is the one that the run has learned, so episodes are as long as at the end of learning. Prints medians and writes JSON.
+
+    python benchmarks/internal_rl.py [--run RUN] [--processes 1 2] [--repeats 5] [--output FILE.json]
+
+--run: a finished run; that of ``make reproduce`` unless given, and if that is not there nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.internal_rl import internal_rl, task_grids
+from metacontroller.phases.parallel import leave, processes
+from metacontroller.phases.reproduce import BASE_MODEL, POLICY, load_artefact, read_config, usable_cores
+from metacontroller.run_folder import RunFolder
+
+UPDATES = 8
+
+
+def rates(path: Path, repeats: int) -> list[float]:
+    """Episodes a second of `UPDATES` updates, again and again, in the processes that a launcher started."""
+    workers, run = processes("cpu"), RunFolder(path)
+    config = read_config(run)
+    model = load_artefact(Transformer, run, BASE_MODEL, "cpu")
+    steering = load_artefact(MetaController, run, POLICY, "cpu")
+    settings = replace(config.internal_rl, episodes=UPDATES * config.internal_rl.batch_size, checkpoint_every=1000)
+
+    def new_grids(n: int, generator: torch.Generator) -> Any:
+        return task_grids(config.environment, config.post_task, n, generator)
+
+    found = []
+    with tempfile.TemporaryDirectory() as out:
+        for _ in range(1 + repeats):
+            workers.wait()
+            start = time.perf_counter()
+            internal_rl(settings, model, steering, new_grids, RunFolder(out), quiet=True)
+            found.append(settings.episodes / (time.perf_counter() - start))
+    return found[1:]  # the first was to warm up
+
+
+def launch(path: Path, count: int, repeats: int) -> dict[str, Any]:
+    """A row: as many processes as asked for, which share the cores."""
+    threads = max(1, usable_cores() // count)
+    words = ["--nproc-per-node", str(count), __file__, "--run", str(path), "--repeats", str(repeats), "--measured"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    return {"processes": count, "threads": threads, "episodes_per_second": statistics.median(found), "all": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/laptop/seed-0"))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, usable_cores()])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "out" / "internal_rl.json")
+    parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)  # in our own children
+    arguments = parser.parse_args()
+    if arguments.measured:
+        found = rates(arguments.run, arguments.repeats)
+        if processes("cpu").is_main:
+            print(json.dumps(found))
+        leave()
+        return
+    if not RunFolder(arguments.run).read_summary():
+        print(f"not measured: {arguments.run} is no finished run.")
+        return
+    rows = [launch(arguments.run, count, arguments.repeats) for count in arguments.processes]
+    for row in rows:
+        print("{processes} processes of {threads} threads: {episodes_per_second:,.0f} episodes/s".format(**row))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
