@@ -3,9 +3,9 @@
 One process has a thread for every core; several have one each and share the batches, as under ``torchrun``. The policy
 is the one that the run has learned, so episodes are as long as at the end of learning. Prints medians and writes JSON.
 
-    python benchmarks/internal_rl.py [--run RUN] [--processes 1 2] [--repeats 5] [--output FILE.json]
+    python benchmarks/internal_rl.py [RUN] [--processes 1 2] [--repeats 5] [--output FILE.json]
 
---run: a finished run; that of ``make reproduce`` unless given, and if that is not there nothing is measured.
+RUN: a finished run; that of ``make reproduce`` unless given, and if that is not there nothing is measured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rates(path: Path, repeats: int) -> list[float]:
 def launch(path: Path, count: int, repeats: int) -> dict[str, Any]:
     """A row: as many processes as asked for, which share the cores."""
     threads = max(1, usable_cores() // count)
-    words = ["--nproc-per-node", str(count), __file__, "--run", str(path), "--repeats", str(repeats), "--measured"]
+    words = ["--nproc-per-node", str(count), __file__, str(path), "--repeats", str(repeats), "--measured"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
@@ -72,7 +72,7 @@ def launch(path: Path, count: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/laptop/seed-0"))
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/laptop/seed-0"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, usable_cores()])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "out" / "internal_rl.json")

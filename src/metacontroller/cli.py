@@ -404,7 +404,7 @@ def study_table(found: dict[str, Any]) -> Table:
         "distortion": "distortion",
     }
     for title in ("variant", "seeds", *names.values()):
-        table.add_column(title, justify="left" if title == "variant" else "right")
+        table.add_column(title, justify="left" if title == "variant" else "right", overflow="fold")
     for name, rows in variant_rows(found).items():
         cells = [[row[measure] for row in rows if row.get(measure) is not None] for measure in names]
         table.add_row(name, str(len(rows)), *(f"{median(values):.3f}" if values else "" for values in cells))
