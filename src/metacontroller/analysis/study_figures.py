@@ -94,8 +94,9 @@ def rate_distortion_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.set(xlabel="rate: KL of the codes (nats per step)", ylabel="distortion: action loss (nats per step)")
     ax.set_xscale("symlog", linthresh=0.1)
     ax.margins(x=0.12)  # for the names of the last points
-    ticks = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if low <= tick <= high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize="small")
     return figure
