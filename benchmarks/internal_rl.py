@@ -73,7 +73,7 @@ def launch(path: Path, count: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/laptop/seed-0"))
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, usable_cores()])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "out" / "internal_rl.json")
     parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)  # in our own children

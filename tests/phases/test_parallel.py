@@ -27,10 +27,14 @@ from metacontroller.run_folder import RunFolder
 PHASES = (["pretrain", "--preset", "debug", "--seed", "3"], ["discover"])
 
 
-def in_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "metacontroller.cli"]
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True)
+
+
+def in_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
+    return launch("-m", "metacontroller.cli", *words)
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -68,6 +72,28 @@ def test_two_processes_reinforce_together(tmp_path: Path) -> None:
         assert done.stderr.count(f"{settings.updates}/{settings.updates}") == 1  # one process shows progress
         assert run.load_checkpoint(phase)[1]["step"] == settings.updates
         assert (tmp_path / f"{artefact}.safetensors").exists()
+
+
+EXCHANGE = """
+import torch
+from metacontroller.phases.parallel import leave, processes
+
+workers = processes("cpu")
+gathered = workers.gather(torch.tensor([1.0, 2.0]) + 10 * workers.rank)
+assert gathered.tolist() == [[1.0, 2.0], [11.0, 12.0]], gathered
+counts = torch.tensor([3 + workers.rank])
+workers.add_up([counts])
+assert counts.tolist() == [7], counts
+leave()
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_advantages_can_be_those_of_all_processes(tmp_path: Path) -> None:
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    done = launch(str(script))
+    assert done.returncode == 0, done.stderr
 
 
 class Share(Processes):
