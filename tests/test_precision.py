@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metacontroller import MetaController, Transformer
-from metacontroller.precision import LARGE, check_precision, prefers_bfloat16, products
+from metacontroller.precision import check_precision, prefers_bfloat16, products, weights_cast_once
 from metacontroller.presets.gridworld import ModelConfig
 
 
@@ -110,13 +110,46 @@ def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPat
     prefers_bfloat16.cache_clear()
     try:
         found = []
-        for rows in (LARGE["cpu"] // 8, LARGE["cpu"] // 8 - 1):
+        for rows in (1, 10_000):
             x = torch.ones(rows, 8)
             with products("auto", x):
                 found.append((x @ torch.ones(8, 8)).dtype)
     finally:
         prefers_bfloat16.cache_clear()
-    assert found == [torch.bfloat16 if name else torch.float32, torch.float32]
+    assert found == [torch.bfloat16 if name else torch.float32] * 2
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_row_comes_out_alike_in_any_batch(precision: str) -> None:
+    """Log-probabilities that RL compares may be of batches of different sizes."""
+    sizes = {"lower_body": {"depth": 1, "heads": 4}, "upper_body": {"depth": 1, "heads": 4}}
+    model = Transformer(
+        128,
+        action_embed_readout={"num_discrete": 4},
+        state_embed_readout={"num_continuous": 6},
+        precision=precision,  # type: ignore[arg-type]
+        **sizes,
+    )
+    states, actions = torch.randn(1024, 20, 6), torch.randint(0, 4, (1024, 20))
+
+    def log_prob(rows: int) -> torch.Tensor:
+        logits = model.action_readout(model.upper(model.residual(states[:rows], actions[:rows])))
+        return model.action_readout.log_prob(logits, actions[:rows])
+
+    with torch.no_grad():
+        torch.testing.assert_close(log_prob(16), log_prob(1024)[:16], rtol=0, atol=1e-5)
+
+
+def test_weights_are_cast_once_while_acting(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(8, 8)
+    with torch.no_grad(), weights_cast_once():
+        for factor in (1.0, 2.0):
+            with products("bfloat16", linear.weight):
+                once = linear(torch.ones(1, 8))
+            linear.weight.mul_(factor)
+    with torch.no_grad(), products("bfloat16", linear.weight):
+        again = linear(torch.ones(1, 8))
+    assert not torch.equal(once, again)  # within, the weight of the first product served the second; after, no longer
 
 
 def test_auto_is_float32_where_nothing_is_known_of_the_device() -> None:

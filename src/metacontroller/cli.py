@@ -51,7 +51,7 @@ from metacontroller.presets import PRESETS, GridworldConfig, laptop
 from metacontroller.presets.gridworld import stream_seed, with_seed
 from metacontroller.run_folder import RunFolder
 
-Preset = Literal["debug", "laptop", "paper"]
+Preset = Literal["debug", "laptop", "quick", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
 
 

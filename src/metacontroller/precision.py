@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Literal, get_args
 
@@ -18,20 +19,31 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
 
 
-LARGE = {"cpu": 2**16, "cuda": 0}
-"""Entries from which on an input is worth a cast on the way to a product: 256 rows of 256, 512 of 128."""
-
-
 def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
     """The context in which x and float32 matrices are multiplied as asked; what they add up to stays in float32.
 
-    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" for large
-    inputs on a device that prefers it, see `prefers_bfloat16`.
+    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" on a device that
+    prefers it, see `prefers_bfloat16`: the size of x has no say, so that a row comes out alike in any batch and
+    log-probabilities that reinforcement learning compares are of one arithmetic.
     """
     kind = x.device.type
-    if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(kind) and x.numel() >= LARGE[kind]):
+    if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(kind)):
         return torch.autocast(kind, torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def weights_cast_once() -> Iterator[None]:
+    """Context in which `products` cast each weight once and not at every product; weights must not change within.
+
+    For acting, where an input of few rows is cheaper to multiply than its weights are to cast.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 @cache

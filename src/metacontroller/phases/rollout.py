@@ -17,6 +17,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.models.transformer import Transformer
+from metacontroller.precision import weights_cast_once
 
 KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would go on: moving rows has a price
 MANY_ROWS, ROW_STEP = 256, 64  # above so many rows their number stays a multiple
@@ -129,6 +130,7 @@ def prior_proposal(meta_controller: MetaController, generator: torch.Generator |
 
 
 @torch.no_grad()
+@weights_cast_once()
 def rollout_abstract(
     model: Transformer,
     meta_controller: MetaController,
@@ -167,6 +169,7 @@ def rollout_abstract(
 
 
 @torch.no_grad()
+@weights_cast_once()
 def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> RawRollout:
     """Plays every grid to its end with the model's own actions."""
     objects = grids.layouts.objects

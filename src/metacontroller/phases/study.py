@@ -98,6 +98,7 @@ STUDIES = {
         analysis_episodes=64,
     ),
     "laptop": StudyConfig(),
+    "quick": StudyConfig(),
     "paper": StudyConfig(
         alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),  # the alphas searched
         rate_steps=64_000,  # as the paper's discovery; all below: our choice where the paper is silent
