@@ -22,8 +22,8 @@ def check_precision(precision: str) -> None:
 def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
     """The context in which x and float32 matrices are multiplied as asked; what they add up to stays in float32.
 
-    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" on a device that
-    prefers it, see `prefers_bfloat16`: the size of x has no say, so that a row comes out alike in any batch and
+    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" on a device
+    that prefers it, see `prefers_bfloat16`: the size of x has no say, so that a row comes out alike in any batch and
     log-probabilities that reinforcement learning compares are of one arithmetic.
     """
     kind = x.device.type
