@@ -205,6 +205,11 @@ def test_codes_and_residuals_of_other_widths() -> None:
         ({"action_embed_readout": {"num_discrete": 1}}, "num_discrete is 1"),
         ({"action_embed_readout": {"number": 4}}, "action_embed_readout is {'number': 4}"),
         ({"state_embed_readout": {}}, "state_embed_readout is {}"),
+        (
+            {"state_embed_readout": {"num_discrete": 4}},
+            "state_embed_readout is {'num_discrete': 4}; expected dict(num_continuous = ...) for vectors or "
+            "dict(grid = dict(...)) for grid tokens.",
+        ),
         ({"state_embed_readout": {"num_continuous": 0}}, "num_continuous is 0"),
         ({"state_embed_readout": {"grid": GRID | {"size": 1}}}, "the grid has size 1"),
         ({"state_embed_readout": {"grid": GRID | {"view": "above"}}}, "view is 'above'"),

@@ -23,14 +23,14 @@ def make_controller(rank: int | None) -> Controller:
 
 
 @pytest.mark.parametrize("rank", [1, 2, WIDTH, None])
-def test_apply_equals_the_matrix_product(rank: int | None) -> None:
+def test_what_is_applied_equals_the_matrix_product(rank: int | None) -> None:
     controller = make_controller(rank)
     z = torch.randn(2, 4, CODE, dtype=torch.float64, requires_grad=True)
     e = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
     matrix = controller.matrix(z)
     assert (matrix - matrix.transpose(-1, -2)).abs().min(dim=0).values.max() > 0.1  # input and output axes differ
     dense = torch.einsum("btoi,bti->bto", matrix, e)
-    applied = controller.apply(z, e)
+    applied = controller(z, e)
     torch.testing.assert_close(applied, dense)
     weight = torch.randn_like(dense)
     inputs = [z, e, *controller.parameters()]
@@ -48,7 +48,7 @@ def test_rank_bounds_the_matrix(rank: int) -> None:
 def test_one_code_and_one_residual_need_no_batch() -> None:
     controller = make_controller(2)
     z, e = torch.randn(CODE, dtype=torch.float64), torch.randn(WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(controller.apply(z, e), controller.matrix(z) @ e)
+    torch.testing.assert_close(controller(z, e), controller.matrix(z) @ e)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -68,7 +68,7 @@ def test_the_low_rank_matrix_is_never_formed() -> None:
     controller = Controller(CODE, width, hidden=hidden, rank=rank)
     z, e = torch.randn(steps, CODE), torch.randn(steps, width)
     with _LargestTensor() as applied, torch.no_grad():
-        controller.apply(z, e)
+        controller(z, e)
     with _LargestTensor() as formed, torch.no_grad():
         controller.matrix(z)
     assert formed.entries == steps * width * width
@@ -78,22 +78,16 @@ def test_the_low_rank_matrix_is_never_formed() -> None:
 @pytest.mark.parametrize("rank", [2, None])
 def test_steering_starts_near_the_identity(rank: int | None) -> None:
     controller = Controller(8, 64, rank=rank)
-    change = controller.apply(torch.randn(100, 8), torch.randn(100, 64))
+    change = controller(torch.randn(100, 8), torch.randn(100, 64))
     assert 0 < change.norm() < 0.5 * 100**0.5 * 8
 
 
-def test_apply_of_a_callable_is_that_of_any_module() -> None:
-    holder = nn.Sequential(make_controller(2), nn.Linear(2, 2))
-    visited: list[nn.Module] = []
-    assert holder.apply(visited.append) is holder
-    assert visited == [holder[0].code_to_hidden, holder[0], holder[1], holder]
+def test_apply_is_that_of_any_module() -> None:
     controller = make_controller(2)
-    assert controller.apply(lambda module: None) is controller
-
-
-def test_a_missing_residual_is_named() -> None:
-    with pytest.raises(ValueError, match="e is missing"):
-        make_controller(2).apply(torch.randn(CODE))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    assert type(controller).apply is nn.Module.apply
+    visited: list[nn.Module] = []
+    assert controller.apply(visited.append) is controller
+    assert visited == [controller.code_to_hidden, controller]
 
 
 @pytest.mark.parametrize(

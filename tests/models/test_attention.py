@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -125,6 +126,39 @@ def test_the_bias_of_the_last_queries_is_the_end_of_the_whole() -> None:
     bias = RelativePositionBias(3, causal=True)
     torch.nn.init.normal_(bias.table)
     assert torch.equal(bias(2, 9), bias(9, 9)[:, -2:])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (5, 33), (33, 33), (150, 300)])
+def test_the_bias_equals_the_explicit_table_of_distances(queries: int, keys: int, causal: bool) -> None:
+    bias = RelativePositionBias(2, causal=causal).double()
+    torch.nn.init.normal_(bias.table)
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
+    buckets = distance_bucket(distance, causal=causal, buckets=bias.buckets, max_distance=bias.max_distance)
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    explicit = torch.stack([row[buckets] for row in bias.table])
+    fast = bias(queries, keys)
+    assert torch.equal(fast, explicit.masked_fill(~seen, -torch.inf))
+    weight = torch.randn(2, queries, keys, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((fast[:, seen] * weight[:, seen]).sum(), bias.table)
+    expected = torch.zeros_like(bias.table)
+    for bucket in range(bias.buckets):
+        expected[:, bucket] = (weight * (seen & (buckets == bucket))).sum((1, 2))
+    torch.testing.assert_close(gradient, expected)
+
+
+def living_bytes() -> int:
+    """Bytes of all tensors that Python holds."""
+    gc.collect()
+    return sum(value.nbytes for value in gc.get_objects() if type(value) is Tensor)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_lengths_leave_little_memory_behind(causal: bool) -> None:
+    bias, before = RelativePositionBias(1, causal=causal), living_bytes()
+    for length in range(100, 501, 4):
+        bias(length, length)
+    assert living_bytes() - before < 1e6
 
 
 def test_training_works_after_a_first_look_in_inference_mode() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
 from metacontroller.models.readouts import (
+    MAX_LOG_STD,
+    MIN_LOG_STD,
     CategoricalReadout,
     GaussianReadout,
+    clamp_with_inward_gradient,
     gaussian_log_prob,
     make_readout,
     sample_gaussian,
@@ -38,6 +43,45 @@ def test_gaussian_log_prob_and_gradient() -> None:
     (fast,) = torch.autograd.grad(readout.log_prob(params, values).sum(), readout.linear.weight, retain_graph=True)
     (slow,) = torch.autograd.grad(expected.sum(), readout.linear.weight)
     torch.testing.assert_close(fast, slow)
+
+
+def test_constant_values_do_not_make_the_gaussian_loss_diverge() -> None:
+    torch.manual_seed(0)
+    readout = GaussianReadout(6, 3)
+    optimizer = torch.optim.AdamW(readout.parameters(), lr=0.1)
+    hidden, values = torch.randn(8, 5, 6), torch.full((8, 5, 3), 0.7)
+    bound = 3 * (MIN_LOG_STD + 0.5 * math.log(2 * math.pi))  # at the mean, as narrow as allowed
+    for _ in range(300):
+        loss = -readout.log_prob(readout(hidden), values).mean()
+        assert bool(torch.isfinite(loss))
+        assert loss >= bound - 1e-4
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(bool(torch.isfinite(value.grad).all()) for value in readout.parameters() if value.grad is not None)
+        optimizer.step()
+    assert readout(hidden)[..., 3:].min() == MIN_LOG_STD
+
+
+def test_gaussian_parameters_are_the_linear_map_with_log_std_clamped() -> None:
+    readout = GaussianReadout(6, 3).double()
+    hidden = 20 * torch.randn(3, 5, 6, dtype=torch.float64)
+    plain = readout.linear(hidden)
+    assert plain[..., 3:].min() < MIN_LOG_STD
+    assert plain[..., 3:].max() > MAX_LOG_STD
+    expected = torch.cat([plain[..., :3], plain[..., 3:].clamp(MIN_LOG_STD, MAX_LOG_STD)], -1)
+    assert torch.equal(readout(hidden), expected)
+    draws = readout.sample(readout(hidden), torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(draws, expected[..., :3] + expected[..., 3:].exp() * noise)
+
+
+def test_only_a_push_outward_loses_its_gradient_at_a_limit() -> None:
+    values = torch.tensor([-6.0, -5.0, 0.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    clamped = clamp_with_inward_gradient(values, -5.0, 2.0)
+    assert clamped.tolist() == [-5.0, -5.0, 0.0, 2.0, 2.0]
+    for sign, kept in ((1, [0, 1, 1, 1, 1]), (-1, [1, 1, 1, 1, 0])):  # descent lowers values where sign is 1
+        (gradient,) = torch.autograd.grad(sign * clamped.sum(), values, retain_graph=True)
+        assert gradient.tolist() == [sign * share for share in kept]
 
 
 def test_categorical_samples_follow_the_probabilities() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.switching import GateConfig
+from metacontroller.phases.diagnostics import diagnose
 from metacontroller.phases.discover import DiscoverConfig, discover
 from metacontroller.phases.training import OptimizerConfig
 from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, embedded_view, generate
 from metacontroller.run_folder import RunFolder
 
 OPTIMIZER = OptimizerConfig(steps=12, batch_size=16, lr=1e-2, log_every=4)
-METRICS = {"loss", "action_loss", "kl", "alpha", "switches", "gate_recall", "gate_precision", "gate_binary_fraction"}
+METRICS = {"loss", "action_loss", "kl", "alpha", "switches", "codes"}
+METRICS |= {"gate_recall", "gate_precision", "gate_binary_fraction"}
 
 
 def learn(
@@ -48,7 +52,64 @@ def test_what_is_logged_adds_up(tmp_path: Path) -> None:
     for line in lines:
         assert line["loss"] == pytest.approx(line["action_loss"] + 0.2 * line["kl"], rel=1e-4)
         assert line["switches"] > 0
+        assert line["codes"] >= 1
     assert lines[-1]["kl"] < lines[0]["kl"]
+
+
+@pytest.mark.parametrize("mode", ["soft", "forced"])
+def test_codes_are_counted_where_the_gate_is_thresholded(tmp_path: Path, mode: Any) -> None:
+    config = debug()
+    sizes = dataclasses.replace(config.meta_controller, gate=GateConfig(mode=mode))
+    steering = build_meta_controller(dataclasses.replace(config, meta_controller=sizes))
+    with torch.no_grad():
+        steering.switching.out.weight.zero_()
+        steering.switching.out.bias.fill_(-0.5)  # soft: beta 0.38 at every step, below the threshold
+    episode = generate(config, "discover")(1, torch.Generator().manual_seed(0))
+    length = int(episode.lengths[0])
+    assert length > 4
+
+    def source(n: int, generator: torch.Generator) -> Any:
+        return episode.index(torch.zeros(n, dtype=torch.long))
+
+    run, optimizer = RunFolder(tmp_path), dataclasses.replace(OPTIMIZER, steps=1)
+    discover(DiscoverConfig(optimizer=optimizer), build_model(config), steering, source, run, quiet=True)
+    (line,) = run.read_metrics("discover")
+    assert line["codes"] == (length if mode == "forced" else 1)
+    beta = 1.0 if mode == "forced" else 1 / (1 + math.exp(0.5))
+    assert line["switches"] == pytest.approx(beta * (length - 1), rel=1e-4)
+
+
+def test_diagnostics_are_written_and_change_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = debug()
+    source, settings = generate(config, "discover"), DiscoverConfig(optimizer=OPTIMIZER)
+
+    def learned(folder: Path, quiet: bool) -> MetaController:
+        steering, run = build_meta_controller(config), RunFolder(folder)
+        discover(settings, build_model(config), steering, source, run, quiet=quiet)
+        return steering
+
+    before = torch.random.get_rng_state()
+    steering = learned(tmp_path / "loud", quiet=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    written = RunFolder(tmp_path / "loud").read_analysis("diagnostics")
+    warnings = written.pop("warnings")
+    assert warnings == diagnose(**written)
+    assert warnings  # twelve updates find nothing
+    assert capsys.readouterr().err.splitlines()[-len(warnings) :] == [f"discover: warning: {line}" for line in warnings]
+
+    learned(tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr().err == ""
+    assert RunFolder(tmp_path / "quiet").read_analysis("diagnostics") == {**written, "warnings": warnings}
+
+    monkeypatch.setattr("metacontroller.phases.discover.write_diagnostics", lambda *_: [])
+    without = learned(tmp_path / "without", quiet=True)
+    assert RunFolder(tmp_path / "without").read_analysis("diagnostics") == {}
+    for name, value in steering.state_dict().items():
+        assert torch.equal(value, without.state_dict()[name])
+    logged = [RunFolder(tmp_path / name).read_metrics() for name in ("loud", "without")]
+    assert logged[0] == logged[1]
 
 
 def test_discovery_does_not_look_at_the_labels(tmp_path: Path) -> None:

@@ -15,6 +15,26 @@ def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
     return changed & length_mask(lengths, segments.shape[1])
 
 
+def codes_taken(beta: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
+    """(b,) int64 codes that each episode takes: one at its first step, one at each later step with beta >= threshold.
+
+    beta (b, t), lengths (b,).
+    """
+    return 1 + ((beta >= threshold) & later_steps(lengths, beta.shape[1])).sum(1)
+
+
+def binary_fraction(beta: Tensor, lengths: Tensor) -> Tensor:
+    """Share of beta (b, t) outside (0.1, 0.9), a scalar; each episode's first step apart. lengths (b,)."""
+    return masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later_steps(lengths, beta.shape[1]))
+
+
+def later_steps(lengths: Tensor, steps: int) -> Tensor:
+    """(b, steps) bool: real steps but for each episode's first, which always switches."""
+    later = length_mask(lengths, steps)
+    later[:, 0] = False
+    return later
+
+
 def gate_alignment(
     beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1, threshold: float = 0.5
 ) -> dict[str, Tensor]:
@@ -25,14 +45,12 @@ def gate_alignment(
     Returns scalars gate_recall, gate_precision (0 without switches), gate_binary_fraction: the share of beta
     outside (0.1, 0.9).
     """
-    later = length_mask(lengths, beta.shape[1])
-    later[:, 0] = False  # the first step always switches
-    switch = (beta >= threshold) & later
+    switch = (beta >= threshold) & later_steps(lengths, beta.shape[1])
     change = subgoal_changes(segments, lengths)
     return {
         "gate_recall": masked_mean(_near(switch, tolerance).to(beta.dtype), change),
         "gate_precision": masked_mean(_near(change, tolerance).to(beta.dtype), switch),
-        "gate_binary_fraction": masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later),
+        "gate_binary_fraction": binary_fraction(beta, lengths),
     }
 
 
@@ -53,8 +71,7 @@ def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, li
         f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
         for name, value in (("tolerance", tolerance), ("recall", recall), ("precision", precision), ("f1", f1)):
             report[name].append(value)
-    change, later = subgoal_changes(segments, lengths), length_mask(lengths, beta.shape[1])
-    later[:, 0] = False
+    change, later = subgoal_changes(segments, lengths), later_steps(lengths, beta.shape[1])
     for name, where in (("at_change", change), ("elsewhere", later & ~change)):
         counts = torch.histc(beta[where].float(), HISTOGRAM_BINS, 0.0, 1.0)
         report[name] = (counts / counts.sum().clamp_min(1)).tolist()

@@ -5,9 +5,6 @@ Axes: i residual in, o residual out (both of size n_e), k hidden units plus one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import overload
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,28 +48,11 @@ class Controller(nn.Module):
         write = torch.einsum("...k,okr->...or", hidden, self.write)
         return write @ read
 
-    @overload
-    def apply(self, z: Tensor, e: Tensor) -> Tensor: ...
-
-    @overload
-    def apply(self, z: Callable[[nn.Module], None]) -> Controller: ...
-
-    def apply(self, z: Tensor | Callable[[nn.Module], None], e: Tensor | None = None) -> Tensor | Controller:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, z: Tensor, e: Tensor) -> Tensor:
         """z (..., n_z), e (..., n_e) -> U e (..., n_e); U is never formed.
 
-        With one callable in place of two tensors it is ``nn.Module.apply``, which runs the callable on this module:
-        torch itself calls it so when ``apply`` of a module that holds this one is used, say to initialise weights.
+        Two plain products of width k r, low rank; one of width k n_e, full.
         """
-        if not isinstance(z, Tensor):
-            return super().apply(z)
-        if e is None:
-            raise ValueError(
-                "e is missing; expected apply(z, e) with the residual to steer, or apply(fn) with a callable."
-            )
-        return self._steer(z, e)
-
-    def _steer(self, z: Tensor, e: Tensor) -> Tensor:
-        """U e in two plain products of width k r, low rank; one of width k n_e, full."""
         hidden = self.hidden(z)
         if self.rank is None:
             products = F.linear(e, self.full.flatten(0, 1)).unflatten(-1, self.full.shape[:2])

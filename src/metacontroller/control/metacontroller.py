@@ -258,7 +258,7 @@ class MetaController(Saveable, nn.Module):
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11)."""
         with products(self.precision, residual):
-            return residual + self.controller.apply(z.to(residual.dtype), residual)
+            return residual + self.controller(z.to(residual.dtype), residual)
 
     def act(
         self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None

@@ -51,22 +51,29 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """(h, queries, keys) bias; the queries are the last ones of the keys. Future keys get -inf if causal."""
-        index, future = _bucket_index(
-            queries, keys, self.causal, self.buckets, self.max_distance, str(self.table.device)
+        capacity = 1 << (keys - 1).bit_length()  # the lengths up to a power of two share one vector
+        by_distance = _buckets_by_distance(
+            capacity, self.causal, self.buckets, self.max_distance, str(self.table.device)
         )
-        bias = self.table[:, index]
-        return bias.masked_fill(future, -math.inf) if self.causal else bias
+        first = capacity - keys  # where the last query's row starts: its distance to key 0 is keys - 1
+        rows = by_distance[first : first + queries + keys - 1].unfold(0, keys, 1)  # last query first
+        bias = self.table[:, rows.flip(0)]
+        if not self.causal:
+            return bias
+        future = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).triu(keys - queries + 1)
+        return bias.masked_fill(future, -math.inf)
 
 
 @cache
-def _bucket_index(
-    queries: int, keys: int, causal: bool, buckets: int, max_distance: int, device: str
-) -> tuple[Tensor, Tensor]:
-    """Bucket of each (query, key) pair, and whether the key lies in the query's future; both (queries, keys)."""
+def _buckets_by_distance(capacity: int, causal: bool, buckets: int, max_distance: int, device: str) -> Tensor:
+    """(2 capacity - 1,) buckets of the distances capacity - 1 down to 1 - capacity.
+
+    Kept for powers of two only, so that all that is kept has less than four entries for each step of the longest
+    sequence met.
+    """
     with torch.inference_mode(False):  # what is kept must serve training too
-        query = torch.arange(keys - queries, keys, device=device)[:, None]
-        distance = query - torch.arange(keys, device=device)[None]
-        return distance_bucket(distance, causal=causal, buckets=buckets, max_distance=max_distance), distance < 0
+        distance = torch.arange(capacity - 1, -capacity, -1, device=device)
+        return distance_bucket(distance, causal=causal, buckets=buckets, max_distance=max_distance)
 
 
 def distance_bucket(distance: Tensor, *, causal: bool, buckets: int, max_distance: int) -> Tensor:

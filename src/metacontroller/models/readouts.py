@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -57,10 +58,16 @@ class CategoricalReadout(nn.Module):
             raise ValueError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
 
 
+MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
+"""Limits of a `GaussianReadout`'s log standard deviation."""
+
+
 class GaussianReadout(nn.Module):
     """Diagonal Gaussian over ``num_continuous`` values; parameters are (mean, log standard deviation) side by side.
 
-    embeds: whether the values are embedded as past actions, too.
+    The log standard deviation is clamped to `MIN_LOG_STD`..`MAX_LOG_STD`: our choice, the paper is silent. Without a
+    limit, the likelihood of values that the model predicts exactly grows without bound. With it the loss of a value is
+    at least MIN_LOG_STD + log(2 pi) / 2. embeds: whether the values are embedded as past actions, too.
     """
 
     def __init__(self, dim: int, num_continuous: int, *, embeds: bool = False) -> None:
@@ -73,8 +80,9 @@ class GaussianReadout(nn.Module):
             self.embedding = nn.Linear(num_continuous, dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation."""
-        return self.linear(hidden)
+        """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation within its limits."""
+        mean, log_std = self.linear(hidden).chunk(2, -1)
+        return torch.cat([mean, clamp_with_inward_gradient(log_std, MIN_LOG_STD, MAX_LOG_STD)], -1)
 
     def embed(self, values: Tensor) -> Tensor:
         """values (b, t, a) -> (b, t, n); other floating-point types are cast to the weights'."""
@@ -98,6 +106,29 @@ class GaussianReadout(nn.Module):
             )
         if not bool(torch.isfinite(values).all()):
             raise ValueError("actions hold NaN or infinite values; clean the data before training.")
+
+
+def clamp_with_inward_gradient(values: Tensor, low: float, high: float) -> Tensor:
+    """values clamped to low..high; beyond a limit, a gradient that pushes inward passes and one outward becomes 0.
+
+    A plain clamp has no gradient beyond its limits at all, so that a value there could never return.
+    """
+    return _ClampWithInwardGradient.apply(values, low, high)  # pyright: ignore[reportReturnType]
+
+
+class _ClampWithInwardGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.limits = low, high
+        return values.clamp(low, high)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (values,), (low, high) = ctx.saved_tensors, ctx.limits
+        outward = ((values < low) & (gradient > 0)) | ((values > high) & (gradient < 0))  # descent goes against it
+        return gradient.masked_fill(outward, 0), None, None
 
 
 def sample_gaussian(params: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:

@@ -121,9 +121,14 @@ class Transformer(Saveable, nn.Module):
             grid = state_embed_readout["grid"]
             self.encoder = GridEncoder(dim, **grid)
             self.state_readout = CategoricalReadout(dim, grid["size"] ** 2)  # the agent's next cell; the rest stays
-        else:
+        elif set(state_embed_readout) == {"num_continuous"}:
             self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
-            self.encoder = VectorEncoder(state_embed_readout.get("num_continuous", 0), dim)
+            self.encoder = VectorEncoder(state_embed_readout["num_continuous"], dim)
+        else:
+            raise ValueError(
+                f"state_embed_readout is {state_embed_readout!r}; expected dict(num_continuous = ...) for vectors or "
+                "dict(grid = dict(...)) for grid tokens."
+            )
         self.lower_body = make_body(dim, "lower_body", lower_body)
         self.upper_body = make_body(dim, "upper_body", upper_body)
         self.norm = nn.LayerNorm(dim)

@@ -3,24 +3,27 @@
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t) - lambda log p(o_{t+1} | ...) + alpha KL_t
 
 Metrics, means over the log interval: ``loss``, ``action_loss`` (steered) and ``kl`` in nats per step, ``alpha``,
-``switches`` (sum of the gate over an episode, beyond the first step), and how the gate meets the subgoals that
-discovery never sees, on the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
+``switches`` (sum of the soft gate over an episode, beyond the first step), ``codes`` (taken per episode where the gate
+is thresholded, as when acting), and how the gate meets the subgoals that discovery never sees, on the training batches:
+``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.analysis.switching import gate_alignment
+from metacontroller.analysis.switching import codes_taken, gate_alignment
 from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.phases.parallel import processes
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
+from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, noise_generator, risen, train
 from metacontroller.run_folder import RunFolder
 
 EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
@@ -69,6 +72,8 @@ def discover(
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
     embedded_view: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
     subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
+    At the end one held-out batch is judged (`phases.diagnostics`): analyses/diagnostics.json holds what was measured
+    and the warnings, which are also printed to standard error unless ``quiet``.
     """
     model.eval()
 
@@ -95,6 +100,8 @@ def discover(
         metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
             metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1
+            codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
+            metrics["codes"] = codes.to(output.beta.dtype).mean()
             if batch.segments is not None:
                 metrics |= gate_alignment(output.beta, batch.segments, batch.lengths)
         return loss, metrics
@@ -120,4 +127,23 @@ def discover(
         if config.train_model:
             model.save(run.path / "cotrained_model.safetensors")
         meta_controller.save(run.path / "meta_controller.safetensors")
+        for warning in write_diagnostics(config, model, meta_controller, generate, run):
+            if not quiet:
+                print(f"discover: warning: {warning}", file=sys.stderr, flush=True)
     return meta_controller
+
+
+def write_diagnostics(
+    config: DiscoverConfig, model: Transformer, meta_controller: MetaController, generate: Generate, run: RunFolder
+) -> list[str]:
+    """Judges one held-out batch, writes analyses/diagnostics.json and returns the warnings.
+
+    The batch comes from a generator of its own, whose seed is not that of any episodes trained on.
+    """
+    device = next(model.parameters()).device
+    generator = noise_generator(config.seed, device)
+    batch = generate(config.optimizer.batch_size, generator).to(device)
+    measured = measure(model, meta_controller, batch, generator)
+    warnings = diagnose(**measured)
+    run.write_analysis("diagnostics", {**measured, "warnings": warnings})
+    return warnings

@@ -1,0 +1,76 @@
+"""What discovery can fail at without labels showing it: the gate and the codes, judged on one batch after training."""
+
+from __future__ import annotations
+
+import torch
+
+from metacontroller.analysis.switching import binary_fraction, codes_taken
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.models.transformer import Transformer
+
+MIN_CODES = 1.05
+"""Codes of an episode, a mean, below which the gate counts as never opening."""
+
+MIN_BINARY_FRACTION = 0.5
+"""Share of the gate outside (0.1, 0.9) below which it counts as undecided."""
+
+MIN_KL = 0.01
+"""KL in nats per step below which codes count as collapsed to the prior."""
+
+MIN_GAIN = 1e-3
+"""Nats per step that codes must take off the unsteered action loss."""
+
+
+@torch.no_grad()
+def measure(
+    model: Transformer, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
+) -> dict[str, float]:
+    """What `diagnose` judges, on one batch; the generator is that of the noise in codes and gate. No labels are read.
+
+    codes: taken per episode by the thresholded gate. binary_fraction: share of the gate outside (0.1, 0.9). kl,
+    steered_loss, base_loss: nats per step; the last two are action losses with and without steering.
+    """
+    noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
+    losses, output = model.steered_losses(
+        batch.states, batch.actions, meta_controller, batch.lengths, with_state_loss=False, noise=noise
+    )
+    base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, with_state_loss=False, checked=True)
+    codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
+    return {
+        "codes": float(codes.float().mean()),
+        "binary_fraction": float(binary_fraction(output.beta, batch.lengths)),
+        "kl": float(meta_controller.kl_loss(output)),
+        "steered_loss": float(losses.action),
+        "base_loss": float(base.action),
+    }
+
+
+def diagnose(*, codes: float, binary_fraction: float, kl: float, steered_loss: float, base_loss: float) -> list[str]:
+    """One sentence for each way in which discovery failed; the arguments are what `measure` returns.
+
+    Limits and remedies are our choice, from docs/log.md; the paper is silent.
+    """
+    found = []
+    if codes < MIN_CODES:
+        found.append(
+            f"the gate never opens: {codes:.2f} codes an episode, expected at least {MIN_CODES}; train for longer, or "
+            "lower alpha or dim_latent."
+        )
+    if binary_fraction < MIN_BINARY_FRACTION:
+        found.append(
+            f"the gate is undecided: a share of {binary_fraction:.2f} lies outside (0.1, 0.9), expected at least "
+            f"{MIN_BINARY_FRACTION}; train for longer."
+        )
+    if kl < MIN_KL:
+        found.append(
+            f"codes have collapsed to the prior: their KL is {kl:.4f} nats per step, expected at least {MIN_KL}; lower "
+            "alpha, or warm it up more slowly (alpha_start, alpha_warmup)."
+        )
+    if not base_loss - steered_loss >= MIN_GAIN:  # said so that NaN is reported too
+        found.append(
+            f"codes do not change the actions: the action loss is {steered_loss:.4f} nats per step with steering and "
+            f"{base_loss:.4f} without, expected at least {MIN_GAIN} less; train for longer, lower alpha, or steer "
+            "another layer."
+        )
+    return found
