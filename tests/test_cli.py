@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_the_preset_decides_the_defaults_of_all_options() -> None:
     assert command.config.post_task == (3, 0)
     assert command.config.model == debug().model
     assert cli.parse(["reproduce"]).config == laptop()
+
+
+def test_only_tasks_are_read_as_tasks() -> None:
+    snapshots = ["--config.pretrain.snapshots", "4", "8"]
+    tasks = ["--config.tasks", "0-1", "1-2", "--config.post-task", "0-1"]
+    config = cli.parse(["pretrain", "run", "--preset", "debug", *snapshots, *tasks]).config
+    assert config.pretrain.snapshots == (4, 8)
+    assert config.tasks == ((0, 1), (1, 2))
+    assert config.post_task == (0, 1)
+    assert from_json(json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:

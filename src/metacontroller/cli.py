@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.report import write_report
@@ -25,7 +24,7 @@ from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_
 from metacontroller.analysis.study_figures import draw_study
 from metacontroller.analysis.summary import results_table, variant_rows
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.tasks import format_task, parse_task
+from metacontroller.envs.tasks import parse_task
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import Policy, evaluate
 from metacontroller.phases.parallel import launched, leave, processes
@@ -535,7 +534,7 @@ def parse(argv: list[str]) -> Any:
         "figures": Figures(config=config, study=STUDIES.get(preset or "laptop", StudyConfig())),
         "sweep": Sweep(config=config),
     }
-    options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _task_registry()}
+    options: dict[str, Any] = {"config": (FlagCreatePairsOff,)}
     if argv and argv[0] in COMMANDS:
         prog = f"metacontroller {argv[0]}"
         return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=prog, default=defaults.get(argv[0]), **options)
@@ -548,25 +547,6 @@ def parse(argv: list[str]) -> Any:
         description="Discover abstract actions inside a frozen next-action model and learn over them by reinforcement.",
         **options,
     )
-
-
-def _task_registry() -> ConstructorRegistry:
-    """Lets the command line read a task as 0-1-2-3."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def task(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type_origin is not tuple or get_args(info.type) != (int, ...):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="TASK",
-            instance_from_str=lambda words: parse_task(words[0]),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [format_task(value)],
-        )
-
-    return registry
 
 
 def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, resume: bool) -> GridworldConfig:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
+from tyro.constructors import PrimitiveConstructorSpec
 
-Task = tuple[int, ...]
 
-
-def parse_task(text: str) -> Task:
+def parse_task(text: str) -> tuple[int, ...]:
     """Read a task from its written form: ``"0-1-2-3"`` gives ``(0, 1, 2, 3)``. Raises ValueError on anything else."""
     parts = text.strip().split("-")
     if not all(part.isdecimal() for part in parts):
@@ -24,6 +24,19 @@ def parse_task(text: str) -> Task:
 def format_task(task: Sequence[int]) -> str:
     """Write a task as its colors joined by dashes, the inverse of `parse_task`."""
     return "-".join(str(color) for color in task)
+
+
+Task = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TASK",
+        instance_from_str=lambda words: parse_task(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda task: [format_task(task)],
+    ),
+]
+"""Colors to visit in order; a field of this type is written 0-1-2-3 on the command line."""
 
 
 def _parse_table(text: str) -> tuple[Task, ...]:

@@ -19,7 +19,7 @@ from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
-from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
+from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
@@ -150,8 +150,8 @@ class GridworldConfig:
     """
 
     environment: PinpadConfig
-    tasks: tuple[tuple[int, ...], ...]
-    post_task: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    post_task: Task
     expert: ExpertConfig
     discovery_expert: ExpertConfig
     model: ModelConfig
