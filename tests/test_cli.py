@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from metacontroller import cli
+from metacontroller.errors import UserError
 from metacontroller.phases import reproduce as reproduce_module
 from metacontroller.presets.gridworld import debug, from_json, laptop, with_seed
 from metacontroller.run_folder import RunFolder
@@ -147,6 +149,39 @@ def test_a_mistake_is_answered_with_its_mending(
     said = refusal(capsys, *(word.format(run=run, new=new) for word in argv))
     assert sentence in said
     assert not new.exists()
+
+
+def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clip(*_: object) -> None:
+        raise ValueError("expected a non-empty list of Tensors")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(ValueError, match="non-empty list"):
+        cli.main(["pretrain", str(tmp_path / "run"), "--preset", "debug", *QUIET])
+
+
+def test_a_mistake_found_inside_a_phase_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clip(*_: object) -> None:
+        raise UserError("lr is 9; expected less.")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert cli.main(["pretrain", str(tmp_path / "run"), "--preset", "debug", *QUIET]) == 2
+    assert capsys.readouterr().err == "metacontroller: lr is 9; expected less.\n"
+
+
+@pytest.mark.parametrize("command", [["pretrain", "{new}", "--preset", "debug"], ["discover", "{run}"]])
+def test_a_gpu_that_is_not_there_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [word.format(run=run, new=tmp_path / "new") for word in command]
+    assert cli.main([*words, "--device", "cuda", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    sentence = "device is cuda, but PyTorch finds no GPU here; give --device cpu or leave it out."
+    assert (captured.out, captured.err) == ("", f"metacontroller: {sentence}\n")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_phase_without_what_it_needs_names_the_phase_to_run(

@@ -31,6 +31,7 @@ from metacontroller.analysis.switching import gate_alignment
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import EmbeddedView
@@ -57,11 +58,9 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         if self.alpha_code < 0 or self.alpha_place < 0:
-            raise ValueError(
-                f"alpha_code is {self.alpha_code} and alpha_place {self.alpha_place}; expected at least 0."
-            )
+            raise UserError(f"alpha_code is {self.alpha_code} and alpha_place {self.alpha_place}; expected at least 0.")
         if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise ValueError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
     def alpha_code_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.kernels.gate import GateOutput, gate_scan
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
@@ -31,13 +32,13 @@ class GateConfig:
     def __post_init__(self) -> None:
         modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
         if self.mode not in modes:
-            raise ValueError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
+            raise UserError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
         if not 0 < self.threshold < 1:
-            raise ValueError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
+            raise UserError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
         if self.temperature <= 0:
-            raise ValueError(f"gate temperature is {self.temperature}; expected a number above 0.")
+            raise UserError(f"gate temperature is {self.temperature}; expected a number above 0.")
         if self.period < 1:
-            raise ValueError(f"gate period is {self.period}; expected at least 1 step.")
+            raise UserError(f"gate period is {self.period}; expected at least 1 step.")
 
 
 class SwitchingUnit(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from metacontroller.analysis.switching import gate_alignment
 from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
@@ -44,9 +45,9 @@ class DiscoverConfig:
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.alpha_start < 0:
-            raise ValueError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
+            raise UserError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
         if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise ValueError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
     def alpha_at(self, step: int) -> float:
         """KL weight of update number ``step``, counted from 0."""

@@ -24,6 +24,7 @@ from metacontroller.control.losses import clipped_surrogate, trajectory_advantag
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.errors import UserError
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import Processes, processes
@@ -62,9 +63,9 @@ class InternalRLConfig:
     def __post_init__(self) -> None:
         for name in ("episodes", "batch_size", "passes", "minibatches", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 
     @property
     def updates(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
@@ -31,7 +32,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if any(step < 1 for step in self.snapshots):
-            raise ValueError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
+            raise UserError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
 
 
 def pretrain(

@@ -29,6 +29,7 @@ from metacontroller.analysis.summary import combined_summary, environment_facts,
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.errors import MissingFileError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
 from metacontroller.phases.evaluate import evaluate, gate_figures
@@ -100,10 +101,10 @@ def read_config(run: RunFolder) -> GridworldConfig:
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
-    """The module that a phase left in the run folder; FileNotFoundError says which phase to run first."""
+    """The module that a phase left in the run folder; MissingFileError says which phase to run first."""
     path = run.path / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
+        raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
     return kind.init_and_load(path).to(device)
 
 
@@ -303,9 +304,9 @@ def reproduce(
     the two kinds of RL run side by side where there is more than one core.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
+        raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; expected at least 1.")
+        raise UserError(f"workers is {workers}; expected at least 1.")
     figures.require_matplotlib()
     folder = RunFolder(out)
     open_folder(folder, config, resume=resume, option="--out")
@@ -330,13 +331,13 @@ def open_folder(folder: RunFolder, config: GridworldConfig, *, resume: bool, opt
     """Writes the config into a new folder, or checks that a resumed one holds the same."""
     if not (folder.path / "config.json").exists():
         if folder.path.is_dir() and any(folder.path.iterdir()):
-            raise ValueError(f"{folder.path} holds files of something else; choose another {option}.")
+            raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
         folder.write_config(config)
         return
     if not resume:
-        raise ValueError(f"{folder.path} holds a run; add --resume to go on with it, or choose another {option}.")
+        raise UserError(f"{folder.path} holds a run; add --resume to go on with it, or choose another {option}.")
     if with_seed(read_config(folder), config.seed) != with_seed(config, config.seed):
-        raise ValueError(
+        raise UserError(
             f"{folder.path} was started with another configuration; leave out --preset and --config to go on with it, "
             f"or choose another {option}."
         )

@@ -25,6 +25,7 @@ from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_
 from metacontroller.baselines.compile import CompILE
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
+from metacontroller.errors import UserError
 from metacontroller.phases.cells import Job, in_own_processes
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import evaluate
@@ -358,12 +359,12 @@ def study(
     workers: cells at the same time, each in a process of its own with one thread; with one worker in this process.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {seeds}; give at least one, each once.")
+        raise UserError(f"seeds are {seeds}; give at least one, each once.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; expected at least 1.")
+        raise UserError(f"workers is {workers}; expected at least 1.")
     folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
     if (own.path / "config.json").exists() and from_plain(StudyConfig, own.read_config()) != config:
-        raise ValueError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
+        raise UserError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
     own.write_config(config)
     named = variants(read_config(folder), config)
     cells = _cells(named, seeds, config.few_seeds)

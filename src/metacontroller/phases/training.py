@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.data.trajectories import Trajectories, length_sorted_batches
+from metacontroller.errors import UserError
 from metacontroller.phases.parallel import Processes, processes
 from metacontroller.progress import track
 from metacontroller.run_folder import (
@@ -43,11 +44,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; expected a number above 0.")
+            raise UserError(f"lr is {self.lr}; expected a number above 0.")
         if not 0 <= self.decay_steps <= self.steps:
-            raise ValueError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
+            raise UserError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update number ``step``, counted from 0."""

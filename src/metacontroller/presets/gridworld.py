@@ -20,6 +20,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
 from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
@@ -45,9 +46,9 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         if self.tie_break not in TIE_BREAKS:
-            raise ValueError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
+            raise UserError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
         if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
+            raise UserError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,13 @@ class ModelConfig:
         check_precision(self.precision)
         _check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
         if self.lower_depth < 0:
-            raise ValueError(f"lower_depth is {self.lower_depth}; expected at least 0.")
+            raise UserError(f"lower_depth is {self.lower_depth}; expected at least 0.")
         if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
+            raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
         if self.body not in ("attention", "hawk"):
-            raise ValueError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
+            raise UserError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
         if self.view not in ("absolute", "egocentric"):
-            raise ValueError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
+            raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,11 @@ class MetaControllerConfig:
         _check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
         if self.policy_kind == "hawk" and self.policy_hidden % 8:
-            raise ValueError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
+            raise UserError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
         if self.embedder_dim % 4:
-            raise ValueError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
+            raise UserError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
         if self.rank is not None:
             _check_positive(self, ("rank",))
 
@@ -169,9 +170,9 @@ class GridworldConfig:
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
         if self.discovery not in ("metacontroller", "compile"):
-            raise ValueError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
+            raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
         if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
-            raise ValueError(
+            raise UserError(
                 f"meta_controller.rank is {self.meta_controller.rank}; expected at most model.dim, {self.model.dim}."
             )
         stream_seed(self.seed, STREAMS[0])
@@ -180,7 +181,7 @@ class GridworldConfig:
 def _check_positive(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+            raise UserError(f"{name} is {getattr(config, name)}; expected at least 1.")
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def _check_positive(config: Any, names: tuple[str, ...]) -> None:
 def stream_seed(seed: int, stream: str) -> int:
     """Seed of one of `STREAMS`; no two of them are the same, whatever the seeds, so no layout stream is used twice."""
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; expected 0..{MAX_SEED}.")
+        raise UserError(f"seed is {seed}; expected 0..{MAX_SEED}.")
     return seed * 8 + STREAMS.index(stream)
 
 
