@@ -46,6 +46,7 @@ from metacontroller.presets.gridworld import (
     stream_seed,
     with_seed,
 )
+from metacontroller.progress import announce
 from metacontroller.run_folder import RunFolder
 
 RL_PHASES = ("internal_rl", "raw_action_rl")
@@ -192,14 +193,13 @@ def reproduce_seed(
     for phase in ("pretrain", "discover"):
         run_phase(phase, config, folder, quiet, device)
     if side_by_side:
-        in_processes(
-            run_phase, [(phase, config, folder, quiet or phase == "raw_action_rl", device) for phase in RL_PHASES], 2
-        )
+        in_processes(run_phase, [(phase, config, folder, quiet, device) for phase in RL_PHASES], 2)
     else:
         for phase in RL_PHASES:
             run_phase(phase, config, folder, quiet, device)
     began = time.monotonic()
-    measured = measure(config, run, device)
+    measured = measure(config, run, device, quiet)
+    announce("figures of the run", quiet)
     figures.draw_run(config, run, measured, device)
     summary = {
         "seed": config.seed,
@@ -250,7 +250,7 @@ def discovery_figures(
     return {**gate, "code_subgoal_bits": meaning.bits}
 
 
-def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
+def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -> dict[str, Any]:
     """What a finished run is judged by, all of it on new layouts."""
     base = load_artefact(Transformer, run, BASE_MODEL, device)
     raw = load_artefact(Transformer, run, RAW_MODEL, device)
@@ -258,9 +258,11 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
     settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
 
     def success(model: Transformer, policy: Any) -> float:
+        announce(f"evaluate: success of {policy}", quiet)
         task = config.post_task
         return evaluate(model, controlled, config.environment, policy, task, settings.episodes, seed)["success"]
 
+    announce("evaluate: what codes mean", quiet)
     generator = torch.Generator(device).manual_seed(seed)
     meaning = code_subgoal_bits(
         base,
@@ -270,14 +272,19 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
         layouts_per_code=settings.layouts_per_code,
         generator=generator,
     )
+    announce("evaluate: transitions that no task has", quiet)
     unseen = unseen_transition_share(
         base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
     )
-    return {
+    rates = {
         "internal_rl_success": success(base, "internal-rl"),
         "raw_action_success": success(raw, "raw"),
         "prior_success": success(base, "prior"),
         "raw_initial_success": success(base, "base"),
+    }
+    announce("evaluate: the gate against subgoals", quiet)
+    return {
+        **rates,
         **gate_figures(base, controlled, generate(config, "discover"), settings.episodes, seed),
         "code_subgoal_bits": meaning.bits,
         "unseen_transition_share": unseen,
@@ -322,6 +329,7 @@ def reproduce(
     runs = [RunFolder(path) for path in paths]
     summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
     if folder.read_summary() != summary:
+        announce("figures of all seeds", quiet)
         figures.draw_all(config, folder, runs)
         folder.write_summary(summary)
     return summary
