@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -223,3 +227,32 @@ def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture
         cli.main(["reproduce", "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--seeds", "--workers", "--resume", "--config.discover.alpha"))
+
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is."""
+    texts: dict[str, str] = {}
+    for cls in reversed([cls for cls in kind.__mro__ if is_dataclass(cls)]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        hints = get_type_hints(cls)
+        for line, below in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(line, ast.AnnAssign) or line.target.id not in {field.name for field in fields(cls)}:
+                continue
+            name = line.target.id
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            texts[name] = below.value.value if documented else ""
+            if is_dataclass(hints[name]):
+                texts |= {f"{name}.{inner}": text for inner, text in field_texts(hints[name]).items()}
+    return texts
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    shown = re.sub(r"\W+", "", capsys.readouterr().out)  # without boxes and where lines end
+    texts = field_texts(cli.COMMANDS[command])
+    assert "device" in texts
+    assert ("config.meta_controller.gate.mode" in texts) == (command in ("pretrain", "reproduce", "figures", "sweep"))
+    assert ("study.walks" in texts) == (command == "figures")
+    assert [name for name, text in texts.items() if not text or re.sub(r"\W+", "", text) not in shown] == []

@@ -42,19 +42,26 @@ from metacontroller.saving import Saveable
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """segments: M, the most in an episode. hidden, temperature, prior_rate: see `Segmenter`. alpha_code, alpha_place:
-    weights of the two KLs, the first reached from zero linearly between steps ``alpha_warmup``. seed: of the episodes
-    and, apart, of the noise."""
+    """The baseline CompILE; `Segmenter` says what its parts do."""
 
     optimizer: OptimizerConfig
+    """How long and how fast."""
     segments: int = 4
+    """M, the most segments in an episode."""
     hidden: int = 32
+    """Hidden width of the two heads."""
     temperature: float = 1.0
+    """Temperature of the Gumbel-softmax that places segment ends."""
     prior_rate: float = 10.0
+    """Mean steps of a segment under the Poisson prior."""
     alpha_code: float = 0.1
+    """Weight of the codes' KL, after the linear warm-up."""
     alpha_place: float = 0.1
+    """Weight of the KL of segment ends."""
     alpha_warmup: tuple[int, int] = (0, 0)
+    """Updates (from, to) between which the weight of the codes' KL goes linearly from 0 to alpha_code."""
     seed: int = 0
+    """Seed of the episodes and, apart, of the noise; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         if self.alpha_code < 0 or self.alpha_place < 0:

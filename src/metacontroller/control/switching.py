@@ -16,18 +16,20 @@ GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How the switching gate is used.
-
-    mode: "soft" mixes with the probability itself (the paper's default); "hard" with 1[beta >= threshold];
-    "straight-through" hard forward, soft backward; "gumbel-sigmoid" relaxes with logistic noise while training (the
-    paper's rate-distortion curves); "forced" switches at every step; "fixed-frequency" every ``period`` steps.
-    threshold: where a probability counts as a switch (paper C.6: 0.5). temperature: divides the Gumbel-sigmoid's logit.
-    """
+    """How the switching gate beta is used."""
 
     mode: GateMode = "soft"
+    """How beta mixes codes.
+    soft: by beta itself (the paper). hard: by 1[beta >= threshold].
+    straight-through: hard forward, soft backward.
+    gumbel-sigmoid: logistic noise in training (the paper's rate-distortion curves).
+    forced: 1 at every step. fixed-frequency: 1 every period steps."""
     threshold: float = 0.5
+    """The beta from which on a step counts as a switch (C.6: 0.5)."""
     temperature: float = 1.0
+    """Divides the logit of gumbel-sigmoid."""
     period: int = 4
+    """Steps from one switch to the next, for fixed-frequency."""
 
     def __post_init__(self) -> None:
         modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")

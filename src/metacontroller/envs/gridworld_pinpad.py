@@ -23,19 +23,16 @@ MAX_REDRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class PinpadConfig:
-    """Size and content of a grid; the defaults are the paper's.
-
-    Attributes:
-        size: cells along each side.
-        num_colors: colored cells, numbered from 0.
-        num_walls: wall cells.
-        max_steps: steps after which an episode is truncated.
-    """
+    """Size and content of a grid; the defaults are the paper's."""
 
     size: int = 7
+    """G, cells along each side."""
     num_colors: int = 8
+    """O, colored cells, numbered from 0."""
     num_walls: int = 4
+    """W, wall cells."""
     max_steps: int = 100
+    """T, steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
         for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):

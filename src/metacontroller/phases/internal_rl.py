@@ -45,20 +45,30 @@ DECISIONS_AT_ONCE = 8192  # of an update, padding included: bounds memory
 
 @dataclass(frozen=True, kw_only=True)
 class InternalRLConfig:
-    """episodes: in all. batch_size: episodes an update. passes: over each batch. minibatches: parts of a batch, an
-    optimizer step each. eps_clip: of the surrogate. delta: added to the standard deviation of returns."""
+    """Phase 3, and its raw-action twin."""
 
     episodes: int
+    """Episodes in all."""
     batch_size: int = 1024
+    """Episodes an update."""
     lr: float = 3e-5
+    """Learning rate of AdamW."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
     passes: int = 1
+    """Update epochs over each batch."""
     minibatches: int = 1
+    """Chunks of a batch, an optimizer step each."""
     eps_clip: float = 0.2
+    """epsilon of the clipped surrogate."""
     delta: float = 1e-3
+    """Added to the standard deviation of returns (C.5: about 1e-3)."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
     checkpoint_every: int = 20
+    """Updates from one checkpoint to the next."""
     seed: int = 0
+    """Seed of layouts and actions; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "batch_size", "passes", "minibatches", "checkpoint_every"):

@@ -22,13 +22,16 @@ from metacontroller.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """optimizer: how long and how fast. state_loss_weight: lambda. snapshots: after which updates the model is kept,
-    for analyses over training. seed: of the episodes."""
+    """Phase 1."""
 
     optimizer: OptimizerConfig
+    """How long and how fast."""
     state_loss_weight: float = 0.0
+    """lambda, weight of predicting the next observation beside the next action."""
     snapshots: tuple[int, ...] = ()
+    """Updates after which the model is kept, for analyses over training."""
     seed: int = 0
+    """Seed of the episodes; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         if any(step < 1 for step in self.snapshots):

@@ -26,20 +26,24 @@ from metacontroller.run_folder import (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train.
-
-    steps: updates. batch_size: episodes each. decay_steps: the learning rate falls linearly to zero over the last so
-    many steps; 0 keeps it constant, as in the paper. max_grad_norm: gradients are clipped to it (the paper is silent).
-    """
+    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train."""
 
     steps: int
+    """Updates."""
     batch_size: int
+    """Episodes an update."""
     lr: float
+    """Learning rate."""
     weight_decay: float = 0.03
+    """Decoupled weight decay of AdamW."""
     decay_steps: int = 0
+    """Updates at the end over which the learning rate falls linearly to zero; 0 keeps it constant (the paper)."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
     log_every: int = 50
+    """Updates from one line of metrics to the next."""
     checkpoint_every: int = 500
+    """Updates from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):

@@ -38,11 +38,12 @@ MAX_SEED = 2**28 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """tie_break: among equally short paths, "random" as in the paper or "fixed", see `expert_trajectories`.
-    epsilon: share of random moves."""
+    """Who makes behaviour data, see `expert_trajectories`."""
 
     tie_break: TieBreak = "random"
+    """Among equally short paths: "random" as in the paper, or "fixed"."""
     epsilon: float = 0.0
+    """Share of random moves, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.tie_break not in TIE_BREAKS:
@@ -53,19 +54,26 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer; below none it is the input
-    embedding, l = 0. body: of attention or, as wide as the residual, "hawk". view, reach: of the grid encoder.
-    precision: of its matrix products, see `metacontroller.precision`."""
+    """The action model."""
 
     dim: int
+    """n_e, width of the residual stream."""
     lower_depth: int
+    """l, blocks below the controlled layer; with none, that layer is the input embedding."""
     upper_depth: int
+    """Blocks above the controlled layer."""
     heads: int
+    """Attention heads, or those of Hawk's gates, in each block."""
     mlp_dim: int
+    """Hidden units of each block's MLP."""
     body: Literal["attention", "hawk"] = "attention"
+    """Blocks of attention, or "hawk" (RG-LRU), as wide as the residual: the paper's SSM."""
     view: Literal["absolute", "egocentric"] = "absolute"
+    """What the grid encoder reads: cells by their place on the grid (the paper), or as seen from the agent."""
     reach: int | None = None
+    """Cells beyond which the egocentric view tells no more apart; None for the whole grid."""
     precision: Precision = "auto"
+    """Type of the large matrix products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -82,24 +90,36 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetaControllerConfig:
-    """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. embedder_kind,
-    policy_kind: "hawk" is the paper's SSM. precision: of its large matrix products. The others are widths and depths of
-    the parts they name."""
+    """The metacontroller; widths are numbers of units."""
 
     dim_latent: int = 8
+    """n_z, numbers in a code."""
     dim_history: int = 32
+    """n_h, width of the history GRU (eq. 12)."""
     dim_sequence: int = 32
+    """n_s, width of the sequence embedding (eq. 13)."""
     encoder_hidden: int = 64
+    """Hidden width of the encoder that proposes codes (eq. 15)."""
     decoder_hidden: int = 32
+    """Hidden width of the hypernetwork that makes U from a code (eq. 18)."""
     switch_hidden: int = 32
+    """Hidden width of the switching unit (eq. 16)."""
     embedder_dim: int = 64
+    """Inner width of the sequence embedder, a multiple of 4."""
     embedder_depth: int = 1
+    """Blocks of the sequence embedder."""
     embedder_kind: EmbedderKind = "attention"
+    """Blocks of the sequence embedder: "hawk" is the paper's SSM."""
     rank: int | None = 16
+    """r, rank of the controller U; None for full."""
     policy_hidden: int = 256
+    """Width of the policy over codes; a multiple of 8 for hawk."""
     policy_kind: PolicyKind = "gru"
+    """Recurrence of the policy over codes: "hawk" is the paper's SSM."""
     gate: GateConfig = field(default_factory=GateConfig)
+    """How the switching gate is used."""
     precision: Precision = "auto"
+    """Type of the sequence embedder's and controller's products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -118,11 +138,14 @@ class MetaControllerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """episodes: on new layouts, for each figure. codes, layouts_per_code: of the test of what a fixed code leads to."""
+    """How much is measured at the end of a run."""
 
     episodes: int = 4096
+    """Episodes on held-out layouts, for each figure."""
     codes: int = 64
+    """Codes drawn from the prior, to see what a fixed code leads to."""
     layouts_per_code: int = 256
+    """Held-out layouts for each of those codes."""
 
     def __post_init__(self) -> None:
         _check_positive(self, ("episodes", "codes", "layouts_per_code"))
@@ -142,30 +165,40 @@ def _paper_compile() -> CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GridworldConfig:
-    """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
-
-    expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
-    turned_embedding: whether discovery's sequence embedder sees each episode on a board turned and mirrored at random
-    (our choice), or as it is (the paper). discovery: by the metacontroller, or by the baseline CompILE as
-    ``compile`` says. seed: from which all other seeds derive, see `with_seed`.
-    """
+    """Everything a run needs."""
 
     environment: PinpadConfig
+    """The grid."""
     tasks: tuple[Task, ...]
+    """Tasks of the behaviour data: colors to visit in order, such as 0-1-2."""
     post_task: Task
+    """The task that reinforcement learning must solve."""
     expert: ExpertConfig
+    """Who made the data of pretraining."""
     discovery_expert: ExpertConfig
+    """Who made the data of discovery."""
     model: ModelConfig
+    """The action model."""
     meta_controller: MetaControllerConfig
+    """What steers the action model."""
     pretrain: PretrainConfig
+    """Phase 1, pretraining."""
     discover: DiscoverConfig
+    """Phase 2, discovery."""
     internal_rl: InternalRLConfig
+    """Phase 3, reinforcement learning over codes."""
     raw_action_rl: InternalRLConfig
+    """The baseline, reinforcement learning over raw actions."""
     evaluate: EvaluateConfig
+    """Measures at the end."""
     turned_embedding: bool = False
+    """Symmetry augmentation of what discovery's sequence embedder sees (our choice); else episodes as they are."""
     discovery: Literal["metacontroller", "compile"] = "metacontroller"
+    """By the metacontroller, or by the baseline CompILE."""
     compile: CompileConfig = field(default_factory=_paper_compile)
+    """The baseline CompILE, where it does the discovery."""
     seed: int = 0
+    """From which all other seeds derive, see `with_seed`; on the command line --seed or --seeds."""
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
