@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
 import shutil
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import torch
 
 from metacontroller import cli
+from metacontroller.errors import UserError
 from metacontroller.phases import reproduce as reproduce_module
 from metacontroller.presets.gridworld import debug, from_json, laptop, with_seed
 from metacontroller.run_folder import RunFolder
@@ -148,6 +155,39 @@ def test_a_mistake_is_answered_with_its_mending(
     assert not new.exists()
 
 
+def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clip(*_: object) -> None:
+        raise ValueError("expected a non-empty list of Tensors")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(ValueError, match="non-empty list"):
+        cli.main(["pretrain", str(tmp_path / "run"), "--preset", "debug", *QUIET])
+
+
+def test_a_mistake_found_inside_a_phase_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clip(*_: object) -> None:
+        raise UserError("lr is 9; expected less.")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert cli.main(["pretrain", str(tmp_path / "run"), "--preset", "debug", *QUIET]) == 2
+    assert capsys.readouterr().err == "metacontroller: lr is 9; expected less.\n"
+
+
+@pytest.mark.parametrize("command", [["pretrain", "{new}", "--preset", "debug"], ["discover", "{run}"]])
+def test_a_gpu_that_is_not_there_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [word.format(run=run, new=tmp_path / "new") for word in command]
+    assert cli.main([*words, "--device", "cuda", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    sentence = "device is cuda, but PyTorch finds no GPU here; give --device cpu or leave it out."
+    assert (captured.out, captured.err) == ("", f"metacontroller: {sentence}\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_phase_without_what_it_needs_names_the_phase_to_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +208,16 @@ def test_the_preset_decides_the_defaults_of_all_options() -> None:
     assert cli.parse(["reproduce"]).config == laptop()
 
 
+def test_only_tasks_are_read_as_tasks() -> None:
+    snapshots = ["--config.pretrain.snapshots", "4", "8"]
+    tasks = ["--config.tasks", "0-1", "1-2", "--config.post-task", "0-1"]
+    config = cli.parse(["pretrain", "run", "--preset", "debug", *snapshots, *tasks]).config
+    assert config.pretrain.snapshots == (4, 8)
+    assert config.tasks == ((0, 1), (1, 2))
+    assert config.post_task == (0, 1)
+    assert from_json(json.loads(json.dumps(asdict(config)))) == config
+
+
 def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
@@ -177,3 +227,32 @@ def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture
         cli.main(["reproduce", "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--seeds", "--workers", "--resume", "--config.discover.alpha"))
+
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is."""
+    texts: dict[str, str] = {}
+    for cls in reversed([cls for cls in kind.__mro__ if is_dataclass(cls)]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        hints = get_type_hints(cls)
+        for line, below in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(line, ast.AnnAssign) or line.target.id not in {field.name for field in fields(cls)}:
+                continue
+            name = line.target.id
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            texts[name] = below.value.value if documented else ""
+            if is_dataclass(hints[name]):
+                texts |= {f"{name}.{inner}": text for inner, text in field_texts(hints[name]).items()}
+    return texts
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    shown = re.sub(r"\W+", "", capsys.readouterr().out)  # without boxes and where lines end
+    texts = field_texts(cli.COMMANDS[command])
+    assert "device" in texts
+    assert ("config.meta_controller.gate.mode" in texts) == (command in ("pretrain", "reproduce", "figures", "sweep"))
+    assert ("study.walks" in texts) == (command == "figures")
+    assert [name for name, text in texts.items() if not text or re.sub(r"\W+", "", text) not in shown] == []

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 
 import pytest
 import torch
 from rich.console import Console
 
-from metacontroller.progress import BarProgress, LineProgress, Progress, track
+from metacontroller.progress import BarProgress, LineProgress, Progress, announce, track
 
 
 class Clock:
@@ -36,6 +37,23 @@ def test_lines_are_at_least_ten_seconds_apart_and_the_last_state_is_shown():
         "pretrain: 20/100  1/s  loss 0.05",
         "pretrain: 25/100  1/s  loss 0.04",
     ]
+
+
+def test_a_last_state_that_was_shown_is_not_shown_again():
+    console, out = plain_console()
+    clock = Clock()
+    with LineProgress(20, "pretrain", console=console, clock=clock) as progress:
+        for step in (10, 20):
+            clock.now += 10.0
+            progress.update(step)
+    assert out.getvalue().splitlines() == ["pretrain: 10/20  1/s", "pretrain: 20/20  1/s"]
+
+
+def test_a_loop_with_nothing_left_to_do_is_shown():
+    console, out = plain_console()
+    with LineProgress(20, "pretrain", start=20, console=console, clock=Clock()):
+        pass
+    assert out.getvalue() == "pretrain: 20/20  0/s\n"
 
 
 def test_rate_leaves_out_the_steps_before_a_resume():
@@ -92,6 +110,17 @@ def test_bar_on_a_terminal():
 def test_plain_lines_without_a_terminal():
     console, _ = plain_console()
     assert isinstance(track(4, "internal RL", console=console), LineProgress)
+
+
+def test_plain_lines_from_a_worker_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", object)
+    assert isinstance(track(4, "raw_action_rl", console=Console(file=io.StringIO(), force_terminal=True)), LineProgress)
+
+
+def test_announce_is_a_line_on_standard_error_unless_quiet(capfd: pytest.CaptureFixture[str]):
+    announce("evaluate: success")
+    announce("evaluate: the gate", quiet=True)
+    assert capfd.readouterr() == ("", "evaluate: success\n")
 
 
 def test_quiet_writes_nothing(capfd: pytest.CaptureFixture[str]):

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from metacontroller.analysis.figures import draw_layers, require_matplotlib
 from metacontroller.analysis.report import write_report
@@ -25,7 +24,8 @@ from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_
 from metacontroller.analysis.study_figures import draw_study
 from metacontroller.analysis.summary import results_table, variant_rows
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.tasks import format_task, parse_task
+from metacontroller.envs.tasks import parse_task
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import Policy, evaluate
 from metacontroller.phases.parallel import launched, leave, processes
@@ -91,7 +91,7 @@ class Pretrain(Training):
         workers.wait()
         started_from = read_config(run).seed
         if started_from != config.seed:
-            raise ValueError(
+            raise UserError(
                 f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to go on with "
                 "it, or choose another folder."
             )
@@ -199,9 +199,9 @@ class LayerAnalysis:
     def __call__(self) -> None:
         for option in ("steps", "batch_size", "episodes"):
             if getattr(self, option) < 1:
-                raise ValueError(f"{option} is {getattr(self, option)}; expected at least 1.")
+                raise UserError(f"{option} is {getattr(self, option)}; expected at least 1.")
         if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; expected a number above 0.")
+            raise UserError(f"lr is {self.lr}; expected a number above 0.")
         require_matplotlib()
         runs = [RunFolder(path) for path in seed_folders(self.run)]
         options = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "episodes", "quiet")}
@@ -244,7 +244,7 @@ class Inject:
 
     def __call__(self) -> None:
         if self.walks < 1:
-            raise ValueError(f"walks is {self.walks}; expected at least 1.")
+            raise UserError(f"walks is {self.walks}; expected at least 1.")
         results = [
             {"run": path.name, **inject_run(RunFolder(path), walks=self.walks, device=device_name(self.device))}
             for path in seed_folders(self.run)
@@ -267,7 +267,7 @@ class Gate:
 
     def __call__(self) -> None:
         if self.episodes < 1:
-            raise ValueError(f"episodes is {self.episodes}; expected at least 1.")
+            raise UserError(f"episodes is {self.episodes}; expected at least 1.")
         results = [
             {"run": path.name, **gate_run(RunFolder(path), episodes=self.episodes, device=device_name(self.device))}
             for path in seed_folders(self.run)
@@ -387,7 +387,7 @@ class Figures:
         Console().print(study_table(found))
         if failed:
             row = failed[0]
-            raise ValueError(
+            raise UserError(
                 f"{len(failed)} of {len(found['cells'])} parts did not finish, such as {row['name']} of seed "
                 f"{row['seed']}: {row['status']}"
             )
@@ -455,7 +455,7 @@ class Sweep(Training):
         Console().print(sweep_table(rows))
         failed = [row["status"] for row in rows if row["status"] != "finished"]
         if failed:
-            raise ValueError(f"{len(failed)} of {len(rows)} cells did not finish, such as: {failed[0]}")
+            raise UserError(f"{len(failed)} of {len(rows)} cells did not finish, such as: {failed[0]}")
 
 
 def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -485,7 +485,7 @@ class Report:
 
     def __call__(self) -> None:
         if not self.runs:
-            raise ValueError("no folder was named; give that of a reproduction.")
+            raise UserError("no folder was named; give that of a reproduction.")
         print(write_report(self.runs, self.out, device=device_name(self.device)))
 
 
@@ -506,15 +506,18 @@ COMMANDS: dict[str, type] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt."""
+    """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt.
+
+    Any other exception is a bug and is let through, with its traceback.
+    """
     try:
         command = parse(list(sys.argv[1:] if argv is None else argv))
         if launched() and not isinstance(command, Pretrain | Discover | InternalRL):
             names = "pretrain, discover and internal-rl"
-            raise ValueError(f"only {names} run in several processes; start this one without a launcher.")
+            raise UserError(f"only {names} run in several processes; start this one without a launcher.")
         command()
         leave()
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         print(f"metacontroller: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -535,7 +538,7 @@ def parse(argv: list[str]) -> Any:
         "figures": Figures(config=config, study=STUDIES.get(preset or "laptop", StudyConfig())),
         "sweep": Sweep(config=config),
     }
-    options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _task_registry()}
+    options: dict[str, Any] = {"config": (FlagCreatePairsOff,)}
     if argv and argv[0] in COMMANDS:
         prog = f"metacontroller {argv[0]}"
         return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=prog, default=defaults.get(argv[0]), **options)
@@ -550,29 +553,10 @@ def parse(argv: list[str]) -> Any:
     )
 
 
-def _task_registry() -> ConstructorRegistry:
-    """Lets the command line read a task as 0-1-2-3."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def task(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type_origin is not tuple or get_args(info.type) != (int, ...):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="TASK",
-            instance_from_str=lambda words: parse_task(words[0]),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [format_task(value)],
-        )
-
-    return registry
-
-
 def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, resume: bool) -> GridworldConfig:
     """The config asked for; when a run is resumed and nothing was said about it, the run's own."""
     if with_seed(config, config.seed) != config:
-        raise ValueError("the seeds of phases derive from the run's; change that with --seed or --seeds.")
+        raise UserError("the seeds of phases derive from the run's; change that with --seed or --seeds.")
     untouched = preset is None and config == laptop()
     return read_config(run) if resume and untouched and (run.path / "config.json").exists() else config
 
@@ -580,13 +564,15 @@ def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, r
 def refuse_begun(run: RunFolder, phase: str, resume: bool) -> None:
     """Raises ValueError if the phase was begun and is not to be resumed."""
     if run.has_checkpoint(phase) and not resume:
-        raise ValueError(f"{run.path} holds {phase}.safetensors of this phase; add --resume to go on with it.")
+        raise UserError(f"{run.path} holds {phase}.safetensors of this phase; add --resume to go on with it.")
 
 
 def device_name(device: Device) -> str:
-    """ "auto" as what is there."""
+    """ "auto" as what is there; UserError for a GPU that is not."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no GPU here; give --device cpu or leave it out.")
     return device
 
 

@@ -10,13 +10,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from metacontroller.errors import UserError
+
 Precision = Literal["float32", "bfloat16", "auto"]
 
 
 def check_precision(precision: str) -> None:
     """Raises ValueError for what is no `Precision`."""
     if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
+        raise UserError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
 
 
 def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:

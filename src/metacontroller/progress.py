@@ -1,5 +1,7 @@
 """Progress of a long loop: a live bar on a terminal, an occasional line elsewhere, nothing when quiet.
 
+`announce` says in one line what is done where there are no steps to count.
+
 with track(steps, "pretrain") as progress:
     for step in range(1, steps + 1):
         loss = ...
@@ -8,6 +10,8 @@ with track(steps, "pretrain") as progress:
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -22,14 +26,23 @@ def track(
 ) -> Progress:
     """Return the progress display that fits: a bar on a terminal, plain lines elsewhere, none if `quiet`.
 
+    A worker process writes plain lines on a terminal too: bars of several processes would overwrite each other.
+
     `start` is the step that a resumed loop goes on from; it keeps the rate honest. Output goes to standard error unless
     `console` says otherwise, so that results printed to standard output stay clean.
     """
     if quiet:
         return Progress(total, description, start=start)
     console = console or Console(stderr=True)
-    kind = BarProgress if console.is_terminal else LineProgress
+    alone = multiprocessing.parent_process() is None
+    kind = BarProgress if console.is_terminal and alone else LineProgress
     return kind(total, description, start=start, console=console)
+
+
+def announce(text: str, quiet: bool = False) -> None:
+    """Write one line to standard error that says what is done next; nothing if `quiet`."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -46,6 +59,7 @@ class Progress:
         self._start = start
         self._step = start
         self._metrics: dict[str, Any] = {}
+        self._unshown = True  # whether there is something that the last display did not have
         self._clock = clock
         self._began = self._shown = clock()
 
@@ -56,14 +70,16 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._show()
+        if self._unshown:
+            self._show()
 
     def update(self, step: int, **metrics: Any) -> None:
         """Say that `step` steps of the total are done, and what was measured there."""
         self._step = step
         self._metrics.update(metrics)
         now = self._clock()
-        if now - self._shown >= self.interval_s:
+        self._unshown = now - self._shown < self.interval_s
+        if not self._unshown:
             self._shown = now
             self._show()
 

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metacontroller.errors import MissingFileError, UserError
+
 CHECKPOINT_FORMAT = 1
 _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
 
@@ -44,10 +46,10 @@ class RunFolder:
         _write_text(self.path / "config.json", json.dumps(config, default=_plain, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Return config.json; FileNotFoundError if the folder has none."""
+        """Return config.json; MissingFileError if the folder has none."""
         path = self.path / "config.json"
         if not path.exists():
-            raise FileNotFoundError(f"{self.path} has no config.json; name the folder of a run that has been started.")
+            raise MissingFileError(f"{self.path} has no config.json; name the folder of a run that has been started.")
         return _read_object(path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -124,7 +126,7 @@ class RunFolder:
             parsed = json.loads(line)
             return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step; delete that line."
             ) from error
 
@@ -133,7 +135,7 @@ class RunFolder:
     def checkpoint_path(self, name: str) -> Path:
         """Return where checkpoint `name` is kept; ValueError unless it is a plain name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
+            raise UserError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
         return self.path / f"{name}.safetensors"
 
     def has_checkpoint(self, name: str) -> bool:
@@ -155,18 +157,18 @@ class RunFolder:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, meta) of a checkpoint.
 
-        Raises FileNotFoundError if there is none, and ValueError if the file is no whole checkpoint of this format.
+        Raises MissingFileError if there is none, and ValueError if the file is no whole checkpoint of this format.
         """
         path = self.checkpoint_path(name)
         if not path.exists():
             present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
-            raise FileNotFoundError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
+            raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = (file.metadata() or {}).get(_HEADER)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
+            raise UserError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
         return tensors, _checked_meta(path, header)
 
 
@@ -184,7 +186,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -
     expected = module.state_dict()
     for name in sorted(expected.keys() ^ state.keys()):
         lacks = "checkpoint" if name in expected else "model"
-        raise ValueError(f"The {lacks} has no tensor {prefix}.{name}; build the model from the checkpoint's config.")
+        raise UserError(f"The {lacks} has no tensor {prefix}.{name}; build the model from the checkpoint's config.")
     for name, tensor in state.items():
         _check_shape(f"{prefix}.{name}", tensor, expected[name])
     module.load_state_dict(state)
@@ -209,7 +211,7 @@ def load_optimizer(
     groups = [_with_tuples(group) for group in meta["param_groups"]]
     sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
     if sizes != expected:
-        raise ValueError(f"The checkpoint's optimizer has {sizes} parameters a group where this one has {expected}.")
+        raise UserError(f"The checkpoint's optimizer has {sizes} parameters a group where this one has {expected}.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _under(prefix, tensors).items():
@@ -218,7 +220,7 @@ def load_optimizer(
             _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
         state.setdefault(int(index), {})[name] = tensor
     if len(state) != meta["parameters_with_state"]:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
             f"{meta['parameters_with_state']} were expected; give the prefix it was saved under."
         )
@@ -271,9 +273,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); mend or delete it.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); mend or delete it.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__} where an object was expected; mend or delete it.")
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected; mend or delete it.")
     return value
 
 
@@ -295,10 +297,10 @@ def _strict(value: Any) -> Any:
 
 def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
-        raise ValueError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
+        raise UserError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
     content = json.loads(header)
     if content["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} has checkpoint format {content['format']} where {CHECKPOINT_FORMAT} was expected; "
             "load it with the release that wrote it."
         )
@@ -312,7 +314,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
     if tensor.shape != expected.shape:
-        raise ValueError(
+        raise UserError(
             f"Tensor {name} of the checkpoint has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was "
             "expected; build the model from the checkpoint's config."
         )

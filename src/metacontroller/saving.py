@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metacontroller.errors import UserError
+
 Module = TypeVar("Module", bound="Saveable")
 SAVE_FORMAT = "1"
 _HEADER = "metacontroller"
@@ -71,7 +73,7 @@ def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict
     if strict:
         wrong += own.keys() ^ tensors.keys()
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit this {type(module).__name__}: {len(wrong)} names or shapes differ, such as "
             f"{min(wrong)!r}; use `init_and_load` to make a module with the file's own arguments."
         )
@@ -80,16 +82,16 @@ def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; give a file that `save` wrote.")
+        raise UserError(f"{path} does not exist; give a file that `save` wrote.")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); give a file that `save` wrote.") from None
+        raise UserError(f"{path} is not a whole safetensors file ({error}); give a file that `save` wrote.") from None
     if header.get("format") != SAVE_FORMAT or header.get("class") != kind:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )

@@ -185,6 +185,34 @@ def test_seconds_add_up_over_sessions(tmp_path: Path) -> None:
     assert 100.0 < second.load_checkpoint("phase")[1]["seconds"] < 110.0
 
 
+def test_it_says_what_runs_until_its_end(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def in_this_process(function: Callable[..., Any], jobs: list[tuple[Any, ...]], at_once: int) -> None:
+        for job in jobs:
+            function(*job)
+
+    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(module, "in_processes", in_this_process)
+    undrawn(monkeypatch)
+    shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
+    (tmp_path / "seed-0" / "summary.json").unlink()
+    shutil.copy(finished / "config.json", tmp_path)
+    reproduce(debug(), tmp_path, [0], resume=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    said = [line.partition(" ")[0] if "/" in line else line for line in captured.err.splitlines()]
+    assert said == [
+        *("pretrain:", "discover:", "internal_rl:", "raw_action_rl:"),
+        "evaluate: what codes mean",
+        "evaluate: transitions that no task has",
+        *(f"evaluate: success of {policy}" for policy in ("internal-rl", "raw", "prior", "base")),
+        "evaluate: the gate against subgoals",
+        "figures of the run",
+        "figures of all seeds",
+    ]
+
+
 @pytest.mark.slow
 def test_side_by_side_and_with_workers_the_result_is_the_same(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import torch
 
 from metacontroller.analysis.switching import subgoal_changes
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import gate_on_new_layouts
 from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed
@@ -26,7 +27,7 @@ GATE_EPISODES = 6
 def require_matplotlib() -> None:
     """Raises ValueError, before hours are spent, if figures cannot be drawn at their end."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
+        raise UserError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
 
 
 def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], device: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.training import EpisodeStream, Generate, noise_generator
 from metacontroller.progress import track
@@ -78,7 +79,7 @@ def probe_layers(
 def labelled(batch: Trajectories) -> tuple[Tensor, Tensor]:
     """The subgoal of each step, (b, t), 0 in the padding, and which steps are real."""
     if batch.subgoals is None:
-        raise ValueError("the episodes carry no subgoals; give a source that labels them.")
+        raise UserError("the episodes carry no subgoals; give a source that labels them.")
     return batch.subgoals.clamp(min=0), batch.mask()
 
 

@@ -15,6 +15,7 @@ from metacontroller.analysis.switching import gate_alignment
 from metacontroller.baselines.compile import CompILE, begin_probability
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.training import Generate, noise_generator
 
@@ -86,5 +87,5 @@ def _new_episodes(
 
 def _met(beta: Tensor, fresh: Trajectories) -> dict[str, float]:
     if fresh.segments is None:
-        raise ValueError("the episodes carry no segments; give a source that labels subgoals.")
+        raise UserError("the episodes carry no segments; give a source that labels subgoals.")
     return {name: float(value) for name, value in gate_alignment(beta, fresh.segments, fresh.lengths).items()}

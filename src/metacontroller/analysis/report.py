@@ -20,6 +20,7 @@ from metacontroller.analysis.study_figures import BASELINES, CONTROLS, study_fig
 from metacontroller.analysis.summary import variant_rows
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.training import noise_generator
 from metacontroller.presets.gridworld import GridworldConfig, from_json, generate, stream_seed
@@ -85,7 +86,7 @@ def write_report(paths: Sequence[Path], out: Path, *, device: str = "cpu") -> Pa
         folder = RunFolder(path)
         summary = folder.read_summary()
         if not summary.get("seeds"):
-            raise ValueError(
+            raise UserError(
                 f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first."
             )
         config = from_json(folder.read_config())

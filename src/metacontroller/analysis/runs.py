@@ -11,6 +11,7 @@ from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.steering import steer_layers
 from metacontroller.analysis.switching import gate_report
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evaluate import gate_on_new_layouts
 from metacontroller.phases.pretrain import snapshot_path
@@ -101,7 +102,7 @@ def gate_run(run: RunFolder, *, episodes: int, device: str) -> Found:
         stream_seed(config.seed, "analyse"),
     )
     if fresh.segments is None:
-        raise ValueError("the episodes carry no segments; give a source that labels subgoals.")
+        raise UserError("the episodes carry no segments; give a source that labels subgoals.")
     return _written(run, "gate", {**gate_report(beta, fresh.segments, fresh.lengths), "episodes": episodes})
 
 

@@ -31,6 +31,7 @@ from metacontroller.analysis.switching import gate_alignment
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import EmbeddedView
@@ -41,27 +42,32 @@ from metacontroller.saving import Saveable
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """segments: M, the most in an episode. hidden, temperature, prior_rate: see `Segmenter`. alpha_code, alpha_place:
-    weights of the two KLs, the first reached from zero linearly between steps ``alpha_warmup``. seed: of the episodes
-    and, apart, of the noise."""
+    """The baseline CompILE; `Segmenter` says what its parts do."""
 
     optimizer: OptimizerConfig
+    """How long and how fast."""
     segments: int = 4
+    """M, the most segments in an episode."""
     hidden: int = 32
+    """Hidden width of the two heads."""
     temperature: float = 1.0
+    """Temperature of the Gumbel-softmax that places segment ends."""
     prior_rate: float = 10.0
+    """Mean steps of a segment under the Poisson prior."""
     alpha_code: float = 0.1
+    """Weight of the codes' KL, after the linear warm-up."""
     alpha_place: float = 0.1
+    """Weight of the KL of segment ends."""
     alpha_warmup: tuple[int, int] = (0, 0)
+    """Updates (from, to) between which the weight of the codes' KL goes linearly from 0 to alpha_code."""
     seed: int = 0
+    """Seed of the episodes and, apart, of the noise; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         if self.alpha_code < 0 or self.alpha_place < 0:
-            raise ValueError(
-                f"alpha_code is {self.alpha_code} and alpha_place {self.alpha_place}; expected at least 0."
-            )
+            raise UserError(f"alpha_code is {self.alpha_code} and alpha_place {self.alpha_place}; expected at least 0.")
         if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise ValueError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
     def alpha_code_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from metacontroller.control.losses import gaussian_kl
 from metacontroller.data.trajectories import length_mask
+from metacontroller.errors import UserError
 from metacontroller.models.readouts import sample_gaussian
 
 
@@ -71,9 +72,9 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         if segments < 2:
-            raise ValueError(f"segments is {segments}; expected at least 2, else there is nothing to place.")
+            raise UserError(f"segments is {segments}; expected at least 2, else there is nothing to place.")
         if temperature <= 0 or prior_rate <= 0:
-            raise ValueError(f"temperature is {temperature} and prior_rate {prior_rate}; expected numbers above 0.")
+            raise UserError(f"temperature is {temperature} and prior_rate {prior_rate}; expected numbers above 0.")
         self.segments, self.dim_latent = segments, dim_latent
         self.temperature, self.prior_rate = temperature, prior_rate
         self.project_in = nn.Linear(dim_in, dim)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
+
 
 class Controller(nn.Module):
     """U = f_hyp(z), a hypernetwork with one hidden layer; low-rank U = A(h) B(h)^T or full U(h), each linear in (h, 1).
@@ -21,11 +23,11 @@ class Controller(nn.Module):
     def __init__(self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16) -> None:
         super().__init__()
         if dim_latent < 1 or dim_model < 1 or hidden < 1:
-            raise ValueError(
+            raise UserError(
                 f"dim_latent is {dim_latent}, dim_model {dim_model}, hidden {hidden}; expected at least 1 each."
             )
         if rank is not None and not 1 <= rank <= dim_model:
-            raise ValueError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
+            raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
         self.dim_model, self.rank = dim_model, rank
         self.code_to_hidden = nn.Linear(dim_latent, hidden)
         units, scale = hidden + 1, 0.1 * dim_model**-0.5

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.data.trajectories import masked_mean
+from metacontroller.errors import UserError
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def ratio_loss(beta: Tensor, mask: Tensor, target_length: float, threshold: floa
     N/(N-1) ((N-1) F G + (1-F)(1-G)); it is 1 at F = G = 1/N and pulls the gate there. beta, mask (b, t).
     """
     if target_length <= 1:
-        raise ValueError(f"target_length is {target_length}; expected more than 1 step a segment.")
+        raise UserError(f"target_length is {target_length}; expected more than 1 step a segment.")
     n = target_length
     hard = masked_mean((beta >= threshold).to(beta.dtype), mask)
     soft = masked_mean(beta, mask)

@@ -27,6 +27,7 @@ from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.precision import Precision, check_precision, products
 from metacontroller.saving import Saveable
@@ -130,11 +131,11 @@ class MetaController(Saveable, nn.Module):
         self.remember_arguments(locals())
         check_precision(precision)
         if dim_model < 1 or dim_latent < 1:
-            raise ValueError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
+            raise UserError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
         if target_segment_length <= 1:
-            raise ValueError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
+            raise UserError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
         if eps_clip <= 0:
-            raise ValueError(f"eps_clip is {eps_clip}; expected a number above 0.")
+            raise UserError(f"eps_clip is {eps_clip}; expected a number above 0.")
         width = dim_meta_controller
         n_h, n_s = dim_history or width, dim_sequence or width
         self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h
@@ -204,7 +205,7 @@ class MetaController(Saveable, nn.Module):
         self._check_residual(residual)
         seen = residual.shape[1]
         if seen not in (steps, steps + 1):
-            raise ValueError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
+            raise UserError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
         with products(self.precision, residual):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
         return embedded.to(residual.dtype)
@@ -270,7 +271,7 @@ class MetaController(Saveable, nn.Module):
         """
         self._check_residual(residual)
         if residual.shape[1] != 1:
-            raise ValueError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
+            raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         state = self.initial_state(len(residual)) if state is None else state
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
@@ -284,7 +285,7 @@ class MetaController(Saveable, nn.Module):
     def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
         """Log-density of codes, entry by entry: (b, t, 2 n_z), (b, t, n_z) -> (b, t, n_z)."""
         if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != 2 * self.dim_latent:
-            raise ValueError(
+            raise UserError(
                 f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
                 f"axes {2 * self.dim_latent} and {self.dim_latent}."
             )
@@ -312,9 +313,9 @@ class MetaController(Saveable, nn.Module):
         expected = (batch, steps, self.dim_latent)
         for name, value in (("old_log_probs", old_log_probs), ("actions", actions)):
             if value.shape != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}, as states and n_z say.")
+                raise UserError(f"{name} has shape {tuple(value.shape)}; expected {expected}, as states and n_z say.")
         if switch_betas.shape != (batch, steps) or advantages.shape not in ((batch,), (batch, steps)):
-            raise ValueError(
+            raise UserError(
                 f"switch_betas has shape {tuple(switch_betas.shape)} and advantages {tuple(advantages.shape)}; "
                 f"expected {(batch, steps)}, and {(batch,)} or {(batch, steps)}."
             )
@@ -335,7 +336,7 @@ class MetaController(Saveable, nn.Module):
 
     def _check_residual(self, residual: Tensor) -> None:
         if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:
-            raise ValueError(
+            raise UserError(
                 f"the residual stream has shape {tuple(residual.shape)}; expected (batch, time, {self.dim_model}) "
                 "with at least one episode and one step."
             )

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.models.hawk import TAPS, HawkBlock
 
 PolicyKind = Literal["gru", "hawk"]
@@ -24,7 +25,7 @@ class AbstractActionPolicy(nn.Module):
     def __init__(self, dim_model: int, dim_latent: int, *, hidden: int = 256, kind: PolicyKind = "gru") -> None:
         super().__init__()
         if kind not in ("gru", "hawk"):
-            raise ValueError(f"the policy's kind is {kind!r}; expected 'gru' or 'hawk'.")
+            raise UserError(f"the policy's kind is {kind!r}; expected 'gru' or 'hawk'.")
         self.norm = nn.LayerNorm(dim_model)
         if kind == "gru":
             self.recurrence = _GRU(dim_model, hidden)

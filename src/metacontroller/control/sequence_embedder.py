@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
 
@@ -30,7 +31,7 @@ class SequenceEmbedder(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in ("attention", "hawk"):
-            raise ValueError(f"the sequence embedder's kind is {kind!r}; expected 'attention' or 'hawk'.")
+            raise UserError(f"the sequence embedder's kind is {kind!r}; expected 'attention' or 'hawk'.")
         self.project_in = nn.Linear(dim_model, dim)
         if kind == "attention":
             self.body = AttentionBody(dim, depth=depth, heads=heads, causal=False)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.kernels.gate import GateOutput, gate_scan
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
@@ -15,29 +16,31 @@ GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How the switching gate is used.
-
-    mode: "soft" mixes with the probability itself (the paper's default); "hard" with 1[beta >= threshold];
-    "straight-through" hard forward, soft backward; "gumbel-sigmoid" relaxes with logistic noise while training (the
-    paper's rate-distortion curves); "forced" switches at every step; "fixed-frequency" every ``period`` steps.
-    threshold: where a probability counts as a switch (paper C.6: 0.5). temperature: divides the Gumbel-sigmoid's logit.
-    """
+    """How the switching gate beta is used."""
 
     mode: GateMode = "soft"
+    """How beta mixes codes.
+    soft: by beta itself (the paper). hard: by 1[beta >= threshold].
+    straight-through: hard forward, soft backward.
+    gumbel-sigmoid: logistic noise in training (the paper's rate-distortion curves).
+    forced: 1 at every step. fixed-frequency: 1 every period steps."""
     threshold: float = 0.5
+    """The beta from which on a step counts as a switch (C.6: 0.5)."""
     temperature: float = 1.0
+    """Divides the logit of gumbel-sigmoid."""
     period: int = 4
+    """Steps from one switch to the next, for fixed-frequency."""
 
     def __post_init__(self) -> None:
         modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
         if self.mode not in modes:
-            raise ValueError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
+            raise UserError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
         if not 0 < self.threshold < 1:
-            raise ValueError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
+            raise UserError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
         if self.temperature <= 0:
-            raise ValueError(f"gate temperature is {self.temperature}; expected a number above 0.")
+            raise UserError(f"gate temperature is {self.temperature}; expected a number above 0.")
         if self.period < 1:
-            raise ValueError(f"gate period is {self.period}; expected at least 1 step.")
+            raise UserError(f"gate period is {self.period}; expected at least 1 step.")
 
 
 class SwitchingUnit(nn.Module):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metacontroller.errors import UserError
+
 STORE_FORMAT = 1
 
 
@@ -42,14 +44,14 @@ class Trajectories:
     def __post_init__(self) -> None:
         batch, steps = self.actions.shape[:2]
         if batch == 0:
-            raise ValueError("Trajectories hold 0 episodes; give at least one.")
+            raise UserError("Trajectories hold 0 episodes; give at least one.")
         if self.states.shape[:2] != (batch, steps + 1):
-            raise ValueError(
+            raise UserError(
                 f"states have shape {tuple(self.states.shape)} but actions of shape {tuple(self.actions.shape)} need "
                 f"({batch}, {steps + 1}, ...): one state more than actions."
             )
         if self.lengths.shape != (batch,):
-            raise ValueError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
+            raise UserError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
         check_lengths(self.lengths, batch, steps, "lengths", wait=False)
 
     @property
@@ -105,7 +107,7 @@ def check_lengths(
     if lengths is None:
         return
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
-        raise ValueError(
+        raise UserError(
             f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
             f"expected ({batch},) whole numbers, one per episode."
         )
@@ -113,7 +115,7 @@ def check_lengths(
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 1 or high > steps:
-        raise ValueError(f"{name} ranges over {low}..{high}; each must lie in 1..{steps}, the padded length.")
+        raise UserError(f"{name} ranges over {low}..{high}; each must lie in 1..{steps}, the padded length.")
 
 
 def length_sorted_batches(
@@ -124,10 +126,10 @@ def length_sorted_batches(
     Yields ``len // batch_size`` batches; episodes that do not fill a batch are left out, drawn afresh at each call.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+        raise UserError(f"batch_size is {batch_size}; expected at least 1.")
     count = trajectories.batch // batch_size
     if count == 0:
-        raise ValueError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
+        raise UserError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
     device = generator.device if generator is not None else torch.device("cpu")
     kept = torch.randperm(trajectories.batch, generator=generator, device=device)[: count * batch_size]
     lengths = trajectories.lengths.to(device)
@@ -146,10 +148,10 @@ class TrajectoryStore:
         self.path = Path(path)
         header = self.path / "store.json"
         if not header.is_file():
-            raise ValueError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
+            raise UserError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
         self.meta = json.loads(header.read_text())
         if self.meta.get("format") != STORE_FORMAT:
-            raise ValueError(f"{header} has format {self.meta.get('format')!r}; this version reads {STORE_FORMAT}.")
+            raise UserError(f"{header} has format {self.meta.get('format')!r}; this version reads {STORE_FORMAT}.")
         self.arrays = {
             name: np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in self.meta["arrays"]
         }
@@ -163,11 +165,9 @@ class TrajectoryStore:
         """The episodes named by ``rows``, padded to the longest of them."""
         index = np.asarray(rows)
         if index.ndim != 1 or not len(index) or not np.issubdtype(index.dtype, np.integer):
-            raise ValueError(
-                f"rows have shape {index.shape} and dtype {index.dtype}; expected a list of whole numbers."
-            )
+            raise UserError(f"rows have shape {index.shape} and dtype {index.dtype}; expected a list of whole numbers.")
         if index.min() < 0 or index.max() >= len(self):
-            raise ValueError(
+            raise UserError(
                 f"rows range over {index.min()}..{index.max()}; each must lie in 0..{len(self) - 1}, the episodes held."
             )
         lengths = np.asarray(self.arrays["lengths"])[index]

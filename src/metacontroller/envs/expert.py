@@ -26,6 +26,7 @@ from metacontroller.envs.gridworld_pinpad import (
     sweeps,
 )
 from metacontroller.envs.tasks import check_tasks, pad_tasks
+from metacontroller.errors import UserError
 
 TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
@@ -188,19 +189,19 @@ def _check_arguments(
 ) -> None:
     check_tasks(tasks, config.num_colors)
     if n < 1:
-        raise ValueError(f"n is {n}: ask for at least one episode.")
+        raise UserError(f"n is {n}: ask for at least one episode.")
     if tie_break not in TIE_BREAKS:
-        raise ValueError(f"tie_break is {tie_break!r}: choose one of {', '.join(TIE_BREAKS)}.")
+        raise UserError(f"tie_break is {tie_break!r}: choose one of {', '.join(TIE_BREAKS)}.")
     if not 0.0 <= epsilon <= 1.0:
-        raise ValueError(f"epsilon is {epsilon}: it is a probability, so choose it between 0 and 1.")
+        raise UserError(f"epsilon is {epsilon}: it is a probability, so choose it between 0 and 1.")
     if layouts is None:
         return
     if len(layouts) != n:
-        raise ValueError(f"{len(layouts)} layouts were given for {n} episodes: give one layout per episode.")
+        raise UserError(f"{len(layouts)} layouts were given for {n} episodes: give one layout per episode.")
     check_layouts(config, layouts)
     infeasible = (~feasible(config, layouts)).nonzero()
     if len(infeasible):
-        raise ValueError(
+        raise UserError(
             f"layout {int(infeasible[0])} is infeasible: some color cannot be reached over empty cells, so use layouts "
             "from sample_layouts or move a wall."
         )

@@ -15,33 +15,32 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from metacontroller.errors import UserError
+
 NUM_ACTIONS = 4
 MAX_REDRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PinpadConfig:
-    """Size and content of a grid; the defaults are the paper's.
-
-    Attributes:
-        size: cells along each side.
-        num_colors: colored cells, numbered from 0.
-        num_walls: wall cells.
-        max_steps: steps after which an episode is truncated.
-    """
+    """Size and content of a grid; the defaults are the paper's."""
 
     size: int = 7
+    """G, cells along each side."""
     num_colors: int = 8
+    """O, colored cells, numbered from 0."""
     num_walls: int = 4
+    """W, wall cells."""
     max_steps: int = 100
+    """T, steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
         for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):
             value = getattr(self, name)
             if value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}.")
+                raise UserError(f"{name} is {value}: it must be at least {least}.")
         if self.num_objects + 1 > self.num_cells:
-            raise ValueError(
+            raise UserError(
                 f"a grid of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} colors, "
                 f"{self.num_walls} walls and the agent: raise size or take fewer colors or walls."
             )
@@ -94,15 +93,15 @@ def check_layouts(config: PinpadConfig, layouts: Layouts) -> None:
     """Raise a ValueError unless the layouts fit the grid: shapes, cells within range, nothing on top of anything."""
     expected = (len(layouts.agent), config.num_objects)
     if layouts.agent.ndim != 1 or tuple(layouts.objects.shape) != expected:
-        raise ValueError(
+        raise UserError(
             f"layouts have objects of shape {tuple(layouts.objects.shape)} and agent of shape "
             f"{tuple(layouts.agent.shape)}: expected (batch, {config.num_objects}) and (batch,)."
         )
     cells = torch.cat([layouts.objects, layouts.agent[:, None]], dim=1).sort(dim=1).values
     if ((cells < 0) | (cells >= config.num_cells)).any():
-        raise ValueError(f"a layout names a cell off the grid: cells run from 0 to {config.num_cells - 1}.")
+        raise UserError(f"a layout names a cell off the grid: cells run from 0 to {config.num_cells - 1}.")
     if (cells[:, 1:] == cells[:, :-1]).any():
-        raise ValueError("a layout has two things in one cell: give every color, wall and the agent a cell of its own.")
+        raise UserError("a layout has two things in one cell: give every color, wall and the agent a cell of its own.")
 
 
 @cache
@@ -186,7 +185,7 @@ def sample_layouts(
         redrawn = _draw_layouts(config, len(bad), generator, device)
         layouts.objects[bad], layouts.agent[bad] = redrawn.objects, redrawn.agent
         bad = bad[~feasible(config, redrawn)]
-    raise ValueError(
+    raise UserError(
         f"no feasible layout was found in {MAX_REDRAWS} draws for size {config.size}, {config.num_colors} colors and "
         f"{config.num_walls} walls: raise size or take fewer colors or walls."
     )
@@ -238,7 +237,7 @@ class PinpadBatch:
         Nothing here waits for the device, so the values of the actions are not looked at: see `check_actions`.
         """
         if actions.shape != self.agent.shape:
-            raise ValueError(f"actions have shape {tuple(actions.shape)}: expected one per grid, ({len(self)},).")
+            raise UserError(f"actions have shape {tuple(actions.shape)}: expected one per grid, ({len(self)},).")
         ahead = self._moves[actions * self.config.num_cells + self.agent]
         found = self._lookup.gather(1, ahead[:, None]).squeeze(1)
         ended = self.terminated | self.truncated
@@ -275,7 +274,7 @@ class PinpadBatch:
     def replace(self, rows: Tensor, fresh: PinpadBatch) -> None:
         """Put the grids of another batch, with tasks padded to the same width, in place of rows, int64 (k,)."""
         if fresh.tasks.shape != (len(rows), self.tasks.shape[1]):
-            raise ValueError(
+            raise UserError(
                 f"the new grids have tasks of shape {tuple(fresh.tasks.shape)}: expected "
                 f"({len(rows)}, {self.tasks.shape[1]}), one per replaced row and padded to this batch's width."
             )
@@ -302,26 +301,26 @@ _ROW_FIELDS = (
 
 def _check_task_tensors(config: PinpadConfig, batch: int, tasks: Tensor, task_lengths: Tensor) -> None:
     if tasks.ndim != 2 or len(tasks) != batch or task_lengths.shape != (batch,):
-        raise ValueError(
+        raise UserError(
             f"tasks have shape {tuple(tasks.shape)} and task_lengths {tuple(task_lengths.shape)}: expected "
             f"({batch}, longest task) and ({batch},), one task per grid."
         )
     if ((task_lengths < 1) | (task_lengths > tasks.shape[1])).any():
-        raise ValueError(f"a task length lies outside 1..{tasks.shape[1]}: count the colors of each task.")
+        raise UserError(f"a task length lies outside 1..{tasks.shape[1]}: count the colors of each task.")
     used = torch.arange(tasks.shape[1], device=tasks.device) < task_lengths[:, None]
     if (used & ((tasks < 0) | (tasks >= config.num_colors))).any():
-        raise ValueError(f"a task has an unknown color: colors run from 0 to {config.num_colors - 1}.")
+        raise UserError(f"a task has an unknown color: colors run from 0 to {config.num_colors - 1}.")
 
 
 def check_actions(actions: Tensor, batch: int) -> None:
     """Raise a ValueError unless the actions are one integer in 0..3 per grid."""
     if actions.shape != (batch,) or actions.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"actions have shape {tuple(actions.shape)} and type {actions.dtype}: expected ({batch},) integers."
         )
     bad = actions[(actions < 0) | (actions >= NUM_ACTIONS)]
     if len(bad):
-        raise ValueError(f"action {int(bad[0])} is out of range: take 0 (up), 1 (down), 2 (left) or 3 (right).")
+        raise UserError(f"action {int(bad[0])} is out of range: take 0 (up), 1 (down), 2 (left) or 3 (right).")
 
 
 def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
@@ -331,7 +330,7 @@ def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
     order. So the vector viewed as (o + 1, size, size) is an image with one channel per object.
     """
     if tokens.shape[-1:] != (config.num_objects + 1,):
-        raise ValueError(
+        raise UserError(
             f"tokens have shape {tuple(tokens.shape)}: expected {config.num_objects + 1} in the last axis, "
             "one cell per color and wall, and the agent's."
         )
@@ -363,9 +362,9 @@ def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
         ValueError: if the vector is not made of blocks of num_cells entries with a single 1 each.
     """
     if vector.shape[-1] % num_cells:
-        raise ValueError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
+        raise UserError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
     blocks = vector.unflatten(-1, (-1, num_cells))
     tokens = blocks.argmax(-1)
     if not torch.equal(blocks, torch.nn.functional.one_hot(tokens, num_cells).to(blocks.dtype)):
-        raise ValueError(f"the observation is not one-hot: expected a single 1 in every {num_cells} entries.")
+        raise UserError(f"the observation is not one-hot: expected a single 1 in every {num_cells} entries.")
     return tokens

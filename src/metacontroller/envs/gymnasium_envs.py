@@ -22,6 +22,7 @@ from metacontroller.envs.gridworld_pinpad import (
 )
 from metacontroller.envs.rendering import render_rgb
 from metacontroller.envs.tasks import Task, check_tasks, pad_tasks, read_tasks
+from metacontroller.errors import UserError
 
 ENV_ID = "metacontroller/GridworldPinpad-v0"
 
@@ -33,7 +34,7 @@ class _Episodes:
 
     def __init__(self, config: PinpadConfig, tasks: TaskSpec | None, task: str | Sequence[int] | None) -> None:
         if tasks is not None and task is not None:
-            raise ValueError("both tasks and task were given: give tasks to draw from, or the one task to fix.")
+            raise UserError("both tasks and task were given: give tasks to draw from, or the one task to fix.")
         self.config = config
         self.tasks: tuple[Task, ...] = (
             read_tasks("A1" if tasks is None else tasks) if task is None else read_tasks([task])
@@ -62,7 +63,7 @@ class _Episodes:
 
 def _check_render_mode(render_mode: str | None, metadata: dict[str, Any]) -> None:
     if render_mode is not None and render_mode not in metadata["render_modes"]:
-        raise ValueError(f"render_mode is {render_mode!r}: choose one of {metadata['render_modes']} or None.")
+        raise UserError(f"render_mode is {render_mode!r}: choose one of {metadata['render_modes']} or None.")
 
 
 def _started(grids: PinpadBatch | None) -> PinpadBatch:
@@ -184,7 +185,7 @@ class GridworldPinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}: ask for at least one grid.")
+            raise UserError(f"num_envs is {num_envs}: ask for at least one grid.")
         _check_render_mode(render_mode, self.metadata)
         config = PinpadConfig(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps)
         self.num_envs = num_envs

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.envs.gridworld_pinpad import onehot_to_tokens
+from metacontroller.errors import UserError
 from metacontroller.models.encoders import GridEncoder
 from metacontroller.models.readouts import CategoricalReadout
 from metacontroller.models.transformer import ModelCache, Transformer
@@ -72,7 +73,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         encode_observation: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if model.dim != meta_controller.dim_model:
-            raise ValueError(
+            raise UserError(
                 f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
             )
         _check_action_space(env.action_space, model)
@@ -134,7 +135,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """(1, n_z) code of an action."""
         code = torch.as_tensor(np.asarray(action), dtype=torch.float32, device=self._device)
         if code.shape != self.action_space.shape or not bool(torch.isfinite(code).all()):
-            raise ValueError(
+            raise UserError(
                 f"action is {np.asarray(action).tolist()}; expected {self.meta_controller.dim_latent} finite numbers, "
                 "a code."
             )
@@ -169,7 +170,7 @@ def _check_action_space(space: spaces.Space, model: Transformer) -> None:
         expected = f"a Box of shape ({readout.num_continuous},)"
         fits = isinstance(space, spaces.Box) and space.shape == (readout.num_continuous,)
     if not fits:
-        raise ValueError(f"env has action space {space}; expected {expected}, as the model's actions.")
+        raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
 
 
 def _default_encoding(model: Transformer) -> Callable[[Any], Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
+from metacontroller.errors import UserError
 
 EMPTY = (245, 245, 242)
 WALL = (70, 72, 78)
@@ -47,11 +48,9 @@ def render_rgb(config: PinpadConfig, objects: Sequence[int], agent: int, cell_pi
         cell_pixels: side of a cell in pixels, at least 4.
     """
     if cell_pixels < 4:
-        raise ValueError(f"cell_pixels is {cell_pixels}: a cell needs at least 4 pixels a side.")
+        raise UserError(f"cell_pixels is {cell_pixels}: a cell needs at least 4 pixels a side.")
     if len(objects) != config.num_objects:
-        raise ValueError(
-            f"{len(objects)} objects were given: expected {config.num_objects}, the colors then the walls."
-        )
+        raise UserError(f"{len(objects)} objects were given: expected {config.num_objects}, the colors then the walls.")
     cells = np.full((config.num_cells, cell_pixels, cell_pixels, 3), EMPTY, dtype=np.uint8)
     for number, cell in enumerate(objects):
         cells[int(cell)] = color_rgb(number) if number < config.num_colors else WALL

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
+from tyro.constructors import PrimitiveConstructorSpec
 
-Task = tuple[int, ...]
+from metacontroller.errors import UserError
 
 
-def parse_task(text: str) -> Task:
+def parse_task(text: str) -> tuple[int, ...]:
     """Read a task from its written form: ``"0-1-2-3"`` gives ``(0, 1, 2, 3)``. Raises ValueError on anything else."""
     parts = text.strip().split("-")
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(
-            f"task {text!r} is not a list of colors: write color numbers joined by '-', such as '0-1-2-3'."
-        )
+        raise UserError(f"task {text!r} is not a list of colors: write color numbers joined by '-', such as '0-1-2-3'.")
     return tuple(int(part) for part in parts)
 
 
 def format_task(task: Sequence[int]) -> str:
     """Write a task as its colors joined by dashes, the inverse of `parse_task`."""
     return "-".join(str(color) for color in task)
+
+
+Task = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TASK",
+        instance_from_str=lambda words: parse_task(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda task: [format_task(task)],
+    ),
+]
+"""Colors to visit in order; a field of this type is written 0-1-2-3 on the command line."""
 
 
 def _parse_table(text: str) -> tuple[Task, ...]:
@@ -57,7 +70,7 @@ def read_tasks(tasks: str | Iterable[str | Sequence[int]]) -> tuple[Task, ...]:
     """Return tasks given by the name of a table, "A1" or "A2", or one by one, each written out or as its colors."""
     if isinstance(tasks, str):
         if tasks not in TABLES:
-            raise ValueError(f"task table {tasks!r} is unknown: choose one of {', '.join(TABLES)}, or list the tasks.")
+            raise UserError(f"task table {tasks!r} is unknown: choose one of {', '.join(TABLES)}, or list the tasks.")
         return TABLES[tasks]
     return tuple(parse_task(task) if isinstance(task, str) else tuple(task) for task in tasks)
 
@@ -66,19 +79,19 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
     """Raise a ValueError unless every task is a non-empty walk over known colors without immediate repeats."""
     tasks = list(tasks)
     if not tasks:
-        raise ValueError("the list of tasks is empty: give at least one task, such as (0, 1, 2).")
+        raise UserError("the list of tasks is empty: give at least one task, such as (0, 1, 2).")
     for task in tasks:
         if len(task) == 0:
-            raise ValueError("an empty task has nothing to visit: give each task at least one color.")
+            raise UserError("an empty task has nothing to visit: give each task at least one color.")
         unknown = [color for color in task if not 0 <= color < num_colors]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"task {format_task(task)} has unknown color {unknown[0]}: colors run from 0 to {num_colors - 1}, "
                 "so change the task or raise num_colors."
             )
         repeats = [a for a, b in pairwise(task) if a == b]
         if repeats:
-            raise ValueError(
+            raise UserError(
                 f"task {format_task(task)} names color {repeats[0]} twice in a row: a visit is a move onto the color "
                 "from elsewhere, so put another color between."
             )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from metacontroller.errors import UserError
 from metacontroller.kernels.gate_cpu import gate_scan_in_place
 from metacontroller.kernels.gate_reference import GateOptions, GateOutput, gate_from_beta, gate_scan_reference
 
@@ -95,16 +96,16 @@ def _triton_scan():
 def _choose_backend(backend: str, device: torch.device, time: int) -> str:
     """Resolve "auto"; refuse unknown names, and Triton where it cannot run."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
+        raise UserError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
     if backend == "auto":
         if device.type == "cuda" and _has_triton():
             return "triton"
         return "cpu" if time > 1 else "reference"  # a single step has no loop to prepare for
     if backend == "triton":
         if not _has_triton():
-            raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='auto'.")
+            raise UserError("backend='triton' needs the package triton, which is not installed: use backend='auto'.")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend='triton' needs CUDA tensors but drive is on {device}: use backend='auto'.")
+            raise UserError(f"backend='triton' needs CUDA tensors but drive is on {device}: use backend='auto'.")
     return backend
 
 
@@ -124,11 +125,11 @@ def _check_tensors(
 ) -> None:
     """Raise a ValueError naming the first tensor whose shape, dtype or device does not fit drive (B, T, K)."""
     if drive.ndim != 3 or 0 in drive.shape:
-        raise ValueError(f"drive has shape {tuple(drive.shape)}: expected a non-empty (batch, time, hidden).")
+        raise UserError(f"drive has shape {tuple(drive.shape)}: expected a non-empty (batch, time, hidden).")
     if z_tilde.ndim != 3 or 0 in z_tilde.shape:
-        raise ValueError(f"z_tilde has shape {tuple(z_tilde.shape)}: expected a non-empty (batch, time, code).")
+        raise UserError(f"z_tilde has shape {tuple(z_tilde.shape)}: expected a non-empty (batch, time, code).")
     if drive.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"drive has dtype {drive.dtype}: expected a floating dtype, so cast it with .float().")
+        raise UserError(f"drive has dtype {drive.dtype}: expected a floating dtype, so cast it with .float().")
     batch, time, hidden = drive.shape
     code = z_tilde.shape[2]
     floats = [
@@ -147,20 +148,18 @@ def _check_tensors(
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape} to fit drive and z_tilde.")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape} to fit drive and z_tilde.")
     if tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: expected {dtype}, so cast it with .to({dtype}).")
+        raise UserError(f"{name} has dtype {tensor.dtype}: expected {dtype}, so cast it with .to({dtype}).")
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}: expected {device} as for drive, so move it there.")
+        raise UserError(f"{name} is on {tensor.device}: expected {device} as for drive, so move it there.")
 
 
 def _check_options(options: GateOptions) -> None:
     if not options.temperature > 0:
-        raise ValueError(f"temperature={options.temperature} is not allowed: it must be above 0.")
+        raise UserError(f"temperature={options.temperature} is not allowed: it must be above 0.")
     if options.threshold is None:
         if options.straight_through:
-            raise ValueError("straight_through=True with threshold=None is not allowed: set a threshold such as 0.5.")
+            raise UserError("straight_through=True with threshold=None is not allowed: set a threshold such as 0.5.")
     elif not 0 <= options.threshold <= 1:
-        raise ValueError(
-            f"threshold={options.threshold} is not allowed: it must be in [0, 1], or None for a soft gate."
-        )
+        raise UserError(f"threshold={options.threshold} is not allowed: it must be in [0, 1], or None for a soft gate.")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from metacontroller.errors import UserError
+
 BACKENDS = ("auto", "reference", "loop", "parallel")
 
 
@@ -23,20 +25,20 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, *, 
     Raises ValueError for shapes or a backend that do not fit.
     """
     if decay.ndim != 3 or decay.shape != drive.shape or 0 in decay.shape:
-        raise ValueError(
+        raise UserError(
             f"decay has shape {tuple(decay.shape)} and drive {tuple(drive.shape)}: expected one non-empty "
             "(batch, time, channels) for both."
         )
     if initial is None:
         initial = torch.zeros_like(drive[:, 0])
     if initial.shape != drive[:, 0].shape:
-        raise ValueError(f"initial has shape {tuple(initial.shape)}: expected {tuple(drive[:, 0].shape)}.")
+        raise UserError(f"initial has shape {tuple(initial.shape)}: expected {tuple(drive[:, 0].shape)}.")
     if backend == "auto":
         backend = "loop" if drive.device.type == "cpu" else "parallel"
     if backend == "reference":
         return linear_scan_reference(decay, drive, initial)
     if backend not in _SCANS:
-        raise ValueError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
+        raise UserError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
     return _LinearScan.apply(decay, drive, initial, backend)  # pyright: ignore[reportReturnType]
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
+
 
 @dataclass
 class AttentionCache:
@@ -161,11 +163,11 @@ class AttentionBody(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 0:
-            raise ValueError(f"depth is {depth}; expected a number of blocks, 0 or more.")
+            raise UserError(f"depth is {depth}; expected a number of blocks, 0 or more.")
         if dim < 1 or heads < 1:
-            raise ValueError(f"dim is {dim} and heads {heads}; expected at least 1 each.")
+            raise UserError(f"dim is {dim} and heads {heads}; expected at least 1 each.")
         if dim_head is None and dim % heads:
-            raise ValueError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
+            raise UserError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
         self.heads = heads
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.sizes = {"heads": heads, "dim_head": self.dim_head, "mlp_dim": mlp_dim or 2 * dim}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
+
 
 class VectorEncoder(nn.Module):
     """A linear map of a vector observation; other floating-point types are cast to the weights'."""
@@ -29,11 +31,11 @@ class VectorEncoder(nn.Module):
         """Raises ValueError unless the states are finite floats of the right width (looking waits for the device)."""
         self._check_shape(states)
         if not bool(torch.isfinite(states).all()):
-            raise ValueError("state holds NaN or infinite values; clean the data before training.")
+            raise UserError("state holds NaN or infinite values; clean the data before training.")
 
     def _check_shape(self, states: Tensor) -> None:
         if states.shape[-1] != self.dim_state or not states.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"state has shape {tuple(states.shape)} and dtype {states.dtype}; "
                 f"expected floating-point (..., {self.dim_state})."
             )
@@ -67,11 +69,11 @@ class GridEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if size < 2 or num_colors < 1 or num_walls < 0:
-            raise ValueError(
+            raise UserError(
                 f"the grid has size {size}, {num_colors} colors and {num_walls} walls; expected at least 2, 1 and 0."
             )
         if reach is not None and (view == "absolute" or reach < 1):
-            raise ValueError(
+            raise UserError(
                 f"reach is {reach} in the {view} view; expected None, or at least 1 in the egocentric view."
             )
         self.size, self.num_objects, self.view = size, num_colors + num_walls, view
@@ -82,7 +84,7 @@ class GridEncoder(nn.Module):
             places = (2 * self.reach + 1) ** 2
             tables = [min(index, num_colors) for index in range(self.num_objects)]
         else:
-            raise ValueError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
+            raise UserError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
         if view == "absolute":
             tables.append(self.num_objects)  # one more table, for the agent
         self.register_buffer("offsets", torch.tensor(tables) * places, persistent=False)
@@ -100,11 +102,11 @@ class GridEncoder(nn.Module):
         self._check_shape(tokens)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.size**2:
-            raise ValueError(f"grid state names cells {low}..{high}; each must lie in 0..{self.size**2 - 1}.")
+            raise UserError(f"grid state names cells {low}..{high}; each must lie in 0..{self.size**2 - 1}.")
 
     def _check_shape(self, tokens: Tensor) -> None:
         if tokens.shape[-1] != self.num_objects + 1 or tokens.dtype != torch.int64:
-            raise ValueError(
+            raise UserError(
                 f"grid state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
                 f"(..., {self.num_objects + 1}): the cell of each object, then the agent's."
             )

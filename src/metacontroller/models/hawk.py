@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import variance_scaling_
 
@@ -54,7 +55,7 @@ class RGLRU(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         if width < 1 or heads < 1 or width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}; change one of them.")
+            raise UserError(f"width {width} is not a multiple of heads {heads}; change one of them.")
         block = width // heads
         self.gates = nn.Parameter(torch.randn(heads, block, 2 * block) * block**-0.5)  # W_a and W_x, side by side
         self.gate_bias = nn.Parameter(torch.zeros(heads, 2 * block))
@@ -117,9 +118,9 @@ class HawkBody(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 0:
-            raise ValueError(f"depth is {depth}; expected a number of blocks, 0 or more.")
+            raise UserError(f"depth is {depth}; expected a number of blocks, 0 or more.")
         if dim < 1:
-            raise ValueError(f"dim is {dim}; expected at least 1.")
+            raise UserError(f"dim is {dim}; expected at least 1.")
         self.width = dim if width is None else width
         self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
         self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes) for _ in range(depth))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
+
 
 class CategoricalReadout(nn.Module):
     """Softmax over ``num_discrete`` choices; embeds: whether they are embedded as past actions, too."""
@@ -22,7 +24,7 @@ class CategoricalReadout(nn.Module):
     def __init__(self, dim: int, num_discrete: int, *, embeds: bool = False) -> None:
         super().__init__()
         if num_discrete < 2:
-            raise ValueError(f"num_discrete is {num_discrete}; a choice needs at least 2.")
+            raise UserError(f"num_discrete is {num_discrete}; a choice needs at least 2.")
         self.num_discrete = num_discrete
         self.linear = nn.Linear(dim, num_discrete)
         if embeds:
@@ -50,12 +52,12 @@ class CategoricalReadout(nn.Module):
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
         """Raises ValueError unless ``values`` are (b, t) int64 within 0..num_discrete-1."""
         if values.shape != steps or values.dtype != torch.int64:
-            raise ValueError(
+            raise UserError(
                 f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected torch.int64 {steps}."
             )
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= self.num_discrete:
-            raise ValueError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
+            raise UserError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
 
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
@@ -73,7 +75,7 @@ class GaussianReadout(nn.Module):
     def __init__(self, dim: int, num_continuous: int, *, embeds: bool = False) -> None:
         super().__init__()
         if num_continuous < 1:
-            raise ValueError(f"num_continuous is {num_continuous}; expected at least 1.")
+            raise UserError(f"num_continuous is {num_continuous}; expected at least 1.")
         self.num_continuous = num_continuous
         self.linear = nn.Linear(dim, 2 * num_continuous)
         if embeds:
@@ -100,12 +102,12 @@ class GaussianReadout(nn.Module):
         """Raises ValueError unless ``values`` are finite floats of shape (b, t, a)."""
         expected = (*steps, self.num_continuous)
         if values.shape != expected or not values.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; "
                 f"expected floating-point {expected}."
             )
         if not bool(torch.isfinite(values).all()):
-            raise ValueError("actions hold NaN or infinite values; clean the data before training.")
+            raise UserError("actions hold NaN or infinite values; clean the data before training.")
 
 
 def clamp_with_inward_gradient(values: Tensor, low: float, high: float) -> Tensor:
@@ -156,4 +158,4 @@ def make_readout(
         return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
     if set(options) == {"num_continuous"}:
         return GaussianReadout(dim, options["num_continuous"], embeds=embeds)
-    raise ValueError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")
+    raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

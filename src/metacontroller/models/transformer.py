@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 from metacontroller.models.hawk import HawkBody, HawkCache
@@ -169,10 +170,10 @@ class Transformer(Saveable, nn.Module):
         """
         blocks = [*self.lower_body.blocks, *self.upper_body.blocks]
         if not 0 <= lower_depth <= len(blocks):
-            raise ValueError(f"lower_depth is {lower_depth}; expected 0..{len(blocks)}, the model's number of blocks.")
+            raise UserError(f"lower_depth is {lower_depth}; expected 0..{len(blocks)}, the model's number of blocks.")
         sizes = [(type(body).__name__, body.sizes) for body in (self.lower_body, self.upper_body)]
         if sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UserError(
                 f"lower_body is {sizes[0]} and upper_body {sizes[1]}; only bodies of one kind and the same sizes can "
                 "exchange blocks."
             )
@@ -384,12 +385,12 @@ class Transformer(Saveable, nn.Module):
         if return_cache:
             return self.step(state, actions, meta_controller, cache)
         if cache is not None:
-            raise ValueError("cache is given but return_cache is False; acting needs return_cache = True.")
+            raise UserError("cache is given but return_cache is False; acting needs return_cache = True.")
         if actions is None:
-            raise ValueError("actions are missing; training needs them, and acting needs return_cache = True.")
+            raise UserError("actions are missing; training needs them, and acting needs return_cache = True.")
         if discovery_phase:
             if meta_controller is None:
-                raise ValueError("meta_controller is missing; discovery_phase = True needs one.")
+                raise UserError("meta_controller is missing; discovery_phase = True needs one.")
             return self.discovery_loss(state, actions, meta_controller, episode_lens)
         return self.behavior_cloning_loss(state, actions, episode_lens)
 
@@ -414,10 +415,10 @@ class Transformer(Saveable, nn.Module):
     def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
         """Raises a one-sentence ValueError for wrong shapes, dtypes, lengths, NaN states, actions out of range."""
         if states.dim() < 3 or 0 in states.shape:
-            raise ValueError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
+            raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
         batch, steps = states.shape[:2]
         if actions.dim() < 2 or actions.shape[0] != batch or actions.shape[1] not in (steps, steps - 1):
-            raise ValueError(
+            raise UserError(
                 f"actions have shape {tuple(actions.shape)} beside a state of shape {tuple(states.shape)}; expected "
                 f"({batch}, {steps}) or ({batch}, {steps - 1}) steps: as many as states, or one less."
             )
@@ -428,16 +429,16 @@ class Transformer(Saveable, nn.Module):
     def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
         """Raises a one-sentence ValueError for what ``step`` cannot take."""
         if states.dim() < 3 or states.shape[1] != 1 or 0 in states.shape:
-            raise ValueError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
+            raise UserError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
         self.encoder.check(states)
         if past_actions is not None:
             self.action_readout.check(past_actions, (len(states), 1))
         if cache is None:
             return
         if len(cache.residual) != len(states):
-            raise ValueError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
+            raise UserError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
         if self.condition_on_actions and past_actions is None:
-            raise ValueError("actions are missing; this model is conditioned on them: give the last one of each row.")
+            raise UserError("actions are missing; this model is conditioned on them: give the last one of each row.")
 
 
 def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
@@ -446,7 +447,7 @@ def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
     options = {key: value for key, value in arguments.items() if key != "kind"}
     kind = arguments.get("kind", "attention")
     if kind not in kinds:
-        raise ValueError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+        raise UserError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
     return kinds[kind](dim, **options)
 
 

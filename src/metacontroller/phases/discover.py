@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metacontroller.analysis.switching import codes_taken, gate_alignment
 from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.phases.parallel import processes
@@ -32,24 +33,28 @@ EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoverConfig:
-    """alpha: weight of the KL (eq. 3), reached from ``alpha_start`` linearly between steps ``alpha_warmup`` (from, to);
-    an alpha that is large from the first step collapses codes to the prior. state_loss_weight: lambda. train_model:
-    whether the action model is trained along, a baseline (Fig. 7, 8). seed: of the episodes and, apart, of the noise in
-    codes and gate."""
+    """Phase 2 (eq. 3)."""
 
     optimizer: OptimizerConfig
+    """How long and how fast."""
     alpha: float = 0.3
+    """Weight of the codes' KL after the linear warm-up; large from the first step, it collapses them to the prior."""
     alpha_start: float = 0.015
+    """Weight of the KL before the linear warm-up."""
     alpha_warmup: tuple[int, int] = (0, 0)
+    """Updates (from, to) between which the weight goes linearly from alpha_start to alpha."""
     state_loss_weight: float = 0.0
+    """lambda, weight of predicting the next observation beside the next action."""
     train_model: bool = False
+    """Train the action model along, a baseline (Fig. 7, 8)."""
     seed: int = 0
+    """Seed of the episodes and, apart, of the noise in codes and gate; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.alpha_start < 0:
-            raise ValueError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
+            raise UserError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
         if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise ValueError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
     def alpha_at(self, step: int) -> float:
         """KL weight of update number ``step``, counted from 0."""

@@ -18,6 +18,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
 from metacontroller.envs.tasks import check_tasks, format_task
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
@@ -45,9 +46,9 @@ def evaluate(
     """
     check_tasks([task], environment.num_colors)
     if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected at least 1.")
+        raise UserError(f"episodes is {episodes}; expected at least 1.")
     if policy in ("prior", "internal-rl") and meta_controller is None:
-        raise ValueError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
+        raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
     kept: dict[str, list[Tensor]] = {"success": [], "subgoals": [], "steps": [], "decisions": []}
@@ -106,7 +107,7 @@ def gate_figures(
     """gate_recall, gate_precision and gate_binary_fraction over all of ``episodes`` fresh episodes together."""
     beta, fresh = gate_on_new_layouts(model, meta_controller, generate, episodes, seed)
     if fresh.segments is None:
-        raise ValueError("the episodes carry no segments; give a source that labels subgoals.")
+        raise UserError("the episodes carry no segments; give a source that labels subgoals.")
     return {name: float(value) for name, value in gate_alignment(beta, fresh.segments, fresh.lengths).items()}
 
 

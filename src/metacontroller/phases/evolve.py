@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 
 
@@ -22,9 +23,9 @@ def evolve(model: Transformer, num_generations: int, environment: Callable[[Any]
     Returns the fitness of every member, (num_generations, population, 2): with the noise added and with it subtracted.
     """
     if num_generations < 1:
-        raise ValueError(f"num_generations is {num_generations}; expected at least 1.")
+        raise UserError(f"num_generations is {num_generations}; expected at least 1.")
     if model.meta_controller is None:
-        raise ValueError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
+        raise UserError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
     if importlib.util.find_spec("x_evolution") is None:
         raise ImportError("x-evolution is not installed; install it with `pip install 'metacontroller-rl[evo]'`.")
     from x_evolution import EvoStrategy

@@ -24,6 +24,7 @@ from metacontroller.control.losses import clipped_surrogate, trajectory_advantag
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.errors import UserError
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import Processes, processes
@@ -44,27 +45,37 @@ DECISIONS_AT_ONCE = 8192  # of an update, padding included: bounds memory
 
 @dataclass(frozen=True, kw_only=True)
 class InternalRLConfig:
-    """episodes: in all. batch_size: episodes an update. passes: over each batch. minibatches: parts of a batch, an
-    optimizer step each. eps_clip: of the surrogate. delta: added to the standard deviation of returns."""
+    """Phase 3, and its raw-action twin."""
 
     episodes: int
+    """Episodes in all."""
     batch_size: int = 1024
+    """Episodes an update."""
     lr: float = 3e-5
+    """Learning rate of AdamW."""
     weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
     passes: int = 1
+    """Update epochs over each batch."""
     minibatches: int = 1
+    """Chunks of a batch, an optimizer step each."""
     eps_clip: float = 0.2
+    """epsilon of the clipped surrogate."""
     delta: float = 1e-3
+    """Added to the standard deviation of returns (C.5: about 1e-3)."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
     checkpoint_every: int = 20
+    """Updates from one checkpoint to the next."""
     seed: int = 0
+    """Seed of layouts and actions; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "batch_size", "passes", "minibatches", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 
     @property
     def updates(self) -> int:

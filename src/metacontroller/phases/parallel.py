@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from metacontroller.errors import UserError
+
 
 class Processes:
     """The processes that train together. rank: of this one. count: of all, 1 where nothing was launched."""
@@ -38,14 +40,14 @@ class Processes:
         if self.count == 1:
             return None
         if batch < self.count:
-            raise ValueError(f"batch_size is {batch}; expected at least {self.count}, one episode a process.")
+            raise UserError(f"batch_size is {batch}; expected at least {self.count}, one episode a process.")
         return torch.arange(self.rank, batch, self.count)
 
     def share(self, batch: int, minibatches: int) -> int:
         """How many of a batch's episodes this process plays, a multiple of ``minibatches``."""
         shares = self.count * minibatches
         if batch % shares:
-            raise ValueError(f"batch_size is {batch}; expected a multiple of {shares}, processes times minibatches.")
+            raise UserError(f"batch_size is {batch}; expected a multiple of {shares}, processes times minibatches.")
         return batch // self.count
 
     def own_generator(self, shared: torch.Generator) -> torch.Generator:

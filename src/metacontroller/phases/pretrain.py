@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
@@ -21,17 +22,20 @@ from metacontroller.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """optimizer: how long and how fast. state_loss_weight: lambda. snapshots: after which updates the model is kept,
-    for analyses over training. seed: of the episodes."""
+    """Phase 1."""
 
     optimizer: OptimizerConfig
+    """How long and how fast."""
     state_loss_weight: float = 0.0
+    """lambda, weight of predicting the next observation beside the next action."""
     snapshots: tuple[int, ...] = ()
+    """Updates after which the model is kept, for analyses over training."""
     seed: int = 0
+    """Seed of the episodes; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
         if any(step < 1 for step in self.snapshots):
-            raise ValueError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
+            raise UserError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
 
 
 def pretrain(

@@ -29,6 +29,7 @@ from metacontroller.analysis.summary import combined_summary, environment_facts,
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.errors import MissingFileError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
 from metacontroller.phases.evaluate import evaluate, gate_figures
@@ -45,6 +46,7 @@ from metacontroller.presets.gridworld import (
     stream_seed,
     with_seed,
 )
+from metacontroller.progress import announce
 from metacontroller.run_folder import RunFolder
 
 RL_PHASES = ("internal_rl", "raw_action_rl")
@@ -100,10 +102,10 @@ def read_config(run: RunFolder) -> GridworldConfig:
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
-    """The module that a phase left in the run folder; FileNotFoundError says which phase to run first."""
+    """The module that a phase left in the run folder; MissingFileError says which phase to run first."""
     path = run.path / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
+        raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
     return kind.init_and_load(path).to(device)
 
 
@@ -191,14 +193,13 @@ def reproduce_seed(
     for phase in ("pretrain", "discover"):
         run_phase(phase, config, folder, quiet, device)
     if side_by_side:
-        in_processes(
-            run_phase, [(phase, config, folder, quiet or phase == "raw_action_rl", device) for phase in RL_PHASES], 2
-        )
+        in_processes(run_phase, [(phase, config, folder, quiet, device) for phase in RL_PHASES], 2)
     else:
         for phase in RL_PHASES:
             run_phase(phase, config, folder, quiet, device)
     began = time.monotonic()
-    measured = measure(config, run, device)
+    measured = measure(config, run, device, quiet)
+    announce("figures of the run", quiet)
     figures.draw_run(config, run, measured, device)
     summary = {
         "seed": config.seed,
@@ -249,7 +250,7 @@ def discovery_figures(
     return {**gate, "code_subgoal_bits": meaning.bits}
 
 
-def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
+def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -> dict[str, Any]:
     """What a finished run is judged by, all of it on new layouts."""
     base = load_artefact(Transformer, run, BASE_MODEL, device)
     raw = load_artefact(Transformer, run, RAW_MODEL, device)
@@ -257,9 +258,11 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
     settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
 
     def success(model: Transformer, policy: Any) -> float:
+        announce(f"evaluate: success of {policy}", quiet)
         task = config.post_task
         return evaluate(model, controlled, config.environment, policy, task, settings.episodes, seed)["success"]
 
+    announce("evaluate: what codes mean", quiet)
     generator = torch.Generator(device).manual_seed(seed)
     meaning = code_subgoal_bits(
         base,
@@ -269,14 +272,19 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
         layouts_per_code=settings.layouts_per_code,
         generator=generator,
     )
+    announce("evaluate: transitions that no task has", quiet)
     unseen = unseen_transition_share(
         base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
     )
-    return {
+    rates = {
         "internal_rl_success": success(base, "internal-rl"),
         "raw_action_success": success(raw, "raw"),
         "prior_success": success(base, "prior"),
         "raw_initial_success": success(base, "base"),
+    }
+    announce("evaluate: the gate against subgoals", quiet)
+    return {
+        **rates,
         **gate_figures(base, controlled, generate(config, "discover"), settings.episodes, seed),
         "code_subgoal_bits": meaning.bits,
         "unseen_transition_share": unseen,
@@ -303,9 +311,9 @@ def reproduce(
     the two kinds of RL run side by side where there is more than one core.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
+        raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; expected at least 1.")
+        raise UserError(f"workers is {workers}; expected at least 1.")
     figures.require_matplotlib()
     folder = RunFolder(out)
     open_folder(folder, config, resume=resume, option="--out")
@@ -321,6 +329,7 @@ def reproduce(
     runs = [RunFolder(path) for path in paths]
     summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
     if folder.read_summary() != summary:
+        announce("figures of all seeds", quiet)
         figures.draw_all(config, folder, runs)
         folder.write_summary(summary)
     return summary
@@ -330,13 +339,13 @@ def open_folder(folder: RunFolder, config: GridworldConfig, *, resume: bool, opt
     """Writes the config into a new folder, or checks that a resumed one holds the same."""
     if not (folder.path / "config.json").exists():
         if folder.path.is_dir() and any(folder.path.iterdir()):
-            raise ValueError(f"{folder.path} holds files of something else; choose another {option}.")
+            raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
         folder.write_config(config)
         return
     if not resume:
-        raise ValueError(f"{folder.path} holds a run; add --resume to go on with it, or choose another {option}.")
+        raise UserError(f"{folder.path} holds a run; add --resume to go on with it, or choose another {option}.")
     if with_seed(read_config(folder), config.seed) != with_seed(config, config.seed):
-        raise ValueError(
+        raise UserError(
             f"{folder.path} was started with another configuration; leave out --preset and --config to go on with it, "
             f"or choose another {option}."
         )

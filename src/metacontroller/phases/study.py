@@ -25,6 +25,7 @@ from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_
 from metacontroller.baselines.compile import CompILE
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
+from metacontroller.errors import UserError
 from metacontroller.phases.cells import Job, in_own_processes
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import evaluate
@@ -51,33 +52,42 @@ FOLDER = "study"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """How much of everything.
-
-    alphas, rate_steps: of the rate-distortion curves and of discovery at each of their points. discovery_steps,
-    alpha_warmup: of discovery on variants of pretraining. snapshots: base models in mid-pretraining to discover on.
-    weight_decays, state_loss_weights, epsilons: a base model of its own for each, after pretraining_steps updates, to
-    compare with the snapshot of that step. episodes: of internal RL on each. few_seeds: so many of the seeds have
-    curves, variants and controls; all have the baselines. probe_steps, probe_lr, steer_steps, steer_lr, walks,
-    analysis_episodes: of the analyses of each reproduced run.
-    """
+    """How much of everything."""
 
     alphas: tuple[float, ...] = (0.001, 0.004, 0.02, 0.1)
+    """Weights of the KL, one for each point of the rate-distortion curves."""
     rate_steps: int = 2400
+    """Updates of discovery at each point of the rate-distortion curves."""
     discovery_steps: int = 1600
+    """Updates of discovery on variants of pretraining."""
     alpha_warmup: tuple[int, int] = (700, 1200)
+    """Updates (from, to) of the KL's linear warm-up, on variants of pretraining."""
     snapshots: tuple[int, ...] = (500, 1000)
+    """Updates of pretraining after which to discover on the base model."""
     weight_decays: tuple[float, ...] = (0.0,)
+    """Weight decays of pretraining; a base model for each, to compare with the snapshot of as many updates."""
     state_loss_weights: tuple[float, ...] = (0.01,)
+    """Weights lambda of pretraining's state loss; a base model for each."""
     epsilons: tuple[float, ...] = (0.1,)
+    """Shares of the expert's random moves; a base model for each."""
     pretraining_steps: int = 1000
+    """Pretraining updates of each base model of weight_decays, state_loss_weights and epsilons."""
     episodes: int = 50_000
+    """Episodes of internal RL on each variant."""
     few_seeds: int = 1
+    """So many of the seeds have curves, variants and controls; all have the baselines."""
     probe_steps: int = 300
+    """Updates of the linear probes."""
     probe_lr: float = 3e-3
-    steer_steps: int = 3200  # this and lr: table of supervised controllers
+    """Learning rate of the linear probes."""
+    steer_steps: int = 3200
+    """Updates of the supervised controllers (the paper's table)."""
     steer_lr: float = 1e-3
+    """Learning rate of the supervised controllers (the paper's table)."""
     walks: int = 1024
+    """Walks for each color, free and with its code forced."""
     analysis_episodes: int = 2048
+    """Held-out episodes to judge each analysis by."""
 
 
 STUDIES = {
@@ -359,12 +369,12 @@ def study(
     workers: cells at the same time, each in a process of its own with one thread; with one worker in this process.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {seeds}; give at least one, each once.")
+        raise UserError(f"seeds are {seeds}; give at least one, each once.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; expected at least 1.")
+        raise UserError(f"workers is {workers}; expected at least 1.")
     folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
     if (own.path / "config.json").exists() and from_plain(StudyConfig, own.read_config()) != config:
-        raise ValueError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
+        raise UserError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
     own.write_config(config)
     named = variants(read_config(folder), config)
     cells = _cells(named, seeds, config.few_seeds)

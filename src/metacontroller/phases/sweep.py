@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.errors import UserError
 from metacontroller.phases.cells import in_own_processes
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
@@ -156,9 +157,9 @@ def sweep(
     """
     for name, values in (("seeds", seeds), ("alphas", alphas), ("lrs", lrs)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} are {list(values)}; give at least one, each once.")
+            raise UserError(f"{name} are {list(values)}; give at least one, each once.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; expected at least 1.")
+        raise UserError(f"workers is {workers}; expected at least 1.")
     folder = RunFolder(out)
     open_folder(folder, config, resume=resume, option="--out")
     run = _engine(engine, folder.path, workers, address, minutes)
@@ -258,6 +259,6 @@ def _need(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{package} is not installed; install it by: pip install 'metacontroller-rl[cluster]'."
         ) from error

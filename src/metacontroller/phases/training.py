@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.data.trajectories import Trajectories, length_sorted_batches
+from metacontroller.errors import UserError
 from metacontroller.phases.parallel import Processes, processes
 from metacontroller.progress import track
 from metacontroller.run_folder import (
@@ -25,29 +26,33 @@ from metacontroller.run_folder import (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train.
-
-    steps: updates. batch_size: episodes each. decay_steps: the learning rate falls linearly to zero over the last so
-    many steps; 0 keeps it constant, as in the paper. max_grad_norm: gradients are clipped to it (the paper is silent).
-    """
+    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train."""
 
     steps: int
+    """Updates."""
     batch_size: int
+    """Episodes an update."""
     lr: float
+    """Learning rate."""
     weight_decay: float = 0.03
+    """Decoupled weight decay of AdamW."""
     decay_steps: int = 0
+    """Updates at the end over which the learning rate falls linearly to zero; 0 keeps it constant (the paper)."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
     log_every: int = 50
+    """Updates from one line of metrics to the next."""
     checkpoint_every: int = 500
+    """Updates from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; expected a number above 0.")
+            raise UserError(f"lr is {self.lr}; expected a number above 0.")
         if not 0 <= self.decay_steps <= self.steps:
-            raise ValueError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
+            raise UserError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update number ``step``, counted from 0."""

@@ -19,7 +19,8 @@ from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
-from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
+from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
@@ -37,68 +38,88 @@ MAX_SEED = 2**28 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """tie_break: among equally short paths, "random" as in the paper or "fixed", see `expert_trajectories`.
-    epsilon: share of random moves."""
+    """Who makes behaviour data, see `expert_trajectories`."""
 
     tie_break: TieBreak = "random"
+    """Among equally short paths: "random" as in the paper, or "fixed"."""
     epsilon: float = 0.0
+    """Share of random moves, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.tie_break not in TIE_BREAKS:
-            raise ValueError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
+            raise UserError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
         if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
+            raise UserError(f"epsilon is {self.epsilon}; expected a probability between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """dim: n_e. lower_depth, upper_depth: blocks below and above the controlled layer; below none it is the input
-    embedding, l = 0. body: of attention or, as wide as the residual, "hawk". view, reach: of the grid encoder.
-    precision: of its matrix products, see `metacontroller.precision`."""
+    """The action model."""
 
     dim: int
+    """n_e, width of the residual stream."""
     lower_depth: int
+    """l, blocks below the controlled layer; with none, that layer is the input embedding."""
     upper_depth: int
+    """Blocks above the controlled layer."""
     heads: int
+    """Attention heads, or those of Hawk's gates, in each block."""
     mlp_dim: int
+    """Hidden units of each block's MLP."""
     body: Literal["attention", "hawk"] = "attention"
+    """Blocks of attention, or "hawk" (RG-LRU), as wide as the residual: the paper's SSM."""
     view: Literal["absolute", "egocentric"] = "absolute"
+    """What the grid encoder reads: cells by their place on the grid (the paper), or as seen from the agent."""
     reach: int | None = None
+    """Cells beyond which the egocentric view tells no more apart; None for the whole grid."""
     precision: Precision = "auto"
+    """Type of the large matrix products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         _check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
         if self.lower_depth < 0:
-            raise ValueError(f"lower_depth is {self.lower_depth}; expected at least 0.")
+            raise UserError(f"lower_depth is {self.lower_depth}; expected at least 0.")
         if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
+            raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
         if self.body not in ("attention", "hawk"):
-            raise ValueError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
+            raise UserError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
         if self.view not in ("absolute", "egocentric"):
-            raise ValueError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
+            raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaControllerConfig:
-    """dim_latent: n_z. dim_history: n_h. dim_sequence: n_s. rank: of the controller, None for full. embedder_kind,
-    policy_kind: "hawk" is the paper's SSM. precision: of its large matrix products. The others are widths and depths of
-    the parts they name."""
+    """The metacontroller; widths are numbers of units."""
 
     dim_latent: int = 8
+    """n_z, numbers in a code."""
     dim_history: int = 32
+    """n_h, width of the history GRU (eq. 12)."""
     dim_sequence: int = 32
+    """n_s, width of the sequence embedding (eq. 13)."""
     encoder_hidden: int = 64
+    """Hidden width of the encoder that proposes codes (eq. 15)."""
     decoder_hidden: int = 32
+    """Hidden width of the hypernetwork that makes U from a code (eq. 18)."""
     switch_hidden: int = 32
+    """Hidden width of the switching unit (eq. 16)."""
     embedder_dim: int = 64
+    """Inner width of the sequence embedder, a multiple of 4."""
     embedder_depth: int = 1
+    """Blocks of the sequence embedder."""
     embedder_kind: EmbedderKind = "attention"
+    """Blocks of the sequence embedder: "hawk" is the paper's SSM."""
     rank: int | None = 16
+    """r, rank of the controller U; None for full."""
     policy_hidden: int = 256
+    """Width of the policy over codes; a multiple of 8 for hawk."""
     policy_kind: PolicyKind = "gru"
+    """Recurrence of the policy over codes: "hawk" is the paper's SSM."""
     gate: GateConfig = field(default_factory=GateConfig)
+    """How the switching gate is used."""
     precision: Precision = "auto"
+    """Type of the sequence embedder's and controller's products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -106,22 +127,25 @@ class MetaControllerConfig:
         _check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
         if self.policy_kind == "hawk" and self.policy_hidden % 8:
-            raise ValueError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
+            raise UserError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
         if self.embedder_dim % 4:
-            raise ValueError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
+            raise UserError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
         if self.rank is not None:
             _check_positive(self, ("rank",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """episodes: on new layouts, for each figure. codes, layouts_per_code: of the test of what a fixed code leads to."""
+    """How much is measured at the end of a run."""
 
     episodes: int = 4096
+    """Episodes on held-out layouts, for each figure."""
     codes: int = 64
+    """Codes drawn from the prior, to see what a fixed code leads to."""
     layouts_per_code: int = 256
+    """Held-out layouts for each of those codes."""
 
     def __post_init__(self) -> None:
         _check_positive(self, ("episodes", "codes", "layouts_per_code"))
@@ -141,37 +165,47 @@ def _paper_compile() -> CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GridworldConfig:
-    """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
-
-    expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
-    turned_embedding: whether discovery's sequence embedder sees each episode on a board turned and mirrored at random
-    (our choice), or as it is (the paper). discovery: by the metacontroller, or by the baseline CompILE as
-    ``compile`` says. seed: from which all other seeds derive, see `with_seed`.
-    """
+    """Everything a run needs."""
 
     environment: PinpadConfig
-    tasks: tuple[tuple[int, ...], ...]
-    post_task: tuple[int, ...]
+    """The grid."""
+    tasks: tuple[Task, ...]
+    """Tasks of the behaviour data: colors to visit in order, such as 0-1-2."""
+    post_task: Task
+    """The task that reinforcement learning must solve."""
     expert: ExpertConfig
+    """Who made the data of pretraining."""
     discovery_expert: ExpertConfig
+    """Who made the data of discovery."""
     model: ModelConfig
+    """The action model."""
     meta_controller: MetaControllerConfig
+    """What steers the action model."""
     pretrain: PretrainConfig
+    """Phase 1, pretraining."""
     discover: DiscoverConfig
+    """Phase 2, discovery."""
     internal_rl: InternalRLConfig
+    """Phase 3, reinforcement learning over codes."""
     raw_action_rl: InternalRLConfig
+    """The baseline, reinforcement learning over raw actions."""
     evaluate: EvaluateConfig
+    """Measures at the end."""
     turned_embedding: bool = False
+    """Symmetry augmentation of what discovery's sequence embedder sees (our choice); else episodes as they are."""
     discovery: Literal["metacontroller", "compile"] = "metacontroller"
+    """By the metacontroller, or by the baseline CompILE."""
     compile: CompileConfig = field(default_factory=_paper_compile)
+    """The baseline CompILE, where it does the discovery."""
     seed: int = 0
+    """From which all other seeds derive, see `with_seed`; on the command line --seed or --seeds."""
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
         if self.discovery not in ("metacontroller", "compile"):
-            raise ValueError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
+            raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
         if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
-            raise ValueError(
+            raise UserError(
                 f"meta_controller.rank is {self.meta_controller.rank}; expected at most model.dim, {self.model.dim}."
             )
         stream_seed(self.seed, STREAMS[0])
@@ -180,7 +214,7 @@ class GridworldConfig:
 def _check_positive(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+            raise UserError(f"{name} is {getattr(config, name)}; expected at least 1.")
 
 
 # -- seeds ------------------------------------------------------------------------------------------------------------
@@ -189,7 +223,7 @@ def _check_positive(config: Any, names: tuple[str, ...]) -> None:
 def stream_seed(seed: int, stream: str) -> int:
     """Seed of one of `STREAMS`; no two of them are the same, whatever the seeds, so no layout stream is used twice."""
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; expected 0..{MAX_SEED}.")
+        raise UserError(f"seed is {seed}; expected 0..{MAX_SEED}.")
     return seed * 8 + STREAMS.index(stream)
 
 

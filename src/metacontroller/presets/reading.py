@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from metacontroller.errors import UserError
+
 Config = TypeVar("Config")
 
 
@@ -16,14 +18,14 @@ def from_plain(kind: type[Config], data: Any, where: str = "config") -> Config:
     ValueError for an unknown field, a missing one that has no default, or a value of another type.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} is {data!r}; expected an object with the fields of {kind.__name__}.")
+        raise UserError(f"{where} is {data!r}; expected an object with the fields of {kind.__name__}.")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(data.keys() - fields.keys())
     if unknown:
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}; known are {', '.join(fields)}.")
+        raise UserError(f"{where} has an unknown field {unknown[0]!r}; known are {', '.join(fields)}.")
     missing = [name for name, field in fields.items() if name not in data and not _has_default(field)]
     if missing:
-        raise ValueError(f"{where} lacks the field {missing[0]!r}; add it.")
+        raise UserError(f"{where} lacks the field {missing[0]!r}; add it.")
     hints = get_type_hints(kind)
     return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
@@ -43,18 +45,18 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(inner[0], value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(map(repr, arguments))}.")
+            raise UserError(f"{where} is {value!r}; expected one of {', '.join(map(repr, arguments))}.")
         return value
     return _scalar(hint, value, where)
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where} is {value!r}; expected a list.")
+        raise UserError(f"{where} is {value!r}; expected a list.")
     if arguments[-1] is Ellipsis:
         arguments = arguments[:1] * len(value)
     if len(value) != len(arguments):
-        raise ValueError(f"{where} has {len(value)} entries; expected {len(arguments)}.")
+        raise UserError(f"{where} has {len(value)} entries; expected {len(arguments)}.")
     return tuple(
         _value(hint, entry, f"{where}[{index}]")
         for index, (hint, entry) in enumerate(zip(arguments, value, strict=True))
@@ -64,5 +66,5 @@ def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...
 def _scalar(hint: type, value: Any, where: str) -> Any:
     allowed = (int, float) if hint is float else (hint,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} is {value!r}; expected {hint.__name__}.")
+        raise UserError(f"{where} is {value!r}; expected {hint.__name__}.")
     return value
