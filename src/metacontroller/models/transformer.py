@@ -126,7 +126,7 @@ class Transformer(Saveable, nn.Module):
             self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
             self.encoder = VectorEncoder(state_embed_readout["num_continuous"], dim)
         else:
-            raise ValueError(
+            raise UserError(
                 f"state_embed_readout is {state_embed_readout!r}; expected dict(num_continuous = ...) for vectors or "
                 "dict(grid = dict(...)) for grid tokens."
             )
