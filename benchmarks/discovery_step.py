@@ -114,7 +114,7 @@ def our_step(setting: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor
     model, meta_controller = our_modules(setting)
 
     def loss(states: Tensor, actions: Tensor) -> Tensor:
-        losses = model.discovery_loss(states, actions, meta_controller, with_state_loss=False)
+        losses = meta_controller.discovery_loss(model, states, actions, with_state_loss=False)
         return losses.action_recon + KL_WEIGHT * losses.kl
 
     return meta_controller, loss

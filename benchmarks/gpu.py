@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.analysis.summary import environment_facts
-from metacontroller.control.metacontroller import DiscoveryNoise
+from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.envs.expert import distance_fields
 from metacontroller.envs.gridworld_pinpad import Layouts, sample_layouts
 from metacontroller.kernels.gate import gate_scan
@@ -85,7 +85,7 @@ def discovery(config: Any, episodes: Any, noise: DiscoveryNoise, device: torch.d
     """Losses and gradients of discovery with given noise."""
     model, steering = build_model(config).to(device), build_meta_controller(config).to(device)
     batch, moved = episodes.to(device), DiscoveryNoise(*(value.to(device) for value in noise))
-    losses, output = model.steered_losses(batch.states, batch.actions, steering, batch.lengths, noise=moved)
+    losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths, noise=moved)
     loss = losses.action + losses.state + 0.1 * steering.kl_loss(output)
     return [*losses, output.beta, *gradients(loss, steering.discovery_parameters())]
 
@@ -131,7 +131,7 @@ def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:
         losses.action.backward()
 
     def discovery_step() -> None:
-        losses, output = model.steered_losses(batch.states, batch.actions, steering, batch.lengths)
+        losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths)
         (losses.action + steering.kl_loss(output)).backward()
 
     for name, step in (("pretraining", pretraining_step), ("discovery", discovery_step)):

@@ -33,8 +33,8 @@ from metacontroller.data.trajectories import length_mask
 from metacontroller.envs.expert import expert_trajectories
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.parts import losses_in_parts
+from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import gaussian_log_prob
-from metacontroller.models.transformer import frozen
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.reproduce import usable_cores
 from metacontroller.phases.rollout import Actor
@@ -183,7 +183,7 @@ def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> li
 
     def step() -> None:
         optimizer.zero_grad()
-        losses, output = model.steered_losses(states, actions, steering, lengths, with_state_loss=False)
+        losses, output = steering.steered_losses(model, states, actions, lengths, with_state_loss=False)
         (losses.action + 0.17 * steering.kl_loss(output)).backward()
         optimizer.step()
 

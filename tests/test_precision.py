@@ -46,7 +46,7 @@ def test_losses_and_gradients_are_near_those_of_float32_and_of_its_type(kind: st
         noise = steering.draw_noise(6, 8, torch.Generator().manual_seed(2))
         plain = model.behavior_cloning_loss(states, actions, lengths)
         sum(plain).backward()  # type: ignore[union-attr]
-        losses, output = model.steered_losses(states, actions, steering, lengths, noise=noise)
+        losses, output = steering.steered_losses(model, states, actions, lengths, noise=noise)
         kl = steering.kl_loss(output)
         (losses.action + kl).backward()
         assert all(value.dtype == torch.float32 for value in (output.beta, output.z, output.kl, output.steered))
@@ -122,13 +122,13 @@ def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_a_row_comes_out_alike_in_any_batch(precision: str) -> None:
     """Log-probabilities that RL compares may be of batches of different sizes."""
-    sizes = {"lower_body": {"depth": 1, "heads": 4}, "upper_body": {"depth": 1, "heads": 4}}
     model = Transformer(
         128,
         action_embed_readout={"num_discrete": 4},
         state_embed_readout={"num_continuous": 6},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
         precision=precision,  # type: ignore[arg-type]
-        **sizes,
     )
     states, actions = torch.randn(1024, 20, 6), torch.randint(0, 4, (1024, 20))
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from metacontroller.control import metacontroller as metacontroller_module
+from metacontroller.control.discovery import DiscoveryOutput
 from metacontroller.control.losses import ratio_loss
-from metacontroller.control.metacontroller import ControlState, DiscoveryOutput, MetaController
+from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.control.switching import GateConfig
 
 BATCH, TIME, WIDTH, CODE = 4, 8, 6, 3

@@ -18,11 +18,11 @@ from metacontroller.envs.gridworld_pinpad import (
     Layouts,
     PinpadBatch,
     PinpadConfig,
-    onehot_to_tokens,
     sample_layouts,
     tokens_to_onehot,
 )
 from metacontroller.envs.tasks import pad_tasks
+from metacontroller.models.encoders import onehot_to_tokens
 from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
 
 GRID = PinpadConfig(size=4, num_colors=2, num_walls=1, max_steps=12)

@@ -161,7 +161,7 @@ def test_a_hawk_model_learns_is_steered_and_acts() -> None:
     observed, actions = torch.randn(3, 7, 5), torch.randint(4, (3, 6))
     lengths = torch.tensor([6, 2, 4])
     assert model.behavior_cloning_loss(observed, actions, lengths).action.isfinite()
-    losses = model.discovery_loss(observed, actions, steering, lengths)
+    losses = steering.discovery_loss(model, observed, actions, lengths)
     (losses.action_recon + losses.kl).backward()
     assert all(parameter.grad is not None for parameter in steering.sequence_embedder.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -54,8 +54,8 @@ def test_discovery_does_not_depend_on_the_parts(
     lengths, noise = torch.tensor([5, 1, 3, 1, 1, 4]), steering.draw_noise(6, 5)
 
     def losses_and_gradients() -> list[Tensor]:
-        losses, output = model.steered_losses(
-            states, actions, steering, lengths, with_state_loss=with_state_loss, noise=noise
+        losses, output = steering.steered_losses(
+            model, states, actions, lengths, with_state_loss=with_state_loss, noise=noise
         )
         loss = losses.action + 0.7 * losses.state + 0.1 * steering.kl_loss(output)
         return [*losses, *torch.autograd.grad(loss, steering.discovery_parameters())]

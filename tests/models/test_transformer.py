@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from metacontroller.control import metacontroller as metacontroller_module
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.encoders import GridEncoder
+from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import CategoricalReadout
-from metacontroller.models.transformer import Transformer, frozen
+from metacontroller.models.transformer import Transformer
 
 BATCH, TIME, DIM, STATE, ACTIONS = 3, 7, 12, 5, 4
 LENGTHS = torch.tensor([TIME, 4, 1])
@@ -189,7 +190,7 @@ def test_discovery_losses_are_those_of_the_steered_model(monkeypatch: pytest.Mon
     fixed_codes(monkeypatch)
     model, steering = make_model(), make_steering(ratio_loss_weight=0.5, target_segment_length=3.0)
     states, actions = batch_of(model)
-    losses = model.discovery_loss(states, actions, steering, LENGTHS)
+    losses = steering.discovery_loss(model, states, actions, LENGTHS)
     whole = model.lower(model.embed(states, actions))  # of the state after the last action too
     assert whole.shape[1] == actions.shape[1] + 1
     torch.testing.assert_close(whole[:, :-1], model.residual(states, actions))

@@ -55,7 +55,7 @@ def test_what_is_measured_on_a_batch() -> None:
     measured = measure(model, steering, batch, torch.Generator().manual_seed(1))
     noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        losses, output = model.steered_losses(batch.states, batch.actions, steering, batch.lengths, noise=noise)
+        losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths, noise=noise)
         base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths)
     later = [beta for row, n in zip(output.beta.tolist(), batch.lengths.tolist(), strict=True) for beta in row[1:n]]
     expected = {

@@ -154,8 +154,8 @@ def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> N
 
     def output(states: torch.Tensor | None) -> Any:
         noise = steering.draw_noise(8, episodes.steps, torch.Generator().manual_seed(1))
-        arguments = (episodes.states, episodes.actions, steering, episodes.lengths)
-        return model.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
+        arguments = (model, episodes.states, episodes.actions, episodes.lengths)
+        return steering.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
 
     as_they_are, again = output(None), output(episodes.states)
     turned = output(view(episodes.states, torch.Generator().manual_seed(2)))
@@ -173,7 +173,7 @@ def test_the_embedder_reads_the_state_after_the_last_action_and_nothing_after_it
     def mean_of_row(changed: slice) -> torch.Tensor:
         states = episodes.states.clone()
         states[row, changed, -1] = (states[row, changed, -1] + 1) % debug().environment.size ** 2
-        output = model.discover(states, episodes.actions, steering, episodes.lengths)
+        output = steering.discover_episodes(model, states, episodes.actions, episodes.lengths)
         return output.mean[row, :length]
 
     as_it_is, last, padding = mean_of_row(slice(0)), mean_of_row(slice(length, length + 1)), slice(length + 1, None)
@@ -198,10 +198,10 @@ def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_pat
     seen = view(batch.states, torch.Generator().manual_seed(2))
 
     def losses(train_model: bool) -> Any:
-        return model.steered_losses(
+        return steering.steered_losses(
+            model,
             batch.states,
             batch.actions,
-            steering,
             batch.lengths,
             noise=noise,
             embedded_states=seen,

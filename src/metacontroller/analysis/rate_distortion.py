@@ -35,10 +35,10 @@ def rate_distortion(
     gate's recall, precision and share of decided values. Codes are sampled, the gate is without noise."""
     fresh, noise = _new_episodes(model, generate, episodes, seed)
     meta_controller.eval()
-    losses, output = model.steered_losses(
+    losses, output = meta_controller.steered_losses(
+        model,
         fresh.states,
         fresh.actions,
-        meta_controller,
         fresh.lengths,
         with_state_loss=False,
         noise=meta_controller.draw_noise(fresh.batch, fresh.steps, noise),

@@ -204,8 +204,8 @@ def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[st
     noise = noise_generator(stream_seed(config.seed, "analyse"), torch.device(device))
     batch = generate(config, "discover")(PLAYER_EPISODES, noise)
     assert batch.subgoals is not None
-    output = model.discover(
-        batch.states, batch.actions, steering, batch.lengths, noise=steering.draw_noise(batch.batch, batch.steps, noise)
+    output = steering.discover_episodes(
+        model, batch.states, batch.actions, batch.lengths, noise=steering.draw_noise(batch.batch, batch.steps, noise)
     )
     code = main_axes(output.z, batch.mask())
     belief = _belief(run, model, batch.states, batch.actions)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from metacontroller.analysis.probing import labelled
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
-from metacontroller.models.transformer import Transformer, frozen
+from metacontroller.models.protocol import frozen
+from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import Actor, survivors
 from metacontroller.phases.training import EpisodeStream, Generate, noise_generator

@@ -32,7 +32,7 @@ from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentN
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.encoders import GridEncoder, VectorEncoder
+from metacontroller.models.encoders import make_encoder
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import EmbeddedView
 from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
@@ -94,10 +94,7 @@ class CompILE(Saveable, nn.Module):
     ) -> None:
         super().__init__()
         self.remember_arguments(locals())
-        if "grid" in state_embed_readout:
-            self.encoder: nn.Module = GridEncoder(dim, **state_embed_readout["grid"])
-        else:
-            self.encoder = VectorEncoder(state_embed_readout["num_continuous"], dim)
+        self.encoder = make_encoder(dim, state_embed_readout)
         self.segmenter = Segmenter(
             2 * dim,
             dim_latent=dim_latent,

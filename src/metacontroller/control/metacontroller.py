@@ -14,6 +14,7 @@ sequence embedder reads the observation after the last action too: our choice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,41 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.control.controller import Controller
-from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss
+from metacontroller.control.discovery import DiscoveryNoise, DiscoveryOutput, EpisodeDiscovery
+from metacontroller.control.evolution import evolve
+from metacontroller.control.losses import clipped_surrogate, gaussian_kl
 from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
-from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.precision import Precision, check_precision, products
 from metacontroller.saving import Saveable
-
-
-class DiscoveryNoise(NamedTuple):
-    """The random numbers of discovery: code (b, t, n_z) standard normal; gate (b, t) uniform in (0, 1), which only the
-    Gumbel-sigmoid gate uses."""
-
-    code: Tensor
-    gate: Tensor
-
-
-class DiscoveryOutput(NamedTuple):
-    """What discovery computes over a batch of episodes.
-
-    steered (b, t, n_e): e + U e. z, gate, beta: the integrated code (b, t, n_z), the gate as mixed and its probability
-    (b, t). kl (b, t): of the proposal against N(0, I), at every step. mask (b, t) bool of real steps.
-    mean, log_std (b, t, n_z): the proposal's distribution.
-    """
-
-    steered: Tensor
-    z: Tensor
-    gate: Tensor
-    beta: Tensor
-    kl: Tensor
-    mask: Tensor
-    mean: Tensor
-    log_std: Tensor
 
 
 @dataclass
@@ -92,7 +69,7 @@ class MetaControllerOutput(NamedTuple):
     state: ControlState
 
 
-class MetaController(Saveable, nn.Module):
+class MetaController(EpisodeDiscovery, Saveable, nn.Module):
     """Gaussian codes (paper D.2).
 
     dim_model: n_e. dim_latent: n_z. dim_meta_controller: width of history, embeddings and hidden layers unless given
@@ -210,17 +187,6 @@ class MetaController(Saveable, nn.Module):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
         return embedded.to(residual.dtype)
 
-    def kl_loss(self, output: DiscoveryOutput) -> Tensor:
-        """Mean KL per real step (eq. 3); the weight alpha is the caller's."""
-        return masked_mean(output.kl, output.mask)
-
-    def auxiliary_ratio_loss(self, output: DiscoveryOutput) -> Tensor:
-        """The optional H-Net loss times its weight; zero when the weight is zero."""
-        if self.ratio_loss_weight == 0:
-            return output.beta.new_zeros(())
-        loss = ratio_loss(output.beta, output.mask, self.target_segment_length, self.gate_config.threshold)
-        return self.ratio_loss_weight * loss
-
     def discovery_parameters(self) -> list[nn.Parameter]:
         """All that discovery trains: everything but the policy."""
         policy = {id(parameter) for parameter in self.policy.parameters()}
@@ -333,6 +299,15 @@ class MetaController(Saveable, nn.Module):
         log_prob = gaussian_log_prob(distribution, code).sum(-1)
         clip = self.eps_clip if eps_clip is None else eps_clip
         return clipped_surrogate(log_prob, old, advantage, decided, clip)
+
+    def evolve_policy(
+        self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
+    ) -> Tensor:
+        """Evolution strategies over the policy in place of gradients, see `control.evolution`.
+
+        environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
+        """
+        return evolve(self.policy, lambda: environment(model), num_generations, **options)
 
     def _check_residual(self, residual: Tensor) -> None:
         if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:

@@ -353,18 +353,3 @@ def turn_at_random(size: int, tokens: Tensor, generator: torch.Generator) -> Ten
     table = _symmetry_table(size).to(tokens.device)
     drawn = torch.randint(len(table), (len(tokens),), generator=generator, device=tokens.device)
     return table[drawn][:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)
-
-
-def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
-    """Turn the paper's observation vector, (..., n (o + 1)), into tokens, int64 (..., o + 1): undo `tokens_to_onehot`.
-
-    Raises:
-        ValueError: if the vector is not made of blocks of num_cells entries with a single 1 each.
-    """
-    if vector.shape[-1] % num_cells:
-        raise UserError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
-    blocks = vector.unflatten(-1, (-1, num_cells))
-    tokens = blocks.argmax(-1)
-    if not torch.equal(blocks, torch.nn.functional.one_hot(tokens, num_cells).to(blocks.dtype)):
-        raise UserError(f"the observation is not one-hot: expected a single 1 in every {num_cells} entries.")
-    return tokens

@@ -13,9 +13,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from metacontroller.control.metacontroller import ControlState, MetaController
-from metacontroller.envs.gridworld_pinpad import onehot_to_tokens
 from metacontroller.errors import UserError
-from metacontroller.models.encoders import GridEncoder
 from metacontroller.models.readouts import CategoricalReadout
 from metacontroller.models.transformer import ModelCache, Transformer
 
@@ -78,7 +76,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             )
         _check_action_space(env.action_space, model)
         self.env, self.model, self.meta_controller = env, model, meta_controller
-        self.encode_observation = encode_observation or _default_encoding(model)
+        self.encode_observation = encode_observation or model.encoder.from_observation
         self.metadata, self.render_mode = env.metadata, env.render_mode
         self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
         self.action_space = spaces.Box(-CODE_LIMIT, CODE_LIMIT, (meta_controller.dim_latent,), np.float32)
@@ -171,13 +169,6 @@ def _check_action_space(space: spaces.Space, model: Transformer) -> None:
         fits = isinstance(space, spaces.Box) and space.shape == (readout.num_continuous,)
     if not fits:
         raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
-
-
-def _default_encoding(model: Transformer) -> Callable[[Any], Tensor]:
-    if isinstance(model.encoder, GridEncoder):
-        num_cells = model.encoder.size**2
-        return lambda observation: onehot_to_tokens(num_cells, torch.as_tensor(observation))
-    return lambda observation: torch.as_tensor(observation, dtype=torch.float32)
 
 
 def _to_numpy(residual: Tensor) -> np.ndarray:

@@ -1,17 +1,18 @@
-"""State encoders: what turns an observation into the first residual.
+"""State encoders: what turns an observation into the first residual, and says what there is to predict of the next.
 
 Axes: b batch, t steps, n model width. A grid's observation comes as tokens: the cell of each object, then the agent's.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
 
 
 class VectorEncoder(nn.Module):
@@ -19,6 +20,8 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, dim_state: int, dim: int) -> None:
         super().__init__()
+        if dim_state < 1:
+            raise UserError(f"num_continuous is {dim_state}; expected at least 1.")
         self.dim_state = dim_state
         self.linear = nn.Linear(dim_state, dim)
 
@@ -27,8 +30,20 @@ class VectorEncoder(nn.Module):
         self._check_shape(states)
         return self.linear(states.to(self.linear.weight.dtype))
 
+    def state_readout(self, dim: int) -> GaussianReadout:
+        """What predicts the next observation from a residual of width ``dim``."""
+        return GaussianReadout(dim, self.dim_state)
+
+    def targets(self, states: Tensor) -> Tensor:
+        """What ``state_readout`` predicts of states (b, t, dim_state): all of them."""
+        return states
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """One observation of an environment as one state, without axes of batch and time."""
+        return torch.as_tensor(observation, dtype=torch.float32)
+
     def check(self, states: Tensor) -> None:
-        """Raises ValueError unless the states are finite floats of the right width (looking waits for the device)."""
+        """Raises UserError unless the states are finite floats of the right width (looking waits for the device)."""
         self._check_shape(states)
         if not bool(torch.isfinite(states).all()):
             raise UserError("state holds NaN or infinite values; clean the data before training.")
@@ -97,8 +112,20 @@ class GridEncoder(nn.Module):
             0, tokens.shape[:-1]
         )
 
+    def state_readout(self, dim: int) -> CategoricalReadout:
+        """What predicts the agent's next cell from a residual of width ``dim``; all else stays where it is."""
+        return CategoricalReadout(dim, self.size**2)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """What ``state_readout`` predicts of tokens (b, t, ...): the agent's cell (b, t)."""
+        return tokens[..., -1]
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """The one-hot vector of an environment's grid as tokens, without axes of batch and time."""
+        return onehot_to_tokens(self.size**2, torch.as_tensor(observation))
+
     def check(self, tokens: Tensor) -> None:
-        """Raises ValueError unless the tokens are cells of the grid (looking waits for the device)."""
+        """Raises UserError unless the tokens are cells of the grid (looking waits for the device)."""
         self._check_shape(tokens)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.size**2:
@@ -126,3 +153,33 @@ class GridEncoder(nn.Module):
         down = (objects // size - agent // size).clamp(-reach, reach) + reach
         right = (objects % size - agent % size).clamp(-reach, reach) + reach
         return (down * (2 * reach + 1) + right).flatten()
+
+
+def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
+    """Turn the paper's observation vector, (..., n (o + 1)), into tokens, int64 (..., o + 1).
+
+    Raises:
+        ValueError: if the vector is not made of blocks of num_cells entries with a single 1 each.
+    """
+    if vector.shape[-1] % num_cells:
+        raise UserError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
+    blocks = vector.unflatten(-1, (-1, num_cells))
+    tokens = blocks.argmax(-1)
+    if not torch.equal(blocks, F.one_hot(tokens, num_cells).to(blocks.dtype)):
+        raise UserError(f"the observation is not one-hot: expected a single 1 in every {num_cells} entries.")
+    return tokens
+
+
+Encoder = VectorEncoder | GridEncoder
+
+
+def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
+    """The encoder for ``dict(num_continuous = ...)`` or ``dict(grid = dict(...))``."""
+    if set(options) == {"grid"}:
+        return GridEncoder(dim, **options["grid"])
+    if set(options) == {"num_continuous"}:
+        return VectorEncoder(options["num_continuous"], dim)
+    raise UserError(
+        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors or "
+        "dict(grid = dict(...)) for grid tokens."
+    )

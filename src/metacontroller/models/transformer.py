@@ -6,49 +6,20 @@ target of the state loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
-from metacontroller.models.encoders import GridEncoder, VectorEncoder
+from metacontroller.models.encoders import make_encoder
 from metacontroller.models.hawk import HawkBody, HawkCache
-from metacontroller.models.parts import losses_in_parts, row_parts
-from metacontroller.models.readouts import CategoricalReadout, make_readout
+from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
+from metacontroller.models.readouts import make_readout
 from metacontroller.precision import Precision, check_precision, products
-from metacontroller.saving import Saveable
-
-if TYPE_CHECKING:  # a model knows nothing of what steers it, but its types name it
-    from metacontroller.control.metacontroller import (
-        ControlState,
-        DiscoveryNoise,
-        DiscoveryOutput,
-        MetaController,
-        MetaControllerOutput,
-    )
-
-
-class BehaviorCloningLosses(NamedTuple):
-    """Mean negative log-likelihood per real step of the next state and of the action."""
-
-    state: Tensor
-    action: Tensor
-
-
-class DiscoveryLosses(NamedTuple):
-    """Per real step: next-state loss, action loss under steering, KL; and the optional ratio loss, already weighted."""
-
-    state_pred: Tensor
-    action_recon: Tensor
-    kl: Tensor
-    ratio: Tensor
-
 
 Body = AttentionBody | HawkBody
 BodyCache = AttentionCache | HawkCache
@@ -59,7 +30,7 @@ class PreviousHiddens(NamedTuple):
 
     lower_body: BodyCache
     upper_body: BodyCache
-    meta_controller: MetaControllerOutput | None
+    meta_controller: Any
 
 
 class TransformerOutput(NamedTuple):
@@ -82,7 +53,7 @@ class ModelCache:
         self.upper.keep(rows)
 
 
-class Transformer(Saveable, nn.Module):
+class Transformer(SteerableModel):
     """A causal sequence model of expert actions, split at the controlled layer.
 
     dim: n_e. action_embed_readout: dict(num_discrete=...) or dict(num_continuous=...).
@@ -93,9 +64,9 @@ class Transformer(Saveable, nn.Module):
     precision: of the matrix products in both bodies; the residual stream and all else stay in float32.
     meta_controller: what steers when a call names no other; it is not saved with the model.
 
-    Methods by phase: ``behavior_cloning_loss``, ``discovery_loss``, ``step``; ``embed``, ``lower``, ``upper`` and
-    ``action_readout`` are the pieces. ``resplit`` moves the controlled layer. ``forward`` only dispatches, for the
-    public contract.
+    Methods by phase: ``behavior_cloning_loss``, the metacontroller's ``discovery_loss``, ``step``; ``embed``,
+    ``lower``, ``upper`` and ``action_readout`` are the pieces. ``resplit`` moves the controlled layer. ``forward`` only
+    dispatches, for the public contract. A metacontroller that is handed over is called by method.
     """
 
     unsaved = ("meta_controller",)
@@ -110,7 +81,7 @@ class Transformer(Saveable, nn.Module):
         upper_body: dict[str, Any],
         condition_on_actions: bool = True,
         precision: Precision = "float32",
-        meta_controller: MetaController | None = None,
+        meta_controller: Any = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
@@ -118,18 +89,8 @@ class Transformer(Saveable, nn.Module):
         self.dim, self.condition_on_actions = dim, condition_on_actions
         self.precision: Precision = precision
         self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
-        if set(state_embed_readout) == {"grid"}:
-            grid = state_embed_readout["grid"]
-            self.encoder = GridEncoder(dim, **grid)
-            self.state_readout = CategoricalReadout(dim, grid["size"] ** 2)  # the agent's next cell; the rest stays
-        elif set(state_embed_readout) == {"num_continuous"}:
-            self.state_readout = make_readout(dim, "state_embed_readout", state_embed_readout)
-            self.encoder = VectorEncoder(state_embed_readout["num_continuous"], dim)
-        else:
-            raise UserError(
-                f"state_embed_readout is {state_embed_readout!r}; expected dict(num_continuous = ...) for vectors or "
-                "dict(grid = dict(...)) for grid tokens."
-            )
+        self.encoder = make_encoder(dim, state_embed_readout)
+        self.state_readout = self.encoder.state_readout(dim)
         self.lower_body = make_body(dim, "lower_body", lower_body)
         self.upper_body = make_body(dim, "upper_body", upper_body)
         self.norm = nn.LayerNorm(dim)
@@ -182,33 +143,6 @@ class Transformer(Saveable, nn.Module):
         for name, depth in (("lower_body", lower_depth), ("upper_body", len(blocks) - lower_depth)):
             self.arguments[name] = {**self.arguments[name], "depth": depth}
 
-    # phase 1: pretraining
-
-    def behavior_cloning_loss(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        episode_lens: Tensor | None = None,
-        *,
-        with_state_loss: bool = True,
-        checked: bool = False,
-    ) -> BehaviorCloningLosses:
-        """-log p(a_t | o_1:t) and -log p(o_{t+1} | o_1:t), means over real steps (paper §1).
-
-        The arguments are checked unless ``checked`` says that they have been (a check waits for the device).
-        """
-        if not checked:
-            self.check_batch(states, actions, episode_lens)
-        residual = self.residual(states, actions)
-        return self.readout_losses(self.upper(residual), states, actions, episode_lens, with_state_loss)
-
-    def residual(self, states: Tensor, actions: Tensor) -> Tensor:
-        """e_t at the controlled layer for whole episodes.
-
-        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
-        """
-        return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
-
     @property
     def depth(self) -> int:
         """Number of blocks, of both bodies together."""
@@ -225,120 +159,13 @@ class Transformer(Saveable, nn.Module):
             layers.append(x)
         return layers
 
-    # phase 2: discovery
-
-    def discovery_loss(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        meta_controller: MetaController,
-        episode_lens: Tensor | None = None,
-        *,
-        with_state_loss: bool = True,
-    ) -> DiscoveryLosses:
-        """Losses of eq. 3 under steering; the arguments are checked."""
-        self.check_batch(states, actions, episode_lens)
-        losses, output = self.steered_losses(
-            states, actions, meta_controller, episode_lens, with_state_loss=with_state_loss
-        )
-        return DiscoveryLosses(*losses, meta_controller.kl_loss(output), meta_controller.auxiliary_ratio_loss(output))
-
-    def _whole_residual(self, states: Tensor, actions: Tensor, train_model: bool) -> Tensor:
-        """e_t of every state given, (b, T or T + 1, n_e): of the one after the last action too, if it is there."""
-        past = actions[:, : states.shape[1] - 1]
-        if train_model:
-            return self.lower(self.embed(states, past))
-        with torch.no_grad():
-            return torch.cat([self.lower(self.embed(states[rows], past[rows])) for rows in row_parts(states)])
-
-    def discover(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        meta_controller: MetaController,
-        episode_lens: Tensor | None = None,
-        *,
-        noise: DiscoveryNoise | None = None,
-        embedded_states: Tensor | None = None,
-        train_model: bool = False,
-    ) -> DiscoveryOutput:
-        """What the metacontroller does over whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
-
-        With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
-        embedded_states: the episodes as it shall see them, if not as they are. noise: drawn afresh if not given.
-        train_model: whether gradients reach the model's own weights, as in co-training (Fig. 7, 8); the method freezes
-        them.
-        """
-        steps = actions.shape[1]
-        viewed = states if embedded_states is None else embedded_states
-        embedded = self._whole_residual(viewed, actions, train_model)
-        seen = embedded[:, :steps]
-        if embedded_states is not None:
-            seen = self._whole_residual(states[:, :steps], actions, train_model)
-        return meta_controller.discover(seen, episode_lens, noise, embedded_residual=embedded)
-
-    def steered_losses(
-        self,
-        states: Tensor,
-        actions: Tensor,
-        meta_controller: MetaController,
-        episode_lens: Tensor | None = None,
-        *,
-        with_state_loss: bool = True,
-        noise: DiscoveryNoise | None = None,
-        embedded_states: Tensor | None = None,
-        train_model: bool = False,
-    ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
-        """State and action loss under steering, and what the metacontroller did; arguments as of `discover`."""
-        output = self.discover(
-            states,
-            actions,
-            meta_controller,
-            episode_lens,
-            noise=noise,
-            embedded_states=embedded_states,
-            train_model=train_model,
-        )
-        steered, options = output.steered, {"with_state_loss": with_state_loss}
-        if train_model:
-            return self.readout_losses(self.upper(steered), states, actions, episode_lens, **options), output
-        return self.losses_under(steered, states, actions, episode_lens, **options), output
-
-    def losses_under(
-        self,
-        steered: Tensor,
-        states: Tensor,
-        actions: Tensor,
-        episode_lens: Tensor | None = None,
-        *,
-        with_state_loss: bool = True,
-    ) -> BehaviorCloningLosses:
-        """State and action loss when the upper body reads ``steered`` (b, T, n_e), as whose function alone they have a
-        gradient: the model's own weights get none, freezing is part of the method."""
-        batch, steps = actions.shape[:2]
-        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
-        targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
-
-        def part_losses(steered: Tensor, rows: slice) -> Tensor:
-            hidden = self.upper(steered)
-            losses = self.readout_losses(hidden, states[rows], actions[rows], lengths[rows], with_state_loss)
-            action = losses.action * (lengths[rows].sum() / lengths.sum())
-            if not with_state_loss:
-                return action[None]
-            return torch.stack([action, losses.state * (targets[rows].sum() / targets.sum().clamp_min(1))])
-
-        with frozen(self):
-            losses = losses_in_parts(steered, part_losses)
-        state = losses[1] if with_state_loss else losses.new_zeros(())
-        return BehaviorCloningLosses(state, losses[0])
-
     # phase 3: acting
 
     def step(
         self,
         states: Tensor,
         past_actions: Tensor | None = None,
-        meta_controller: MetaController | None = None,
+        meta_controller: Any = None,
         cache: TransformerOutput | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, TransformerOutput]:
@@ -355,16 +182,16 @@ class Transformer(Saveable, nn.Module):
         residual = self.lower(self.embed(states, past_actions), hiddens.lower_body)
         steered, output = residual, None
         if meta_controller is not None:
-            state: ControlState | None = None if hiddens.meta_controller is None else hiddens.meta_controller.state
+            state = None if hiddens.meta_controller is None else hiddens.meta_controller.state
             steered, output = meta_controller.act(residual, state, generator)
         logits = self.action_readout(self.upper(steered, hiddens.upper_body))
         return logits, TransformerOutput(residual, PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output))
 
     def evolve(self, num_generations: int, environment: Callable[[Transformer], float], **options: Any) -> Any:
-        """Evolution strategies over the policy of ``self.meta_controller``, without gradients; see phases.evolve."""
-        from metacontroller.phases.evolve import evolve
-
-        return evolve(self, num_generations, environment, **options)
+        """Evolution strategies over the policy of ``self.meta_controller``, see its ``evolve_policy``."""
+        if self.meta_controller is None:
+            raise UserError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
+        return self.meta_controller.evolve_policy(self, num_generations, environment, **options)
 
     # the public contract
 
@@ -373,13 +200,13 @@ class Transformer(Saveable, nn.Module):
         state: Tensor,
         actions: Tensor | None = None,
         *,
-        meta_controller: MetaController | None = None,
+        meta_controller: Any = None,
         discovery_phase: bool = False,
         cache: TransformerOutput | None = None,
         return_cache: bool = False,
         episode_lens: Tensor | None = None,
     ) -> BehaviorCloningLosses | DiscoveryLosses | tuple[Tensor, TransformerOutput]:
-        """Dispatches: ``return_cache`` to ``step``, ``discovery_phase`` to ``discovery_loss``, else
+        """Dispatches: ``return_cache`` to ``step``, ``discovery_phase`` to the metacontroller, else
         ``behavior_cloning_loss``."""
         meta_controller = self.meta_controller if meta_controller is None else meta_controller
         if return_cache:
@@ -391,40 +218,8 @@ class Transformer(Saveable, nn.Module):
         if discovery_phase:
             if meta_controller is None:
                 raise UserError("meta_controller is missing; discovery_phase = True needs one.")
-            return self.discovery_loss(state, actions, meta_controller, episode_lens)
+            return meta_controller.discovery_loss(self, state, actions, episode_lens)
         return self.behavior_cloning_loss(state, actions, episode_lens)
-
-    def readout_losses(
-        self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool = True
-    ) -> BehaviorCloningLosses:
-        """Losses of what the readouts read, hidden (b, T, n_e); with_state_loss=False leaves the state loss at zero."""
-        batch, steps = actions.shape[:2]
-        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
-        mask = length_mask(lengths, steps)
-        action_loss = -masked_mean(self.action_readout.log_prob(self.action_readout(hidden), actions), mask)
-        if not with_state_loss:
-            return BehaviorCloningLosses(action_loss.new_zeros(()), action_loss)
-        targets = states[:, 1 : steps + 1]
-        known = targets.shape[1]
-        if isinstance(self.encoder, GridEncoder):
-            targets = targets[..., -1]
-        inside = mask[:, :known] if states.shape[1] > steps else length_mask(lengths - 1, known)
-        log_prob = self.state_readout.log_prob(self.state_readout(hidden[:, :known]), targets)
-        return BehaviorCloningLosses(-masked_mean(log_prob, inside), action_loss)
-
-    def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
-        """Raises a one-sentence ValueError for wrong shapes, dtypes, lengths, NaN states, actions out of range."""
-        if states.dim() < 3 or 0 in states.shape:
-            raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
-        batch, steps = states.shape[:2]
-        if actions.dim() < 2 or actions.shape[0] != batch or actions.shape[1] not in (steps, steps - 1):
-            raise UserError(
-                f"actions have shape {tuple(actions.shape)} beside a state of shape {tuple(states.shape)}; expected "
-                f"({batch}, {steps}) or ({batch}, {steps - 1}) steps: as many as states, or one less."
-            )
-        self.action_readout.check(actions, (batch, actions.shape[1]))
-        check_lengths(episode_lens, batch, actions.shape[1])
-        self.encoder.check(states)
 
     def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
         """Raises a one-sentence ValueError for what ``step`` cannot take."""
@@ -449,16 +244,3 @@ def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
     if kind not in kinds:
         raise UserError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
     return kinds[kind](dim, **options)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Context in which a module's parameters take no gradient, so that their gradients are not even computed."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

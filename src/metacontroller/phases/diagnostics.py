@@ -32,8 +32,8 @@ def measure(
     steered_loss, base_loss: nats per step; the last two are action losses with and without steering.
     """
     noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
-    losses, output = model.steered_losses(
-        batch.states, batch.actions, meta_controller, batch.lengths, with_state_loss=False, noise=noise
+    losses, output = meta_controller.steered_losses(
+        model, batch.states, batch.actions, batch.lengths, with_state_loss=False, noise=noise
     )
     base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, with_state_loss=False, checked=True)
     codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.analysis.switching import codes_taken, gate_alignment
-from metacontroller.control.metacontroller import DiscoveryNoise, MetaController
+from metacontroller.control.discovery import DiscoveryNoise
+from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
@@ -89,10 +90,10 @@ def discover(
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
-        losses, output = model.steered_losses(
+        losses, output = meta_controller.steered_losses(
+            model,
             batch.states,
             batch.actions,
-            meta_controller,
             batch.lengths,
             with_state_loss=config.state_loss_weight > 0,
             noise=DiscoveryNoise(drawn["code"], drawn["gate"]),

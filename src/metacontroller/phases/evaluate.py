@@ -92,7 +92,7 @@ def gate_on_new_layouts(
     for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
         batch = fresh.index(rows)
         drawn = meta_controller.draw_noise(batch.batch, batch.steps, noise)
-        output = model.discover(batch.states, batch.actions, meta_controller, batch.lengths, noise=drawn)
+        output = meta_controller.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=drawn)
         betas.append(F.pad(output.beta, (0, fresh.steps - batch.steps)))
     return torch.cat(betas), fresh
 

@@ -10,36 +10,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
 
 
-def evolve(model: Transformer, num_generations: int, environment: Callable[[Any], Any], **options: Any) -> Tensor:
-    """Evolves the policy of ``model.meta_controller`` in place towards a higher fitness; all else stays as it is.
+def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, **options: Any) -> Tensor:
+    """Evolves the weights of ``policy`` in place towards a higher fitness.
 
-    environment(model) -> fitness, a number: plays with the model as it is handed over, whose policy carries the noise
-    of one member of the population. If it raises, the policy is put back as it was. options: of x-evolution's
-    ``EvoStrategy``, such as noise_population_size, noise_scale, learning_rate; its checkpoints are thrown away unless
-    ``checkpoint_path`` is given.
+    fitness() -> a number: plays with the policy as it is then, which carries the noise of one member of the population.
+    If it raises, the policy is put back as it was. options: of x-evolution's ``EvoStrategy``, such as
+    noise_population_size, noise_scale, learning_rate; its checkpoints are thrown away unless ``checkpoint_path`` is
+    given.
     Returns the fitness of every member, (num_generations, population, 2): with the noise added and with it subtracted.
     """
     if num_generations < 1:
         raise UserError(f"num_generations is {num_generations}; expected at least 1.")
-    if model.meta_controller is None:
-        raise UserError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
     if importlib.util.find_spec("x_evolution") is None:
         raise ImportError("x-evolution is not installed; install it with `pip install 'metacontroller-rl[evo]'`.")
     from x_evolution import EvoStrategy
-
-    policy = model.meta_controller.policy
-
-    def fitness(_: nn.Module) -> Any:  # called while the policy, which the model holds, carries the noise
-        return environment(model)
 
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         on_cpu = next(policy.parameters()).device.type == "cpu"
         defaults = {"verbose": False, "cpu": on_cpu, "checkpoint_path": folder}
-        strategy = EvoStrategy(policy, environment=fitness, num_generations=num_generations, **(defaults | options))
+        strategy = EvoStrategy(
+            policy, environment=lambda _: fitness(), num_generations=num_generations, **(defaults | options)
+        )
         try:
             return strategy().clone()  # a plain tensor in place of one of inference mode
         except BaseException:

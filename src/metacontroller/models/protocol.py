@@ -1,0 +1,181 @@
+"""What a model is that can be steered: lower part -> residual at the controlled layer -> upper part -> readouts.
+
+Axes: b batch, t steps, n_e residual. States may hold T or T + 1 entries for T actions; the last, if there, is only a
+target of the state loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.errors import UserError
+from metacontroller.models.encoders import Encoder
+from metacontroller.models.parts import losses_in_parts
+from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
+from metacontroller.saving import Saveable
+
+
+class BehaviorCloningLosses(NamedTuple):
+    """Mean negative log-likelihood per real step of the next state and of the action."""
+
+    state: Tensor
+    action: Tensor
+
+
+class DiscoveryLosses(NamedTuple):
+    """Per real step: next-state loss, action loss under steering, KL; and the optional ratio loss, already weighted."""
+
+    state_pred: Tensor
+    action_recon: Tensor
+    kl: Tensor
+    ratio: Tensor
+
+
+class SteerableModel(Saveable, nn.Module):
+    """A causal sequence model of expert actions, split at the controlled layer: what phases and analyses work with.
+
+    A subclass sets ``dim`` (n_e), ``encoder``, ``action_readout`` and ``state_readout``, and defines ``depth``,
+    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` if it can. A base class and not a
+    protocol, since what holds for any such model is written here once.
+    """
+
+    dim: int
+    encoder: Encoder
+    action_readout: CategoricalReadout | GaussianReadout
+    state_readout: CategoricalReadout | GaussianReadout
+
+    @property
+    def depth(self) -> int:
+        """Number of layers beyond the input embedding at which the residual can be read."""
+        raise NotImplementedError
+
+    def embed(self, states: Tensor, past_actions: Tensor | None = None) -> Tensor:
+        """states (b, t, ...) -> first residual (b, t, n_e).
+
+        past_actions (b, t - 1, ...) or (b, t, ...) precede the states one by one, aligned at the end.
+        """
+        raise NotImplementedError
+
+    def lower(self, x: Tensor, cache: Any = None) -> Tensor:
+        """First residual -> residual at the controlled layer, (b, t, n_e) each; with a cache, x continues it."""
+        raise NotImplementedError
+
+    def upper(self, residual: Tensor, cache: Any = None) -> Tensor:
+        """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each; with a cache, it continues."""
+        raise NotImplementedError
+
+    def empty_cache(self, batch: int, capacity: int = 32) -> Any:
+        """Caches ``lower`` and ``upper`` for ``batch`` episodes acting in step; ``keep(rows)`` drops the others."""
+        raise NotImplementedError
+
+    def residuals(self, states: Tensor, actions: Tensor) -> list[Tensor]:
+        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); arguments as `residual`."""
+        raise NotImplementedError
+
+    def resplit(self, lower_depth: int) -> None:
+        """Moves the controlled layer to after layer ``lower_depth``, in place; 0 is the input embedding."""
+        raise UserError(f"a {type(self).__name__} is controlled at one layer only; it cannot be split elsewhere.")
+
+    # what holds for all of them
+
+    def behavior_cloning_loss(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+        checked: bool = False,
+    ) -> BehaviorCloningLosses:
+        """-log p(a_t | o_1:t) and -log p(o_{t+1} | o_1:t), means over real steps (paper §1).
+
+        The arguments are checked unless ``checked`` says that they have been (a check waits for the device).
+        """
+        if not checked:
+            self.check_batch(states, actions, episode_lens)
+        residual = self.residual(states, actions)
+        return self.readout_losses(self.upper(residual), states, actions, episode_lens, with_state_loss)
+
+    def residual(self, states: Tensor, actions: Tensor) -> Tensor:
+        """e_t at the controlled layer for whole episodes.
+
+        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
+        """
+        return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
+
+    def readout_losses(
+        self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool = True
+    ) -> BehaviorCloningLosses:
+        """Losses of what the readouts read, hidden (b, T, n_e); with_state_loss=False leaves the state loss at zero."""
+        batch, steps = actions.shape[:2]
+        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        mask = length_mask(lengths, steps)
+        action_loss = -masked_mean(self.action_readout.log_prob(self.action_readout(hidden), actions), mask)
+        if not with_state_loss:
+            return BehaviorCloningLosses(action_loss.new_zeros(()), action_loss)
+        targets = self.encoder.targets(states[:, 1 : steps + 1])
+        known = targets.shape[1]
+        inside = mask[:, :known] if states.shape[1] > steps else length_mask(lengths - 1, known)
+        log_prob = self.state_readout.log_prob(self.state_readout(hidden[:, :known]), targets)
+        return BehaviorCloningLosses(-masked_mean(log_prob, inside), action_loss)
+
+    def losses_under(
+        self,
+        steered: Tensor,
+        states: Tensor,
+        actions: Tensor,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+    ) -> BehaviorCloningLosses:
+        """State and action loss when the upper body reads ``steered`` (b, T, n_e), as whose function alone they have a
+        gradient: the model's own weights get none, freezing is part of the method."""
+        batch, steps = actions.shape[:2]
+        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
+
+        def part_losses(steered: Tensor, rows: slice) -> Tensor:
+            hidden = self.upper(steered)
+            losses = self.readout_losses(hidden, states[rows], actions[rows], lengths[rows], with_state_loss)
+            action = losses.action * (lengths[rows].sum() / lengths.sum())
+            if not with_state_loss:
+                return action[None]
+            return torch.stack([action, losses.state * (targets[rows].sum() / targets.sum().clamp_min(1))])
+
+        with frozen(self):
+            losses = losses_in_parts(steered, part_losses)
+        state = losses[1] if with_state_loss else losses.new_zeros(())
+        return BehaviorCloningLosses(state, losses[0])
+
+    def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
+        """Raises a one-sentence ValueError for wrong shapes, dtypes, lengths, NaN states, actions out of range."""
+        if states.dim() < 3 or 0 in states.shape:
+            raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
+        batch, steps = states.shape[:2]
+        if actions.dim() < 2 or actions.shape[0] != batch or actions.shape[1] not in (steps, steps - 1):
+            raise UserError(
+                f"actions have shape {tuple(actions.shape)} beside a state of shape {tuple(states.shape)}; expected "
+                f"({batch}, {steps}) or ({batch}, {steps - 1}) steps: as many as states, or one less."
+            )
+        self.action_readout.check(actions, (batch, actions.shape[1]))
+        check_lengths(episode_lens, batch, actions.shape[1])
+        self.encoder.check(states)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Context in which a module's parameters take no gradient, so that their gradients are not even computed."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
