@@ -69,6 +69,7 @@ def discover(
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
     embedded_view: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
     subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
+    Without ``resume`` ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
 

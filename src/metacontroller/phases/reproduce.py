@@ -15,17 +15,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metacontroller.analysis import figures
 from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
-from metacontroller.analysis.summary import combined_summary, environment_facts, peak_rss_mb
+from metacontroller.analysis.summary import combined_summary, environment_facts
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
@@ -45,7 +44,7 @@ from metacontroller.presets.gridworld import (
     stream_seed,
     with_seed,
 )
-from metacontroller.run_folder import RunFolder
+from metacontroller.run_folder import RunFolder, peak_rss_mb
 
 RL_PHASES = ("internal_rl", "raw_action_rl")
 PHASES = ("pretrain", "discover", *RL_PHASES)
@@ -63,32 +62,6 @@ _MADE_BY = {
     META_CONTROLLER: "discover",
     POLICY: "internal-rl",
 }
-
-
-class TimedRun(RunFolder):
-    """A run folder whose checkpoints also say how many seconds went into them and the peak memory on the way."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
-        self._spent: dict[str, float] = {}
-        self._peak: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    def start_clock(self) -> None:
-        """The next checkpoint counts time from here."""
-        self._began = time.monotonic()
-
-    def load_checkpoint(
-        self, name: str, device: str | torch.device = "cpu"
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, meta = super().load_checkpoint(name, device)
-        self._spent[name], self._peak[name] = meta.get("seconds", 0.0), meta.get("peak_rss_mb", 0.0)
-        return tensors, meta
-
-    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        seconds = self._spent.get(name, 0.0) + time.monotonic() - self._began
-        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
-        return super().save_checkpoint(name, tensors, {**meta, "seconds": seconds, "peak_rss_mb": peak})
 
 
 # -- one phase of a run folder ----------------------------------------------------------------------------------------
@@ -109,6 +82,7 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
 
 def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> Transformer:
     """Phase 1 in a run folder; writes config.json too."""
+    run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
     model = build_model(config).to(device)
     if processes(device).is_main:
         run.write_config(config)
@@ -185,7 +159,7 @@ def reproduce_seed(
 
     side_by_side: the two kinds of RL in a process each, with one thread each.
     """
-    run = TimedRun(folder)
+    run = RunFolder(folder)
     if finished := run.read_summary():
         return finished
     for phase in ("pretrain", "discover"):
@@ -227,8 +201,7 @@ def _costs(run: RunFolder, evaluation_seconds: float, side_by_side: bool) -> dic
 
 def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, device: str) -> None:
     """One phase, resumed if it was begun."""
-    run = TimedRun(folder)
-    run.start_clock()
+    run = RunFolder(folder)
     RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
 
 

@@ -33,7 +33,6 @@ from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
     POLICY,
-    TimedRun,
     copy_artefact,
     load_artefact,
     read_config,
@@ -298,7 +297,7 @@ def analyse(run: RunFolder, study: StudyConfig, device: str) -> None:
 def run_variant(out: Path, cell: Cell, study: StudyConfig, device: str) -> None:
     """Its phases, resumed if they were begun, and its summary."""
     variant = variants(read_config(RunFolder(out)), study)[cell.what]
-    config, run = with_seed(variant.config, cell.seed), TimedRun(cell.folder(out))
+    config, run = with_seed(variant.config, cell.seed), RunFolder(cell.folder(out))
     source = RunFolder(out / f"seed-{cell.seed}")
     phases = ["discover"]
     run.write_config(config)

@@ -213,7 +213,8 @@ def train(
     drawn. Several processes share each batch, see `phases.parallel`.
     Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
     if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
-    the steps since the checkpoint. A finished phase is not trained again.
+    the steps since the checkpoint. A finished phase is not trained again; without ``resume`` ValueError if ``run``
+    holds a checkpoint of the phase.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -225,6 +226,7 @@ def train(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    run.begin(phase, resume=resume)
     first, tensors = learner.restore(run, phase) if resume else (0, {})
     if 0 < first < config.steps:
         stream.restore(tensors)
