@@ -171,7 +171,7 @@ class Evaluate:
         name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
         controlled = load_artefact(MetaController, run, name, device)
         result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
-        found = discovery_figures(config, model, controlled, seed, max(episodes, settings.episodes))
+        found = discovery_figures(config, run, seed, max(episodes, settings.episodes), device)
         return {"run": run.path.name, **result, **found}
 
 

@@ -25,12 +25,12 @@ import torch
 from metacontroller.analysis import figures
 from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
 from metacontroller.analysis.summary import combined_summary, environment_facts
-from metacontroller.baselines.compile import build_compile, discover_compile
+from metacontroller.baselines.compile import CompILE, build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
-from metacontroller.phases.evaluate import evaluate, gate_figures
+from metacontroller.phases.evaluate import HeldOutGate, evaluate, gate_on_new_layouts
 from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.pretrain import pretrain
@@ -53,6 +53,7 @@ BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
 COTRAINED_MODEL = "cotrained_model"
 META_CONTROLLER = "meta_controller"
+SEGMENTATION = "compile"
 POLICY = "internal_rl_policy"
 
 _MADE_BY = {
@@ -60,6 +61,7 @@ _MADE_BY = {
     RAW_MODEL: "internal-rl --raw",
     COTRAINED_MODEL: "discover",
     META_CONTROLLER: "discover",
+    SEGMENTATION: "discover",
     POLICY: "internal-rl",
 }
 
@@ -173,7 +175,7 @@ def reproduce_seed(
             run_phase(phase, config, folder, quiet, device)
     began = time.monotonic()
     measured = measure(config, run, device)
-    figures.draw_run(config, run, measured, device)
+    figures.draw_run(config, run, measured, gate_to_draw(config, run, device))
     summary = {
         "seed": config.seed,
         **measured,
@@ -205,26 +207,50 @@ def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, de
     RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
 
 
+def gate_of_run(config: GridworldConfig, run: RunFolder, episodes: int, seed: int, device: str) -> HeldOutGate:
+    """The gate that acts in a run, along ``episodes`` held-out ones of experts: whatever says something about a run's
+    gate reads it here.
+
+    After CompILE, codes and boundaries are its own and the gate is the one that learned to tell them from the past;
+    the metacontroller's acausal encoder was never trained.
+    """
+    segmentation = load_artefact(CompILE, run, SEGMENTATION, device) if config.discovery == "compile" else None
+    return gate_on_new_layouts(
+        steered_model(config, run, device),
+        load_artefact(MetaController, run, META_CONTROLLER, device),
+        generate(config, "discover"),
+        episodes,
+        seed,
+        segmentation=segmentation,
+    )
+
+
+def gate_to_draw(config: GridworldConfig, run: RunFolder, device: str) -> HeldOutGate:
+    """The handful of episodes that the figure of the gate shows."""
+    return gate_of_run(config, run, figures.GATE_EPISODES, stream_seed(config.seed, "evaluate"), device)
+
+
 def discovery_figures(
-    config: GridworldConfig, model: Transformer, controlled: MetaController, seed: int, episodes: int
+    config: GridworldConfig, run: RunFolder, seed: int, episodes: int, device: str
 ) -> dict[str, float]:
     """What discovery is judged by, on ``episodes`` new ones: how the gate meets subgoals, and what fixed codes tell."""
-    settings = config.evaluate
+    model, settings = steered_model(config, run, device), config.evaluate
     meaning = code_subgoal_bits(
         model,
-        controlled,
+        load_artefact(MetaController, run, META_CONTROLLER, device),
         config.environment,
         codes=settings.codes,
         layouts_per_code=settings.layouts_per_code,
         generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
     )
-    gate = gate_figures(model, controlled, generate(config, "discover"), episodes, seed)
-    return {**gate, "code_subgoal_bits": meaning.bits}
+    gate = gate_of_run(config, run, episodes, seed, device)
+    return {**gate.figures(), "code_subgoal_bits": meaning.bits}
 
 
 def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
     """What a finished run is judged by, all of it on new layouts."""
     base = load_artefact(Transformer, run, BASE_MODEL, device)
+    steered = steered_model(config, run, device)
     raw = load_artefact(Transformer, run, RAW_MODEL, device)
     controlled = load_artefact(MetaController, run, POLICY, device)
     settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
@@ -235,7 +261,7 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
 
     generator = torch.Generator(device).manual_seed(seed)
     meaning = code_subgoal_bits(
-        base,
+        steered,
         controlled,
         config.environment,
         codes=settings.codes,
@@ -246,11 +272,11 @@ def measure(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, A
         base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
     )
     return {
-        "internal_rl_success": success(base, "internal-rl"),
+        "internal_rl_success": success(steered, "internal-rl"),
         "raw_action_success": success(raw, "raw"),
-        "prior_success": success(base, "prior"),
+        "prior_success": success(steered, "prior"),
         "raw_initial_success": success(base, "base"),
-        **gate_figures(base, controlled, generate(config, "discover"), settings.episodes, seed),
+        **gate_of_run(config, run, settings.episodes, seed, device).figures(),
         "code_subgoal_bits": meaning.bits,
         "unseen_transition_share": unseen,
         "code_color_share": meaning.share.tolist(),

@@ -33,6 +33,7 @@ from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
     POLICY,
+    SEGMENTATION,
     copy_artefact,
     load_artefact,
     read_config,
@@ -328,7 +329,7 @@ def measure_variant(config: GridworldConfig, run: RunFolder, device: str, *, rei
     controlled = load_artefact(MetaController, run, META_CONTROLLER, device)
     source = generate(config, "discover")
     if config.discovery == "compile":
-        segmentation = CompILE.init_and_load(run.path / "compile.safetensors").to(device)
+        segmentation = load_artefact(CompILE, run, SEGMENTATION, device)
         found = rate_distortion_of_segments(model, segmentation, controlled, source, settings.episodes, seed)
     else:
         found = rate_distortion(model, controlled, source, settings.episodes, seed)
