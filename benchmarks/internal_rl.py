@@ -47,10 +47,10 @@ def rates(path: Path, repeats: int) -> list[float]:
 
     found = []
     with tempfile.TemporaryDirectory() as out:
-        for _ in range(1 + repeats):
+        for repeat in range(1 + repeats):
             workers.wait()
             start = time.perf_counter()
-            internal_rl(settings, model, steering, new_grids, RunFolder(out), quiet=True)
+            internal_rl(settings, model, steering, new_grids, RunFolder(Path(out, str(repeat))), quiet=True)
             found.append(settings.episodes / (time.perf_counter() - start))
     return found[1:]  # the first was to warm up
 

@@ -5,17 +5,31 @@ import inspect
 import json
 import re
 import shutil
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 from metacontroller import cli
+from metacontroller.baselines.compile import build_compile, discover_compile
+from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.errors import UserError
 from metacontroller.phases import reproduce as reproduce_module
-from metacontroller.presets.gridworld import debug, from_json, laptop, with_seed
+from metacontroller.phases.discover import discover
+from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
+from metacontroller.phases.pretrain import pretrain
+from metacontroller.presets.gridworld import (
+    build_meta_controller,
+    build_model,
+    debug,
+    from_json,
+    generate,
+    laptop,
+    with_seed,
+)
 from metacontroller.run_folder import RunFolder
 
 QUIET = ["--quiet", "--device", "cpu"]
@@ -120,7 +134,56 @@ def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture
     assert said == f"metacontroller: {run} holds a run; add --resume to go on with it, or choose another folder."
     for command in (["discover"], ["internal-rl"], ["internal-rl", "--raw"]):
         said = refusal(capsys, command[0], str(run), *command[1:])
-        assert said.endswith("of this phase; add --resume to go on with it.")
+        assert said.endswith("a checkpoint of this phase; resume it (resume=True, --resume) or choose another folder.")
+
+
+def test_python_does_not_overwrite_a_begun_phase_either(tmp_path: Path) -> None:
+    config, run = replace(debug(), discovery="compile"), RunFolder(tmp_path)
+    model, acting = build_model(config), build_meta_controller(config)
+    segmentation = build_compile(config.compile, model, acting.dim_latent, 0)
+    source = generate(config, "discover")
+
+    def new_grids(n: int, generator: torch.Generator) -> PinpadBatch:
+        return task_grids(config.environment, config.post_task, n, generator)
+
+    quiet: dict[str, Any] = {"quiet": True}
+    on_cpu: dict[str, Any] = {"resume": False, "quiet": True, "device": "cpu"}
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "pretrain": [
+            lambda: pretrain(config.pretrain, model, source, run, **quiet),
+            lambda: reproduce_module.run_pretrain(config, run, **on_cpu),
+        ],
+        "discover": [
+            lambda: discover(config.discover, model, acting, source, run, **quiet),
+            lambda: discover_compile(config.compile, model, segmentation, acting, source, run, **quiet),
+        ],
+        "internal_rl": [lambda: internal_rl(config.internal_rl, model, acting, new_grids, run, **quiet)],
+        "raw_action_rl": [lambda: raw_action_rl(config.raw_action_rl, model, new_grids, run, **quiet)],
+    }
+    for phase in calls:
+        run.save_checkpoint(phase, {}, {})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for phase, ways in calls.items():
+        for call in ways:
+            with pytest.raises(ValueError, match=rf"{tmp_path} holds {phase}\.safetensors, .*resume=True.* or choose"):
+                call()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_made_from_python_is_one_for_the_commands_once_it_has_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = debug(), RunFolder(tmp_path)
+    model = pretrain(config.pretrain, build_model(config), generate(config, "pretrain"), run, quiet=True)
+    acting = build_meta_controller(config)
+    discover(config.discover, model, acting, generate(config, "discover"), run, quiet=True)
+    words = ["evaluate", str(tmp_path), "--policy", "prior", "--episodes", "4", "--json", "--device", "cpu"]
+    said = refusal(capsys, *words)
+    mending = f"RunFolder({str(tmp_path)!r}).write_config(config)"
+    assert said.endswith(f"or write the config of a run made from Python by {mending}.")
+    exec(mending, {"RunFolder": RunFolder, "config": config})
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["policy"] == "prior"
 
 
 def test_a_resumed_run_keeps_its_config(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +196,7 @@ def test_a_resumed_run_keeps_its_config(run: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["discover", "{new}"], "has no config.json; name the folder of a run that has been started."),
+        (["discover", "{new}"], "has no config.json; name the folder of a run that has been started, or"),
         (["evaluate", "{run}", "--task", "0-7"], "task 0-7 has unknown color 7"),
         (["evaluate", "{run}", "--task", "blue"], "task 'blue' is not a list of colors"),
         (["evaluate", "{run}", "--episodes", "0"], "episodes is 0; expected at least 1."),

@@ -23,6 +23,7 @@ from metacontroller.run_folder import (
     module_tensors,
     optimizer_meta,
     optimizer_tensors,
+    peak_rss_mb,
 )
 
 
@@ -58,7 +59,7 @@ def test_config_of_a_dictionary_replaces_the_old_one(run: RunFolder):
 
 
 def test_config_missing_or_broken(run: RunFolder):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; name the folder"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; name the folder .*\.write_config\(config\)\."):
         run.read_config()
     run.write_config({})
     (run.path / "config.json").write_text("{")
@@ -109,7 +110,7 @@ def test_crash_before_replacement_leaves_the_old_file_whole(
     assert run.read_summary() == {"seconds": 1}
     tensors, meta = run.load_checkpoint("pretrain")
     assert torch.equal(tensors["w"], torch.zeros(2))
-    assert meta == {"step": 1}
+    assert meta["step"] == 1
     assert sorted(file.name for file in run.path.iterdir()) == ["pretrain.safetensors", "summary.json"]
 
 
@@ -228,6 +229,83 @@ def test_checkpoint_round_trip(run: RunFolder):
     assert loaded_meta["best"] == float("inf")
     assert loaded_meta["lr"] == 0.1 + 0.2
     assert loaded_meta["config"]["inner"] == {"adam_betas": [0.9, 0.999]}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is: one number, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    return now
+
+
+def saved_seconds(run: RunFolder, name: str) -> float:
+    return RunFolder(run.path).load_checkpoint(name)[1]["seconds"]
+
+
+def test_every_checkpoint_says_what_it_took(run: RunFolder, clock: list[float]):
+    run.begin("pretrain", resume=False)
+    clock[0] += 3.0
+    run.save_checkpoint("pretrain", {}, {"step": 1})
+    run.begin("discover", resume=False)
+    clock[0] += 5.0
+    run.save_checkpoint("discover", {}, {"step": 1})
+    clock[0] += 2.0
+    run.save_checkpoint("discover", {}, {"step": 2})
+    assert saved_seconds(run, "pretrain") == 3.0
+    assert saved_seconds(run, "discover") == 7.0
+    assert run.load_checkpoint("pretrain")[1]["peak_rss_mb"] > 0
+
+
+def test_seconds_and_peak_add_up_over_sessions(run: RunFolder, clock: list[float], monkeypatch: pytest.MonkeyPatch):
+    for session, (seconds, peak) in enumerate([(100.0, 70.0), (10.0, 50.0)]):
+        monkeypatch.setattr(run_folder, "peak_rss_mb", lambda peak=peak: peak)
+        again = RunFolder(run.path)
+        clock[0] += 1e6  # between sessions
+        again.begin("phase", resume=True)
+        if session:
+            again.load_checkpoint("phase")
+        clock[0] += seconds
+        again.save_checkpoint("phase", {}, {})
+    assert saved_seconds(run, "phase") == 110.0
+    assert run.load_checkpoint("phase")[1]["peak_rss_mb"] == 70.0
+
+
+def test_work_that_begins_afresh_counts_from_zero(run: RunFolder, clock: list[float]):
+    run.begin("phase", resume=False)
+    clock[0] += 100.0
+    run.save_checkpoint("phase", {}, {})
+    run.load_checkpoint("phase")
+    run.checkpoint_path("phase").unlink()
+    run.begin("phase", resume=False)
+    clock[0] += 1.0
+    run.save_checkpoint("phase", {}, {})
+    assert saved_seconds(run, "phase") == 1.0
+
+
+def test_a_checkpoint_from_before_there_were_seconds_can_be_resumed(run: RunFolder, clock: list[float]):
+    path = run.save_checkpoint("phase", {}, {})
+    save_file({}, path, metadata={"metacontroller": json.dumps({"format": 1, "meta": {"step": 4}})})
+    assert run.load_checkpoint("phase")[1] == {"step": 4, "seconds": 0.0, "peak_rss_mb": 0.0}
+    clock[0] += 2.0
+    run.save_checkpoint("phase", {}, {})
+    assert saved_seconds(run, "phase") == 2.0
+
+
+def test_begun_work_is_not_begun_again(run: RunFolder):
+    run.begin("discover", resume=False)
+    run.save_checkpoint("discover", {}, {})
+    sentence = r"run holds discover\.safetensors, a checkpoint of this phase; resume it \(resume=True, --resume\) or"
+    with pytest.raises(ValueError, match=sentence):
+        run.begin("discover", resume=False)
+    run.begin("discover", resume=True)
+    run.begin("pretrain", resume=False)
+
+
+def test_peak_memory_counts_what_was_held():
+    before = peak_rss_mb()
+    torch.ones(64 * 2**20 // 4).sum()
+    assert peak_rss_mb() >= before > 0
 
 
 def test_checkpoint_that_is_not_there(run: RunFolder):

@@ -120,6 +120,23 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="no space"):
         make_model().save(tmp_path / "model")
     assert_same_weights(Transformer.init_and_load(tmp_path / "model"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_processes_that_save_at_once_do_not_share_a_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts: list[Path] = []
+
+    def watch(tensors: Any, path: Path, metadata: Any) -> None:
+        drafts.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(saving, "save_file", watch)
+    for process in (1, 2):
+        monkeypatch.setattr(saving.os, "getpid", lambda process=process: process)
+        make_model().save(tmp_path / "model")
+    assert drafts[0] != drafts[1]
+    assert {draft.parent for draft in drafts} == {tmp_path}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> None:

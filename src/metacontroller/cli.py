@@ -109,7 +109,7 @@ class Discover(Training):
         run = RunFolder(self.run)
         config, device = read_config(run), device_name(self.device)
         workers = processes(device)
-        refuse_begun(run, "discover", self.resume)
+        run.refuse_begun("discover", resume=self.resume)
         workers.wait()  # until all have seen what was there before
         run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device)
 
@@ -127,7 +127,7 @@ class InternalRL(Training):
         run = RunFolder(self.run)
         config, device = read_config(run), device_name(self.device)
         workers = processes(device)
-        refuse_begun(run, "raw_action_rl" if self.raw else "internal_rl", self.resume)
+        run.refuse_begun("raw_action_rl" if self.raw else "internal_rl", resume=self.resume)
         workers.wait()  # until all have seen what was there before
         phase = run_raw_action_rl if self.raw else run_internal_rl
         phase(config, run, resume=self.resume, quiet=self.quiet, device=device)
@@ -171,7 +171,7 @@ class Evaluate:
         name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
         controlled = load_artefact(MetaController, run, name, device)
         result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
-        found = discovery_figures(config, model, controlled, seed, max(episodes, settings.episodes))
+        found = discovery_figures(config, run, seed, max(episodes, settings.episodes), device)
         return {"run": run.path.name, **result, **found}
 
 
@@ -559,12 +559,6 @@ def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, r
         raise UserError("the seeds of phases derive from the run's; change that with --seed or --seeds.")
     untouched = preset is None and config == laptop()
     return read_config(run) if resume and untouched and (run.path / "config.json").exists() else config
-
-
-def refuse_begun(run: RunFolder, phase: str, resume: bool) -> None:
-    """Raises ValueError if the phase was begun and is not to be resumed."""
-    if run.has_checkpoint(phase) and not resume:
-        raise UserError(f"{run.path} holds {phase}.safetensors of this phase; add --resume to go on with it.")
 
 
 def device_name(device: Device) -> str:

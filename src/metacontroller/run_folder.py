@@ -4,7 +4,8 @@
     summary.json        the run's results
     analyses/NAME.json  what was measured later
     metrics.jsonl       one JSON object a line: phase, step and the numbers logged there; only ever appended to
-    NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them
+    NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them, with the
+                        seconds of work and the peak memory that it took
 
 Whole files are replaced atomically, so that a crash leaves either the old or the new one. Loading reads JSON and
 safetensors only: it never runs code from a file.
@@ -16,6 +17,8 @@ import dataclasses
 import json
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +41,9 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._torn_line_dropped = False
+        self._opened = time.monotonic()
+        self._started: dict[str, float] = {}  # by checkpoint name: when its work began, earlier sessions' included
+        self._peak: dict[str, float] = {}
 
     # -- configuration and results ------------------------------------------------------------------------------------
 
@@ -49,7 +55,10 @@ class RunFolder:
         """Return config.json; MissingFileError if the folder has none."""
         path = self.path / "config.json"
         if not path.exists():
-            raise MissingFileError(f"{self.path} has no config.json; name the folder of a run that has been started.")
+            raise MissingFileError(
+                f"{self.path} has no config.json; name the folder of a run that has been started, or write the config "
+                f"of a run made from Python by RunFolder({str(self.path)!r}).write_config(config)."
+            )
         return _read_object(path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -142,12 +151,36 @@ class RunFolder:
         """Tell whether checkpoint `name` exists."""
         return self.checkpoint_path(name).exists()
 
+    def begin(self, name: str, *, resume: bool) -> None:
+        """Begin the work that checkpoint `name` will hold: its seconds count from here.
+
+        ValueError if the checkpoint exists and is not to be resumed, so that no finished work is lost.
+        """
+        self.refuse_begun(name, resume=resume)
+        self._started[name] = time.monotonic()
+        self._peak.pop(name, None)
+
+    def refuse_begun(self, name: str, *, resume: bool) -> None:
+        """Raise ValueError if checkpoint `name` exists and is not to be resumed."""
+        if self.has_checkpoint(name) and not resume:
+            raise UserError(
+                f"{self.path} holds {name}.safetensors, a checkpoint of this phase; resume it (resume=True, --resume) "
+                "or choose another folder."
+            )
+
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write tensors and the JSON values `meta` into one file, replacing an older checkpoint of that name."""
+        """Write tensors and the JSON values `meta` into one file, replacing an older checkpoint of that name.
+
+        `meta` is given two entries more: `seconds`, since the work began (see `begin`; else since this object was
+        made), those before the checkpoint that was loaded included; and `peak_rss_mb`, the most memory on the way.
+        """
         path = self.checkpoint_path(name)
+        seconds = time.monotonic() - self._started.get(name, self._opened)
+        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
+        meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
         # Copies, because safetensors refuses tensors that share memory.
         copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": dict(meta)}, default=_plain)
+        header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=_plain)
         with _replacing(path) as temporary:
             save_file(copies, temporary, metadata={_HEADER: header})
         return path
@@ -155,7 +188,7 @@ class RunFolder:
     def load_checkpoint(
         self, name: str, device: str | torch.device = "cpu"
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, meta) of a checkpoint.
+        """Return (tensors, meta) of a checkpoint; what is saved under its name from here on adds to its seconds.
 
         Raises MissingFileError if there is none, and ValueError if the file is no whole checkpoint of this format.
         """
@@ -169,7 +202,11 @@ class RunFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
-        return tensors, _checked_meta(path, header)
+        # Files written before every checkpoint held these say nothing of what they took.
+        meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
+        self._started[name] = time.monotonic() - meta["seconds"]
+        self._peak[name] = meta["peak_rss_mb"]
+        return tensors, meta
 
 
 # -- what goes into a checkpoint --------------------------------------------------------------------------------------
@@ -235,6 +272,21 @@ def generator_tensor(generator: torch.Generator) -> Tensor:
 def load_generator(generator: torch.Generator, state: Tensor) -> None:
     """Put back a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
     generator.set_state(state.cpu())
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has had resident, in MB; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage's, this figure is not inherited from the process that started us
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # -- details ----------------------------------------------------------------------------------------------------------

@@ -39,11 +39,14 @@ class Saveable:
     def save(self, path: str | Path) -> None:
         """Writes weights and arguments to one file, replaced only when the new one is whole."""
         target = Path(path)
-        draft = target.with_name(f".{target.name}.tmp")
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
-        save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
-        os.replace(draft, target)
+        try:
+            save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def load(self, path: str | Path, strict: bool = True) -> None:
         """Reads weights into this module; the file must come from a module of the same class.

@@ -4,10 +4,9 @@ import io
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from metacontroller.analysis.summary import RESULTS, combined_summary, environment_facts, peak_rss_mb, results_table
+from metacontroller.analysis.summary import RESULTS, combined_summary, environment_facts, results_table
 
 
 def run(seed: int, success: float) -> dict[str, Any]:
@@ -43,12 +42,6 @@ def test_one_seed_has_no_range_and_a_missing_value_no_row() -> None:
     text = shown({**combined_summary([run(1, 0.9)]), "gate_recall": [None]})
     assert " to " not in text
     assert "recall" not in text
-
-
-def test_peak_memory_counts_what_was_held() -> None:
-    before = peak_rss_mb()
-    torch.ones(64 * 2**20 // 4).sum()
-    assert peak_rss_mb() >= before > 0
 
 
 def test_facts_name_versions_and_hardware_only() -> None:

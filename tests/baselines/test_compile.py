@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from metacontroller.baselines.compile import CompILE, CompileConfig, begin_probability, build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases.parallel import Processes
 from metacontroller.phases.training import OptimizerConfig
 from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
 from metacontroller.run_folder import RunFolder
@@ -87,6 +88,12 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path: Path) -> None:
     for module, other in ((whole, resumed), (acting, resumed_acting)):
         for name, value in module.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "is_main", False)
+    learn(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_it_leaves_behind_can_be_loaded(tmp_path: Path) -> None:

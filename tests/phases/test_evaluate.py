@@ -89,9 +89,10 @@ def test_gate_figures_count_over_all_episodes_and_not_per_batch(
 ) -> None:
     source: Callable = generate(CONFIG, "discover")
     monkeypatch.setattr(module, "MAX_BATCH", 7)
-    beta, fresh = gate_on_new_layouts(model, meta_controller, source, 20, seed=3)
+    beta, code, fresh = gate_on_new_layouts(model, meta_controller, source, 20, seed=3)
     assert fresh.segments is not None
     assert beta.shape == fresh.actions.shape
+    assert code.shape == (*beta.shape, CONFIG.meta_controller.dim_latent)
     expected = gate_alignment(beta, fresh.segments, fresh.lengths)
     measured = gate_figures(model, meta_controller, source, 20, seed=3)
     assert measured == {name: pytest.approx(float(value)) for name, value in expected.items()}
@@ -104,10 +105,11 @@ def test_gate_values_of_an_episode_do_not_depend_on_its_batch(model: Transformer
     with torch.no_grad():  # no noise in the codes
         readout.weight[CONFIG.meta_controller.dim_latent :] = 0.0
         readout.bias[CONFIG.meta_controller.dim_latent :] = -20.0
-    whole, fresh = gate_on_new_layouts(model, quiet, source, 12, seed=3)
+    whole, codes, fresh = gate_on_new_layouts(model, quiet, source, 12, seed=3)
     row = int(fresh.lengths.argmin())
     length = int(fresh.lengths[row])
     alone = fresh.index(torch.tensor([row]))
     with torch.no_grad():
-        beta = quiet.discover_episodes(model, alone.states, alone.actions, alone.lengths).beta
-    torch.testing.assert_close(whole[row, :length], beta[0, :length], atol=1e-5, rtol=1e-4)
+        output = quiet.discover_episodes(model, alone.states, alone.actions, alone.lengths)
+    torch.testing.assert_close(whole[row, :length], output.beta[0, :length], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(codes[row, :length], output.z[0, :length], atol=1e-3, rtol=1e-3)  # noise of e^-10

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from metacontroller.analysis import figures
+from metacontroller.cli import main
 from metacontroller.phases import reproduce as module
-from metacontroller.phases.reproduce import PHASES, TimedRun, in_processes, reproduce, run_phase
+from metacontroller.phases.reproduce import PHASES, in_processes, reproduce, run_phase
 from metacontroller.presets.gridworld import debug, with_seed
 from metacontroller.run_folder import RunFolder
 
@@ -174,15 +175,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         reproduce(debug(), tmp_path, resume=True)
 
 
-def test_seconds_add_up_over_sessions(tmp_path: Path) -> None:
-    first = TimedRun(tmp_path)
-    first.save_checkpoint("phase", {"x": torch.zeros(1)}, {"seconds": 100.0})
-    first._spent["phase"] = 100.0
-    first.save_checkpoint("phase", {"x": torch.zeros(1)}, {})
-    second = TimedRun(tmp_path)
-    second.load_checkpoint("phase")
-    second.save_checkpoint("phase", {"x": torch.zeros(1)}, {})
-    assert 100.0 < second.load_checkpoint("phase")[1]["seconds"] < 110.0
+def test_phases_done_by_their_own_commands_are_part_of_a_reproduction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
+    folder = tmp_path / "seed-0"
+    for command in (["pretrain", "--preset", "debug"], ["discover"]):
+        assert main([command[0], str(folder), *command[1:], "--quiet", "--device", "cpu"]) == 0
+    costs = {phase: RunFolder(folder).load_checkpoint(phase)[1] for phase in ("pretrain", "discover")}
+    for cost in costs.values():
+        assert cost["seconds"] > 0
+        assert cost["peak_rss_mb"] > 50
+    summary = module.reproduce_seed(debug(), folder, quiet=True)
+    for phase, cost in costs.items():
+        assert summary["phase_seconds"][phase] == cost["seconds"]
 
 
 def test_it_says_what_runs_until_its_end(

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metacontroller.analysis.switching import subgoal_changes
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.evaluate import gate_on_new_layouts
-from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed
+from metacontroller.phases.evaluate import HeldOutGate
+from metacontroller.presets.gridworld import GridworldConfig
 from metacontroller.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -30,11 +28,11 @@ def require_matplotlib() -> None:
         raise UserError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
 
 
-def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], device: str) -> None:
-    """All figures of one finished seed."""
+def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], gate: HeldOutGate) -> None:
+    """All figures of one finished seed, ``gate`` along `GATE_EPISODES` held-out episodes."""
     folder = run.path / "figures"
     save_figure(losses_figure(run), folder / "losses.png")
-    save_figure(gate_figure(config, run, device), folder / "gate.png")
+    save_figure(gate_figure(gate), folder / "gate.png")
     save_figure(success_figure([run], config), folder / "success.png")
     save_figure(
         codes_figure(torch.tensor(measured["code_color_share"]), measured["code_subgoal_bits"]), folder / "codes.png"
@@ -55,23 +53,21 @@ def losses_figure(run: RunFolder) -> Figure:
     left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
     steps = _column(discovery, "step")
     right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
-    right.plot(steps, _column(discovery, "kl"), color="C1", label="KL of the codes")
+    cost = "code_kl" if any("code_kl" in line for line in discovery) else "kl"  # CompILE's, the metacontroller's
+    right.plot(steps, _column(discovery, cost), color="C1", label="KL of the codes")
     right.set(title="Discovery", xlabel="update", ylabel="nats per step", yscale="log")
     right.legend(frameon=False)
     return figure
 
 
-def gate_figure(config: GridworldConfig, run: RunFolder, device: str) -> Figure:
-    """The gate over time against true subgoal changes, on a handful of new episodes (as Fig. 6)."""
-    model = Transformer.init_and_load(run.path / "base_model.safetensors").to(device)
-    meta_controller = MetaController.init_and_load(run.path / "meta_controller.safetensors").to(device)
-    seed = stream_seed(config.seed, "evaluate")
-    beta, fresh = gate_on_new_layouts(model, meta_controller, generate(config, "discover"), GATE_EPISODES, seed)
+def gate_figure(gate: HeldOutGate) -> Figure:
+    """The gate over time against true subgoal changes, a held-out episode a row (as Fig. 6)."""
+    beta, fresh = gate.beta, gate.episodes
     assert fresh.segments is not None
     assert fresh.subgoals is not None
     changes = subgoal_changes(fresh.segments, fresh.lengths)
-    figure = figure_of_size(8.0, 1.1 * GATE_EPISODES + 0.6)
-    axes: Sequence[Axes] = figure.subplots(GATE_EPISODES, 1, sharex=True, sharey=True)
+    figure = figure_of_size(8.0, 1.1 * len(beta) + 0.6)
+    axes: Sequence[Axes] = figure.subplots(len(beta), 1, sharex=True, sharey=True)
     for row, ax in enumerate(axes):
         length = int(fresh.lengths[row])
         for change in changes[row, :length].nonzero().flatten().tolist():

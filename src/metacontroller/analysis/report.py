@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from metacontroller.analysis import figures
 from metacontroller.analysis.study_figures import BASELINES, CONTROLS, study_figures
 from metacontroller.analysis.summary import variant_rows
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import format_task
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import noise_generator
-from metacontroller.presets.gridworld import GridworldConfig, from_json, generate, stream_seed
+from metacontroller.phases.reproduce import BASE_MODEL, gate_of_run, gate_to_draw, load_artefact, read_config
+from metacontroller.presets.gridworld import GridworldConfig, stream_seed
 from metacontroller.run_folder import RunFolder
 
 PLAYER_EPISODES = 8
@@ -89,8 +88,8 @@ def write_report(paths: Sequence[Path], out: Path, *, device: str = "cpu") -> Pa
             raise UserError(
                 f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first."
             )
-        config = from_json(folder.read_config())
         runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
+        config = read_config(runs[0])
         parts.append(_section(folder, config, summary, runs, device))
         players.append(player_data(config, runs[0], device))
     page = resources.files("metacontroller.analysis").joinpath("report.html").read_text(encoding="utf-8")
@@ -115,7 +114,7 @@ def _section(
     name, seeds, first = folder.path.name, len(runs), runs[0]
     drawn = {
         "Success against episodes, median and quartiles over seeds": figures.success_figure(runs, config),
-        "Gate and true subgoal changes, first seed": figures.gate_figure(config, first, device),
+        "Gate and true subgoal changes, first seed": figures.gate_figure(gate_to_draw(config, first, device)),
         "Losses, first seed": figures.losses_figure(first),
         "What a fixed code leads to, first seed": figures.codes_figure(
             torch.tensor(first.read_summary()["code_color_share"]), first.read_summary()["code_subgoal_bits"]
@@ -199,16 +198,11 @@ def _player(name: str) -> str:
 def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
     """New episodes of experts, with gate, code in its two main axes, true subgoal, and the probe's belief if there is
     one: lists with an entry a step, ready for JSON."""
-    model = Transformer.init_and_load(run.path / "base_model.safetensors").to(device).eval()
-    steering = MetaController.init_and_load(run.path / "meta_controller.safetensors").to(device).eval()
-    noise = noise_generator(stream_seed(config.seed, "analyse"), torch.device(device))
-    batch = generate(config, "discover")(PLAYER_EPISODES, noise)
+    gate = gate_of_run(config, run, PLAYER_EPISODES, stream_seed(config.seed, "analyse"), device)
+    batch = gate.episodes
     assert batch.subgoals is not None
-    output = steering.discover_episodes(
-        model, batch.states, batch.actions, batch.lengths, noise=steering.draw_noise(batch.batch, batch.steps, noise)
-    )
-    code = main_axes(output.z, batch.mask())
-    belief = _belief(run, model, batch.states, batch.actions)
+    code = main_axes(gate.code, batch.mask())
+    belief = _belief(run, batch.states, batch.actions)
     episodes = []
     for row, length in enumerate(batch.lengths.tolist()):
         goals = batch.subgoals[row, :length].tolist()
@@ -219,7 +213,7 @@ def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[st
                 "objects": batch.states[row, 0, :-1].tolist(),
                 "agents": batch.states[row, : length + 1, -1].tolist(),
                 "subgoals": goals,
-                "gate": _rounded(output.beta[row, :length]),
+                "gate": _rounded(gate.beta[row, :length]),
                 "code": _rounded(code[row, :length]),
                 "belief": None if belief is None else _rounded(belief[row, :length]),
             }
@@ -235,10 +229,11 @@ def main_axes(z: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 2 - flat.shape[-1]))
 
 
-def _belief(run: RunFolder, model: Transformer, states: Tensor, actions: Tensor) -> Tensor | None:
-    """(b, t, subgoals): what the probe at the controlled layer makes of each step; None without probes."""
+def _belief(run: RunFolder, states: Tensor, actions: Tensor) -> Tensor | None:
+    """(b, t, subgoals): what the probe at the base model's controlled layer makes of each step; None without probes."""
     if not run.has_checkpoint("probes"):
         return None
+    model: Transformer = load_artefact(Transformer, run, BASE_MODEL, str(states.device)).eval()
     tensors, _ = run.load_checkpoint("probes", states.device)
     layer = len(model.lower_body.blocks)
     weight, bias = tensors[f"probes.{layer}.weight"], tensors[f"probes.{layer}.bias"]

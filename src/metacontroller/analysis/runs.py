@@ -13,9 +13,15 @@ from metacontroller.analysis.switching import gate_report
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.evaluate import gate_on_new_layouts
 from metacontroller.phases.pretrain import snapshot_path
-from metacontroller.phases.reproduce import BASE_MODEL, META_CONTROLLER, load_artefact, read_config, steered_model
+from metacontroller.phases.reproduce import (
+    BASE_MODEL,
+    META_CONTROLLER,
+    gate_of_run,
+    load_artefact,
+    read_config,
+    steered_model,
+)
 from metacontroller.presets.gridworld import build_model, generate, stream_seed
 from metacontroller.run_folder import RunFolder, module_tensors
 
@@ -94,13 +100,7 @@ def inject_run(run: RunFolder, *, walks: int, device: str) -> Found:
 def gate_run(run: RunFolder, *, episodes: int, device: str) -> Found:
     """The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3)."""
     config = read_config(run)
-    beta, fresh = gate_on_new_layouts(
-        steered_model(config, run, device),
-        load_artefact(MetaController, run, META_CONTROLLER, device),
-        generate(config, "discover"),
-        episodes,
-        stream_seed(config.seed, "analyse"),
-    )
+    beta, _, fresh = gate_of_run(config, run, episodes, stream_seed(config.seed, "analyse"), device)
     if fresh.segments is None:
         raise UserError("the episodes carry no segments; give a source that labels subgoals.")
     return _written(run, "gate", {**gate_report(beta, fresh.segments, fresh.lengths), "episodes": episodes})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -90,21 +89,6 @@ def _add_row(table: Table, label: str, values: Sequence[float], form: str) -> No
     if len(table.columns) > 2:
         cells.append(f"{form.format(min(values))} to {form.format(max(values))}")
     table.add_row(label, *cells)
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has had resident, in MB; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this figure is not inherited from the process that started us
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _version(package: str) -> str | None:

@@ -35,6 +35,7 @@ from metacontroller.errors import UserError
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import EmbeddedView
+from metacontroller.phases.parallel import processes
 from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
 from metacontroller.run_folder import RunFolder
 from metacontroller.saving import Saveable
@@ -151,7 +152,8 @@ def discover_compile(
     """Trains ``segmentation`` and the ``meta_controller`` that acts for it, in place, on a frozen ``model``.
 
     Writes ``compile.safetensors`` and ``meta_controller.safetensors`` to the run; of the latter only gate, history and
-    controller are trained. embedded_view: how the segmentation sees each batch of states, as of `discover`.
+    controller are trained. embedded_view: how the segmentation sees each batch of states, as of `discover`. Without
+    ``resume`` ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
     acting = (meta_controller.norm, meta_controller.history, meta_controller.switching, meta_controller.controller)
@@ -160,7 +162,7 @@ def discover_compile(
     def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
         noise = segmentation.segmenter.draw_noise(batch.batch, batch.steps, generator)
         states = batch.states if embedded_view is None else embedded_view(batch.states, generator)
-        return {**noise._asdict(), "states": states}
+        return {**noise._asdict(), "states": states, "later_share": _later_share(batch.lengths).expand(batch.batch)}
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         mask, lengths = batch.mask(), batch.lengths
@@ -175,7 +177,10 @@ def discover_compile(
         beta = begin_probability(meta_controller, residual, code.detach())
         later = length_mask(lengths, batch.steps) & (torch.arange(batch.steps, device=mask.device) > 0)
         imitation = F.binary_cross_entropy(beta.clamp(1e-6, 1 - 1e-6), begin, reduction="none")
-        begin_loss = masked_mean(imitation, later)
+        # A mean over all steps but the first ones. `train` weights a process by its share of all real steps; the
+        # factor, 1 in a single process, makes that the share of these steps.
+        weight = _later_share(lengths) / drawn["later_share"][0]
+        begin_loss = masked_mean(imitation, later) * weight
         loss = action_loss + config.alpha_code_at(step) * code_kl + config.alpha_place * place_kl + begin_loss
         metrics = {"action_loss": action_loss, "code_kl": code_kl, "place_kl": place_kl, "begin_loss": begin_loss}
         if batch.segments is not None:
@@ -198,6 +203,12 @@ def discover_compile(
         resume=resume,
         quiet=quiet,
     )
-    segmentation.save(run.path / "compile.safetensors")
-    meta_controller.save(run.path / "meta_controller.safetensors")
+    if processes(next(model.parameters()).device.type).is_main:
+        segmentation.save(run.path / "compile.safetensors")
+        meta_controller.save(run.path / "meta_controller.safetensors")
     return meta_controller
+
+
+def _later_share(lengths: Tensor) -> Tensor:
+    """Share of the real steps of episodes of ``lengths`` (b,) that are not the first: a scalar that may divide."""
+    return ((lengths - 1).sum() / lengths.sum()).clamp_min(1e-9)

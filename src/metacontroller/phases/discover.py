@@ -80,6 +80,7 @@ def discover(
     subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
     At the end one held-out batch is judged (`phases.diagnostics`): analyses/diagnostics.json holds what was measured
     and the warnings, which are also printed to standard error unless ``quiet``.
+    Without ``resume`` ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
 

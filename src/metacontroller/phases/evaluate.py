@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.analysis.switching import gate_alignment
+from metacontroller.baselines.compile import CompILE, begin_probability
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
@@ -75,6 +76,23 @@ def evaluate(
     }
 
 
+class HeldOutGate(NamedTuple):
+    """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
+    ``episodes`` of experts; in their padding anything finite."""
+
+    beta: Tensor
+    code: Tensor
+    episodes: Trajectories
+
+    def figures(self) -> dict[str, float]:
+        """gate_recall, gate_precision and gate_binary_fraction over all episodes together; ValueError if they carry no
+        segments."""
+        segments, lengths = self.episodes.segments, self.episodes.lengths
+        if segments is None:
+            raise UserError("the episodes carry no segments; give a source that labels subgoals.")
+        return {name: float(value) for name, value in gate_alignment(self.beta, segments, lengths).items()}
+
+
 @torch.no_grad()
 def gate_on_new_layouts(
     model: Transformer,
@@ -82,19 +100,30 @@ def gate_on_new_layouts(
     generate: Generate,
     episodes: int,
     seed: int,
-) -> tuple[Tensor, Trajectories]:
-    """beta (b, t) along fresh episodes of ``generate``, and those episodes."""
+    *,
+    segmentation: CompILE | None = None,
+) -> HeldOutGate:
+    """The gate along fresh episodes of ``generate``: in discovery, where proposals see the whole episode, or, of a
+    metacontroller that acts for a ``segmentation``, the causal gate along the codes of its likeliest segments."""
     device = next(model.parameters()).device
     generator, noise = torch.Generator().manual_seed(seed), noise_generator(seed, device)
     meta_controller.eval()
     fresh = generate(episodes, generator).to(device)
-    betas = []
+    betas, codes = [], []
     for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
         batch = fresh.index(rows)
-        drawn = meta_controller.draw_noise(batch.batch, batch.steps, noise)
-        output = meta_controller.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=drawn)
-        betas.append(F.pad(output.beta, (0, fresh.steps - batch.steps)))
-    return torch.cat(betas), fresh
+        if segmentation is None:
+            drawn = meta_controller.draw_noise(batch.batch, batch.steps, noise)
+            output = meta_controller.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=drawn)
+            beta, code = output.beta, output.z
+        else:
+            code = segmentation(batch.states, batch.lengths).code_at()
+            beta = begin_probability(meta_controller, model.residual(batch.states, batch.actions), code)
+            beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
+        left = fresh.steps - batch.steps
+        betas.append(F.pad(beta, (0, left)))
+        codes.append(F.pad(code, (0, 0, 0, left)))
+    return HeldOutGate(torch.cat(betas), torch.cat(codes), fresh)
 
 
 def gate_figures(
@@ -105,10 +134,7 @@ def gate_figures(
     seed: int,
 ) -> dict[str, float]:
     """gate_recall, gate_precision and gate_binary_fraction over all of ``episodes`` fresh episodes together."""
-    beta, fresh = gate_on_new_layouts(model, meta_controller, generate, episodes, seed)
-    if fresh.segments is None:
-        raise UserError("the episodes carry no segments; give a source that labels subgoals.")
-    return {name: float(value) for name, value in gate_alignment(beta, fresh.segments, fresh.lengths).items()}
+    return gate_on_new_layouts(model, meta_controller, generate, episodes, seed).figures()
 
 
 def batch_sizes(total: int) -> list[int]:

@@ -103,6 +103,7 @@ def internal_rl(
     """Trains the policy of ``meta_controller`` in place on episodes from ``new_grids(n, generator)``.
 
     Writes the metacontroller, of which only the policy has changed, to ``internal_rl_policy.safetensors`` in the run.
+    Without ``resume`` ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
     meta_controller.eval()
@@ -138,7 +139,8 @@ def raw_action_rl(
 ) -> Transformer:
     """The baseline: the same clipped surrogate on the base model's own actions.
 
-    Trains ``model`` in place: give a copy. Writes it to ``raw_action_model.safetensors`` in the run.
+    Trains ``model`` in place: give a copy. Writes it to ``raw_action_model.safetensors`` in the run. Without ``resume``
+    ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
 
@@ -194,6 +196,7 @@ def _reinforce(
     )
     workers = learner.processes
     episodes = workers.share(config.batch_size, config.minibatches)
+    run.begin(phase, resume=resume)
     first = learner.restore(run, phase)[0] if resume else 0
     if workers.is_main:
         run.rewind_metrics(phase, first)

@@ -48,7 +48,7 @@ def pretrain(
     quiet: bool = False,
 ) -> Transformer:
     """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run, and
-    snapshots, see `snapshot_path`."""
+    snapshots, see `snapshot_path`. Without ``resume`` ValueError if the run holds a checkpoint of this phase."""
     weight = config.state_loss_weight
     is_main = processes(next(model.parameters()).device.type).is_main
 

@@ -15,24 +15,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metacontroller.analysis import figures
 from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
-from metacontroller.analysis.summary import combined_summary, environment_facts, peak_rss_mb
-from metacontroller.baselines.compile import build_compile, discover_compile
+from metacontroller.analysis.summary import combined_summary, environment_facts
+from metacontroller.baselines.compile import CompILE, build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
-from metacontroller.phases.evaluate import evaluate, gate_figures
+from metacontroller.phases.evaluate import HeldOutGate, evaluate, gate_on_new_layouts
 from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.pretrain import pretrain
@@ -47,7 +46,7 @@ from metacontroller.presets.gridworld import (
     with_seed,
 )
 from metacontroller.progress import announce
-from metacontroller.run_folder import RunFolder
+from metacontroller.run_folder import RunFolder, peak_rss_mb
 
 RL_PHASES = ("internal_rl", "raw_action_rl")
 PHASES = ("pretrain", "discover", *RL_PHASES)
@@ -56,6 +55,7 @@ BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
 COTRAINED_MODEL = "cotrained_model"
 META_CONTROLLER = "meta_controller"
+SEGMENTATION = "compile"
 POLICY = "internal_rl_policy"
 
 _MADE_BY = {
@@ -63,34 +63,9 @@ _MADE_BY = {
     RAW_MODEL: "internal-rl --raw",
     COTRAINED_MODEL: "discover",
     META_CONTROLLER: "discover",
+    SEGMENTATION: "discover",
     POLICY: "internal-rl",
 }
-
-
-class TimedRun(RunFolder):
-    """A run folder whose checkpoints also say how many seconds went into them and the peak memory on the way."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
-        self._spent: dict[str, float] = {}
-        self._peak: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    def start_clock(self) -> None:
-        """The next checkpoint counts time from here."""
-        self._began = time.monotonic()
-
-    def load_checkpoint(
-        self, name: str, device: str | torch.device = "cpu"
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, meta = super().load_checkpoint(name, device)
-        self._spent[name], self._peak[name] = meta.get("seconds", 0.0), meta.get("peak_rss_mb", 0.0)
-        return tensors, meta
-
-    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        seconds = self._spent.get(name, 0.0) + time.monotonic() - self._began
-        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
-        return super().save_checkpoint(name, tensors, {**meta, "seconds": seconds, "peak_rss_mb": peak})
 
 
 # -- one phase of a run folder ----------------------------------------------------------------------------------------
@@ -111,6 +86,7 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
 
 def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> Transformer:
     """Phase 1 in a run folder; writes config.json too."""
+    run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
     model = build_model(config).to(device)
     if processes(device).is_main:
         run.write_config(config)
@@ -187,7 +163,7 @@ def reproduce_seed(
 
     side_by_side: the two kinds of RL in a process each, with one thread each.
     """
-    run = TimedRun(folder)
+    run = RunFolder(folder)
     if finished := run.read_summary():
         return finished
     for phase in ("pretrain", "discover"):
@@ -200,7 +176,7 @@ def reproduce_seed(
     began = time.monotonic()
     measured = measure(config, run, device, quiet)
     announce("figures of the run", quiet)
-    figures.draw_run(config, run, measured, device)
+    figures.draw_run(config, run, measured, gate_to_draw(config, run, device))
     summary = {
         "seed": config.seed,
         **measured,
@@ -228,31 +204,54 @@ def _costs(run: RunFolder, evaluation_seconds: float, side_by_side: bool) -> dic
 
 def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, device: str) -> None:
     """One phase, resumed if it was begun."""
-    run = TimedRun(folder)
-    run.start_clock()
+    run = RunFolder(folder)
     RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
 
 
+def gate_of_run(config: GridworldConfig, run: RunFolder, episodes: int, seed: int, device: str) -> HeldOutGate:
+    """The gate that acts in a run, along ``episodes`` held-out ones of experts: whatever says something about a run's
+    gate reads it here.
+
+    After CompILE, codes and boundaries are its own and the gate is the one that learned to tell them from the past;
+    the metacontroller's acausal encoder was never trained.
+    """
+    segmentation = load_artefact(CompILE, run, SEGMENTATION, device) if config.discovery == "compile" else None
+    return gate_on_new_layouts(
+        steered_model(config, run, device),
+        load_artefact(MetaController, run, META_CONTROLLER, device),
+        generate(config, "discover"),
+        episodes,
+        seed,
+        segmentation=segmentation,
+    )
+
+
+def gate_to_draw(config: GridworldConfig, run: RunFolder, device: str) -> HeldOutGate:
+    """The handful of episodes that the figure of the gate shows."""
+    return gate_of_run(config, run, figures.GATE_EPISODES, stream_seed(config.seed, "evaluate"), device)
+
+
 def discovery_figures(
-    config: GridworldConfig, model: Transformer, controlled: MetaController, seed: int, episodes: int
+    config: GridworldConfig, run: RunFolder, seed: int, episodes: int, device: str
 ) -> dict[str, float]:
     """What discovery is judged by, on ``episodes`` new ones: how the gate meets subgoals, and what fixed codes tell."""
-    settings = config.evaluate
+    model, settings = steered_model(config, run, device), config.evaluate
     meaning = code_subgoal_bits(
         model,
-        controlled,
+        load_artefact(MetaController, run, META_CONTROLLER, device),
         config.environment,
         codes=settings.codes,
         layouts_per_code=settings.layouts_per_code,
         generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
     )
-    gate = gate_figures(model, controlled, generate(config, "discover"), episodes, seed)
-    return {**gate, "code_subgoal_bits": meaning.bits}
+    gate = gate_of_run(config, run, episodes, seed, device)
+    return {**gate.figures(), "code_subgoal_bits": meaning.bits}
 
 
 def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -> dict[str, Any]:
     """What a finished run is judged by, all of it on new layouts."""
     base = load_artefact(Transformer, run, BASE_MODEL, device)
+    steered = steered_model(config, run, device)
     raw = load_artefact(Transformer, run, RAW_MODEL, device)
     controlled = load_artefact(MetaController, run, POLICY, device)
     settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
@@ -265,7 +264,7 @@ def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -
     announce("evaluate: what codes mean", quiet)
     generator = torch.Generator(device).manual_seed(seed)
     meaning = code_subgoal_bits(
-        base,
+        steered,
         controlled,
         config.environment,
         codes=settings.codes,
@@ -277,15 +276,15 @@ def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -
         base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
     )
     rates = {
-        "internal_rl_success": success(base, "internal-rl"),
+        "internal_rl_success": success(steered, "internal-rl"),
         "raw_action_success": success(raw, "raw"),
-        "prior_success": success(base, "prior"),
+        "prior_success": success(steered, "prior"),
         "raw_initial_success": success(base, "base"),
     }
     announce("evaluate: the gate against subgoals", quiet)
     return {
         **rates,
-        **gate_figures(base, controlled, generate(config, "discover"), settings.episodes, seed),
+        **gate_of_run(config, run, settings.episodes, seed, device).figures(),
         "code_subgoal_bits": meaning.bits,
         "unseen_transition_share": unseen,
         "code_color_share": meaning.share.tolist(),

@@ -34,7 +34,7 @@ from metacontroller.phases.reproduce import (
     BASE_MODEL,
     META_CONTROLLER,
     POLICY,
-    TimedRun,
+    SEGMENTATION,
     copy_artefact,
     load_artefact,
     read_config,
@@ -309,7 +309,7 @@ def analyse(run: RunFolder, study: StudyConfig, device: str) -> None:
 def run_variant(out: Path, cell: Cell, study: StudyConfig, device: str) -> None:
     """Its phases, resumed if they were begun, and its summary."""
     variant = variants(read_config(RunFolder(out)), study)[cell.what]
-    config, run = with_seed(variant.config, cell.seed), TimedRun(cell.folder(out))
+    config, run = with_seed(variant.config, cell.seed), RunFolder(cell.folder(out))
     source = RunFolder(out / f"seed-{cell.seed}")
     phases = ["discover"]
     run.write_config(config)
@@ -340,7 +340,7 @@ def measure_variant(config: GridworldConfig, run: RunFolder, device: str, *, rei
     controlled = load_artefact(MetaController, run, META_CONTROLLER, device)
     source = generate(config, "discover")
     if config.discovery == "compile":
-        segmentation = CompILE.init_and_load(run.path / "compile.safetensors").to(device)
+        segmentation = load_artefact(CompILE, run, SEGMENTATION, device)
         found = rate_distortion_of_segments(model, segmentation, controlled, source, settings.episodes, seed)
     else:
         found = rate_distortion(model, controlled, source, settings.episodes, seed)

@@ -30,6 +30,7 @@ from metacontroller.phases.reproduce import (
     META_CONTROLLER,
     POLICY,
     RUN_PHASE,
+    SEGMENTATION,
     copy_artefact,
     discovery_figures,
     load_artefact,
@@ -105,7 +106,7 @@ def run_cell(out: Path, cell: Cell, device: str) -> None:
     config = cell_config(read_config(RunFolder(out)), cell)
     run.write_config(config)
     if cell.parent:
-        for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER):
+        for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION):
             copy_artefact(artefact, out / cell.parent.folder, run.path)
     phase = "pretrain" if cell.alpha is None else "discover" if cell.lr is None else "internal_rl"
     RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
@@ -116,14 +117,12 @@ def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -
     """What the cell's phase is judged by, on new layouts."""
     if cell.alpha is None:
         return {}
-    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
-    model = steered_model(config, run, device)
-    controlled = load_artefact(MetaController, run, META_CONTROLLER if cell.lr is None else POLICY, device)
-    if cell.lr is not None:
-        task, episodes = config.post_task, settings.episodes
-        result = evaluate(model, controlled, config.environment, "internal-rl", task, episodes, seed)
-        return {"internal_rl_success": result["success"]}
-    return discovery_figures(config, model, controlled, seed, settings.episodes)
+    episodes, seed = config.evaluate.episodes, stream_seed(config.seed, "evaluate")
+    if cell.lr is None:
+        return discovery_figures(config, run, seed, episodes, device)
+    model, policy = steered_model(config, run, device), load_artefact(MetaController, run, POLICY, device)
+    result = evaluate(model, policy, config.environment, "internal-rl", config.post_task, episodes, seed)
+    return {"internal_rl_success": result["success"]}
 
 
 # -- all cells --------------------------------------------------------------------------------------------------------

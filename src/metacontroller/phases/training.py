@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,8 @@ def train(
     drawn. Several processes share each batch, see `phases.parallel`.
     Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
     if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
-    the steps since the checkpoint. A finished phase is not trained again.
+    the steps since the checkpoint. A finished phase is not trained again; without ``resume`` ValueError if ``run``
+    holds a checkpoint of the phase.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -230,6 +231,7 @@ def train(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    run.begin(phase, resume=resume)
     first, tensors = learner.restore(run, phase) if resume else (0, {})
     if 0 < first < config.steps:
         stream.restore(tensors)
@@ -264,13 +266,16 @@ def train(
 
 
 def _own_share(batch: Trajectories, drawn: Drawn, workers: Processes) -> tuple[Trajectories, Drawn, Tensor | float]:
-    """This process's rows of a batch and of what was drawn for it, and their share of the batch's real steps."""
+    """This process's rows of a batch and of what was drawn for it, and their share of the batch's real steps.
+
+    The rows keep the batch's T, so that what was drawn fits them whichever of its axes are time. Episodes of a batch
+    are of similar length: cutting to the longest of the rows would save next to nothing.
+    """
     rows = workers.rows(batch.batch)
     if rows is None:
         return batch, drawn, 1.0
     rows = rows.to(batch.lengths.device)
-    part = batch.index(rows)
-    # what has an entry for every step (or every state) is cut like the batch
-    cut = batch.steps - part.steps
-    own = {name: value[rows, : value.shape[1] - cut] for name, value in drawn.items()}
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    part = replace(batch, **{name: value[rows] for name, value in values.items() if value is not None})
+    own = {name: value[rows] for name, value in drawn.items()}
     return part, own, part.lengths.sum() / batch.lengths.sum()
