@@ -296,7 +296,7 @@ def field_texts(kind: type) -> dict[str, str]:
     """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is."""
     texts: dict[str, str] = {}
     for cls in reversed([cls for cls in kind.__mro__ if is_dataclass(cls)]):
-        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        body: list[Any] = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
         hints = get_type_hints(cls)
         for line, below in zip(body, [*body[1:], None], strict=True):
             if not isinstance(line, ast.AnnAssign) or line.target.id not in {field.name for field in fields(cls)}:
