@@ -19,7 +19,7 @@ from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
-from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, check_tasks
+from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks, subgoal_vocabulary
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
 from metacontroller.phases.internal_rl import InternalRLConfig
@@ -141,7 +141,8 @@ def _paper_compile() -> CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GridworldConfig:
-    """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve.
+    """Everything a run needs. tasks: of the behaviour data; post_task: the one that reinforcement learning must solve;
+    colors_per_subgoal: colors of a task that make one of its subgoals, by which episodes are labelled and measured.
 
     expert, discovery_expert: who made the data of pretraining and of discovery. raw_action_rl: the baseline's settings.
     turned_embedding: whether discovery's sequence embedder sees each episode on a board turned and mirrored at random
@@ -161,6 +162,7 @@ class GridworldConfig:
     internal_rl: InternalRLConfig
     raw_action_rl: InternalRLConfig
     evaluate: EvaluateConfig
+    colors_per_subgoal: int = 1
     turned_embedding: bool = False
     discovery: Literal["metacontroller", "compile"] = "metacontroller"
     compile: CompileConfig = field(default_factory=_paper_compile)
@@ -168,6 +170,7 @@ class GridworldConfig:
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
+        subgoals(self)  # refuses tasks that are not made of whole subgoals
         if self.discovery not in ("metacontroller", "compile"):
             raise ValueError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
         if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
@@ -235,9 +238,16 @@ def build_meta_controller(config: GridworldConfig) -> MetaController:
         return MetaController(config.model.dim, **vars(config.meta_controller))
 
 
+def subgoals(config: GridworldConfig) -> tuple[Task, ...]:
+    """The subgoals of the tasks of training and post-training, each as its colors; indices and labels refer to it."""
+    tasks = [*config.tasks, config.post_task]
+    return subgoal_vocabulary(tasks, config.colors_per_subgoal, config.environment.num_colors)
+
+
 def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) -> Generate:
     """The source of one phase's episodes: ``generate(config, "discover")(n, generator)`` returns n fresh ones."""
     expert = {"pretrain": config.expert, "discover": config.discovery_expert}[which]
+    vocabulary = subgoals(config)
 
     def source(n: int, generator: torch.Generator) -> Trajectories:
         return expert_trajectories(
@@ -247,6 +257,7 @@ def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) ->
             generator=generator,
             tie_break=expert.tie_break,
             epsilon=expert.epsilon,
+            subgoals=vocabulary,
             device=generator.device,
         )
 
@@ -356,6 +367,7 @@ def paper() -> GridworldConfig:
         environment=PinpadConfig(size=7, num_colors=8, num_walls=4, max_steps=100),  # G, O, W, T
         tasks=TABLE_A1,  # table A1
         post_task=A1_POST,  # table A1
+        colors_per_subgoal=2,  # the same table: the pairs 0-1, 2-3, 4-5 and 6-7
         expert=ExpertConfig(tie_break="random", epsilon=0.0),  # stochastic shortest paths; 0 unless studied
         discovery_expert=ExpertConfig(tie_break="random", epsilon=0.0),
         model=ModelConfig(  # D.1: 6 blocks, controlled at mid-depth
