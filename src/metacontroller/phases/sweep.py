@@ -20,21 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.phases.cells import in_own_processes
-from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     COTRAINED_MODEL,
     META_CONTROLLER,
-    POLICY,
     RUN_PHASE,
+    LoadedRun,
     copy_artefact,
     discovery_figures,
-    load_artefact,
+    evaluate_run,
     open_folder,
     read_config,
-    steered_model,
 )
 from metacontroller.presets.gridworld import GridworldConfig, stream_seed, with_seed
 from metacontroller.progress import track
@@ -115,14 +112,11 @@ def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -
     """What the cell's phase is judged by, on new layouts."""
     if cell.alpha is None:
         return {}
-    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
-    model = steered_model(config, run, device)
-    controlled = load_artefact(MetaController, run, META_CONTROLLER if cell.lr is None else POLICY, device)
-    if cell.lr is not None:
-        task, episodes = config.post_task, settings.episodes
-        result = evaluate(model, controlled, config.environment, "internal-rl", task, episodes, seed)
-        return {"internal_rl_success": result["success"]}
-    return discovery_figures(config, model, controlled, seed, settings.episodes)
+    loaded = LoadedRun(folder=run, config=config, device=device)
+    episodes, seed = config.evaluate.episodes, stream_seed(config.seed, "evaluate")
+    if cell.lr is None:
+        return discovery_figures(loaded, seed, episodes)
+    return {"internal_rl_success": evaluate_run(loaded, "internal-rl", episodes=episodes, seed=seed)["success"]}
 
 
 # -- all cells --------------------------------------------------------------------------------------------------------
