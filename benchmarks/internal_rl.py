@@ -24,11 +24,9 @@ from typing import Any
 
 import torch
 
-from metacontroller.control.metacontroller import MetaController
-from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import internal_rl, task_grids
 from metacontroller.phases.parallel import leave, processes
-from metacontroller.phases.reproduce import BASE_MODEL, POLICY, load_artefact, read_config, usable_cores
+from metacontroller.phases.reproduce import load_run, usable_cores
 from metacontroller.run_folder import RunFolder
 
 UPDATES = 8
@@ -36,10 +34,8 @@ UPDATES = 8
 
 def rates(path: Path, repeats: int) -> list[float]:
     """Episodes a second of `UPDATES` updates, again and again, in the processes that a launcher started."""
-    workers, run = processes("cpu"), RunFolder(path)
-    config = read_config(run)
-    model = load_artefact(Transformer, run, BASE_MODEL, "cpu")
-    steering = load_artefact(MetaController, run, POLICY, "cpu")
+    workers, run = processes("cpu"), load_run(RunFolder(path), "cpu")
+    config, model, steering = run.config, run.model, run.policy
     settings = replace(config.internal_rl, episodes=UPDATES * config.internal_rl.batch_size, checkpoint_every=1000)
 
     def new_grids(n: int, generator: torch.Generator) -> Any:

@@ -75,7 +75,8 @@ def test_evaluate_prints_json(run: Path, capsys: pytest.CaptureFixture[str], pol
     argv = ["evaluate", str(run), "--episodes", "20", "--seed", "7", "--json", "--policy", policy, "--task", "0-3-2"]
     assert cli.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
-    keys = {"run", "policy", "task", "episodes", "success", "success_se", "subgoals", "steps", "decisions"}
+    keys = {"run", "policy", "task", "episodes", "success", "success_se", "mean_return", "return_se"}
+    keys |= {"subgoals", "steps", "decisions"}
     if policy in ("prior", "internal-rl"):
         keys |= {"gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits"}
     assert set(result) == keys

@@ -23,19 +23,14 @@ from metacontroller.analysis.report import write_report
 from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
 from metacontroller.analysis.study_figures import draw_study
 from metacontroller.analysis.summary import results_table, variant_rows
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.envs.tasks import parse_task
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.evaluate import Policy, evaluate
+from metacontroller.phases.evaluate import Policy
 from metacontroller.phases.parallel import launched, leave, processes
 from metacontroller.phases.reproduce import (
-    BASE_MODEL,
-    META_CONTROLLER,
-    POLICY,
-    RAW_MODEL,
     discovery_figures,
-    load_artefact,
+    evaluate_run,
+    load_run,
     open_folder,
     read_config,
     reproduce,
@@ -43,7 +38,6 @@ from metacontroller.phases.reproduce import (
     run_internal_rl,
     run_pretrain,
     run_raw_action_rl,
-    steered_model,
 )
 from metacontroller.phases.study import STUDIES, StudyConfig, study
 from metacontroller.phases.sweep import MEASURES, Engine, sweep
@@ -158,21 +152,15 @@ class Evaluate:
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too."""
-        config, device = read_config(run), device_name(self.device)
-        seed = stream_seed(config.seed if self.seed is None else self.seed, "evaluate")
-        task = config.post_task if self.task is None else parse_task(self.task)
-        settings = config.evaluate
+        loaded = load_run(run, device_name(self.device))
+        seed = stream_seed(loaded.seed if self.seed is None else self.seed, "evaluate")
+        task = None if self.task is None else parse_task(self.task)
+        settings = loaded.config.evaluate
         episodes = settings.episodes if self.episodes is None else self.episodes
+        result = {"run": run.path.name, **evaluate_run(loaded, self.policy, task=task, episodes=episodes, seed=seed)}
         if self.policy in ("base", "raw"):
-            model = load_artefact(Transformer, run, RAW_MODEL if self.policy == "raw" else BASE_MODEL, device)
-            result = evaluate(model, None, config.environment, self.policy, task, episodes, seed)
-            return {"run": run.path.name, **result}
-        model = steered_model(config, run, device)
-        name = POLICY if self.policy == "internal-rl" else META_CONTROLLER
-        controlled = load_artefact(MetaController, run, name, device)
-        result = evaluate(model, controlled, config.environment, self.policy, task, episodes, seed)
-        found = discovery_figures(config, run, seed, max(episodes, settings.episodes), device)
-        return {"run": run.path.name, **result, **found}
+            return result
+        return {**result, **discovery_figures(loaded, seed, max(episodes, settings.episodes))}
 
 
 @dataclass(kw_only=True)
@@ -231,12 +219,12 @@ class Steer(LayerAnalysis):
 
 @dataclass(kw_only=True)
 class Inject:
-    """Force each color's code in the middle of episodes, and see where they go (Fig. A4)."""
+    """Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4)."""
 
     run: Positional[Path]
     """Folder of a run with discovered abstract actions, or of a reproduction."""
     walks: int = 1024
-    """For each color, free and forced."""
+    """For each subgoal, free and forced."""
     json: bool = False
     """Print JSON: an object for a run, a list for a reproduction."""
     device: Device = "auto"

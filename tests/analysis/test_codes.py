@@ -16,6 +16,7 @@ from metacontroller.analysis.codes import (
     unseen_transition_share,
 )
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
+from metacontroller.envs.tasks import single_colors
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets.gridworld import build_meta_controller, build_model, debug
 
@@ -146,7 +147,8 @@ def test_a_code_is_held_only_after_the_first_color() -> None:
 
     model.upper = watch  # type: ignore[method-assign]
     steering.steer = steer  # type: ignore[method-assign]
-    first, _ = codes_module._two_colors(model, environment, 64, torch.Generator().manual_seed(0), (steering, code))
+    generator, colors = torch.Generator().manual_seed(0), single_colors(3)
+    first, _ = codes_module._two_subgoals(model, environment, colors, 64, generator, (steering, code))
     assert all(torch.equal(z, code.expand_as(z)) for z in seen)
     assert not acted[0].any()
     assert acted[-1].any()

@@ -56,12 +56,12 @@ def test_losses_have_units(tmp_path: Path) -> None:
     assert "nats" in right.get_ylabel()
 
 
-def test_codes_are_sorted_by_their_favourite_color() -> None:
-    share = torch.tensor([[0.0, 0.1, 0.9], [0.2, 0.8, 0.0], [1.0, 0.0, 0.0]])  # columns: none, color 0, color 1
-    ax = codes_figure(share, 1.234).axes[0]
+def test_codes_are_sorted_by_their_favourite_subgoal() -> None:
+    share = torch.tensor([[0.0, 0.1, 0.9], [0.2, 0.8, 0.0], [1.0, 0.0, 0.0]])  # columns: none, then each subgoal
+    ax = codes_figure(share, 1.234, ["0-1", "2-3"]).axes[0]
     shown = torch.tensor(ax.images[0].get_array().tolist())  # type: ignore[union-attr]
     torch.testing.assert_close(shown, torch.tensor([[0.8, 0.0, 0.2], [0.1, 0.9, 0.0], [0.0, 0.0, 1.0]]))
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "none"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0-1", "2-3", "none"]
     assert ax.get_title() == "1.23 bits"
 
 

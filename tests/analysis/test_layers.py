@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from metacontroller import Transformer
-from metacontroller.analysis import figures
+from metacontroller.analysis import figures, steering
 from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.steering import SupervisedControllers, play_chained, steer_layers
 from metacontroller.cli import main
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.envs.gridworld_pinpad import PinpadConfig
+from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
+from metacontroller.phases.internal_rl import task_grids
 from metacontroller.presets.gridworld import build_model, debug, generate
 from metacontroller.run_folder import RunFolder
 
@@ -100,6 +101,24 @@ def test_chained_play_counts_the_tasks_done() -> None:
     controllers = SupervisedControllers(config.num_colors, model.dim, 2)
     share = play_chained(model, controllers, config, (2,), 600, seed=0)
     assert share == pytest.approx(0.25, abs=0.09)  # the first color that an aimless walk meets is one of four
+
+
+def test_chained_play_counts_tasks_and_not_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Generous(PinpadBatch):
+        def step(self, actions: Tensor) -> Tensor:
+            running = ~(self.terminated | self.truncated)
+            return 3 * super().step(actions) + 0.5 * running
+
+    def generous(*arguments: Any) -> PinpadBatch:
+        grids = task_grids(*arguments)
+        grids.__class__ = Generous
+        return grids
+
+    config, model = debug().environment, build_model(debug())
+    arguments = (model, SupervisedControllers(config.num_colors, model.dim, 2), config, (2,), 300, 0)
+    plain = play_chained(*arguments)
+    monkeypatch.setattr(steering, "task_grids", generous)
+    assert 0 < play_chained(*arguments) == plain < 1
 
 
 def test_both_commands_write_what_they_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

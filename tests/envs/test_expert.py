@@ -120,6 +120,19 @@ def test_labels_change_with_the_step_after_a_visit(picture):
     assert trajectories.states[0, :, -1].tolist() == [0, 1, 4, 7, 8]
 
 
+def test_labels_of_pairs_are_those_of_their_colors_taken_together():
+    tasks, pairs = [(2, 3, 0, 1), (0, 1)], ((0, 1), (2, 3))
+    _, colors, places = expert(SMALL, tasks, 40, generator=generator())
+    _, subgoals, segments = expert(SMALL, tasks, 40, generator=generator(), subgoals=pairs)
+    real = colors >= 0
+    assert torch.equal(subgoals[real], colors[real] // 2)
+    assert torch.equal(segments[real], places[real] // 2)
+    assert (subgoals[~real] == -1).all()
+    assert (segments[~real] == -1).all()
+    with pytest.raises(ValueError, match="task 0 has 1 colors, no multiple"):
+        expert_trajectories(SMALL, [(0, 1), (0,)], 4, subgoals=pairs)
+
+
 def test_padding_repeats_the_last_state():
     trajectories, subgoals, segments = expert(SMALL, [(0,), (0, 1, 2, 3)], 30, generator=generator(), epsilon=0.2)
     padding = ~trajectories.mask()

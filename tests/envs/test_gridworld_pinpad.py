@@ -127,6 +127,98 @@ def test_grids_of_a_batch_are_independent(start):
     assert batch.terminated.tolist() == [True, True, False]
 
 
+# A 0 1    Colors 0 and 1 make one subgoal, 2 and 3 the other.
+# . 3 2
+# . . .
+PAIRED = "A01 .32 ..."
+PAIRS = ((0, 1), (2, 3))
+
+
+def paired(picture, task, copies=1):
+    config, layouts = picture(PAIRED)
+    tasks, lengths = pad_tasks([task] * copies)
+    return PinpadBatch(config, layouts.repeat(copies), tasks, lengths, subgoals=PAIRS)
+
+
+def test_a_task_of_two_pairs_step_by_step(picture):
+    batch = paired(picture, (0, 1, 2, 3))
+    told = [(batch.goal().item(), batch.subgoals_done.item(), batch.reached().item(), batch.success.item())]
+    for action in (RIGHT, RIGHT, UP, DOWN, LEFT):
+        play(batch, [action])
+        told.append((batch.goal().item(), batch.subgoals_done.item(), batch.reached().item(), batch.success.item()))
+    assert told == [
+        (0, 0, -1, False),
+        (0, 0, -1, False),  # color 0
+        (1, 1, 0, False),  # color 1: the first pair
+        (1, 1, -1, False),  # no move, no visit
+        (1, 1, -1, False),  # color 2
+        (-1, 2, 1, True),  # color 3: the second pair
+    ]
+
+
+def test_pairs_are_reached_in_walks_without_a_task_too(picture):
+    batch = paired(picture, (0,), copies=2)
+    reached = []
+    for action in (DOWN, RIGHT, UP, RIGHT, LEFT, DOWN, RIGHT, LEFT, LEFT, UP, RIGHT, RIGHT):
+        play(batch, [action])
+        batch.terminated = torch.zeros_like(batch.terminated)
+        reached.append(batch.reached().tolist())
+        batch.compact(torch.arange(len(batch)))
+    # visits 3, 0, 1, 0, 3, 2, 3, then over two empty cells 0, 1
+    expected = [-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 0]
+    assert reached == [[index, index] for index in expected]
+
+
+def test_recent_visits_follow_their_grid_and_leave_with_it(picture):
+    batch = paired(picture, (0, 1, 2, 3), copies=3)
+    play(batch, [RIGHT])
+    batch.step(torch.tensor([RIGHT, DOWN, LEFT]))  # to colors 1, 3, and back to the start
+    batch.compact(torch.tensor([2, 0]))
+    assert batch.reached().tolist() == [-1, 0]
+    batch.replace(torch.tensor([1]), paired(picture, (0, 1, 2, 3)))
+    batch.step(torch.tensor([DOWN, RIGHT]))
+    batch.step(torch.tensor([UP, RIGHT]))
+    assert batch.reached().tolist() == [-1, 0]
+    config, layouts = picture(PAIRED)
+    with pytest.raises(ValueError, match="the new grids have subgoals"):
+        batch.replace(torch.tensor([1]), PinpadBatch(config, layouts, *pad_tasks([(0, 1, 2, 3)])))
+
+
+def test_a_subgoal_that_is_not_in_the_vocabulary_has_no_index(picture):
+    batch = paired(picture, (0, 3, 2, 3))
+    assert batch.task_goals().tolist() == [[-1, 1, -1]]
+    assert batch.goal().tolist() == [-1]
+    play(batch, [RIGHT, DOWN])
+    assert (batch.goal().tolist(), batch.reached().tolist(), batch.subgoals_done.tolist()) == ([1], [-1], [1])
+
+
+def test_with_single_colors_goals_are_the_colors_themselves():
+    config, generator = PinpadConfig(size=4, num_colors=3, num_walls=1, max_steps=30), torch.Generator().manual_seed(0)
+    tasks, lengths = pad_tasks([(0, 1, 2), (2, 0), (1,)] * 40)
+    batch = PinpadBatch(config, sample_layouts(config, 120, generator), tasks, lengths)
+    for _ in range(30):
+        batch.step(torch.randint(4, (120,), generator=generator))
+        assert torch.equal(batch.goal(), batch.next_color())
+        assert torch.equal(batch.reached(), batch.visited_color())
+        assert torch.equal(batch.subgoals_done, batch.progress)
+    assert batch.success.any()
+    assert torch.equal(batch.success, batch.terminated & (batch.progress == lengths))
+
+
+@pytest.mark.parametrize(
+    ("subgoals", "message"),
+    [
+        ((), "give at least one"),
+        (((0, 1), (2,)), "each of as many colors"),
+        (((0, 9),), "unknown color: colors run from 0 to 3"),
+    ],
+)
+def test_bad_subgoals_are_refused(picture, subgoals, message):
+    config, layouts = picture(PAIRED)
+    with pytest.raises(ValueError, match=message):
+        PinpadBatch(config, layouts, *pad_tasks([(0, 1)]), subgoals=subgoals)
+
+
 def test_tokens_are_the_cells_of_objects_and_agent(start):
     batch = start("1#. A.0 ...", (0,))
     assert batch.observe_tokens().tolist() == [[5, 0, 1, 3]]

@@ -12,6 +12,9 @@ from metacontroller.envs.tasks import (
     pad_tasks,
     parse_task,
     read_tasks,
+    subgoal_chunks,
+    subgoal_indices,
+    subgoal_vocabulary,
     transitions,
 )
 
@@ -46,6 +49,34 @@ def test_no_subgoal_transition_of_the_post_training_task_occurs_in_pretraining(t
 
 def test_transitions_are_ordered_pairs():
     assert transitions([(0, 1, 2), (2, 0)]) == {(0, 1), (1, 2), (2, 0)}
+
+
+def test_the_vocabulary_is_every_color_or_the_distinct_chunks_of_the_tasks():
+    assert subgoal_vocabulary(TABLE_A1, 2, 8) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert subgoal_vocabulary([(3, 1), (1, 0)], 2, 8) == ((1, 0), (3, 1))
+    assert subgoal_vocabulary([(2, 0)], 1, 4) == ((0,), (1,), (2,), (3,))
+    assert [format_task(subgoal) for subgoal in subgoal_vocabulary(TABLE_A1, 2, 8)] == ["0-1", "2-3", "4-5", "6-7"]
+    assert [format_task(subgoal) for subgoal in subgoal_vocabulary(TABLE_A2, 1, 4)] == ["0", "1", "2", "3"]
+
+
+def test_a_task_in_indices_of_its_subgoals():
+    assert subgoal_chunks((0, 1, 4, 5), 2) == ((0, 1), (4, 5))
+    assert subgoal_indices((4, 5, 0, 1), ((0, 1), (2, 3), (4, 5))) == (2, 0)
+    assert transitions([subgoal_indices((4, 5, 0, 1), ((0, 1), (4, 5)))]) == {(1, 0)}
+    with pytest.raises(ValueError, match="task 0-2 has subgoal 0-2, which is not among 0-1, 2-3"):
+        subgoal_indices((0, 2), ((0, 1), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("unit", "message"),
+    [
+        (2, "task 0-1-2 has 3 colors, no multiple of colors_per_subgoal 2: change the task or colors_per_subgoal"),
+        (0, "colors_per_subgoal is 0: it must be at least 1"),
+    ],
+)
+def test_a_task_that_is_not_made_of_whole_subgoals_is_refused(unit, message):
+    with pytest.raises(ValueError, match=message):
+        subgoal_vocabulary([(0, 1), (0, 1, 2)], unit, 4)
 
 
 def test_parse_and_format_are_inverse():

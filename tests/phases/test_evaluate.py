@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from metacontroller.analysis.switching import gate_alignment
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import evaluate as module
 from metacontroller.phases.evaluate import Policy, batch_sizes, evaluate, gate_figures, gate_on_new_layouts
+from metacontroller.phases.internal_rl import task_grids
+from metacontroller.phases.rollout import rollout_raw
 from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
 
 CONFIG = debug()
@@ -42,6 +46,36 @@ def test_evaluate_reports_means_over_its_episodes(
         assert result["decisions"] is None
     else:
         assert 1 <= result["decisions"] <= result["steps"]
+
+
+class Generous(PinpadBatch):
+    """The same grids with other rewards: 3 for the task, and a little for every step."""
+
+    def step(self, actions: Tensor) -> Tensor:
+        running = ~(self.terminated | self.truncated)
+        return 3 * super().step(actions) + 0.5 * running
+
+
+def generous(*arguments: Any) -> PinpadBatch:
+    grids = task_grids(*arguments)
+    grids.__class__ = Generous
+    return grids
+
+
+def test_success_is_what_the_environment_says_whatever_the_return(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluate(model, None, CONFIG.environment, "base", (2,), 200, seed=1)
+    monkeypatch.setattr(module, "task_grids", generous)
+    result = evaluate(model, None, CONFIG.environment, "base", (2,), 200, seed=1)
+    for name in ("success", "success_se", "steps", "subgoals"):
+        assert result[name] == plain[name]
+    assert plain["mean_return"] == plain["success"]
+    assert result["mean_return"] == pytest.approx(3 * result["success"] + 0.5 * result["steps"], rel=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    returns = rollout_raw(model, generous(CONFIG.environment, (2,), 200, generator), generator).returns
+    assert result["return_se"] == pytest.approx(float(returns.std()) / math.sqrt(200), rel=1e-5)
+    assert evaluate(model, None, CONFIG.environment, "base", (2,), 1, seed=1)["return_se"] is None
 
 
 def test_the_seed_decides_the_result(model: Transformer) -> None:

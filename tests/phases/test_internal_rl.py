@@ -93,6 +93,26 @@ def test_a_task_of_two_steps_is_solved(kind: str, tmp_path: Path) -> None:
         assert entropies[-1] < entropies[0]
 
 
+class Generous(PinpadBatch):
+    """The same grids with other rewards: 3 for the task, and a little for every step."""
+
+    def step(self, actions: torch.Tensor) -> torch.Tensor:
+        running = ~(self.terminated | self.truncated)
+        return 3 * super().step(actions) + 0.5 * running
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_the_success_logged_is_the_environments_and_not_the_return(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = InternalRLConfig(episodes=128, batch_size=128, lr=1e-2)
+    (plain,) = learn(tmp_path / "plain", kind, config)
+    monkeypatch.setattr(f"{__name__}.PinpadBatch", Generous)
+    (line,) = learn(tmp_path / "generous", kind, config)
+    assert 0 < line["success"] == plain["success"] == plain["return"] < 1
+    assert line["return"] == pytest.approx(3 * line["success"] + 0.5 * line["steps"], rel=1e-5)
+
+
 def test_a_batch_without_differences_changes_nothing(tmp_path: Path) -> None:
     def impossible(n: int, generator: torch.Generator) -> PinpadBatch:
         grids = new_grids(n, generator)

@@ -134,8 +134,9 @@ def test_shares_of_an_update_add_up_to_the_whole() -> None:
     lengths, steps = torch.tensor([1, 7, 3, 2, 7, 4]), 7
     rollout = AbstractRollout(
         returns=torch.rand(6).double(),
+        success=torch.ones(6, dtype=torch.bool),
         steps=lengths,
-        progress=lengths,
+        subgoals_done=lengths,
         residual=torch.randn(6, steps, 3).double(),
         code=torch.randn(6, steps, 2).double(),
         log_prob=torch.randn(6, steps).double(),

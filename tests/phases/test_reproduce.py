@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from metacontroller.analysis import figures
+from metacontroller.analysis.report import player_data
 from metacontroller.cli import main
 from metacontroller.phases import reproduce as module
-from metacontroller.phases.reproduce import PHASES, in_processes, reproduce, run_phase
-from metacontroller.presets.gridworld import debug, with_seed
+from metacontroller.phases.evaluate import gate_on_new_layouts
+from metacontroller.phases.reproduce import PHASES, in_processes, load_run, reproduce, run_phase
+from metacontroller.presets.gridworld import debug, generate, stream_seed, with_seed
 from metacontroller.run_folder import RunFolder
 
 ARTEFACTS: dict[str, str] = dict(
@@ -116,6 +120,57 @@ def test_an_interrupted_phase_goes_on_bit_for_bit(
     steps = [line["step"] for line in RunFolder(folder).read_metrics(phase)]
     assert steps == [line["step"] for line in RunFolder(finished / "seed-0").read_metrics(phase)]
     assert RunFolder(folder).load_checkpoint(phase)[1]["seconds"] > begun
+
+
+@pytest.fixture(scope="module")
+def cotrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reproduction in which discovery trains the model along, so far that it acts otherwise than the base."""
+    out, config = tmp_path_factory.mktemp("reproduce") / "cotrained", debug()
+    optimizer = replace(config.discover.optimizer, lr=0.1)
+    config = replace(config, discover=replace(config.discover, train_model=True, optimizer=optimizer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "usable_cores", lambda: 1)
+        reproduce(config, out, [0], quiet=True)
+    return out / "seed-0"
+
+
+def test_a_run_with_a_cotrained_model_is_judged_by_what_was_reinforced(
+    cotrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = RunFolder(cotrained).read_summary()
+    for policy, name in (("internal-rl", "internal_rl_success"), ("prior", "prior_success")):
+        assert main(["evaluate", str(cotrained), "--policy", policy, "--json", "--device", "cpu"]) == 0
+        evaluated = json.loads(capsys.readouterr().out)
+        assert summary[name] == evaluated["success"]
+        for measure in ("gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits"):
+            assert summary[measure] == evaluated[measure]
+
+
+def test_a_loaded_run_has_the_model_that_is_steered(cotrained: Path, finished: Path) -> None:
+    run = load_run(RunFolder(cotrained), "cpu")
+    for model, name in ((run.model, "cotrained_model"), (run.base, "base_model")):
+        saved = load_file(cotrained / f"{name}.safetensors")
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    assert not same_weights(cotrained / "cotrained_model.safetensors", cotrained / "base_model.safetensors")
+    frozen = load_run(RunFolder(finished / "seed-0"), "cpu")
+    assert frozen.model is frozen.base
+    assert frozen.config == debug()
+
+
+def test_figures_and_player_show_the_gate_of_the_model_that_is_steered(cotrained: Path) -> None:
+    run = load_run(RunFolder(cotrained), "cpu")
+    source, seed = generate(run.config, "discover"), stream_seed(run.seed, "evaluate")
+    drawn = [float(y) for y in figures.gate_figure(run).axes[0].lines[-1].get_ydata()]  # type: ignore[union-attr]
+    expected, other = (
+        gate_on_new_layouts(model, run.meta_controller, source, figures.GATE_EPISODES, seed)[0][0, : len(drawn)]
+        for model in (run.model, run.base)
+    )
+    assert drawn == pytest.approx(expected.tolist())
+    assert drawn != pytest.approx(other.tolist(), abs=1e-4)
+    player, based = (
+        player_data(load) for load in (run, replace(run, config=replace(run.config, discover=debug().discover)))
+    )
+    assert player["episodes"][0]["gate"] != based["episodes"][0]["gate"]
 
 
 def test_an_interrupted_reproduction_goes_on_where_it_stopped(

@@ -21,7 +21,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import reproduce as reproduce_module
 from metacontroller.phases.evaluate import gate_figures
-from metacontroller.phases.reproduce import gate_of_run, gate_to_draw, read_config, steered_model
+from metacontroller.phases.reproduce import gate_of_run, gate_to_draw, load_run
 from metacontroller.presets.gridworld import generate, stream_seed
 from metacontroller.run_folder import RunFolder
 
@@ -49,8 +49,8 @@ def evaluated(out: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dic
 
 def test_after_compile_the_gate_is_the_causal_one_along_its_own_codes(compiled: Path) -> None:
     run = RunFolder(compiled / "seed-2")
-    config = read_config(run)
-    gate = gate_of_run(config, run, 32, 5, "cpu")
+    config = load_run(run, "cpu").config
+    gate = gate_of_run(load_run(run, "cpu"), 32, 5)
     model = Transformer.init_and_load(run.path / "base_model.safetensors").eval()
     acting = MetaController.init_and_load(run.path / "meta_controller.safetensors").eval()
     segmentation = CompILE.init_and_load(run.path / "compile.safetensors")
@@ -68,19 +68,19 @@ def test_after_compile_the_gate_is_the_causal_one_along_its_own_codes(compiled: 
 
 def test_after_compile_all_commands_agree(compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(compiled / "seed-2")
-    config, summary = read_config(run), run.read_summary()
+    loaded, summary = load_run(run, "cpu"), run.read_summary()
     found = evaluated(compiled, capsys)
     assert {name: found[name] for name in GATE} == {name: summary[name] for name in GATE}
     assert found["success"] == summary["internal_rl_success"]
     assert evaluated(compiled, capsys, "--policy", "prior")["gate_recall"] == summary["gate_recall"]
     assert main(["gate", str(compiled), "--episodes", "64", *CPU]) == 0
-    beta, _, held_out = gate_of_run(config, run, 64, stream_seed(2, "analyse"), "cpu")
+    beta, _, held_out = gate_of_run(loaded, 64, stream_seed(2, "analyse"))
     assert held_out.segments is not None
     analysis = run.read_analysis("gate")
     assert analysis == {**gate_report(beta, held_out.segments, held_out.lengths), "episodes": 64}
     assert main(["report", str(compiled), "--out", str(tmp_path / "report.html"), *CPU]) == 0
-    gate = gate_of_run(config, run, 8, stream_seed(2, "analyse"), "cpu")
-    for row, episode in enumerate(player_data(config, run, "cpu")["episodes"]):
+    gate = gate_of_run(loaded, 8, stream_seed(2, "analyse"))
+    for row, episode in enumerate(player_data(loaded)["episodes"]):
         assert episode["gate"] == pytest.approx(gate.beta[row, : len(episode["gate"])].tolist(), abs=1e-4)
 
 
@@ -89,8 +89,8 @@ def test_after_compile_the_figures_show_its_gate_and_what_its_codes_cost(compile
     costs = [line["code_kl"] for line in run.read_metrics("discover")]
     (_, right) = losses_figure(run).axes
     assert right.get_lines()[1].get_ydata() == pytest.approx(costs)
-    gate = gate_to_draw(read_config(run), run, "cpu")
-    axes = gate_figure(gate).axes
+    gate = gate_to_draw(load_run(run, "cpu"))
+    axes = gate_figure(gate, ["0", "1", "2", "3"]).axes
     assert len(axes) == len(gate.beta) == 6
     length = int(gate.episodes.lengths[0])
     assert axes[0].get_lines()[-1].get_ydata() == pytest.approx(gate.beta[0, :length].tolist())
@@ -103,8 +103,7 @@ def test_a_model_that_is_trained_along_is_the_one_measured(tmp_path: Path, capsy
     summary, found = run.read_summary(), evaluated(out, capsys)
     assert {name: found[name] for name in GATE} == {name: summary[name] for name in GATE}
     assert found["success"] == summary["internal_rl_success"]
-    config = read_config(run)
-    seed, source = stream_seed(2, "evaluate"), generate(config, "discover")
-    acting = MetaController.init_and_load(run.path / "meta_controller.safetensors")
-    measured = gate_figures(steered_model(config, run, "cpu"), acting, source, config.evaluate.episodes, seed)
+    loaded = load_run(run, "cpu")
+    source, episodes = generate(loaded.config, "discover"), loaded.config.evaluate.episodes
+    measured = gate_figures(loaded.model, loaded.meta_controller, source, episodes, stream_seed(2, "evaluate"))
     assert measured == {name: summary[name] for name in GATE}

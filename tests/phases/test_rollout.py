@@ -104,7 +104,7 @@ def test_raw_rollouts_equal_steps_of_the_model(
         assert torch.equal(rollout.actions[row, :steps], episode["action"])
         torch.testing.assert_close(rollout.log_prob[row, :steps], episode["log_prob"], atol=1e-5, rtol=1e-4)
         assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], steps)
-        assert rollout.progress[row] == episode["progress"]
+        assert rollout.subgoals_done[row] == episode["progress"]
     assert len({episode["steps"] for episode in episodes}) > 2  # so rows were dropped on the way
     whole = model.residual(rollout.states, rollout.actions)
     logits = model.action_readout(model.upper(whole))
@@ -130,7 +130,7 @@ def test_abstract_rollouts_equal_steps_of_the_steered_model(
         torch.testing.assert_close(rollout.residual[row, :count], episode["residual"][switch], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(rollout.code[row, :count], episode["code"][switch], atol=1e-4, rtol=1e-3)
         assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], episode["steps"])
-        assert rollout.progress[row] == episode["progress"]
+        assert rollout.subgoals_done[row] == episode["progress"]
     decisions = sum(int(episode["switch"].sum()) for episode in episodes)
     assert EPISODES < decisions < sum(episode["steps"] for episode in episodes)
 

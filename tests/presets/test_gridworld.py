@@ -42,9 +42,9 @@ def test_a_preset_survives_json(name: str) -> None:
 def test_pretraining_never_shows_a_transition_of_the_post_training_task_between_subgoals(name: str) -> None:
     config = PRESETS[name]()
     unseen = transitions([config.post_task]) - transitions(config.tasks)
-    pairs_as_subgoals = name == "paper"
-    steps = config.post_task[1::2] if pairs_as_subgoals else config.post_task
-    following = config.post_task[2::2] if pairs_as_subgoals else config.post_task[1:]
+    assert config.colors_per_subgoal == (2 if name == "paper" else 1)
+    steps = config.post_task[config.colors_per_subgoal - 1 :: config.colors_per_subgoal]
+    following = config.post_task[config.colors_per_subgoal :: config.colors_per_subgoal]
     assert unseen == set(zip(steps, following, strict=False))
 
 

@@ -1,6 +1,9 @@
-"""What codes mean: which color a held code leads to, in bits (link 3 of the chain), and what the unsteered model does.
+"""What codes mean: which subgoal a held code leads to, in bits (link 3 of the chain); what the unsteered model does.
 
-Axes: b episodes, c codes, o outcomes: no color reached, then each color.
+A subgoal is a single color or a run of several (`subgoal_vocabulary`); it is reached when the last of its colors is
+visited. Wherever ``subgoals``, the vocabulary, is not given, each color of the grid is a subgoal.
+
+Axes: b episodes, c codes, o outcomes: no subgoal reached, then each subgoal.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.gridworld_pinpad import PinpadConfig
-from metacontroller.envs.tasks import transitions
+from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
+from metacontroller.envs.tasks import Task, single_colors, subgoal_indices, transitions
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import Actor
@@ -24,7 +27,7 @@ CODES_AT_ONCE = 1024  # episodes at a time: bounds memory
 
 
 class CodeMeaning(NamedTuple):
-    """bits: mutual information between a code and the color it reaches first. share (c, o): p(outcome | code).
+    """bits: mutual information between a code and the subgoal it reaches first. share (c, o): p(outcome | code).
     marginal (o,): p(outcome) over all codes. codes (c, n_z)."""
 
     bits: float
@@ -34,8 +37,8 @@ class CodeMeaning(NamedTuple):
 
 
 class InjectionResult(NamedTuple):
-    """Share of walks whose second color is the one named: free, or with its code forced after the first color; over all
-    transitions, and over those that training never shows (nan if there are none)."""
+    """Share of walks whose second subgoal is the one named: free, or with its code forced after the first subgoal; over
+    all transitions, and over those that training never shows (nan if there are none)."""
 
     free: float
     forced: float
@@ -69,43 +72,54 @@ def code_subgoal_bits(
     codes: int = 64,
     layouts_per_code: int = 256,
     generator: torch.Generator,
+    subgoals: Sequence[Task] | None = None,
 ) -> CodeMeaning:
     """Holds codes drawn from the prior N(0, I) from an episode's start, without switching, on new layouts each.
 
-    The outcome is the color reached first within 4 x size steps, or none.
+    The outcome is the subgoal reached first within 4 x size steps for each of its colors, or none.
     """
+    subgoals = single_colors(environment.num_colors) if subgoals is None else subgoals
     device = generator.device
     drawn = torch.randn(codes, meta_controller.dim_latent, generator=generator, device=device)
     owner = torch.arange(codes, device=device).repeat_interleave(layouts_per_code)
     reached = torch.cat(
         [
-            _first_color(model, meta_controller, drawn[part], environment, generator)
+            _first_subgoal(model, meta_controller, drawn[part], environment, subgoals, generator)
             for part in owner.split(CODES_AT_ONCE)
         ]
     )
-    outcomes = environment.num_colors + 1
+    outcomes = len(subgoals) + 1
     counts = torch.bincount(owner * outcomes + reached + 1, minlength=codes * outcomes).view(codes, outcomes)
     share = counts / layouts_per_code
     return CodeMeaning(mutual_information_bits(counts), share, share.mean(0), drawn)
 
 
-def _first_color(
+def _walks(
+    environment: PinpadConfig, subgoals: Sequence[Task], steps: int, n: int, generator: torch.Generator
+) -> PinpadBatch:
+    """n grids in which to walk without a task, truncated after so many steps for each color of a subgoal."""
+    limited = replace(environment, max_steps=steps * len(subgoals[0]))
+    return task_grids(limited, (0,), n, generator, subgoals)
+
+
+def _first_subgoal(
     model: Transformer,
     meta_controller: MetaController,
     code: Tensor,
     environment: PinpadConfig,
+    subgoals: Sequence[Task],
     generator: torch.Generator,
 ) -> Tensor:
-    """(b,) int64: the color that each held code (b, n_z) reaches first on a layout of its own, -1 if none."""
-    limited = replace(environment, max_steps=4 * environment.size)
-    grids = task_grids(limited, (0,), len(code), generator)  # any color ends an episode of one color
+    """(b,) int64: the subgoal that each held code (b, n_z) reaches first on a layout of its own, -1 if none."""
+    grids = _walks(environment, subgoals, 4 * environment.size, len(code), generator)
     reached = torch.full((len(code),), -1, device=code.device)
     rows = torch.arange(len(code), device=code.device)
     actor = Actor(model, grids, generator)
     while len(rows):
         actor.act(meta_controller.steer(actor.look(), code[rows]))
-        reached[rows] = grids.visited_color()
-        running = (~(grids.terminated | grids.truncated)).nonzero().squeeze(1)
+        grids.terminated = torch.zeros_like(grids.terminated)  # unlike by the rules, a visit does not end the walk
+        reached[rows] = grids.reached()
+        running = ((reached[rows] < 0) & (grids.steps < grids.config.max_steps)).nonzero().squeeze(1)
         actor.keep(running)
         rows = rows[running]
     return reached
@@ -119,17 +133,20 @@ def unseen_transition_share(
     *,
     episodes: int,
     generator: torch.Generator,
+    subgoals: Sequence[Task] | None = None,
 ) -> float:
-    """How often the unsteered model, walking freely, goes next to a color that never follows in ``tasks``.
+    """How often the unsteered model, walking freely, goes next to a subgoal that never follows in ``tasks``.
 
-    Over new layouts: of the walks whose first color has such followers and that reach a second color within 8 x size
-    steps, the share that reach one of them. A model that has learned nothing of transitions takes each other color
-    equally often (1/3 for each of four). nan if no walk counts.
+    Over new layouts: of the walks whose first subgoal has such followers and that reach a second one within 8 x size
+    steps for each color of a subgoal, the share that reach one of them. A model that has learned nothing of transitions
+    takes each other color equally often (1/3 for each of four). nan if no walk counts.
     """
-    seen = _seen_transitions(environment, tasks, generator.device)
+    subgoals = single_colors(environment.num_colors) if subgoals is None else subgoals
+    seen = _seen_transitions(subgoals, tasks, generator.device)
     unseen_count, walks = 0, 0
     for start in range(0, episodes, CODES_AT_ONCE):
-        first, second = _two_colors(model, environment, min(CODES_AT_ONCE, episodes - start), generator)
+        walks_now = min(CODES_AT_ONCE, episodes - start)
+        first, second = _two_subgoals(model, environment, subgoals, walks_now, generator)
         counted = (second >= 0) & ~seen.all(1)[first]
         walks += int(counted.sum())
         unseen_count += int((~seen[first, second] & counted).sum())
@@ -147,27 +164,35 @@ def injected_codes(
     layouts_per_code: int = 64,
     walks: int = 1024,
     generator: torch.Generator,
+    subgoals: Sequence[Task] | None = None,
 ) -> InjectionResult:
-    """Forces 'go to that color' in the middle of an episode (Fig. A4).
+    """Forces 'go to that subgoal' in the middle of an episode (Fig. A4).
 
-    A color's code is the one, of ``codes`` from the prior, that leads to it most often from an episode's start. On new
-    layouts the model walks freely to a first color; then the code of each other color in turn is held until the next
-    color, in ``walks`` walks a color, beside as many free ones.
+    A subgoal's code is the one, of ``codes`` from the prior, that leads to it most often from an episode's start. On
+    new layouts the model walks freely to a first subgoal; then the code of each other one in turn is held until the
+    next subgoal, in ``walks`` walks a subgoal, beside as many free ones.
     """
+    subgoals = single_colors(environment.num_colors) if subgoals is None else subgoals
     meaning = code_subgoal_bits(
-        model, meta_controller, environment, codes=codes, layouts_per_code=layouts_per_code, generator=generator
+        model,
+        meta_controller,
+        environment,
+        codes=codes,
+        layouts_per_code=layouts_per_code,
+        generator=generator,
+        subgoals=subgoals,
     )
-    seen = _seen_transitions(environment, tasks, generator.device)
+    seen = _seen_transitions(subgoals, tasks, generator.device)
     reached: dict[bool, list[Tensor]] = {False: [], True: []}
     unseen: dict[bool, list[Tensor]] = {False: [], True: []}
-    for color in range(environment.num_colors):
-        favourite = meaning.codes[meaning.share[:, color + 1].argmax()]
+    for subgoal in range(len(subgoals)):
+        favourite = meaning.codes[meaning.share[:, subgoal + 1].argmax()]
         for forced in (False, True):
             hold = (meta_controller, favourite) if forced else None
-            first, second = _two_colors(model, environment, walks, generator, hold)
-            counted = (first >= 0) & (first != color)
-            reached[forced].append((second == color)[counted])
-            unseen[forced].append((second == color)[counted & ~seen[first, color]])
+            first, second = _two_subgoals(model, environment, subgoals, walks, generator, hold)
+            counted = (first >= 0) & (first != subgoal)
+            reached[forced].append((second == subgoal)[counted])
+            unseen[forced].append((second == subgoal)[counted & ~seen[first, subgoal]])
     shares = [_share(found[forced]) for found in (reached, unseen) for forced in (False, True)]
     return InjectionResult(*shares)
 
@@ -177,27 +202,27 @@ def _share(found: list[Tensor]) -> float:
     return float(whole.double().mean()) if len(whole) else math.nan
 
 
-def _seen_transitions(environment: PinpadConfig, tasks: Iterable[Sequence[int]], device: torch.device) -> Tensor:
-    """(color, following color) bool: which of them ``tasks`` hold, and each color after itself."""
-    seen = torch.eye(environment.num_colors, dtype=torch.bool, device=device)
-    for color, following in transitions(tasks):
-        seen[color, following] = True
+def _seen_transitions(subgoals: Sequence[Task], tasks: Iterable[Sequence[int]], device: torch.device) -> Tensor:
+    """(subgoal, following subgoal) bool: which of them ``tasks`` hold, and each subgoal after itself."""
+    seen = torch.eye(len(subgoals), dtype=torch.bool, device=device)
+    for subgoal, following in transitions(subgoal_indices(task, subgoals) for task in tasks):
+        seen[subgoal, following] = True
     return seen
 
 
-def _two_colors(
+def _two_subgoals(
     model: Transformer,
     environment: PinpadConfig,
+    subgoals: Sequence[Task],
     episodes: int,
     generator: torch.Generator,
     hold: tuple[MetaController, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first color that each free walk reaches and the next different one, (b,) int64, -1 where there was none.
+    """The first subgoal that each free walk reaches and the next different one, (b,) int64, -1 where there was none.
 
-    hold: a metacontroller and a code (n_z,) by which it steers once the first color is reached.
+    hold: a metacontroller and a code (n_z,) by which it steers once the first subgoal is reached.
     """
-    limited = replace(environment, max_steps=8 * environment.size)
-    grids = task_grids(limited, (0,), episodes, generator)
+    grids = _walks(environment, subgoals, 8 * environment.size, episodes, generator)
     first, second = torch.full_like(grids.agent, -1), torch.full_like(grids.agent, -1)
     actor = Actor(model, grids, generator)
     while not bool(((second >= 0) | grids.truncated).all()):
@@ -208,7 +233,7 @@ def _two_colors(
             residual = torch.where((first >= 0)[:, None], steered, residual)
         actor.act(residual)
         grids.terminated = torch.zeros_like(grids.terminated)  # unlike by the rules, a visit does not end the walk
-        visited = grids.visited_color()
-        second = torch.where((second < 0) & (first >= 0) & (visited >= 0) & (visited != first), visited, second)
-        first = torch.where(first < 0, visited, first)
+        reached = grids.reached()
+        second = torch.where((second < 0) & (first >= 0) & (reached >= 0) & (reached != first), reached, second)
+        first = torch.where(first < 0, reached, first)
     return first, second

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metacontroller.analysis.switching import subgoal_changes
+from metacontroller.envs.tasks import format_task
 from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import HeldOutGate
-from metacontroller.presets.gridworld import GridworldConfig
+from metacontroller.presets.gridworld import GridworldConfig, subgoals
 from metacontroller.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from metacontroller.phases.reproduce import LoadedRun
 
 GATE_EPISODES = 6
 
@@ -28,15 +31,13 @@ def require_matplotlib() -> None:
         raise UserError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
 
 
-def draw_run(config: GridworldConfig, run: RunFolder, measured: dict[str, Any], gate: HeldOutGate) -> None:
+def draw_run(run: LoadedRun, measured: dict[str, Any], gate: HeldOutGate) -> None:
     """All figures of one finished seed, ``gate`` along `GATE_EPISODES` held-out episodes."""
-    folder = run.path / "figures"
-    save_figure(losses_figure(run), folder / "losses.png")
-    save_figure(gate_figure(gate), folder / "gate.png")
-    save_figure(success_figure([run], config), folder / "success.png")
-    save_figure(
-        codes_figure(torch.tensor(measured["code_color_share"]), measured["code_subgoal_bits"]), folder / "codes.png"
-    )
+    folder = run.folder.path / "figures"
+    save_figure(losses_figure(run.folder), folder / "losses.png")
+    save_figure(gate_figure(gate, [format_task(subgoal) for subgoal in subgoals(run.config)]), folder / "gate.png")
+    save_figure(success_figure([run.folder], run.config), folder / "success.png")
+    save_figure(measured_codes_figure(run.config, measured), folder / "codes.png")
 
 
 def draw_all(config: GridworldConfig, folder: RunFolder, runs: Sequence[RunFolder]) -> None:
@@ -60,8 +61,8 @@ def losses_figure(run: RunFolder) -> Figure:
     return figure
 
 
-def gate_figure(gate: HeldOutGate) -> Figure:
-    """The gate over time against true subgoal changes, a held-out episode a row (as Fig. 6)."""
+def gate_figure(gate: HeldOutGate, names: Sequence[str]) -> Figure:
+    """The gate over time against true subgoal changes, a held-out episode a row (as Fig. 6); names: of subgoals."""
     beta, fresh = gate.beta, gate.episodes
     assert fresh.segments is not None
     assert fresh.subgoals is not None
@@ -73,8 +74,8 @@ def gate_figure(gate: HeldOutGate) -> Figure:
         for change in changes[row, :length].nonzero().flatten().tolist():
             ax.axvline(change, color="C1", linestyle="--", linewidth=1.2)
         ax.plot(range(length), beta[row, :length].tolist(), color="C0", marker=".", linewidth=1.2)
-        colors = torch.unique_consecutive(fresh.subgoals[row, :length]).tolist()
-        ax.set_ylabel("-".join(map(str, colors)), rotation=0, ha="right", va="center")
+        pursued = torch.unique_consecutive(fresh.subgoals[row, :length]).tolist()
+        ax.set_ylabel("-".join(names[int(goal)] for goal in pursued), rotation=0, ha="right", va="center")
         ax.set(ylim=(-0.05, 1.05), yticks=(0, 1))
     axes[0].set_title("Switching gate β (solid) and true subgoal changes (dashed), one task a row")
     axes[-1].set_xlabel("environment step")
@@ -108,20 +109,25 @@ def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label
     return float(success.max())
 
 
-def codes_figure(share: torch.Tensor, bits: float) -> Figure:
-    """Which color a held code reaches first: share (codes, outcomes), where outcome 0 is none."""
+def measured_codes_figure(config: GridworldConfig, summary: dict[str, Any]) -> Figure:
+    """The figure of codes from what a run's summary holds of them."""
+    names = [format_task(subgoal) for subgoal in subgoals(config)]
+    return codes_figure(torch.tensor(summary["code_color_share"]), summary["code_subgoal_bits"], names)
+
+
+def codes_figure(share: torch.Tensor, bits: float, names: Sequence[str]) -> Figure:
+    """Which subgoal a held code reaches first: share (codes, outcomes), outcome 0 is none; names: of the others."""
     from matplotlib.ticker import MaxNLocator
 
-    colors = share.shape[1] - 1
-    shown = share[:, [*range(1, colors + 1), 0]]
+    shown = share[:, [*range(1, len(names) + 1), 0]]
     favourite = shown.argmax(1)
     order = sorted(range(len(shown)), key=lambda code: (int(favourite[code]), -float(shown[code].max())))
-    figure = figure_of_size(1.2 + 0.55 * colors + 1.6, 5.0)
+    figure = figure_of_size(1.2 + 0.55 * len(names) + 1.6, 5.0)
     ax = figure.subplots()
     image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    ax.set_xticks(range(colors + 1), [*map(str, range(colors)), "none"])
+    ax.set_xticks(range(len(names) + 1), [*names, "none"])
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="color reached first", ylabel="fixed code, by favourite color", title=f"{bits:.2f} bits")
+    ax.set(xlabel="subgoal reached first", ylabel="fixed code, by favourite subgoal", title=f"{bits:.2f} bits")
     figure.colorbar(image, ax=ax, label="share of new layouts")
     return figure
 

@@ -20,9 +20,8 @@ from metacontroller.analysis.study_figures import BASELINES, CONTROLS, study_fig
 from metacontroller.analysis.summary import variant_rows
 from metacontroller.envs.tasks import format_task
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.reproduce import BASE_MODEL, gate_of_run, gate_to_draw, load_artefact, read_config
-from metacontroller.presets.gridworld import GridworldConfig, stream_seed
+from metacontroller.phases.reproduce import LoadedRun, gate_of_run, gate_to_draw, load_run
+from metacontroller.presets.gridworld import stream_seed, subgoals
 from metacontroller.run_folder import RunFolder
 
 PLAYER_EPISODES = 8
@@ -89,9 +88,9 @@ def write_report(paths: Sequence[Path], out: Path, *, device: str = "cpu") -> Pa
                 f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first."
             )
         runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
-        config = read_config(runs[0])
-        parts.append(_section(folder, config, summary, runs, device))
-        players.append(player_data(config, runs[0], device))
+        first = load_run(runs[0], device)
+        parts.append(_section(folder, summary, runs, first))
+        players.append(player_data(first))
     page = resources.files("metacontroller.analysis").joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps(players).replace("</", "<\\/")  # a script's text may not end the script
     page = page.replace("<!--CONTENT-->", "\n".join(parts)).replace("<!--DATA-->", data)
@@ -107,18 +106,14 @@ def _analyses(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
     return [found for run in runs if (found := run.read_analysis(name))]
 
 
-def _section(
-    folder: RunFolder, config: GridworldConfig, summary: dict[str, Any], runs: list[RunFolder], device: str
-) -> str:
-    """One reproduction."""
-    name, seeds, first = folder.path.name, len(runs), runs[0]
+def _section(folder: RunFolder, summary: dict[str, Any], runs: list[RunFolder], first: LoadedRun) -> str:
+    """One reproduction; first: its first run."""
+    name, seeds, config = folder.path.name, len(runs), first.config
     drawn = {
         "Success against episodes, median and quartiles over seeds": figures.success_figure(runs, config),
-        "Gate and true subgoal changes, first seed": figures.gate_figure(gate_to_draw(config, first, device)),
-        "Losses, first seed": figures.losses_figure(first),
-        "What a fixed code leads to, first seed": figures.codes_figure(
-            torch.tensor(first.read_summary()["code_color_share"]), first.read_summary()["code_subgoal_bits"]
-        ),
+        "Gate and true subgoal changes, first seed": figures.gate_figure(gate_to_draw(first), _names(first)),
+        "Losses, first seed": figures.losses_figure(first.folder),
+        "What a fixed code leads to, first seed": figures.measured_codes_figure(config, first.folder.read_summary()),
         **dict(study_figures(folder, runs).values()),
     }
     lines = [f"<h2>{html.escape(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>"]
@@ -137,7 +132,7 @@ def _section(
         lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
     lines.append(_player(name))
     lines.append(_cost(summary))
-    shown = html.escape(json.dumps(RunFolder(first.path).read_config(), indent=2))
+    shown = html.escape(json.dumps(first.folder.read_config(), indent=2))
     lines.append(f"<details><summary>Configuration, first seed</summary><pre>{shown}</pre></details>")
     return "\n".join(lines)
 
@@ -195,10 +190,11 @@ def _player(name: str) -> str:
 
 
 @torch.no_grad()
-def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[str, Any]:
+def player_data(run: LoadedRun) -> dict[str, Any]:
     """New episodes of experts, with gate, code in its two main axes, true subgoal, and the probe's belief if there is
     one: lists with an entry a step, ready for JSON."""
-    gate = gate_of_run(config, run, PLAYER_EPISODES, stream_seed(config.seed, "analyse"), device)
+    config, names = run.config, _names(run)
+    gate = gate_of_run(run, PLAYER_EPISODES, stream_seed(run.seed, "analyse"))
     batch = gate.episodes
     assert batch.subgoals is not None
     code = main_axes(gate.code, batch.mask())
@@ -209,7 +205,7 @@ def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[st
         changes = [goal for t, goal in enumerate(goals) if t == 0 or goal != goals[t - 1]]
         episodes.append(
             {
-                "task": format_task(changes),
+                "task": "-".join(names[goal] for goal in changes),
                 "objects": batch.states[row, 0, :-1].tolist(),
                 "agents": batch.states[row, : length + 1, -1].tolist(),
                 "subgoals": goals,
@@ -218,7 +214,13 @@ def player_data(config: GridworldConfig, run: RunFolder, device: str) -> dict[st
                 "belief": None if belief is None else _rounded(belief[row, :length]),
             }
         )
-    return {"size": config.environment.size, "colors": config.environment.num_colors, "episodes": episodes}
+    grid = {"size": config.environment.size, "colors": config.environment.num_colors}
+    return {**grid, "names": names, "episodes": episodes}
+
+
+def _names(run: LoadedRun) -> list[str]:
+    """What the run's subgoals are called."""
+    return [format_task(subgoal) for subgoal in subgoals(run.config)]
 
 
 def main_axes(z: Tensor, mask: Tensor) -> Tensor:
@@ -229,12 +231,12 @@ def main_axes(z: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 2 - flat.shape[-1]))
 
 
-def _belief(run: RunFolder, states: Tensor, actions: Tensor) -> Tensor | None:
-    """(b, t, subgoals): what the probe at the base model's controlled layer makes of each step; None without probes."""
-    if not run.has_checkpoint("probes"):
+def _belief(run: LoadedRun, states: Tensor, actions: Tensor) -> Tensor | None:
+    """(b, t, subgoals): what the base model's probe at the controlled layer makes of each step; None without probes."""
+    if not run.folder.has_checkpoint("probes"):
         return None
-    model: Transformer = load_artefact(Transformer, run, BASE_MODEL, str(states.device)).eval()
-    tensors, _ = run.load_checkpoint("probes", states.device)
+    tensors, _ = run.folder.load_checkpoint("probes", states.device)
+    model = run.base.eval()
     layer = len(model.lower_body.blocks)
     weight, bias = tensors[f"probes.{layer}.weight"], tensors[f"probes.{layer}.bias"]
     return nn.functional.linear(model.residual(states, actions), weight, bias).softmax(-1)

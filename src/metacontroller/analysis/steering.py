@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metacontroller.analysis.probing import labelled
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
+from metacontroller.envs.tasks import Task, single_colors
 from metacontroller.models.protocol import frozen
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
@@ -57,14 +58,17 @@ def steer_layers(
     batch_size: int,
     episodes: int,
     seed: int,
+    subgoals: Sequence[Task] | None = None,
     rank: int = 16,
     lr: float = 1e-3,
     quiet: bool = False,
 ) -> SteeringResult:
     """Trains controllers at every layer and plays ``task`` with them on ``episodes`` new layouts.
 
+    subgoals: the vocabulary of the episodes' labels, a controller each; by default every color of the grid.
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). The model is left as it is.
     """
+    subgoals = single_colors(environment.num_colors) if subgoals is None else subgoals
     losses, successes = [], []
     split = copy.deepcopy(model).eval()
     with track(steps * (model.depth + 1), "steer", quiet=quiet) as progress:
@@ -74,11 +78,9 @@ def steer_layers(
             def update(step: int, loss: float, layer: int = layer) -> None:
                 progress.update(layer * steps + step, layer=layer, loss=loss)
 
-            controllers, loss = _train(
-                split, generate, environment.num_colors, rank, steps, batch_size, lr, seed, update
-            )
+            controllers, loss = _train(split, generate, len(subgoals), rank, steps, batch_size, lr, seed, update)
             losses.append(loss)
-            successes.append(play_chained(split, controllers, environment, task, episodes, seed))
+            successes.append(play_chained(split, controllers, environment, task, episodes, seed, subgoals))
     return SteeringResult(losses, successes)
 
 
@@ -127,13 +129,16 @@ def play_chained(
     task: Sequence[int],
     episodes: int,
     seed: int,
+    subgoals: Sequence[Task] | None = None,
 ) -> float:
-    """Share of new layouts on which ``task`` is done when each step is steered towards its next color."""
+    """Share of new layouts on which ``task`` is done when each step is steered towards its present subgoal, by the
+    controller of that index in the vocabulary ``subgoals``, by default every color of the grid."""
     generator = noise_generator(seed, next(model.parameters()).device)  # a stream apart from the training episodes
-    grids = task_grids(environment, task, episodes, generator)
-    actor, done = Actor(model, grids, generator), 0.0
+    grids = task_grids(environment, task, episodes, generator, subgoals)
+    actor, done = Actor(model, grids, generator), 0
     while len(grids):
-        residual = actor.look()
-        done += float(actor.act(controllers(residual, grids.next_color().clamp(min=0)))[0].sum())
+        residual, before = actor.look(), grids.success
+        actor.act(controllers(residual, grids.goal().clamp(min=0)))
+        done += int((grids.success & ~before).sum())  # finished grids may stay on for a while
         actor.keep(survivors(~(grids.terminated | grids.truncated)))
     return done / episodes

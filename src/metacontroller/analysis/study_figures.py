@@ -169,7 +169,7 @@ def gate_histogram_figure(runs: Sequence[RunFolder]) -> Figure:
 
 
 def injection_figure(runs: Sequence[RunFolder]) -> Figure:
-    """Walks whose second color is the one named, free and with its code forced (as Fig. A4); dots are seeds."""
+    """Walks whose second subgoal is the one named, free and with its code forced (as Fig. A4); dots are seeds."""
     figure = figure_of_size(5.0, 3.4)
     ax = figure.subplots()
     found = [analysis for run in runs if (analysis := run.read_analysis("injection"))]
@@ -185,5 +185,6 @@ def injection_figure(runs: Sequence[RunFolder]) -> Figure:
             ax.bar(place, median(values), color="C0" if "forced" in name else "C7", alpha=0.7)
             ax.plot([place] * len(values), values, color="0.2", marker=".", linestyle="")
     ax.set_xticks(range(len(bars)), list(bars.values()), fontsize="small")
-    ax.set(ylabel="second color is the one named", ylim=(0, 1.02), title="A color's code, forced after the first color")
+    title = "A subgoal's code, forced after the first subgoal"
+    ax.set(ylabel="second subgoal is the one named", ylim=(0, 1.02), title=title)
     return figure

@@ -23,7 +23,7 @@ RESULTS = {
     "gate_recall": "gate: recall of subgoal changes, within ±1 step",
     "gate_precision": "gate: precision",
     "gate_binary_fraction": "gate: share of β outside (0.1, 0.9)",
-    "code_subgoal_bits": "a fixed code tells of the color reached, bits",
+    "code_subgoal_bits": "a fixed code tells of the subgoal reached, bits",
     "unseen_transition_share": "base model: unseen among transitions",
 }
 """The measures of a run, and how the table names them."""

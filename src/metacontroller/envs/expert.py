@@ -25,7 +25,7 @@ from metacontroller.envs.gridworld_pinpad import (
     sample_layouts,
     sweeps,
 )
-from metacontroller.envs.tasks import check_tasks, pad_tasks
+from metacontroller.envs.tasks import Task, check_tasks, pad_tasks, subgoal_chunks
 from metacontroller.errors import UserError
 
 TieBreak = Literal["random", "fixed"]
@@ -85,6 +85,7 @@ def expert_trajectories(
     tie_break: str = "random",
     epsilon: float = 0.0,
     layouts: Layouts | None = None,
+    subgoals: Sequence[Task] | None = None,
     device: torch.device | str = "cpu",
 ) -> Trajectories:
     """Let the expert do n episodes, each on a fresh layout with a task drawn uniformly from the given ones.
@@ -99,12 +100,14 @@ def expert_trajectories(
         epsilon: probability that a move is instead drawn uniformly from those that enter no wrong color, nor a pocket
             of cells from which the color pursued cannot be reached; moves that change nothing are among them.
         layouts: n layouts to use in place of fresh ones.
+        subgoals: the vocabulary that labels refer to, see `subgoal_vocabulary`; by default every color of the grid.
         device: where to simulate; ignored when layouts are given, which stay where they are.
 
     Returns:
         States are tokens, int64 (b, t + 1, o + 1): the cells of the objects and of the agent. Episodes end on success,
         or at `config.max_steps`; t is the longest of them. Padding repeats the last state, with action 0 and
-        subgoal and segment -1.
+        subgoal and segment -1. Elsewhere they are the index of the subgoal pursued, in the vocabulary, and its place in
+        the task.
 
     Raises:
         ValueError: on a bad task, number, tie_break or epsilon, or on layouts that are infeasible or not n.
@@ -115,7 +118,9 @@ def expert_trajectories(
     device = layouts.agent.device
     padded, lengths = pad_tasks(tasks, device)
     drawn = torch.randint(len(tasks), (n,), generator=generator, device=device)
-    batch = PinpadBatch(config, layouts, padded[drawn], lengths[drawn])
+    batch = PinpadBatch(config, layouts, padded[drawn], lengths[drawn], subgoals=subgoals)
+    for task in tasks:
+        subgoal_chunks(task, batch.colors_per_subgoal)  # refuses what is not made of whole subgoals
     policy = _ExpertPolicy(batch, tie_break, epsilon, generator)
     agents, actions, progress, ended = [batch.agent], [], [], []
     while not bool((stopped := batch.terminated | batch.truncated).all()):
@@ -127,13 +132,13 @@ def expert_trajectories(
     agent = torch.stack(agents, dim=1)[:, :, None]
     objects = layouts.objects[:, None].expand(-1, agent.shape[1], -1)
     padding = torch.stack(ended, dim=1)
-    segments = torch.stack(progress, dim=1).masked_fill(padding, -1)
-    subgoals = batch.tasks.gather(1, segments.clamp(min=0)).masked_fill(padding, -1)
+    segments = (torch.stack(progress, dim=1) // batch.colors_per_subgoal).masked_fill(padding, -1)
+    goals = batch.task_goals().gather(1, segments.clamp(min=0)).masked_fill(padding, -1)
     return Trajectories(
         states=torch.cat([objects, agent], dim=2),
         actions=torch.stack(actions, dim=1),
         lengths=batch.steps,
-        subgoals=subgoals,
+        subgoals=goals,
         segments=segments,
     )
 

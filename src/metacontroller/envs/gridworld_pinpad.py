@@ -4,17 +4,21 @@ Rules (arXiv 2512.20605): a grid of size x size cells holds colored cells, walls
 colors of a task in order. Cells are numbered ``row * size + column``; actions are 0 up, 1 down, 2 left, 3 right. Moving
 into a wall or off the grid changes nothing.
 
-Axes: b grid of the batch, o object (every color, then every wall), n cell, l place in a task.
+Axes: b grid of the batch, o object (every color, then every wall), n cell, l place in a task, v subgoal of the
+vocabulary, u color of a subgoal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from metacontroller.envs.tasks import Task, single_colors
 from metacontroller.errors import UserError
 
 NUM_ACTIONS = 4
@@ -199,19 +203,33 @@ class PinpadBatch:
     episode with reward 1, visiting any other color than the next terminates it with reward 0. An episode that has
     not terminated is truncated after `PinpadConfig.max_steps` steps. A grid that has ended stays as it is.
 
+    Subgoals are what tasks are made of: single colors, or runs of as many colors each (`subgoal_vocabulary`). They
+    change no rule; `goal`, `subgoals_done` and `reached` tell of them.
+
     Attributes:
         config: the grid's configuration.
         layouts: the layouts the episodes began with.
         tasks, task_lengths: int64 (b, l), padded with -1, and (b,).
+        subgoals: the vocabulary, by default every color of the grid.
         agent: int64 (b,), the agent's cell.
         progress: int64 (b,), colors of the task visited so far.
         steps: int64 (b,), steps taken before the episode ended.
         terminated, truncated: bool (b,), never both.
     """
 
-    def __init__(self, config: PinpadConfig, layouts: Layouts, tasks: Tensor, task_lengths: Tensor) -> None:
+    def __init__(
+        self,
+        config: PinpadConfig,
+        layouts: Layouts,
+        tasks: Tensor,
+        task_lengths: Tensor,
+        *,
+        subgoals: Sequence[Task] | None = None,
+    ) -> None:
         check_layouts(config, layouts)
         _check_task_tensors(config, len(layouts), tasks, task_lengths)
+        self.subgoals = single_colors(config.num_colors) if subgoals is None else tuple(subgoals)
+        _check_subgoals(config, self.subgoals)
         device = layouts.agent.device
         self.config = config
         self.layouts = layouts
@@ -227,9 +245,27 @@ class PinpadBatch:
         # One more column, so that a finished task has a next color too: one that nothing equals.
         self._next_colors = torch.cat([tasks, torch.full_like(tasks[:, :1], -1)], dim=1).to(torch.int16)
         self._moves = move_table(config.size, device).flatten()
+        self._vocabulary = torch.tensor(self.subgoals, dtype=torch.int16, device=device)  # (v, u)
+        # The u - 1 colors visited last before the last step, (b,) each, oldest first; -1 where there were fewer.
+        self._recent = [self._visited] * (self.colors_per_subgoal - 1)
 
     def __len__(self) -> int:
         return len(self.agent)
+
+    @property
+    def colors_per_subgoal(self) -> int:
+        """Colors that make a subgoal."""
+        return len(self.subgoals[0])
+
+    @property
+    def success(self) -> Tensor:
+        """bool (b,): the task is done."""
+        return self.progress == self.task_lengths
+
+    @property
+    def subgoals_done(self) -> Tensor:
+        """int64 (b,): whole subgoals of the task done so far."""
+        return self.progress // self.colors_per_subgoal
 
     def step(self, actions: Tensor) -> Tensor:
         """Apply one action per grid, int64 (b,) in 0..3, and return the rewards, float32 (b,).
@@ -241,6 +277,9 @@ class PinpadBatch:
         ahead = self._moves[actions * self.config.num_cells + self.agent]
         found = self._lookup.gather(1, ahead[:, None]).squeeze(1)
         ended = self.terminated | self.truncated
+        if self._recent:
+            visit, newer = self._visited >= 0, [*self._recent[1:], self._visited]
+            self._recent = [torch.where(visit, *colors) for colors in zip(newer, self._recent, strict=True)]
         agent = torch.where((found >= self.config.num_colors) | ended, self.agent, ahead)
         self._visited = torch.where(agent != self.agent, found, -1)
         entered = self._visited >= 0
@@ -265,14 +304,42 @@ class PinpadBatch:
         """Return int64 (b,): the color to visit next, -1 once the task is done."""
         return self._next_colors.gather(1, self.progress[:, None]).squeeze(1).to(torch.int64)
 
+    def task_goals(self) -> Tensor:
+        """Return int64 (b, l / u + 1): index of each subgoal of the task, -1 for none, as at the end."""
+        longest, unit = self.tasks.shape[1], self.colors_per_subgoal
+        padded = F.pad(self.tasks, (0, unit + -longest % unit), value=-1)
+        return self._index_of(padded.unflatten(1, (-1, unit)))
+
+    def goal(self) -> Tensor:
+        """Return int64 (b,): index of the subgoal asked for now, until all its colors are visited.
+
+        -1 once the task is done, and where the vocabulary lacks the subgoal.
+        """
+        return self.task_goals().gather(1, self.subgoals_done[:, None]).squeeze(1)
+
+    def reached(self) -> Tensor:
+        """Return int64 (b,): index of the subgoal that the last step completed, whether asked for or not, else -1.
+
+        A subgoal of one color is completed by visiting it, one of several when the last colors visited are its colors.
+        """
+        return self._index_of(torch.stack([*self._recent, self._visited], dim=1))
+
+    def _index_of(self, chunks: Tensor) -> Tensor:
+        """Index in the vocabulary of chunks of colors (..., u), -1 where they are not in it."""
+        equal = (chunks[..., None, :] == self._vocabulary).all(-1)
+        return torch.where(equal.any(-1), equal.to(torch.uint8).argmax(-1), -1)
+
     def compact(self, rows: Tensor) -> None:
         """Keep only the grids of the given rows (indices or a boolean mask), in that order."""
         self.layouts = self.layouts.index(rows)
         for name in _ROW_FIELDS:
             setattr(self, name, getattr(self, name)[rows])
+        self._recent = [colors[rows] for colors in self._recent]
 
     def replace(self, rows: Tensor, fresh: PinpadBatch) -> None:
-        """Put the grids of another batch, with tasks padded to the same width, in place of rows, int64 (k,)."""
+        """Put the grids of another batch in place of rows, int64 (k,): with the same subgoals, tasks as wide."""
+        if fresh.subgoals != self.subgoals:
+            raise UserError(f"the new grids have subgoals {fresh.subgoals}: expected {self.subgoals}, as here.")
         if fresh.tasks.shape != (len(rows), self.tasks.shape[1]):
             raise UserError(
                 f"the new grids have tasks of shape {tuple(fresh.tasks.shape)}: expected "
@@ -282,6 +349,7 @@ class PinpadBatch:
         self.layouts = Layouts(old.objects.index_copy(0, rows, new.objects), old.agent.index_copy(0, rows, new.agent))
         for name in _ROW_FIELDS:
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(fresh, name)))
+        self._recent = [old.index_copy(0, rows, new) for old, new in zip(self._recent, fresh._recent, strict=True)]
 
 
 _ROW_FIELDS = (
@@ -296,7 +364,7 @@ _ROW_FIELDS = (
     "_visited",
     "_next_colors",
 )
-"""The tensors of a `PinpadBatch` with one row per grid, its layouts apart."""
+"""The tensors of a `PinpadBatch` with one row per grid, its layouts and recent visits apart."""
 
 
 def _check_task_tensors(config: PinpadConfig, batch: int, tasks: Tensor, task_lengths: Tensor) -> None:
@@ -310,6 +378,13 @@ def _check_task_tensors(config: PinpadConfig, batch: int, tasks: Tensor, task_le
     used = torch.arange(tasks.shape[1], device=tasks.device) < task_lengths[:, None]
     if (used & ((tasks < 0) | (tasks >= config.num_colors))).any():
         raise UserError(f"a task has an unknown color: colors run from 0 to {config.num_colors - 1}.")
+
+
+def _check_subgoals(config: PinpadConfig, subgoals: tuple[Task, ...]) -> None:
+    if not subgoals or len({len(subgoal) for subgoal in subgoals}) > 1 or not subgoals[0]:
+        raise UserError(f"subgoals are {subgoals}: give at least one, each of as many colors, and of one at least.")
+    if not all(0 <= color < config.num_colors for subgoal in subgoals for color in subgoal):
+        raise UserError(f"subgoals {subgoals} have an unknown color: colors run from 0 to {config.num_colors - 1}.")
 
 
 def check_actions(actions: Tensor, batch: int) -> None:

@@ -97,8 +97,54 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
             )
 
 
+def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, ...]:
+    """Return the subgoals of a task, in order: its colors in chunks of ``colors_per_subgoal``.
+
+    Raises:
+        ValueError: if the length of the task is not a multiple of ``colors_per_subgoal``.
+    """
+    if colors_per_subgoal < 1:
+        raise UserError(f"colors_per_subgoal is {colors_per_subgoal}: it must be at least 1.")
+    if len(task) % colors_per_subgoal:
+        raise UserError(
+            f"task {format_task(task)} has {len(task)} colors, no multiple of colors_per_subgoal {colors_per_subgoal}: "
+            "change the task or colors_per_subgoal."
+        )
+    return tuple(tuple(task[i : i + colors_per_subgoal]) for i in range(0, len(task), colors_per_subgoal))
+
+
+def subgoal_vocabulary(tasks: Iterable[Sequence[int]], colors_per_subgoal: int, num_colors: int) -> tuple[Task, ...]:
+    """Return the subgoals that tasks are made of, each as its colors; a subgoal's index is its place here.
+
+    For subgoals of one color these are all colors of the grid, in order. For larger ones they are the distinct chunks
+    of the tasks, sorted. `format_task` gives a subgoal's name, such as "0-1".
+
+    Raises:
+        ValueError: if the length of a task is not a multiple of ``colors_per_subgoal``.
+    """
+    chunks = {chunk for task in tasks for chunk in subgoal_chunks(task, colors_per_subgoal)}
+    return single_colors(num_colors) if colors_per_subgoal == 1 else tuple(sorted(chunks))
+
+
+def single_colors(num_colors: int) -> tuple[Task, ...]:
+    """Return the vocabulary in which each color of the grid is a subgoal of its own."""
+    return tuple((color,) for color in range(num_colors))
+
+
+def subgoal_indices(task: Sequence[int], vocabulary: Sequence[Task]) -> tuple[int, ...]:
+    """Return a task as the indices of its subgoals in the vocabulary, which must hold them all."""
+    chunks = subgoal_chunks(task, len(vocabulary[0]))
+    unknown = [chunk for chunk in chunks if chunk not in vocabulary]
+    if unknown:
+        raise UserError(
+            f"task {format_task(task)} has subgoal {format_task(unknown[0])}, which is not among "
+            f"{', '.join(map(format_task, vocabulary))}: change the task or the vocabulary."
+        )
+    return tuple(map(vocabulary.index, chunks))
+
+
 def transitions(tasks: Iterable[Sequence[int]]) -> set[tuple[int, int]]:
-    """Return every pair (color, color that follows it) that occurs in the tasks."""
+    """Return every pair (color, color that follows it) in the tasks; of subgoals for tasks of `subgoal_indices`."""
     return {pair for task in tasks for pair in pairwise(task)}
 
 

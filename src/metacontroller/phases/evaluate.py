@@ -18,7 +18,7 @@ from metacontroller.baselines.compile import CompILE, begin_probability
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.gridworld_pinpad import PinpadConfig
-from metacontroller.envs.tasks import check_tasks, format_task
+from metacontroller.envs.tasks import Task, check_tasks, format_task, subgoal_chunks
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.internal_rl import task_grids
@@ -39,22 +39,27 @@ def evaluate(
     task: Sequence[int],
     episodes: int,
     seed: int,
+    *,
+    subgoals: Sequence[Task] | None = None,
 ) -> dict[str, Any]:
     """Plays ``episodes`` on new layouts from ``seed`` and returns means over them.
 
-    success and its standard error success_se, subgoals (done in order), steps, decisions (abstract actions; None where
-    there are none), and what was asked for: policy, task, episodes.
+    success, the share of episodes that the environment calls solved, and mean_return, with their standard errors
+    success_se, of a share, and return_se, of a sample (None for a single episode); subgoals (done in order), steps,
+    decisions (abstract actions; None where there are none), and what was asked for: policy, task, episodes.
+    subgoals: the vocabulary in which subgoals are counted, by default every color of the grid.
     """
     check_tasks([task], environment.num_colors)
+    subgoal_chunks(task, 1 if subgoals is None else len(subgoals[0]))  # refuses what is not made of whole subgoals
     if episodes < 1:
         raise UserError(f"episodes is {episodes}; expected at least 1.")
     if policy in ("prior", "internal-rl") and meta_controller is None:
         raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
-    kept: dict[str, list[Tensor]] = {"success": [], "subgoals": [], "steps": [], "decisions": []}
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("success", "mean_return", "subgoals", "steps", "decisions")}
     for size in batch_sizes(episodes):
-        grids = task_grids(environment, task, size, generator)
+        grids = task_grids(environment, task, size, generator, subgoals)
         if policy in ("base", "raw"):
             rollout = rollout_raw(model, grids, generator)
         else:
@@ -62,17 +67,20 @@ def evaluate(
             proposal = policy_proposal if policy == "internal-rl" else prior_proposal
             rollout = rollout_abstract(model, meta_controller, grids, proposal(meta_controller, generator), generator)
             kept["decisions"].append(rollout.lengths)
-        kept["success"].append(rollout.returns)
-        kept["subgoals"].append(rollout.progress)
+        kept["success"].append(rollout.success)
+        kept["mean_return"].append(rollout.returns)
+        kept["subgoals"].append(rollout.subgoals_done)
         kept["steps"].append(rollout.steps)
     means = {name: float(torch.cat(values).double().mean()) if values else None for name, values in kept.items()}
     success = means["success"] or 0.0
+    spread = float(torch.cat(kept["mean_return"]).double().std()) if episodes > 1 else None
     return {
         "policy": policy,
         "task": format_task(task),
         "episodes": episodes,
         **means,
         "success_se": math.sqrt(success * (1 - success) / episodes),
+        "return_se": None if spread is None else spread / math.sqrt(episodes),
     }
 
 

@@ -5,10 +5,10 @@ only at switches. One update: a batch of fresh episodes, advantages (R - mean) /
 clipped surrogate over the stored residuals. The frozen model is never run again for the update. Several processes
 share each batch, see `phases.parallel`.
 
-Metrics: ``success`` of the batch just played, ``episodes`` so far, ``decisions`` and ``steps`` per episode,
-``progress`` (colors of the task done); of the last optimizer step ``entropy_per_code`` of the policy's Gaussian in
-nats, ``approx_kl`` between the policy that played and the present one, ``clip_fraction`` of decisions whose ratio the
-clip bounds, ``grad_norm`` before clipping.
+Metrics: ``success``, the share of episodes of the batch just played that the environment calls solved, and their mean
+``return``; ``episodes`` so far, ``decisions`` and ``steps`` per episode, ``progress`` (subgoals done); of the last
+optimizer step ``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` between the policy that played and
+the present one, ``clip_fraction`` of decisions whose ratio the clip bounds, ``grad_norm`` before clipping.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from metacontroller.control.losses import clipped_surrogate, trajectory_advantag
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.envs.tasks import Task
 from metacontroller.errors import UserError
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.models.transformer import Transformer
@@ -83,11 +84,18 @@ class InternalRLConfig:
         return math.ceil(self.episodes / self.batch_size)
 
 
-def task_grids(config: PinpadConfig, task: Sequence[int], n: int, generator: torch.Generator) -> PinpadBatch:
-    """n grids with new random layouts that ask for one task."""
+def task_grids(
+    config: PinpadConfig,
+    task: Sequence[int],
+    n: int,
+    generator: torch.Generator,
+    subgoals: Sequence[Task] | None = None,
+) -> PinpadBatch:
+    """n grids with new random layouts that ask for one task. subgoals: the vocabulary, see `PinpadBatch`."""
     tasks = torch.tensor([task]).expand(n, -1).to(generator.device)
     lengths = torch.full((n,), len(task), device=generator.device)
-    return PinpadBatch(config, sample_layouts(config, n, generator, generator.device), tasks, lengths)
+    layouts = sample_layouts(config, n, generator, generator.device)
+    return PinpadBatch(config, layouts, tasks, lengths, subgoals=subgoals)
 
 
 def internal_rl(
@@ -251,9 +259,10 @@ def _surrogate_in_parts(
 def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
     """Means over the batch of episodes, all processes' together."""
     means = {
-        "success": rollout.returns.mean(),
+        "success": rollout.success.float().mean(),
+        "return": rollout.returns.mean(),
         "steps": rollout.steps.float().mean(),
-        "progress": rollout.progress.float().mean(),
+        "progress": rollout.subgoals_done.float().mean(),
     }
     if isinstance(rollout, AbstractRollout):
         means["decisions"] = rollout.lengths.float().mean()

@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metacontroller.analysis import figures
-from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
+from metacontroller.analysis.codes import CodeMeaning, code_subgoal_bits, unseen_transition_share
 from metacontroller.analysis.summary import combined_summary, environment_facts
 from metacontroller.baselines.compile import CompILE, build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
@@ -31,7 +33,7 @@ from metacontroller.envs.gridworld_pinpad import PinpadBatch
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import discover
-from metacontroller.phases.evaluate import HeldOutGate, evaluate, gate_on_new_layouts
+from metacontroller.phases.evaluate import HeldOutGate, Policy, evaluate, gate_on_new_layouts
 from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
 from metacontroller.phases.parallel import processes
 from metacontroller.phases.pretrain import pretrain
@@ -43,6 +45,7 @@ from metacontroller.presets.gridworld import (
     from_json,
     generate,
     stream_seed,
+    subgoals,
     with_seed,
 )
 from metacontroller.progress import announce
@@ -84,6 +87,62 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
     return kind.init_and_load(path).to(device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run folder with its config, and with what its phases left there, each loaded when it is first asked for.
+
+    Whoever measures or draws a run takes its parts from here, so that all of them judge the same model.
+    """
+
+    folder: RunFolder
+    config: GridworldConfig
+    device: str
+
+    @property
+    def seed(self) -> int:
+        """From which all seeds of the run derive, see `stream_seed`."""
+        return self.config.seed
+
+    @cached_property
+    def base(self) -> Transformer:
+        """The model that pretraining left."""
+        return load_artefact(Transformer, self.folder, BASE_MODEL, self.device)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The model that the metacontroller steers: the base, or the one that discovery trained along."""
+        if not self.config.discover.train_model:
+            return self.base
+        return load_artefact(Transformer, self.folder, COTRAINED_MODEL, self.device)
+
+    @cached_property
+    def raw_model(self) -> Transformer:
+        """The base after raw-action RL."""
+        return load_artefact(Transformer, self.folder, RAW_MODEL, self.device)
+
+    @cached_property
+    def meta_controller(self) -> MetaController:
+        """As discovery left it; its policy is the prior."""
+        return load_artefact(MetaController, self.folder, META_CONTROLLER, self.device)
+
+    @cached_property
+    def segmentation(self) -> CompILE | None:
+        """CompILE's, where it stands in place of discovery."""
+        if self.config.discovery != "compile":
+            return None
+        return load_artefact(CompILE, self.folder, SEGMENTATION, self.device)
+
+    @cached_property
+    def policy(self) -> MetaController:
+        """The same with the policy that internal RL trained."""
+        return load_artefact(MetaController, self.folder, POLICY, self.device)
+
+
+def load_run(folder: RunFolder, device: str) -> LoadedRun:
+    """The run in a folder, as its config.json says."""
+    return LoadedRun(folder=folder, config=read_config(folder), device=device)
+
+
 def run_pretrain(config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> Transformer:
     """Phase 1 in a run folder; writes config.json too."""
     run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
@@ -118,19 +177,13 @@ def copy_artefact(name: str, source: Path, folder: Path) -> None:
         os.replace(draft, folder / path.name)
 
 
-def steered_model(config: GridworldConfig, run: RunFolder, device: str) -> Transformer:
-    """The model that the run's metacontroller steers."""
-    return load_artefact(Transformer, run, COTRAINED_MODEL if config.discover.train_model else BASE_MODEL, device)
-
-
 def run_internal_rl(
     config: GridworldConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
 ) -> MetaController:
     """Phase 3 in a run folder that holds a base model and a metacontroller."""
-    model = steered_model(config, run, device)
-    meta_controller = load_artefact(MetaController, run, META_CONTROLLER, device)
-    grids = _post_task_grids(config)
-    return internal_rl(config.internal_rl, model, meta_controller, grids, run, resume=resume, quiet=quiet)
+    loaded, grids = LoadedRun(folder=run, config=config, device=device), _post_task_grids(config)
+    rl = config.internal_rl
+    return internal_rl(rl, loaded.model, loaded.meta_controller, grids, run, resume=resume, quiet=quiet)
 
 
 def run_raw_action_rl(
@@ -142,7 +195,7 @@ def run_raw_action_rl(
 
 
 def _post_task_grids(config: GridworldConfig) -> Callable[[int, torch.Generator], PinpadBatch]:
-    return lambda n, generator: task_grids(config.environment, config.post_task, n, generator)
+    return lambda n, generator: task_grids(config.environment, config.post_task, n, generator, subgoals(config))
 
 
 RUN_PHASE: dict[str, Callable[..., Any]] = {
@@ -174,9 +227,10 @@ def reproduce_seed(
         for phase in RL_PHASES:
             run_phase(phase, config, folder, quiet, device)
     began = time.monotonic()
-    measured = measure(config, run, device, quiet)
+    loaded = LoadedRun(folder=run, config=config, device=device)
+    measured = measure(loaded, quiet)
     announce("figures of the run", quiet)
-    figures.draw_run(config, run, measured, gate_to_draw(config, run, device))
+    figures.draw_run(loaded, measured, gate_to_draw(loaded))
     summary = {
         "seed": config.seed,
         **measured,
@@ -208,83 +262,86 @@ def run_phase(phase: str, config: GridworldConfig, folder: Path, quiet: bool, de
     RUN_PHASE[phase](config, run, resume=True, quiet=quiet, device=device)
 
 
-def gate_of_run(config: GridworldConfig, run: RunFolder, episodes: int, seed: int, device: str) -> HeldOutGate:
+def gate_of_run(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
     """The gate that acts in a run, along ``episodes`` held-out ones of experts: whatever says something about a run's
     gate reads it here.
 
     After CompILE, codes and boundaries are its own and the gate is the one that learned to tell them from the past;
     the metacontroller's acausal encoder was never trained.
     """
-    segmentation = load_artefact(CompILE, run, SEGMENTATION, device) if config.discovery == "compile" else None
-    return gate_on_new_layouts(
-        steered_model(config, run, device),
-        load_artefact(MetaController, run, META_CONTROLLER, device),
-        generate(config, "discover"),
-        episodes,
-        seed,
-        segmentation=segmentation,
-    )
+    source = generate(run.config, "discover")
+    return gate_on_new_layouts(run.model, run.meta_controller, source, episodes, seed, segmentation=run.segmentation)
 
 
-def gate_to_draw(config: GridworldConfig, run: RunFolder, device: str) -> HeldOutGate:
+def gate_to_draw(run: LoadedRun) -> HeldOutGate:
     """The handful of episodes that the figure of the gate shows."""
-    return gate_of_run(config, run, figures.GATE_EPISODES, stream_seed(config.seed, "evaluate"), device)
+    return gate_of_run(run, figures.GATE_EPISODES, stream_seed(run.seed, "evaluate"))
 
 
-def discovery_figures(
-    config: GridworldConfig, run: RunFolder, seed: int, episodes: int, device: str
-) -> dict[str, float]:
+def evaluate_run(
+    run: LoadedRun, policy: Policy, *, task: Sequence[int] | None = None, episodes: int, seed: int
+) -> dict[str, Any]:
+    """`evaluate` with the run's model and metacontroller for that policy, by default on its post-training task."""
+    config, task = run.config, run.config.post_task if task is None else task
+    if policy in ("base", "raw"):
+        model, controlled = run.base if policy == "base" else run.raw_model, None
+    else:
+        model, controlled = run.model, run.meta_controller if policy == "prior" else run.policy
+    return evaluate(model, controlled, config.environment, policy, task, episodes, seed, subgoals=subgoals(config))
+
+
+def discovery_figures(run: LoadedRun, seed: int, episodes: int) -> dict[str, float]:
     """What discovery is judged by, on ``episodes`` new ones: how the gate meets subgoals, and what fixed codes tell."""
-    model, settings = steered_model(config, run, device), config.evaluate
-    meaning = code_subgoal_bits(
-        model,
-        load_artefact(MetaController, run, META_CONTROLLER, device),
-        config.environment,
-        codes=settings.codes,
-        layouts_per_code=settings.layouts_per_code,
-        generator=torch.Generator(next(model.parameters()).device).manual_seed(seed),
-    )
-    gate = gate_of_run(config, run, episodes, seed, device)
-    return {**gate.figures(), "code_subgoal_bits": meaning.bits}
+    gate = gate_of_run(run, episodes, seed)
+    return {
+        **gate.figures(),
+        "code_subgoal_bits": _code_meaning(run, torch.Generator(run.device).manual_seed(seed)).bits,
+    }
 
 
-def measure(config: GridworldConfig, run: RunFolder, device: str, quiet: bool) -> dict[str, Any]:
-    """What a finished run is judged by, all of it on new layouts."""
-    base = load_artefact(Transformer, run, BASE_MODEL, device)
-    steered = steered_model(config, run, device)
-    raw = load_artefact(Transformer, run, RAW_MODEL, device)
-    controlled = load_artefact(MetaController, run, POLICY, device)
-    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
-
-    def success(model: Transformer, policy: Any) -> float:
-        announce(f"evaluate: success of {policy}", quiet)
-        task = config.post_task
-        return evaluate(model, controlled, config.environment, policy, task, settings.episodes, seed)["success"]
-
-    announce("evaluate: what codes mean", quiet)
-    generator = torch.Generator(device).manual_seed(seed)
-    meaning = code_subgoal_bits(
-        steered,
-        controlled,
-        config.environment,
+def _code_meaning(run: LoadedRun, generator: torch.Generator) -> CodeMeaning:
+    settings = run.config.evaluate
+    return code_subgoal_bits(
+        run.model,
+        run.meta_controller,
+        run.config.environment,
         codes=settings.codes,
         layouts_per_code=settings.layouts_per_code,
         generator=generator,
+        subgoals=subgoals(run.config),
     )
+
+
+def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
+    """What a finished run is judged by, all of it on new layouts."""
+    config, episodes, seed = run.config, run.config.evaluate.episodes, stream_seed(run.seed, "evaluate")
+
+    def success(policy: Policy) -> float:
+        announce(f"evaluate: success of {policy}", quiet)
+        return evaluate_run(run, policy, episodes=episodes, seed=seed)["success"]
+
+    announce("evaluate: what codes mean", quiet)
+    generator = torch.Generator(run.device).manual_seed(seed)
+    meaning = _code_meaning(run, generator)
     announce("evaluate: transitions that no task has", quiet)
     unseen = unseen_transition_share(
-        base, config.environment, config.tasks, episodes=settings.episodes, generator=generator
+        run.base,
+        config.environment,
+        config.tasks,
+        episodes=episodes,
+        generator=generator,
+        subgoals=subgoals(config),
     )
     rates = {
-        "internal_rl_success": success(steered, "internal-rl"),
-        "raw_action_success": success(raw, "raw"),
-        "prior_success": success(steered, "prior"),
-        "raw_initial_success": success(base, "base"),
+        "internal_rl_success": success("internal-rl"),
+        "raw_action_success": success("raw"),
+        "prior_success": success("prior"),
+        "raw_initial_success": success("base"),
     }
     announce("evaluate: the gate against subgoals", quiet)
     return {
         **rates,
-        **gate_of_run(config, run, settings.episodes, seed, device).figures(),
+        **gate_of_run(run, episodes, seed).figures(),
         "code_subgoal_bits": meaning.bits,
         "unseen_transition_share": unseen,
         "code_color_share": meaning.share.tolist(),

@@ -32,11 +32,13 @@ AnyRollout = TypeVar("AnyRollout", bound="Rollout")
 
 @dataclass
 class Rollout:
-    """What both kinds of episodes have: (b,) undiscounted returns, environment steps, colors of the task done."""
+    """What both kinds of episodes have: (b,) undiscounted returns, success bool as the environment says, environment
+    steps, subgoals of the task done."""
 
     returns: Tensor
+    success: Tensor
     steps: Tensor
-    progress: Tensor
+    subgoals_done: Tensor
 
     @property
     def decisions(self) -> Tensor:
@@ -215,15 +217,17 @@ def survivors(alive: Tensor) -> Tensor:
 
 
 class _Outcome:
-    """How each episode ended: returns, steps, progress, all (b,)."""
+    """How each episode ended: returns, success, steps, subgoals_done, all (b,)."""
 
     def __init__(self, rows: Tensor) -> None:
         self.returns = torch.zeros(len(rows), device=rows.device)
-        self.steps, self.progress = torch.zeros_like(rows), torch.zeros_like(rows)
+        self.success = torch.zeros_like(rows, dtype=torch.bool)
+        self.steps, self.subgoals_done = torch.zeros_like(rows), torch.zeros_like(rows)
 
     def close(self, rows: Tensor, grids: PinpadBatch) -> None:
         """Notes the present state of the grids that play ``rows``; the last note of an episode stands."""
-        self.steps[rows], self.progress[rows] = grids.steps, grids.progress
+        self.success[rows] = grids.success
+        self.steps[rows], self.subgoals_done[rows] = grids.steps, grids.subgoals_done
 
 
 class _Decisions:

@@ -22,25 +22,19 @@ from typing import Any, Literal
 
 from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
 from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
-from metacontroller.baselines.compile import CompILE
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 from metacontroller.errors import UserError
 from metacontroller.phases.cells import Job, in_own_processes
 from metacontroller.phases.discover import DiscoverConfig
-from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.pretrain import snapshot_path
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
-    META_CONTROLLER,
-    POLICY,
-    SEGMENTATION,
+    LoadedRun,
     copy_artefact,
-    load_artefact,
+    evaluate_run,
     read_config,
     reproduce_seed,
     run_phase,
-    steered_model,
 )
 from metacontroller.presets.gridworld import GridworldConfig, generate, stream_seed, with_seed
 from metacontroller.presets.reading import from_plain
@@ -326,29 +320,24 @@ def run_variant(out: Path, cell: Cell, study: StudyConfig, device: str) -> None:
     for phase in phases:
         run_phase(phase, config, run.path, True, device)
     began = time.monotonic()
-    measured = measure_variant(config, run, device, reinforced=variant.reinforces)
+    loaded = LoadedRun(folder=run, config=config, device=device)
+    measured = measure_variant(loaded, reinforced=variant.reinforces)
     phase_seconds = {phase: run.load_checkpoint(phase)[1]["seconds"] for phase in phases}
     phase_seconds["evaluate"] = time.monotonic() - began
     seconds = sum(phase_seconds.values())
     run.write_summary({"seed": cell.seed, **measured, "seconds": seconds, "phase_seconds": phase_seconds})
 
 
-def measure_variant(config: GridworldConfig, run: RunFolder, device: str, *, reinforced: bool) -> dict[str, Any]:
+def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:
     """What a variant is judged by, all of it on new layouts."""
-    settings, seed = config.evaluate, stream_seed(config.seed, "evaluate")
-    model = steered_model(config, run, device)
-    controlled = load_artefact(MetaController, run, META_CONTROLLER, device)
-    source = generate(config, "discover")
-    if config.discovery == "compile":
-        segmentation = load_artefact(CompILE, run, SEGMENTATION, device)
-        found = rate_distortion_of_segments(model, segmentation, controlled, source, settings.episodes, seed)
+    episodes, seed = run.config.evaluate.episodes, stream_seed(run.seed, "evaluate")
+    model, controlled, source = run.model, run.meta_controller, generate(run.config, "discover")
+    if run.segmentation is not None:
+        found = rate_distortion_of_segments(model, run.segmentation, controlled, source, episodes, seed)
     else:
-        found = rate_distortion(model, controlled, source, settings.episodes, seed)
+        found = rate_distortion(model, controlled, source, episodes, seed)
     if reinforced:
-        policy = load_artefact(MetaController, run, POLICY, device)
-        task, episodes = config.post_task, settings.episodes
-        result = evaluate(model, policy, config.environment, "internal-rl", task, episodes, seed)
-        found["internal_rl_success"] = result["success"]
+        found["internal_rl_success"] = evaluate_run(run, "internal-rl", episodes=episodes, seed=seed)["success"]
     return {**found, "aligned": is_aligned(found)}
 
 

@@ -20,23 +20,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.errors import UserError
 from metacontroller.phases.cells import in_own_processes
-from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.reproduce import (
     BASE_MODEL,
     COTRAINED_MODEL,
     META_CONTROLLER,
-    POLICY,
     RUN_PHASE,
     SEGMENTATION,
+    LoadedRun,
     copy_artefact,
     discovery_figures,
-    load_artefact,
+    evaluate_run,
     open_folder,
     read_config,
-    steered_model,
 )
 from metacontroller.presets.gridworld import GridworldConfig, stream_seed, with_seed
 from metacontroller.progress import track
@@ -117,12 +114,11 @@ def _measure(config: GridworldConfig, run: RunFolder, cell: Cell, device: str) -
     """What the cell's phase is judged by, on new layouts."""
     if cell.alpha is None:
         return {}
+    loaded = LoadedRun(folder=run, config=config, device=device)
     episodes, seed = config.evaluate.episodes, stream_seed(config.seed, "evaluate")
     if cell.lr is None:
-        return discovery_figures(config, run, seed, episodes, device)
-    model, policy = steered_model(config, run, device), load_artefact(MetaController, run, POLICY, device)
-    result = evaluate(model, policy, config.environment, "internal-rl", config.post_task, episodes, seed)
-    return {"internal_rl_success": result["success"]}
+        return discovery_figures(loaded, seed, episodes)
+    return {"internal_rl_success": evaluate_run(loaded, "internal-rl", episodes=episodes, seed=seed)["success"]}
 
 
 # -- all cells --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
 from metacontroller.envs.gridworld_pinpad import NUM_ACTIONS, PinpadConfig, turn_at_random
-from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks
+from metacontroller.envs.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, Task, check_tasks, subgoal_vocabulary
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.discover import DiscoverConfig, EmbeddedView
@@ -191,6 +191,8 @@ class GridworldConfig:
     """The baseline, reinforcement learning over raw actions."""
     evaluate: EvaluateConfig
     """Measures at the end."""
+    colors_per_subgoal: int = 1
+    """Colors of a task that make one of its subgoals, by which episodes are labelled and measured."""
     turned_embedding: bool = False
     """Symmetry augmentation of what discovery's sequence embedder sees (our choice); else episodes as they are."""
     discovery: Literal["metacontroller", "compile"] = "metacontroller"
@@ -202,6 +204,7 @@ class GridworldConfig:
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.environment.num_colors)
+        subgoals(self)  # refuses tasks that are not made of whole subgoals
         if self.discovery not in ("metacontroller", "compile"):
             raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
         if self.meta_controller.rank is not None and self.meta_controller.rank > self.model.dim:
@@ -269,9 +272,16 @@ def build_meta_controller(config: GridworldConfig) -> MetaController:
         return MetaController(config.model.dim, **vars(config.meta_controller))
 
 
+def subgoals(config: GridworldConfig) -> tuple[Task, ...]:
+    """The subgoals of the tasks of training and post-training, each as its colors; indices and labels refer to it."""
+    tasks = [*config.tasks, config.post_task]
+    return subgoal_vocabulary(tasks, config.colors_per_subgoal, config.environment.num_colors)
+
+
 def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) -> Generate:
     """The source of one phase's episodes: ``generate(config, "discover")(n, generator)`` returns n fresh ones."""
     expert = {"pretrain": config.expert, "discover": config.discovery_expert}[which]
+    vocabulary = subgoals(config)
 
     def source(n: int, generator: torch.Generator) -> Trajectories:
         return expert_trajectories(
@@ -281,6 +291,7 @@ def generate(config: GridworldConfig, which: Literal["pretrain", "discover"]) ->
             generator=generator,
             tie_break=expert.tie_break,
             epsilon=expert.epsilon,
+            subgoals=vocabulary,
             device=generator.device,
         )
 
@@ -401,6 +412,7 @@ def paper() -> GridworldConfig:
         environment=PinpadConfig(size=7, num_colors=8, num_walls=4, max_steps=100),  # G, O, W, T
         tasks=TABLE_A1,  # table A1
         post_task=A1_POST,  # table A1
+        colors_per_subgoal=2,  # the same table: the pairs 0-1, 2-3, 4-5 and 6-7
         expert=ExpertConfig(tie_break="random", epsilon=0.0),  # stochastic shortest paths; 0 unless studied
         discovery_expert=ExpertConfig(tie_break="random", epsilon=0.0),
         model=ModelConfig(  # D.1: 6 blocks, controlled at mid-depth
