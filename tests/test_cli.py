@@ -5,8 +5,11 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -293,18 +296,48 @@ def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture
     assert all(option in text for option in ("--seeds", "--workers", "--resume", "--config.discover.alpha"))
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_overview_says_what_a_command_says_of_itself(command: str) -> None:
+    kind = cli.COMMANDS[command].load()
+    assert cli.COMMANDS[command].summary == kind.__doc__.splitlines()[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["frobnicate"], []])
+def test_the_overview_does_not_wait_for_torch(words: list[str]) -> None:
+    script = f"""
+import sys
+from metacontroller import cli
+try:
+    cli.main({words})
+except SystemExit as stop:
+    print("status", stop.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    status = 2 if words in (["frobnicate"], []) else 0
+    assert done.stdout.splitlines()[-1] == f"status {status} False"
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"metacontroller {metadata.version('metacontroller-rl')}\n"
+
+
 def field_texts(kind: type) -> dict[str, str]:
     """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is."""
     texts: dict[str, str] = {}
     for cls in reversed([cls for cls in kind.__mro__ if is_dataclass(cls)]):
-        body: list[Any] = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-        hints = get_type_hints(cls)
-        for line, below in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(line, ast.AnnAssign) or line.target.id not in {field.name for field in fields(cls)}:
+        (tree,) = ast.parse(inspect.getsource(cls)).body
+        assert isinstance(tree, ast.ClassDef)
+        below = dict(zip(tree.body, tree.body[1:], strict=False))
+        hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
+        for line in tree.body:
+            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id in names):
                 continue
-            name = line.target.id
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            texts[name] = below.value.value if documented else ""
+            name, next_line = line.target.id, below.get(line)
+            texts[name] = ""
+            if isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant):
+                texts[name] = str(next_line.value.value)
             if is_dataclass(hints[name]):
                 texts |= {f"{name}.{inner}": text for inner, text in field_texts(hints[name]).items()}
     return texts
@@ -315,7 +348,7 @@ def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     shown = re.sub(r"\W+", "", capsys.readouterr().out)  # without boxes and where lines end
-    texts = field_texts(cli.COMMANDS[command])
+    texts = field_texts(cli.COMMANDS[command].load())
     assert "device" in texts
     assert ("config.meta_controller.gate.mode" in texts) == (command in ("pretrain", "reproduce", "figures", "sweep"))
     assert ("study.walks" in texts) == (command == "figures")

@@ -1,7 +1,44 @@
-"""Internal reinforcement learning: find abstract actions inside a frozen sequence model, and learn over them."""
+"""Internal reinforcement learning: find abstract actions inside a frozen sequence model, and learn over them.
 
-from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.internal_env import InternalEnv
-from metacontroller.models.transformer import Transformer
+The public names are imported when they are first asked for, so that the package itself does not wait for PyTorch.
+"""
 
-__all__ = ["InternalEnv", "MetaController", "Transformer"]
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metacontroller.control.metacontroller import MetaController
+    from metacontroller.envs.internal_env import InternalEnv
+    from metacontroller.models.transformer import Transformer
+
+__all__ = ["InternalEnv", "MetaController", "Transformer", "__version__"]
+
+_MODULES = {
+    "InternalEnv": "envs.internal_env",
+    "MetaController": "control.metacontroller",
+    "Transformer": "models.transformer",
+}
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("metacontroller-rl")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"  # read from its folder, without having been installed
+
+
+__version__ = _installed_version()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -68,7 +68,7 @@ def test_the_pages_of_the_phases_are_a_walk_through(
 def test_a_command_line_parses(line: str) -> None:
     program, command, *options = shlex.split(line)
     assert program == "metacontroller"
-    assert type(cli.parse([command, *options])) is cli.COMMANDS[command]
+    assert type(cli.parse([command, *options])) is cli.COMMANDS[command].load()
 
 
 def test_every_command_is_shown() -> None:

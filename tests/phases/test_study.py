@@ -139,7 +139,7 @@ def test_a_failed_part_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     settings = dataclasses.replace(STUDIES["debug"], alphas=(), snapshots=(), weight_decays=(), state_loss_weights=())
     found = study(settings, tmp_path, [0], quiet=True)
     status = {row["name"]: row["status"] for row in found["cells"]}
-    assert status.pop("compile").startswith("failed: ValueError: ")
+    assert status.pop("compile").startswith("failed: metacontroller.errors.UserError: ")
     assert set(status.values()) == {"finished"}
     (broken / "discover.safetensors").unlink()
     rows = study(settings, tmp_path, [0], quiet=True)["cells"]
@@ -171,7 +171,7 @@ def test_without_a_base_model_nothing_is_built_on_it(tmp_path: Path) -> None:
     (tmp_path / "seed-0" / "pretrain.safetensors").write_bytes(b"torn")
     settings = dataclasses.replace(STUDIES["debug"], alphas=(), snapshots=(), weight_decays=(), state_loss_weights=())
     rows = study(settings, tmp_path, [0], quiet=True)["cells"]
-    assert rows[0]["status"].startswith("failed: ValueError: ")
+    assert rows[0]["status"].startswith("failed: metacontroller.errors.UserError: ")
     assert {row["status"] for row in rows if row["name"] not in ("run", "analyses")} == {"not run"}
     assert Cell("compile", 0).folder(tmp_path) == tmp_path / "study" / "compile" / "seed-0"
     assert with_seed(debug(), 0) == debug()

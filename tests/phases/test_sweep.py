@@ -68,7 +68,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(tmp_path: Path, whole: Pat
     (broken / "discover.safetensors").write_bytes(b"torn")
     rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
     status = {(row["seed"], row["alpha"]): row["status"] for row in rows}
-    assert status.pop((1, 0.1)).startswith("not run: failed in seed-1/alpha-0.1: ValueError: ")
+    assert status.pop((1, 0.1)).startswith("not run: failed in seed-1/alpha-0.1: metacontroller.errors.UserError: ")
     assert set(status.values()) == {"finished"}
     (broken / "discover.safetensors").unlink()
     rows = sweep(tiny(), out, **grid, resume=True, quiet=True)

@@ -1,0 +1,1 @@
+"""The commands of the command line, each a dataclass of its options that is called to run it."""

@@ -1,0 +1,95 @@
+"""The three phases, each on a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from metacontroller.commands.options import Preset, Training, chosen_config, device_name, preset_config
+from metacontroller.errors import UserError
+from metacontroller.phases.parallel import processes
+from metacontroller.phases.reproduce import (
+    open_folder,
+    read_config,
+    run_discover,
+    run_internal_rl,
+    run_pretrain,
+    run_raw_action_rl,
+)
+from metacontroller.presets import GridworldConfig, laptop
+from metacontroller.presets.gridworld import with_seed
+from metacontroller.run_folder import RunFolder
+
+
+@dataclass(kw_only=True)
+class Pretrain(Training):
+    """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
+
+    run: Positional[Path]
+    """Folder to make, or with --resume to go on in."""
+    preset: Preset | None = None
+    """Where the config starts from; laptop unless given."""
+    seed: int | None = None
+    """From which all randomness derives."""
+    config: GridworldConfig = field(default_factory=laptop)
+    """Change any value of the preset."""
+
+    @classmethod
+    def at_preset(cls, preset: str | None) -> Pretrain:
+        """The defaults of all options."""
+        return cls(run=tyro.MISSING, config=preset_config(preset))
+
+    def __call__(self) -> None:
+        run, device = RunFolder(self.run), device_name(self.device)
+        workers = processes(device)
+        config = chosen_config(self.config, self.preset, run, self.resume)
+        config = config if self.seed is None else with_seed(config, self.seed)
+        workers.wait()  # until all have seen what was there before
+        if workers.is_main:
+            open_folder(run, config, resume=self.resume, option="folder")
+        workers.wait()
+        started_from = read_config(run).seed
+        if started_from != config.seed:
+            raise UserError(
+                f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to go on with "
+                "it, or choose another folder."
+            )
+        run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device)
+
+
+@dataclass(kw_only=True)
+class Discover(Training):
+    """Phase 2: find abstract actions inside the frozen action model of RUN."""
+
+    run: Positional[Path]
+    """Folder of a pretrained run."""
+
+    def __call__(self) -> None:
+        run = RunFolder(self.run)
+        config, device = read_config(run), device_name(self.device)
+        workers = processes(device)
+        run.refuse_begun("discover", resume=self.resume)
+        workers.wait()  # until all have seen what was there before
+        run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device)
+
+
+@dataclass(kw_only=True)
+class InternalRL(Training):
+    """Phase 3: reinforcement learning over the abstract actions of RUN."""
+
+    run: Positional[Path]
+    """Folder of a run with discovered abstract actions."""
+    raw: bool = False
+    """The baseline instead: reinforcement learning over raw actions."""
+
+    def __call__(self) -> None:
+        run = RunFolder(self.run)
+        config, device = read_config(run), device_name(self.device)
+        workers = processes(device)
+        run.refuse_begun("raw_action_rl" if self.raw else "internal_rl", resume=self.resume)
+        workers.wait()  # until all have seen what was there before
+        phase = run_raw_action_rl if self.raw else run_internal_rl
+        phase(config, run, resume=self.resume, quiet=self.quiet, device=device)
