@@ -257,7 +257,7 @@ def show(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     console = Console()
-    from metacontroller.precision import prefers_bfloat16
+    from metacontroller.models.precision import prefers_bfloat16
 
     console.print(f"ours multiplies in {'bfloat16' if prefers_bfloat16('cpu') else 'float32'} unless named float32")
     table = Table(box=None, padding=(0, 1, 0, 0), caption="trained: parameters. MB: resident, peak - before = step")
@@ -309,7 +309,7 @@ def main() -> None:
         for case in CASES:
             words = [*case, arguments.steps, arguments.threads]
             results[case].append(measure_apart(pythons[case[0]], __file__, case[0], words, arguments.threads))
-    from metacontroller.precision import prefers_bfloat16
+    from metacontroller.models.precision import prefers_bfloat16
 
     rows = [summary(*case, results[case]) for case in CASES]
     ratios = compare(rows)

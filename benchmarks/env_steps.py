@@ -20,9 +20,10 @@ import gymnasium
 import numpy as np
 import torch
 
-from metacontroller.envs import TABLE_A1, GridworldPinpadVectorEnv, PinpadBatch, PinpadConfig, sample_layouts
-from metacontroller.envs.expert import expert_trajectories
-from metacontroller.envs.tasks import pad_tasks
+from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
+from metacontroller.domains.gridworld_pinpad.gymnasium_env import GridworldPinpadVectorEnv
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.domains.pinpad_tasks import TABLE_A1, pad_tasks
 
 BATCH_SIZES = (64, 256, 1024, 4096, 16384)
 STEPS_PER_START = 8

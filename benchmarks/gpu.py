@@ -24,15 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacontroller.analysis.summary import environment_facts
 from metacontroller.control.discovery import DiscoveryNoise
-from metacontroller.envs.expert import distance_fields
-from metacontroller.envs.gridworld_pinpad import Layouts, sample_layouts
+from metacontroller.domains.gridworld_pinpad.expert import distance_fields
+from metacontroller.domains.gridworld_pinpad.simulator import Layouts, sample_layouts
+from metacontroller.domains.registry import domain_of
 from metacontroller.kernels.gate import gate_scan
-from metacontroller.phases.reproduce import PHASES
-from metacontroller.presets import PRESETS
-from metacontroller.presets.gridworld import build_meta_controller, build_model, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.models.transformer import Transformer
+from metacontroller.presets import preset as preset_of
+from metacontroller.recipes.config import build_meta_controller, build_model
+from metacontroller.recipes.machine import environment_facts
+from metacontroller.recipes.run_phase import PHASES, demonstrations
+from metacontroller.storage.run_folder import RunFolder
 from roofline import measure, report, show
 
 TOLERANCE = 1e-3
@@ -48,10 +50,10 @@ def difference(ours: Tensor, reference: Tensor) -> float:
 def parity(device: torch.device, preset: str) -> dict[str, float]:
     """Largest relative difference between the CPU and ``device``, by what was compared; 0 is expected of the grid."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    config = PRESETS[preset]()
+    config = preset_of(preset)
     model, steering = (replace(part, precision="float32") for part in (config.model, config.meta_controller))
     config = replace(config, model=model, meta_controller=steering)
-    episodes = generate(config, "discover")(16, torch.Generator().manual_seed(0))
+    episodes = demonstrations(domain_of(config.domain), "discover")(16, torch.Generator().manual_seed(0))
     view = build_meta_controller(config).draw_noise(16, episodes.steps, torch.Generator().manual_seed(1))
     compared = {
         "pretraining": lambda where: pretraining(config, episodes, where),
@@ -104,6 +106,7 @@ def gate(device: torch.device) -> list[Tensor]:
 def acting(config: Any, episodes: Any, device: torch.device) -> list[Tensor]:
     """Logits of a few steps from the cache, steered by nothing."""
     model, states, cache, logits = build_model(config).to(device), episodes.states.to(device), None, []
+    assert isinstance(model, Transformer)
     for t in range(4):
         step, cache = model.step(states[:, t : t + 1], cache=cache)
         logits.append(step)
@@ -112,19 +115,19 @@ def acting(config: Any, episodes: Any, device: torch.device) -> list[Tensor]:
 
 def shortest_paths(config: Any, device: torch.device) -> list[Tensor]:
     """Distances to every color on the same layouts."""
-    drawn = sample_layouts(config.environment, 64, torch.Generator().manual_seed(3))
+    drawn = sample_layouts(config.domain.grid, 64, torch.Generator().manual_seed(3))
     layouts = Layouts(drawn.objects.to(device), drawn.agent.to(device))
-    colors = torch.arange(config.environment.num_colors, device=device).expand(64, -1)
-    return [distance_fields(config.environment, layouts, colors)]
+    colors = torch.arange(config.domain.num_colors, device=device).expand(64, -1)
+    return [distance_fields(config.domain.grid, layouts, colors)]
 
 
 def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:
     """Whether a step of pretraining and of discovery waits for the device; "not measured" without CUDA."""
     if device.type != "cuda":
         return dict.fromkeys(("pretraining", "discovery"), "not measured")
-    config, found = PRESETS[preset](), {}
+    config, found = preset_of(preset), {}
     model, steering = build_model(config).to(device), build_meta_controller(config).to(device)
-    batch = generate(config, "discover")(64, torch.Generator(device).manual_seed(0))
+    batch = demonstrations(domain_of(config.domain), "discover")(64, torch.Generator(device).manual_seed(0))
 
     def pretraining_step() -> None:
         losses = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, checked=True)
@@ -208,7 +211,7 @@ def write_page(out: Path, device: str, results: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    parser.add_argument("--preset", default="paper")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the run; 0 leaves it out")
     parser.add_argument("--repeats", type=int, default=7, help="of the roofline; 0 leaves it out")
     parser.add_argument("--run", type=Path, default=Path("runs/gpu-paper"))

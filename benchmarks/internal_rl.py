@@ -24,29 +24,28 @@ from typing import Any
 
 import torch
 
-from metacontroller.phases.internal_rl import internal_rl, task_grids
-from metacontroller.phases.parallel import leave, processes
-from metacontroller.phases.reproduce import load_run, usable_cores
-from metacontroller.run_folder import RunFolder
+from metacontroller.phases.internal_rl import internal_rl
+from metacontroller.recipes.config import load_run, read_config
+from metacontroller.recipes.jobs import usable_cores
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import leave, processes
 
 UPDATES = 8
 
 
 def rates(path: Path, repeats: int) -> list[float]:
     """Episodes a second of `UPDATES` updates, again and again, in the processes that a launcher started."""
-    workers, run = processes("cpu"), load_run(RunFolder(path), "cpu")
-    config, model, steering = run.config, run.model, run.policy
-    settings = replace(config.internal_rl, episodes=UPDATES * config.internal_rl.batch_size, checkpoint_every=1000)
-
-    def new_grids(n: int, generator: torch.Generator) -> Any:
-        return task_grids(config.environment, config.post_task, n, generator)
-
+    workers, folder = processes("cpu"), RunFolder(path)
+    run, config = load_run(folder, "cpu"), read_config(folder).internal_rl
+    settings = replace(config, episodes=UPDATES * config.batch_size, checkpoint_every=1000)
     found = []
     with tempfile.TemporaryDirectory() as out:
         for repeat in range(1 + repeats):
             workers.wait()
             start = time.perf_counter()
-            internal_rl(settings, model, steering, new_grids, RunFolder(Path(out, str(repeat))), quiet=True)
+            internal_rl(
+                settings, run.model, run.policy, run.domain.reset, RunFolder(Path(out, str(repeat))), quiet=True
+            )
             found.append(settings.episodes / (time.perf_counter() - start))
     return found[1:]  # the first was to warm up
 

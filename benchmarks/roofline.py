@@ -30,15 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask
-from metacontroller.envs.expert import expert_trajectories
-from metacontroller.envs.gridworld_pinpad import PinpadBatch
-from metacontroller.models.parts import losses_in_parts
+from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import gaussian_log_prob
-from metacontroller.phases.internal_rl import task_grids
-from metacontroller.phases.reproduce import usable_cores
 from metacontroller.phases.rollout import Actor
-from metacontroller.presets.gridworld import GridworldConfig, build_meta_controller, build_model, generate, paper
+from metacontroller.presets.gridworld import paper
+from metacontroller.recipes.config import ExperimentConfig, build_meta_controller, build_model
+from metacontroller.recipes.jobs import usable_cores
+from metacontroller.recipes.run_phase import demonstrations
 
 OUT = Path(__file__).parent / "out"
 BATCHES = {"cpu": (64, 64), "cuda": (1024, 512)}
@@ -155,12 +157,13 @@ def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 # the phases
 
 
-def pretraining_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> list[Row]:
+def pretraining_rows(bench: Bench, config: ExperimentConfig, batch_size: int) -> list[Row]:
     """One pretraining step: forward, backward, AdamW."""
     model = build_model(config).to(bench.device)
     parameters = list(model.parameters())
     optimizer = optimizer_of(parameters)
-    batch = generate(config, "pretrain")(batch_size, torch.Generator().manual_seed(0)).to(bench.device)
+    source, rng = demonstrations(domain_of(config.domain), "pretrain"), torch.Generator().manual_seed(0)
+    batch = source(batch_size, rng).to(bench.device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -173,12 +176,13 @@ def pretraining_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> 
     return [bench.row(f"pretraining step, {batch_size} episodes", step, moved, lambda s: f"{tokens / s:,.0f} tokens/s")]
 
 
-def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> list[Row]:
+def discovery_rows(bench: Bench, config: ExperimentConfig, batch_size: int) -> list[Row]:
     """One discovery step and its parts, forward and backward each."""
     model, steering = build_model(config).to(bench.device), build_meta_controller(config).to(bench.device)
     parameters = steering.discovery_parameters()
     optimizer = optimizer_of(parameters)
-    batch = generate(config, "discover")(batch_size, torch.Generator().manual_seed(0)).to(bench.device)
+    source, rng = demonstrations(domain_of(config.domain), "discover"), torch.Generator().manual_seed(0)
+    batch = source(batch_size, rng).to(bench.device)
     states, actions, lengths, steps = batch.states, batch.actions, batch.lengths, batch.steps
 
     def step() -> None:
@@ -207,7 +211,7 @@ def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> li
             hidden = model.upper(part)
             return model.readout_losses(hidden, states[rows], actions[rows], lengths[rows], False).action[None]
 
-        return losses_in_parts(steered, of_part)
+        return chunked_losses(steered, of_part)
 
     def upper_at_once() -> Tensor:
         return model.readout_losses(model.upper(steered), states, actions, lengths, False).action
@@ -257,11 +261,11 @@ def discovery_rows(bench: Bench, config: GridworldConfig, batch_size: int) -> li
     return [whole_step, *rows]
 
 
-def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
+def rollout_row(bench: Bench, config: ExperimentConfig) -> Row:
     """One environment step of steered grids, `ROLLOUT_ENVIRONMENTS` at once; mean over an episode's first steps."""
     model, steering = build_model(config).to(bench.device).eval(), build_meta_controller(config).to(bench.device).eval()
     count, generator = ROLLOUT_ENVIRONMENTS, torch.Generator(bench.device).manual_seed(0)
-    first = task_grids(config.environment, config.post_task, count, generator)
+    first = start_grids(config.domain.grid, config.domain.post_task, count, generator)
 
     @torch.no_grad()
     def play() -> None:
@@ -278,8 +282,7 @@ def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
             actor.act(steering.steer(residual, state.z))
 
     weights = total_bytes([*model.parameters(), *steering.parameters()])
-    blocks = len(model.lower_body.blocks) + len(model.upper_body.blocks)
-    cache = 2 * 4 * blocks * count * model.dim * ROLLOUT_STEPS / 2  # keys and values, half of the steps on average
+    cache = 2 * 4 * model.depth * count * model.dim * ROLLOUT_STEPS / 2  # keys and values, half of the steps on average
     row = bench.row("", play, ROLLOUT_STEPS * (weights + cache))
     return Row(
         f"rollout step, {count} environments",
@@ -290,8 +293,8 @@ def rollout_row(bench: Bench, config: GridworldConfig) -> Row:
     )
 
 
-def update_row(bench: Bench, config: GridworldConfig) -> Row:
-    """One pass of the clipped surrogate over stored decisions."""
+def update_row(bench: Bench, config: ExperimentConfig) -> Row:
+    """One epoch of the clipped surrogate over stored decisions."""
     steering: MetaController = build_meta_controller(config).to(bench.device)
     parameters = list(steering.policy.parameters())
     optimizer = optimizer_of(parameters)
@@ -308,14 +311,14 @@ def update_row(bench: Bench, config: GridworldConfig) -> Row:
 
     moved = training_bytes(parameters) + residual.nbytes + 3 * code.nbytes
     return bench.row(
-        f"RL update, one pass over {RL_EPISODES} episodes", step, moved, lambda s: f"{RL_EPISODES / s:,.0f} episodes/s"
+        f"RL update, one epoch over {RL_EPISODES} episodes", step, moved, lambda s: f"{RL_EPISODES / s:,.0f} episodes/s"
     )
 
 
-def environment_rows(bench: Bench, config: GridworldConfig) -> list[Row]:
+def environment_rows(bench: Bench, config: ExperimentConfig) -> list[Row]:
     """Grid steps, and expert episodes from fresh layouts; no matrix products in them, so bytes alone limit them."""
     generator = torch.Generator(bench.device).manual_seed(0)
-    grids = task_grids(config.environment, config.post_task, ENVIRONMENTS, generator)
+    grids = start_grids(config.domain.grid, config.domain.post_task, ENVIRONMENTS, generator)
     actions = torch.randint(4, (8, ENVIRONMENTS), device=bench.device)
 
     def play() -> None:
@@ -327,19 +330,19 @@ def environment_rows(bench: Bench, config: GridworldConfig) -> list[Row]:
         PinpadBatch(grids.config, grids.layouts, grids.tasks, grids.task_lengths)
 
     seconds = (bench.seconds(play) - bench.seconds(begin)) / len(actions)
-    kept = total_bytes([grids.agent, grids.progress, grids.steps, grids.terminated, grids.truncated, actions[0]])
+    kept = total_bytes([grids.agent, grids.colors_done, grids.steps, grids.terminated, grids.truncated, actions[0]])
     environment = Row(
         f"grid step, {ENVIRONMENTS:,} grids", seconds, 0.0, 2 * kept, f"{ENVIRONMENTS / seconds:,.0f} steps/s"
     )
 
     def expert() -> Any:
         return expert_trajectories(
-            config.environment, config.tasks, EXPERT_EPISODES, generator=generator, device=bench.device
+            config.domain.grid, config.domain.tasks, EXPERT_EPISODES, generator=generator, device=bench.device
         )
 
     made = expert()
     moved = total_bytes([made.states, made.actions])
-    moved += 2.0 * EXPERT_EPISODES * config.environment.num_colors * config.environment.num_cells  # int16 distances
+    moved += 2.0 * EXPERT_EPISODES * config.domain.num_colors * config.domain.size**2  # int16 distances
     seconds = bench.seconds(expert)
     rate = f"{EXPERT_EPISODES / seconds:,.0f} episodes/s"
     return [environment, Row(f"expert, {EXPERT_EPISODES:,} episodes", seconds, 0.0, moved, rate)]

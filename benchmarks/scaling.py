@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from metacontroller.analysis.figures import require_matplotlib
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
-from metacontroller.phases.reproduce import usable_cores
+from metacontroller.recipes.jobs import usable_cores
+from metacontroller.report.figures import require_matplotlib
 
 OUT = Path(__file__).parent / "out"
 DIM, HEADS, DIM_HEAD, MLP_DIM = 256, 4, 64, 512

@@ -11,9 +11,9 @@ from jaxtyping import install_import_hook
 
 # The kernels' compiled files are left out: Triton compiles the plain function, not a checked one.
 CHECKED = [
-    *("metacontroller." + name for name in ("models", "control", "envs", "data", "phases", "baselines", "analysis")),
-    "metacontroller.run_folder",
-    "metacontroller.progress",
+    *("metacontroller." + name for name in ("models", "control", "domains", "data", "metrics", "phases", "training")),
+    *("metacontroller." + name for name in ("baselines", "analysis")),
+    "metacontroller.storage.run_folder",
 ]
 # The numeric tower, so that an int is a valid float, as it is for pyright.
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

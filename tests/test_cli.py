@@ -3,12 +3,14 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,22 +20,17 @@ import torch
 
 from metacontroller import cli
 from metacontroller.baselines.compile import build_compile, discover_compile
-from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.baselines.raw_action_rl import raw_action_rl
+from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
-from metacontroller.phases import reproduce as reproduce_module
 from metacontroller.phases.discover import discover
-from metacontroller.phases.internal_rl import internal_rl, raw_action_rl, task_grids
+from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.pretrain import pretrain
-from metacontroller.presets.gridworld import (
-    build_meta_controller,
-    build_model,
-    debug,
-    from_json,
-    generate,
-    laptop,
-    with_seed,
-)
-from metacontroller.run_folder import RunFolder
+from metacontroller.presets.gridworld import debug, laptop
+from metacontroller.recipes import reproduce as reproduce_module
+from metacontroller.recipes.config import build_meta_controller, build_model, from_json, read_config, to_json, with_seed
+from metacontroller.recipes.run_phase import demonstrations, post_training, run_pretrain
+from metacontroller.storage.run_folder import RunFolder
 
 QUIET = ["--quiet", "--device", "cpu"]
 
@@ -115,7 +112,7 @@ def test_reproduce_prints_a_table_and_where_the_figures_are(
     assert RunFolder(out).read_summary()["seeds"] == [5]
 
 
-def test_an_interrupt_ends_with_130_and_resume_goes_on(
+def test_an_interrupt_ends_with_130_and_can_be_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "run")
@@ -128,14 +125,14 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(
 
         patch.setattr(RunFolder, "save_checkpoint", save_and_stop)
         assert cli.main(["pretrain", path, "--preset", "debug", *QUIET]) == 130
-    assert "add --resume to go on" in capsys.readouterr().err
+    assert "interrupted; resume it with --resume." in capsys.readouterr().err
     assert cli.main(["pretrain", path, "--resume", *QUIET]) == 0  # the run's own config, not the laptop's
     assert RunFolder(path).load_checkpoint("pretrain")[1]["step"] == debug().pretrain.optimizer.steps
 
 
 def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "pretrain", str(run), "--preset", "debug")
-    assert said == f"metacontroller: {run} holds a run; add --resume to go on with it, or choose another folder."
+    assert said == f"metacontroller: {run} holds a run; add --resume to resume it, or choose another folder."
     for command in (["discover"], ["internal-rl"], ["internal-rl", "--raw"]):
         said = refusal(capsys, command[0], str(run), *command[1:])
         assert said.endswith("a checkpoint of this phase; resume it (resume=True, --resume) or choose another folder.")
@@ -144,25 +141,22 @@ def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture
 def test_python_does_not_overwrite_a_begun_phase_either(tmp_path: Path) -> None:
     config, run = replace(debug(), discovery="compile"), RunFolder(tmp_path)
     model, acting = build_model(config), build_meta_controller(config)
-    segmentation = build_compile(config.compile, model, acting.dim_latent, 0)
-    source = generate(config, "discover")
-
-    def new_grids(n: int, generator: torch.Generator) -> PinpadBatch:
-        return task_grids(config.environment, config.post_task, n, generator)
-
+    domain = domain_of(config.domain)
+    segmentation = build_compile(config.compile, model, domain.spec().encoder, acting.dim_latent, 0)
+    source, reset = demonstrations(domain, "discover"), post_training(domain)
     quiet: dict[str, Any] = {"quiet": True}
     on_cpu: dict[str, Any] = {"resume": False, "quiet": True, "device": "cpu"}
     calls: dict[str, list[Callable[[], Any]]] = {
         "pretrain": [
             lambda: pretrain(config.pretrain, model, source, run, **quiet),
-            lambda: reproduce_module.run_pretrain(config, run, **on_cpu),
+            lambda: run_pretrain(config, run, **on_cpu),
         ],
         "discover": [
             lambda: discover(config.discover, model, acting, source, run, **quiet),
             lambda: discover_compile(config.compile, model, segmentation, acting, source, run, **quiet),
         ],
-        "internal_rl": [lambda: internal_rl(config.internal_rl, model, acting, new_grids, run, **quiet)],
-        "raw_action_rl": [lambda: raw_action_rl(config.raw_action_rl, model, new_grids, run, **quiet)],
+        "internal_rl": [lambda: internal_rl(config.internal_rl, model, acting, reset, run, **quiet)],
+        "raw_action_rl": [lambda: raw_action_rl(config.raw_action_rl, model, reset, run, **quiet)],
     }
     for phase in calls:
         run.save_checkpoint(phase, {}, {})
@@ -178,14 +172,14 @@ def test_a_run_made_from_python_is_one_for_the_commands_once_it_has_a_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = debug(), RunFolder(tmp_path)
-    model = pretrain(config.pretrain, build_model(config), generate(config, "pretrain"), run, quiet=True)
-    acting = build_meta_controller(config)
-    discover(config.discover, model, acting, generate(config, "discover"), run, quiet=True)
+    domain, acting = domain_of(config.domain), build_meta_controller(config)
+    model = pretrain(config.pretrain, build_model(config), demonstrations(domain, "pretrain"), run, quiet=True)
+    discover(config.discover, model, acting, demonstrations(domain, "discover"), run, quiet=True)
     words = ["evaluate", str(tmp_path), "--policy", "prior", "--episodes", "4", "--json", "--device", "cpu"]
     said = refusal(capsys, *words)
-    mending = f"RunFolder({str(tmp_path)!r}).write_config(config)"
+    mending = f"RunFolder({str(tmp_path)!r}).write_config(to_json(config))"
     assert said.endswith(f"or write the config of a run made from Python by {mending}.")
-    exec(mending, {"RunFolder": RunFolder, "config": config})
+    exec(mending, {"RunFolder": RunFolder, "to_json": to_json, "config": config})
     assert cli.main(words) == 0
     assert json.loads(capsys.readouterr().out)["policy"] == "prior"
 
@@ -206,9 +200,13 @@ def test_a_resumed_run_keeps_its_config(run: Path, capsys: pytest.CaptureFixture
         (["evaluate", "{run}", "--episodes", "0"], "episodes is 0; expected at least 1."),
         (["evaluate", "{run}", "--seed", "-1"], "seed is -1; expected 0.."),
         (["pretrain", "{new}", "--config.model.dim", "0"], "dim is 0; expected at least 1."),
-        (["pretrain", "{new}", "--config.tasks", "0-1", "0-9"], "task 0-9 has unknown color 9"),
+        (
+            ["pretrain", "{new}", "--preset", "debug", "--config.domain.tasks", "0-1", "0-9"],
+            "task 0-9 has unknown color 9",
+        ),
         (["pretrain", "{new}", "--config.pretrain.seed", "4"], "change that with --seed or --seeds."),
-        (["pretrain", "{new}", "--preset", "desktop"], "invalid choice"),
+        (["pretrain", "{new}", "--preset", "desktop"], "preset 'desktop' is unknown; known are"),
+        (["pretrain", "{new}", "--preset", "no_such_package:mine"], "names no module that can be imported"),
         (["reproduce", "--out", "{new}", "--workers", "0"], "workers is 0; expected at least 1."),
         (["frobnicate"], "frobnicate"),
     ],
@@ -268,21 +266,24 @@ def test_a_phase_without_what_it_needs_names_the_phase_to_run(
 
 
 def test_the_preset_decides_the_defaults_of_all_options() -> None:
-    command = cli.parse(["reproduce", "--preset=debug", "--config.tasks", "0-1", "2-3-2", "--config.post-task", "3-0"])
-    assert command.config.tasks == ((0, 1), (2, 3, 2))
-    assert command.config.post_task == (3, 0)
+    command = cli.parse(
+        ["reproduce", "--preset=debug", "--config.domain.tasks", "0-1", "2-3-2", "--config.domain.post-task", "3-0"]
+    )
+    assert command.config.domain.tasks == ((0, 1), (2, 3, 2))
+    assert command.config.domain.post_task == (3, 0)
     assert command.config.model == debug().model
     assert cli.parse(["reproduce"]).config == laptop()
 
 
-def test_only_tasks_are_read_as_tasks() -> None:
+def test_only_tasks_are_read_as_tasks(tmp_path: Path) -> None:
     snapshots = ["--config.pretrain.snapshots", "4", "8"]
-    tasks = ["--config.tasks", "0-1", "1-2", "--config.post-task", "0-1"]
+    tasks = ["--config.domain.tasks", "0-1", "1-2", "--config.domain.post-task", "0-1"]
     config = cli.parse(["pretrain", "run", "--preset", "debug", *snapshots, *tasks]).config
     assert config.pretrain.snapshots == (4, 8)
-    assert config.tasks == ((0, 1), (1, 2))
-    assert config.post_task == (0, 1)
-    assert from_json(json.loads(json.dumps(asdict(config)))) == config
+    assert config.domain.tasks == ((0, 1), (1, 2))
+    assert config.domain.post_task == (0, 1)
+    RunFolder(tmp_path).write_config(to_json(config))
+    assert read_config(RunFolder(tmp_path)) == config
 
 
 def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +301,41 @@ def test_help_names_every_command_and_every_option(capsys: pytest.CaptureFixture
 def test_the_overview_says_what_a_command_says_of_itself(command: str) -> None:
     kind = cli.COMMANDS[command].load()
     assert cli.COMMANDS[command].summary == kind.__doc__.splitlines()[0]
+
+
+def test_an_analysis_of_another_package_is_a_command(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "counting.py").write_text(
+        """
+from dataclasses import dataclass
+from metacontroller.analysis.registry import Analysis, analysis
+
+@analysis("counts", command="count", figure="none")
+class Counts(Analysis):
+    'Count what there is to count.'
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        twice: bool = False
+        'Count it twice.'
+
+    def measure(self, run, config, *, quiet=False):
+        return {"subgoals": len(run.subgoals) * (2 if config.twice else 1)}
+"""
+    )
+    (tmp_path / "counting-1.dist-info").mkdir()
+    points = "[metacontroller.analyses]\ncounts = counting:Counts\n"
+    (tmp_path / "counting-1.dist-info" / "entry_points.txt").write_text(points)
+    folder = shutil.copytree(run, tmp_path / "run")
+    words = [sys.executable, "-m", "metacontroller.cli", "count", str(folder), "--twice", "--json", "--device", "cpu"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    done = subprocess.run(words, check=True, **options)
+    assert json.loads(done.stdout) == {"run": "run", "subgoals": 8}
+    assert RunFolder(folder).read_analysis("counts") == {"subgoals": 8}
+    done = subprocess.run(
+        [*words[:3], "counts"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, "invalid choice: 'counts'" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["frobnicate"], []])
@@ -323,11 +359,17 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"metacontroller {metadata.version('metacontroller-rl')}\n"
 
 
-def field_texts(kind: type) -> dict[str, str]:
-    """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is."""
+def field_texts(kind: type, default: Any = None) -> dict[str, str]:
+    """Every option of a dataclass and of those in it, and what is written below its field, "" where nothing is.
+
+    default: an instance, which says what a field of any type holds.
+    """
     texts: dict[str, str] = {}
     for cls in reversed([cls for cls in kind.__mro__ if is_dataclass(cls)]):
-        (tree,) = ast.parse(inspect.getsource(cls)).body
+        if hasattr(kind, "analysis") and cls is kind:  # made from an analysis, whose Config has the options
+            texts |= field_texts(kind.analysis.Config)
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(tree, ast.ClassDef)
         below = dict(zip(tree.body, tree.body[1:], strict=False))
         hints, names = get_type_hints(cls), {field.name for field in fields(cls)}
@@ -338,8 +380,10 @@ def field_texts(kind: type) -> dict[str, str]:
             texts[name] = ""
             if isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant):
                 texts[name] = str(next_line.value.value)
-            if is_dataclass(hints[name]):
-                texts |= {f"{name}.{inner}": text for inner, text in field_texts(hints[name]).items()}
+            value = getattr(default, name, None)
+            inner = type(value) if hints[name] is Any else hints[name]
+            if is_dataclass(inner):
+                texts |= {f"{name}.{option}": text for option, text in field_texts(inner, value).items()}
     return texts
 
 
@@ -348,8 +392,10 @@ def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     shown = re.sub(r"\W+", "", capsys.readouterr().out)  # without boxes and where lines end
-    texts = field_texts(cli.COMMANDS[command].load())
+    kind = cli.COMMANDS[command].load()
+    texts = field_texts(kind, kind.at_preset(None) if hasattr(kind, "at_preset") else None)
     assert "device" in texts
+    assert ("config.domain.tasks" in texts) == ("config.model.dim" in texts) == ("config.meta_controller.rank" in texts)
     assert ("config.meta_controller.gate.mode" in texts) == (command in ("pretrain", "reproduce", "figures", "sweep"))
-    assert ("study.walks" in texts) == (command == "figures")
+    assert ("study.inject_walks" in texts) == (command == "figures")
     assert [name for name, text in texts.items() if not text or re.sub(r"\W+", "", text) not in shown] == []

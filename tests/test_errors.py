@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 import metacontroller
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpadConfig
 from metacontroller.errors import MissingFileError, UserError
-from metacontroller.presets.gridworld import ExpertConfig
-from metacontroller.run_folder import RunFolder
+from metacontroller.storage.run_folder import RunFolder
 
 
 def test_a_mistake_is_a_value_error_too() -> None:
     with pytest.raises(UserError, match="epsilon is 2; expected a probability") as caught:
-        ExpertConfig(epsilon=2)
+        GridworldPinpadConfig(epsilon=2)
     assert isinstance(caught.value, ValueError)
 
 

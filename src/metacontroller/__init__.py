@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metacontroller.control.metacontroller import MetaController
-    from metacontroller.envs.internal_env import InternalEnv
     from metacontroller.models.transformer import Transformer
+    from metacontroller.phases.internal_env import InternalEnv
 
 __all__ = ["InternalEnv", "MetaController", "Transformer", "__version__"]
 
 _MODULES = {
-    "InternalEnv": "envs.internal_env",
+    "InternalEnv": "phases.internal_env",
     "MetaController": "control.metacontroller",
     "Transformer": "models.transformer",
 }

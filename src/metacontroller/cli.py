@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
 import tyro
@@ -19,7 +19,10 @@ from metacontroller.errors import UserError
 
 
 class Command(NamedTuple):
-    """Where a command's class is, in `metacontroller.commands`, and the first line of its docstring."""
+    """Where a command's class is, in `metacontroller.commands`, and the first line of its docstring.
+
+    An analysis' class is found by its command and not by its name.
+    """
 
     module: str
     kind: str
@@ -27,7 +30,8 @@ class Command(NamedTuple):
 
     def load(self) -> Any:
         """The class, a dataclass of the command's options."""
-        return getattr(import_module(f"metacontroller.commands.{self.module}"), self.kind)
+        module = import_module(f"metacontroller.commands.{self.module}")
+        return module.analysis_commands()[self.kind] if self.module == "analyse" else getattr(module, self.kind)
 
 
 COMMANDS = {
@@ -36,24 +40,31 @@ COMMANDS = {
     ),
     "discover": Command("train", "Discover", "Phase 2: find abstract actions inside the frozen action model of RUN."),
     "internal-rl": Command("train", "InternalRL", "Phase 3: reinforcement learning over the abstract actions of RUN."),
-    "evaluate": Command("evaluate", "Evaluate", "Measure a run, or every seed of a reproduction, on new layouts."),
+    "evaluate": Command(
+        "evaluate", "Evaluate", "Measure a run, or every seed of a reproduction, in held-out episodes."
+    ),
     "probe": Command(
         "analyse",
-        "Probe",
+        "probe",
         "Linear probes of the subgoal at every layer of the base model and of its snapshots (Fig. 3, A1).",
     ),
     "steer": Command(
         "analyse",
-        "Steer",
+        "steer",
         "Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).",
     ),
     "inject": Command(
-        "analyse", "Inject", "Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4)."
+        "analyse", "inject", "Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4)."
     ),
     "gate": Command(
         "analyse",
-        "Gate",
+        "gate",
         "The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3).",
+    ),
+    "episodes": Command(
+        "analyse",
+        "episodes",
+        "Held-out episodes of experts with gate, codes and pictures, for the report's player (Fig. 6).",
     ),
     "reproduce": Command(
         "experiment",
@@ -89,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         command = parse(words)
-        from metacontroller.phases.parallel import launched, leave  # needs PyTorch, as the command does
+        from metacontroller.training.distributed import launched, leave  # needs PyTorch, as the command does
 
         if launched() and words[0] not in LAUNCHABLE:
             raise UserError(
@@ -101,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"metacontroller: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("metacontroller: interrupted; add --resume to go on.", file=sys.stderr)
+        print("metacontroller: interrupted; resume it with --resume.", file=sys.stderr)
         return 130
     return 0
 
@@ -111,13 +122,23 @@ def parse(argv: list[str]) -> Any:
 
     --preset is looked for first: it decides the defaults of all --config options.
     """
-    name = _overview().parse_args(argv[:1]).command
-    kind = COMMANDS[name].load()
+    kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
+    if kind is None:
+        kind = COMMANDS[_overview().parse_args(argv[:1]).command].load()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", nargs="?")
     preset = early.parse_known_args(argv)[0].preset
     default = kind.at_preset(preset) if hasattr(kind, "at_preset") else None
-    return tyro.cli(kind, args=argv[1:], prog=f"metacontroller {name}", default=default, config=(FlagCreatePairsOff,))
+    return tyro.cli(
+        kind, args=argv[1:], prog=f"metacontroller {argv[0]}", default=default, config=(FlagCreatePairsOff,)
+    )
+
+
+def _other_analysis(word: str) -> Any:
+    """The command of an analysis that another package offers; None if there is none of that name."""
+    if word.startswith("-") or not metadata.entry_points(group="metacontroller.analyses"):
+        return None
+    return import_module("metacontroller.commands.analyse").analysis_commands().get(word)
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -1,24 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from metacontroller.analysis import codes as codes_module
-from metacontroller.analysis.codes import (
-    code_subgoal_bits,
-    injected_codes,
-    mutual_information_bits,
-    unseen_transition_share,
-)
-from metacontroller.envs.gridworld_pinpad import PinpadConfig
-from metacontroller.envs.tasks import single_colors
-from metacontroller.models.transformer import Transformer
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug
+from metacontroller.analysis.codes import code_meaning, code_subgoal_bits, two_subgoals, unseen_transition_share
+from metacontroller.analysis.injection import Injection, InjectionResult, injected_codes
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.registry import run_analysis
+from metacontroller.domains.base import Domain
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.metrics.information import mutual_information_bits
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import build_meta_controller, build_model
 
 TRIES = 100_000
 
@@ -50,42 +51,48 @@ def test_the_correction_removes_the_bias_of_few_tries() -> None:
     assert abs(mean) < 0.1 * miller_madow(64, 4, 64 * 64)
 
 
-def model_with_bias(environment: PinpadConfig, bias: list[float]) -> Transformer:
+def grid_world(size: int, num_colors: int, tasks: list[tuple[int, ...]]) -> GridworldPinpad:
+    """A grid without walls, each color of which is a subgoal."""
+    config = GridworldPinpadConfig(
+        size=size, num_colors=num_colors, num_walls=0, tasks=tuple(tasks), post_task=(1, 0), colors_per_subgoal=1
+    )
+    return GridworldPinpad(config)
+
+
+def model_with_bias(world: Domain, bias: list[float]) -> SteerableModel:
     """A model whose action logits are a constant, whatever it sees and however it is steered."""
-    model = build_model(dataclasses.replace(debug(), environment=environment, tasks=((0, 1),), post_task=(1, 0)))
+    model = build_model(dataclasses.replace(debug(), domain=world.config))
     with torch.no_grad():
         model.action_readout.linear.weight.zero_()
         model.action_readout.linear.bias.copy_(torch.tensor(bias))
     return model
 
 
-def test_code_subgoal_bits_gives_proper_tables_and_the_same_ones_again() -> None:
-    config = debug()
-    model, meta_controller = build_model(config), build_meta_controller(config)
-    first, again = (
-        code_subgoal_bits(
-            model,
-            meta_controller,
-            config.environment,
-            codes=3,
-            layouts_per_code=20,
-            generator=torch.Generator().manual_seed(1),
-        )
-        for _ in range(2)
-    )
-    assert first.share.shape == (3, 5)
-    torch.testing.assert_close(first.share.sum(1), torch.ones(3))
+def test_code_meaning_gives_proper_tables_and_the_same_ones_again(untrained: Callable[..., LoadedRun]) -> None:
+    run = untrained()
+    first, again = (code_meaning(run, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first.share.shape == (run.settings.codes, 5)
+    torch.testing.assert_close(first.share.sum(1), torch.ones(run.settings.codes))
     torch.testing.assert_close(first.marginal, first.share.mean(0))
     assert first.bits == again.bits
     assert torch.equal(first.share, again.share)
 
 
+def test_walks_last_as_long_as_the_settings_say_or_half_of_the_longest_episode(
+    untrained: Callable[..., LoadedRun],
+) -> None:
+    config = debug()
+    assert untrained(config).walk_steps == config.evaluate.walk_steps
+    unset = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, walk_steps=None))
+    assert untrained(unset).walk_steps == config.domain.max_steps // 2
+
+
 def test_the_first_color_is_what_the_moves_lead_to() -> None:
-    environment = PinpadConfig(size=2, num_colors=2, num_walls=0)
-    always_up = model_with_bias(environment, [50.0, 0.0, 0.0, 0.0])
+    world = grid_world(2, 2, [(0, 1)])
+    always_up = model_with_bias(world, [50.0, 0.0, 0.0, 0.0])
     generator = torch.Generator().manual_seed(0)
-    controller = build_meta_controller(debug())
-    meaning = code_subgoal_bits(always_up, controller, environment, codes=2, layouts_per_code=400, generator=generator)
+    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 400, "walk_steps": 8, "generator": generator}
+    meaning = code_subgoal_bits(always_up, build_meta_controller(debug()), world, **options)
     # From the lower row, up enters either color or the empty cell, equally likely; from the upper row, nothing.
     expected = torch.tensor([2 / 3, 1 / 6, 1 / 6])
     torch.testing.assert_close(meaning.marginal, expected, atol=0.06, rtol=0)
@@ -103,34 +110,68 @@ UNIFORM = [0.0, 0.0, 0.0, 0.0]
     ],
 )
 def test_a_random_walk_takes_unseen_transitions_at_chance(tasks: list[tuple[int, ...]], expected: float) -> None:
-    environment = PinpadConfig(size=3, num_colors=3, num_walls=0)
-    model, generator = model_with_bias(environment, UNIFORM), torch.Generator().manual_seed(0)
-    share = unseen_transition_share(model, environment, tasks, episodes=600, generator=generator)
+    world, generator = grid_world(3, 3, tasks), torch.Generator().manual_seed(0)
+    model = model_with_bias(world, UNIFORM)
+    share = unseen_transition_share(model, world, episodes=600, walk_steps=12, generator=generator)
     assert share == pytest.approx(expected, abs=0.07)
 
 
-def test_unseen_transition_share_is_nan_when_every_color_may_follow() -> None:
-    environment = PinpadConfig(size=3, num_colors=2, num_walls=0)
-    model, generator = model_with_bias(environment, UNIFORM), torch.Generator().manual_seed(0)
-    assert math.isnan(unseen_transition_share(model, environment, [(0, 1, 0)], episodes=10, generator=generator))
+def untold(world: GridworldPinpad) -> GridworldPinpad:
+    """The same world, silent about what follows what in its demonstrations."""
+
+    class Untold(GridworldPinpad):
+        def seen_transitions(self) -> None:
+            return None
+
+    return Untold(world.config)
+
+
+@pytest.mark.parametrize("world", [grid_world(3, 2, [(0, 1, 0)]), untold(grid_world(3, 3, [(0, 1)]))])
+def test_unseen_transition_share_is_nan_when_everything_may_follow_or_nobody_knows(world: GridworldPinpad) -> None:
+    model, generator = model_with_bias(world, UNIFORM), torch.Generator().manual_seed(0)
+    assert math.isnan(unseen_transition_share(model, world, episodes=10, walk_steps=12, generator=generator))
+
+
+def inject(world: Domain, model: SteerableModel, walks: int = 2000) -> InjectionResult:
+    """`injected_codes` of a metacontroller that has learned nothing."""
+    steering, generator = build_meta_controller(debug()), torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"walk_steps": 16, "generator": generator}
+    meaning = code_subgoal_bits(model, steering, world, codes=4, layouts_per_code=8, **options)
+    return injected_codes(model, steering, world, meaning, walks=walks, **options)
 
 
 def test_codes_that_change_nothing_are_reached_as_often_as_free_walks_reach_them() -> None:
-    environment = PinpadConfig(size=4, num_colors=3, num_walls=0, max_steps=40)
-    model = model_with_bias(environment, [0.0] * 4)  # an aimless walk, however it is steered
-    steering = build_meta_controller(debug())
-    options = {"codes": 4, "layouts_per_code": 8, "walks": 2000, "generator": torch.Generator().manual_seed(0)}
-    found = injected_codes(model, steering, environment, [(0, 1)], **options)
-    assert 0.3 < found.free < 0.5  # one of two others; some walks reach no second color
-    for share in (found.forced, found.free_unseen, found.forced_unseen):
-        assert share == pytest.approx(found.free, abs=0.05)
-    everything = [(a, b) for a in range(3) for b in range(3) if a != b]
-    assert math.isnan(injected_codes(model, steering, environment, everything, **options).free_unseen)
+    world = grid_world(4, 3, [(0, 1)])
+    model = model_with_bias(world, UNIFORM)  # an aimless walk, however it is steered
+    injected = inject(world, model)
+    assert 0.3 < injected.free < 0.5  # one of two others; some walks reach no second color
+    for share in (injected.forced, injected.free_unseen, injected.forced_unseen):
+        assert share == pytest.approx(injected.free, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "world",
+    [grid_world(4, 3, [(a, b) for a in range(3) for b in range(3) if a != b]), untold(grid_world(4, 3, [(0, 1)]))],
+)
+def test_where_nothing_is_unseen_or_nobody_knows_the_rest_is_measured(world: GridworldPinpad) -> None:
+    injected = inject(world, model_with_bias(world, UNIFORM), walks=50)
+    assert math.isnan(injected.free_unseen)
+    assert math.isnan(injected.forced_unseen)
+    assert 0 < injected.free < 1
+
+
+def test_the_analysis_of_injection_is_strict_json(untrained: Callable[..., LoadedRun]) -> None:
+    results = run_analysis("injection", untrained(), Injection.Config(walks=8))
+    assert set(results) == {"free", "forced", "free_unseen", "forced_unseen", "walks"}
+    json.dumps(results, allow_nan=False)
+    assert [name for name, _ in Injection().rows([results])] == list(results)
+    with pytest.raises(ValueError, match="walks is 0; expected at least 1"):
+        Injection.Config(walks=0)
 
 
 def test_a_code_is_held_only_after_the_first_color() -> None:
-    environment = PinpadConfig(size=4, num_colors=3, num_walls=0, max_steps=40)
-    model = model_with_bias(environment, [0.0] * 4)
+    world = grid_world(4, 3, [(0, 1)])
+    model = model_with_bias(world, UNIFORM)
     steering, seen = build_meta_controller(debug()), []
     code = torch.randn(steering.dim_latent)
 
@@ -147,8 +188,7 @@ def test_a_code_is_held_only_after_the_first_color() -> None:
 
     model.upper = watch  # type: ignore[method-assign]
     steering.steer = steer  # type: ignore[method-assign]
-    generator, colors = torch.Generator().manual_seed(0), single_colors(3)
-    first, _ = codes_module._two_subgoals(model, environment, colors, 64, generator, (steering, code))
+    first, _ = two_subgoals(model, world, 64, 16, torch.Generator().manual_seed(0), (steering, code))
     assert all(torch.equal(z, code.expand_as(z)) for z in seen)
     assert not acted[0].any()
     assert acted[-1].any()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,29 @@ import torch
 from torch import Tensor
 
 from metacontroller import Transformer
-from metacontroller.analysis import figures, steering
-from metacontroller.analysis.probing import probe_layers
-from metacontroller.analysis.steering import SupervisedControllers, play_chained, steer_layers
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.probing import Probes, probe_layers
+from metacontroller.analysis.steering import Steering, SupervisedControllers, play_chained, steer_layers
 from metacontroller.cli import main
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
-from metacontroller.phases.internal_rl import task_grids
-from metacontroller.presets.gridworld import build_model, debug, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import build_model
+from metacontroller.storage.run_folder import RunFolder
+
+WORLD = GridworldPinpad(debug().domain)
+
+
+def source(n: int, generator: torch.Generator) -> Trajectories:
+    """Demonstrations of the debug preset."""
+    return WORLD.demonstrations("discover", n, generator)
+
+
+def single_task(world: type[GridworldPinpad] = GridworldPinpad, max_steps: int = 20) -> GridworldPinpad:
+    """The world of the debug preset with a single color as its task."""
+    return world(replace(debug().domain, post_task=(2,), max_steps=max_steps))
 
 
 def told(n: int, generator: torch.Generator) -> Trajectories:
@@ -59,7 +74,7 @@ def test_a_probe_finds_what_the_residual_holds_and_nothing_else() -> None:
 
 def test_residuals_are_those_of_every_split() -> None:
     model = build_model(debug())
-    batch = generate(debug(), "pretrain")(4, torch.Generator().manual_seed(0))
+    batch = source(4, torch.Generator().manual_seed(0))
     layers = model.residuals(batch.states, batch.actions)
     for layer, residual in enumerate(layers):
         model.resplit(layer)
@@ -81,47 +96,93 @@ def test_untrained_controllers_steer_nothing() -> None:
 
 
 def test_labels_make_the_actions_likelier_and_the_model_stays() -> None:
-    config = debug()
-    model = build_model(config)
+    model = build_model(debug())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     options: dict[str, Any] = {"batch_size": 32, "episodes": 40, "seed": 0, "lr": 1e-2, "quiet": True}
-    arguments = (model, generate(config, "discover"), config.environment, config.post_task)
-    short, long = (steer_layers(*arguments, steps=steps, **options) for steps in (2, 120))
+    short, long = (steer_layers(model, source, WORLD, steps=steps, **options) for steps in (2, 120))
     assert len(long.success) == len(long.action_loss) == model.depth + 1
     assert all(later < earlier for earlier, later in zip(short.action_loss, long.action_loss, strict=True))
     assert all(0 <= share <= 1 for share in long.success)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert len(model.lower_body.blocks) == config.model.lower_depth
+    assert isinstance(model, Transformer)
+    assert len(model.lower_body.blocks) == debug().model.lower_depth
+
+
+def test_a_model_that_cannot_be_split_is_refused() -> None:
+    class Whole(Transformer):
+        resplit = SteerableModel.resplit
+
+    model = build_model(debug())
+    model.__class__ = Whole
+    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "quiet": True}
+    with pytest.raises(ValueError, match="a Whole can be steered at one only; leave this analysis out"):
+        steer_layers(model, source, WORLD, **options)
 
 
 def test_chained_play_counts_the_tasks_done() -> None:
-    config = dataclasses.replace(debug().environment, max_steps=400)
-    assert isinstance(config, PinpadConfig)
     model = build_model(debug())
-    controllers = SupervisedControllers(config.num_colors, model.dim, 2)
-    share = play_chained(model, controllers, config, (2,), 600, seed=0)
+    controllers = SupervisedControllers(4, model.dim, 2)
+    share = play_chained(model, controllers, single_task(max_steps=400), 600, seed=0)
     assert share == pytest.approx(0.25, abs=0.09)  # the first color that an aimless walk meets is one of four
 
 
-def test_chained_play_counts_tasks_and_not_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Generous(PinpadBatch):
-        def step(self, actions: Tensor) -> Tensor:
-            running = ~(self.terminated | self.truncated)
-            return 3 * super().step(actions) + 0.5 * running
+class Generous(PinpadBatch):
+    """The same grids with other rewards."""
 
-    def generous(*arguments: Any) -> PinpadBatch:
-        grids = task_grids(*arguments)
-        grids.__class__ = Generous
-        return grids
-
-    config, model = debug().environment, build_model(debug())
-    arguments = (model, SupervisedControllers(config.num_colors, model.dim, 2), config, (2,), 300, 0)
-    plain = play_chained(*arguments)
-    monkeypatch.setattr(steering, "task_grids", generous)
-    assert 0 < play_chained(*arguments) == plain < 1
+    def step(self, actions: Tensor) -> Tensor:
+        running = ~(self.terminated | self.truncated)
+        return 3 * super().step(actions) + 0.5 * running
 
 
-def test_both_commands_write_what_they_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+class Silent(PinpadBatch):
+    """The same grids, which do not tell the subgoal."""
+
+    def goal(self) -> Tensor:
+        return torch.full_like(self.steps, -1)
+
+
+def world_of(kind: type[PinpadBatch]) -> type[GridworldPinpad]:
+    """A world whose episodes are of another kind."""
+
+    class World(GridworldPinpad):
+        def reset(self, *arguments: Any, **options: Any) -> PinpadBatch:
+            grids = super().reset(*arguments, **options)
+            grids.__class__ = kind
+            return grids
+
+    return World
+
+
+def test_chained_play_counts_tasks_and_not_rewards() -> None:
+    model = build_model(debug())
+    controllers = SupervisedControllers(4, model.dim, 2)
+    plain, generous = single_task(), single_task(world_of(Generous))
+    share = play_chained(model, controllers, plain, 300, 0)
+    assert 0 < play_chained(model, controllers, generous, 300, 0) == share < 1
+
+
+def test_chained_play_needs_to_know_the_subgoal() -> None:
+    model = build_model(debug())
+    with pytest.raises(ValueError, match="which the world gridworld-pinpad does not tell"):
+        play_chained(model, SupervisedControllers(4, model.dim, 2), single_task(world_of(Silent)), 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"episodes": -1}, "episodes is -1; expected at least 1"),
+        ({"lr": float("nan")}, "lr is nan; expected a number above 0"),
+    ],
+)
+def test_bad_options_are_refused(change: dict[str, Any], sentence: str) -> None:
+    for kind in (Probes, Steering):
+        with pytest.raises(ValueError, match=sentence):
+            kind.Config(**change)
+
+
+def test_both_commands_write_what_they_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "run"
     assert main(["pretrain", str(run), "--preset", "debug", "--quiet", "--device", "cpu"]) == 0
     options = ["--steps", "3", "--batch-size", "8", "--episodes", "16", "--quiet", "--json", "--device", "cpu"]
@@ -131,11 +192,21 @@ def test_both_commands_write_what_they_found(tmp_path: Path, capsys: pytest.Capt
         printed = json.loads(capsys.readouterr().out)
         assert len(printed[measure]) == layers
         assert RunFolder(run).read_analysis(name)[measure] == printed[measure]
-    assert (run / "figures" / "layers.png").stat().st_size > 0
-    panels = figures.layers_figure([RunFolder(run), RunFolder(run)]).axes
-    assert [len(panel.lines) for panel in panels] == [3, 3, 3]  # a line a seed and the median; a line a layer
-    over = RunFolder(run).read_analysis("probes")["over_training"]
-    assert over["steps"] == [0, 4, 12]
-    assert over["accuracy"][-1] == RunFolder(run).read_analysis("probes")["accuracy"]
-    assert main(["probe", str(run), "--steps", "0"]) == 2
-    assert "steps is 0" in capsys.readouterr().err
+        assert (run / "figures" / f"{name}.png").stat().st_size > 0
+    results = RunFolder(run).read_analysis("probes")
+    assert [len(panel.lines) for panel in Probes().draw([results, results]).axes] == [3, 3]  # runs and median; layers
+    steered = RunFolder(run).read_analysis("steering")
+    assert [len(panel.lines) for panel in Steering().draw([steered, steered]).axes] == [3]
+    assert results["over_training"]["steps"] == [0, 4, 12]
+    assert results["over_training"]["accuracy"][-1] == results["accuracy"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["probe", str(run), "--steps", "0"])
+    assert "steps is 0; expected at least 1." in capsys.readouterr().err
+
+
+def test_a_table_has_a_line_a_layer_and_measure(untrained: Callable[..., LoadedRun]) -> None:
+    results = Probes().measure(untrained(), Probes.Config(steps=1, batch_size=4, episodes=8), quiet=True)
+    assert "over_training" not in results  # there are no snapshots
+    rows = dict(Probes().rows([results, results]))
+    assert rows["accuracy, layer 2"] == 2 * [results["accuracy"][2]]
+    assert rows["lr"] == 2 * [3e-3]

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from metacontroller.analysis import codes as codes_module
-from metacontroller.analysis import figures, steering
-from metacontroller.analysis.codes import code_subgoal_bits, injected_codes, unseen_transition_share
-from metacontroller.analysis.runs import probe_run
-from metacontroller.analysis.switching import gate_alignment
+from metacontroller.analysis import steering
+from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
+from metacontroller.analysis.injection import injected_codes
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.probing import Probes
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.envs.gridworld_pinpad import PinpadConfig, sample_layouts
-from metacontroller.envs.tasks import A1_POST, TABLE_A1, subgoal_indices, subgoal_vocabulary
-from metacontroller.models.transformer import Transformer
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import sample_layouts
+from metacontroller.domains.pinpad_tasks import A1_POST
+from metacontroller.metrics.gate import gate_alignment
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.evaluate import evaluate
-from metacontroller.presets import PRESETS
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.presets.gridworld import debug, paper
+from metacontroller.recipes.config import ExperimentConfig, build_meta_controller, build_model
+from metacontroller.report import figures
 
-SMALL = replace(PRESETS["paper"](), model=debug().model, meta_controller=debug().meta_controller)
-PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
+SMALL = replace(paper(), model=debug().model, meta_controller=debug().meta_controller)
+WORLD = GridworldPinpad(SMALL.domain)
+SIZE = 3  # of the grid that aimless walks are on
 
 
 def first_steps_after_pairs(episodes: Trajectories, num_colors: int) -> Tensor:
@@ -44,22 +47,20 @@ def first_steps_after_pairs(episodes: Trajectories, num_colors: int) -> Tensor:
 
 
 def test_table_a1_has_four_classes_and_a_gate_that_opens_between_pairs_is_perfect() -> None:
-    episodes = generate(PRESETS["paper"](), "discover")(64, torch.Generator().manual_seed(0))
+    episodes = WORLD.demonstrations("discover", 64, torch.Generator().manual_seed(0))
     assert episodes.subgoals is not None
     assert episodes.segments is not None
     assert set(episodes.subgoals[episodes.mask()].tolist()) == {0, 1, 2, 3}
     assert set(episodes.segments[episodes.mask()].tolist()) == {0, 1, 2}
     beta = first_steps_after_pairs(episodes, 8)
-    found = gate_alignment(beta, episodes.segments, episodes.lengths, tolerance=0)
-    assert (float(found["gate_recall"]), float(found["gate_precision"])) == (1.0, 1.0)
+    alignment = gate_alignment(beta, episodes.segments, episodes.lengths, tolerance=0)
+    assert (float(alignment["gate_recall"]), float(alignment["gate_precision"])) == (1.0, 1.0)
 
 
-def test_probes_of_table_a1_tell_four_subgoals_apart(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.write_config(SMALL)
-    build_model(SMALL).save(tmp_path / "base_model.safetensors")
-    probe_run(run, steps=2, batch_size=4, lr=1e-3, episodes=8, quiet=True, device="cpu")
-    tensors, _ = run.load_checkpoint("probes")
+def test_probes_of_table_a1_tell_four_subgoals_apart(untrained: Callable[[ExperimentConfig], LoadedRun]) -> None:
+    run = untrained(SMALL)
+    Probes().measure(run, Probes.Config(steps=2, batch_size=4, lr=1e-3, episodes=8), quiet=True)
+    tensors, _ = run.folder.load_checkpoint("probes")
     assert {name: len(value) for name, value in tensors.items()} == dict.fromkeys(tensors, 4)
 
 
@@ -68,9 +69,8 @@ def test_a_supervised_controller_a_pair_is_trained_and_chained(monkeypatch: pyte
     monkeypatch.setattr(
         steering, "play_chained", lambda model, controllers, *rest: chained.append(len(controllers.read)) or 0.0
     )
-    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "subgoals": PAIRS, "quiet": True}
-    source = generate(SMALL, "discover")
-    steering.steer_layers(build_model(SMALL), source, SMALL.environment, SMALL.post_task, **options)
+    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "quiet": True}
+    steering.steer_layers(build_model(SMALL), partial(WORLD.demonstrations, "discover"), WORLD, **options)
     assert chained == [4, 4, 4]
 
 
@@ -82,29 +82,39 @@ def test_chained_play_asks_for_the_pair_that_the_task_asks_for() -> None:
             asked.append(subgoal)
             return super().forward(residual, subgoal)
 
-    model = build_model(SMALL)
-    steering.play_chained(model, Spy(4, model.dim, 2), SMALL.environment, (4, 5, 0, 1), 20, 0, PAIRS)
+    model, world = build_model(SMALL), GridworldPinpad(replace(SMALL.domain, post_task=(4, 5, 0, 1)))
+    steering.play_chained(model, Spy(4, model.dim, 2), world, 20, 0)
     assert asked[0].tolist() == [2] * 20
     assert len(asked) > 1
 
 
+def walked_world(tasks: Sequence[tuple[int, ...]], colors_per_subgoal: int = 2) -> GridworldPinpad:
+    """A small grid in which to walk."""
+    config = GridworldPinpadConfig(
+        size=SIZE,
+        num_colors=3,
+        num_walls=0,
+        tasks=tuple(tasks),
+        post_task=tuple(tasks[0]),
+        colors_per_subgoal=colors_per_subgoal,
+    )
+    return GridworldPinpad(config)
+
+
 @pytest.fixture
-def aimless() -> Transformer:
-    """A model that takes every action equally often, however it is steered, on the grid of `WALKED`."""
-    model = build_model(replace(debug(), environment=WALKED, tasks=((0, 1),), post_task=(1, 0)))
+def aimless() -> SteerableModel:
+    """A model that takes every action equally often, however it is steered, on the grid of `walked_world`."""
+    model = build_model(replace(debug(), domain=walked_world([(0, 1)]).config))
     with torch.no_grad():
         model.action_readout.linear.weight.zero_()
         model.action_readout.linear.bias.zero_()
     return model
 
 
-WALKED = PinpadConfig(size=3, num_colors=3, num_walls=0)
-
-
 def share_that_reaches(pair: Sequence[int], walks: int, steps: int) -> float:
-    """Share of aimless walks on the grid of `WALKED` that visit the pair's colors one after the other."""
-    dice, done, size = random.Random(0), 0, WALKED.size
-    layouts = sample_layouts(WALKED, walks, torch.Generator().manual_seed(1))
+    """Share of aimless walks on the grid of `walked_world` that visit the pair's colors one after the other."""
+    dice, done, size = random.Random(0), 0, SIZE
+    layouts = sample_layouts(walked_world([(0, 1)]).config.grid, walks, torch.Generator().manual_seed(1))
     for colors, agent in zip(layouts.objects.tolist(), layouts.agent.tolist(), strict=True):
         visited: list[int] = []
         for _ in range(steps):
@@ -120,53 +130,54 @@ def share_that_reaches(pair: Sequence[int], walks: int, steps: int) -> float:
     return done / walks
 
 
-def test_a_pair_is_reached_by_walks_that_visit_its_colors_one_after_the_other(aimless: Transformer) -> None:
-    controller, generator = build_meta_controller(debug()), torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 1000, "generator": generator}
-    meaning = code_subgoal_bits(aimless, controller, WALKED, subgoals=((0, 1),), **options)
+def test_a_pair_is_reached_by_walks_that_visit_its_colors_one_after_the_other(aimless: SteerableModel) -> None:
+    controller, steps = build_meta_controller(debug()), 4 * SIZE * 2
+    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 1000, "walk_steps": steps}
+    options["generator"] = torch.Generator().manual_seed(0)
+    meaning = code_subgoal_bits(aimless, controller, walked_world([(0, 1)]), **options)
     assert meaning.share.shape == (2, 2)
-    expected = share_that_reaches((0, 1), 2000, 4 * WALKED.size * 2)
-    assert float(meaning.marginal[1]) == pytest.approx(expected, abs=0.05)
-    colors = code_subgoal_bits(aimless, controller, WALKED, **options)
+    assert float(meaning.marginal[1]) == pytest.approx(share_that_reaches((0, 1), 2000, steps), abs=0.05)
+    colors = code_subgoal_bits(aimless, controller, walked_world([(0, 1)], 1), **options)
     assert colors.share.shape == (2, 4)
 
 
-def test_walks_are_counted_by_transitions_between_pairs(aimless: Transformer) -> None:
-    pairs, tasks = ((0, 1), (1, 2), (2, 0)), [(0, 1, 1, 2), (1, 2, 2, 0), (2, 0, 0, 1)]
-    options: dict[str, Any] = {"subgoals": pairs, "generator": torch.Generator().manual_seed(0)}
-    share = unseen_transition_share(aimless, WALKED, tasks, episodes=300, **options)
+def test_walks_are_counted_by_transitions_between_pairs(aimless: SteerableModel) -> None:
+    world = walked_world([(0, 1, 2, 0), (2, 0, 1, 2), (1, 2, 0, 1)])
+    options: dict[str, Any] = {"walk_steps": 4 * SIZE * 2, "generator": torch.Generator().manual_seed(0)}
+    share = unseen_transition_share(aimless, world, episodes=300, **options)
     assert 0 < share < 1
-    found = injected_codes(
-        aimless, build_meta_controller(debug()), WALKED, tasks, codes=2, layouts_per_code=4, walks=300, **options
-    )
-    assert found.forced == pytest.approx(found.free, abs=0.1)
-    assert 0 < found.free < 1
+    controller = build_meta_controller(debug())
+    meaning = code_subgoal_bits(aimless, controller, world, codes=2, layouts_per_code=4, **options)
+    injected = injected_codes(aimless, controller, world, meaning, walks=300, **options)
+    assert injected.forced == pytest.approx(injected.free, abs=0.1)
+    assert 0 < injected.free < 1
 
 
 def test_the_seen_transitions_of_table_a1_are_between_pairs() -> None:
-    pairs = subgoal_vocabulary(TABLE_A1, 2, 8)
-    seen = codes_module._seen_transitions(pairs, TABLE_A1, torch.device("cpu"))
+    seen = WORLD.seen_transitions()
     assert seen.shape == (4, 4)
-    assert not any(seen[a, b] for a, b in pairwise(subgoal_indices(A1_POST, pairs)))
+    wanted = [WORLD.subgoals.index(pair) for pair in zip(A1_POST[::2], A1_POST[1::2], strict=True)]
+    assert not any(seen[a, b] for a, b in pairwise(wanted))
     assert bool(seen[0, 2])  # 0-1-4-5-...
     assert not bool(seen[0, 1])  # 0-1-2-3 is never shown
 
 
 def test_evaluation_counts_pairs_and_refuses_half_of_one() -> None:
-    model = build_model(SMALL)
-    whole = evaluate(model, None, SMALL.environment, "base", (0, 1), 200, 0)
-    pairs = evaluate(model, None, SMALL.environment, "base", (0, 1), 200, 0, subgoals=PAIRS)
+    model, singles = build_model(SMALL), GridworldPinpad(replace(SMALL.domain, colors_per_subgoal=1))
+    whole = evaluate(model, None, singles, "base", (0, 1), 200, 0)
+    pairs = evaluate(model, None, WORLD, "base", (0, 1), 200, 0)
     assert pairs["subgoals"] == pairs["success"] < whole["subgoals"]
     with pytest.raises(ValueError, match="task 0-1-2 has 3 colors, no multiple of colors_per_subgoal 2"):
-        evaluate(model, None, SMALL.environment, "base", (0, 1, 2), 4, 0, subgoals=PAIRS)
+        evaluate(model, None, WORLD, "base", (0, 1, 2), 4, 0)
 
 
 def test_figures_name_pairs() -> None:
-    summary = {"code_color_share": [[0.2, 0.2, 0.2, 0.2, 0.2]], "code_subgoal_bits": 0.5}
-    ax = figures.measured_codes_figure(SMALL, summary).axes[0]
+    names = list(WORLD.spec().subgoals)
+    measured = {"code_subgoal_share": [[0.2, 0.2, 0.2, 0.2, 0.2]], "code_subgoal_bits": 0.5, "subgoals": names}
+    ax = figures.measured_codes_figure(measured).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0-1", "2-3", "4-5", "6-7", "none"]
 
 
 def test_a_config_whose_tasks_end_within_a_subgoal_is_refused() -> None:
     with pytest.raises(ValueError, match="task 0-1-2 has 3 colors, no multiple of colors_per_subgoal 2"):
-        replace(SMALL, post_task=(0, 1, 2))
+        replace(SMALL.domain, post_task=(0, 1, 2))

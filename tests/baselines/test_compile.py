@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +12,29 @@ from torch.nn import functional as F
 
 from metacontroller.baselines.compile import CompILE, CompileConfig, begin_probability, build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.parallel import Processes
-from metacontroller.phases.training import OptimizerConfig
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import ExperimentConfig, build_meta_controller, build_model
+from metacontroller.recipes.run_phase import demonstrations
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import Processes
+from metacontroller.training.optimizer import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(steps=6, batch_size=16, lr=1e-2, log_every=2, checkpoint_every=3)
 
 
-def learn(folder: Path, steps: int = 6, resume: bool = False) -> tuple[Transformer, CompILE, MetaController]:
+def encoder_of(config: ExperimentConfig) -> dict[str, Any]:
+    return domain_of(config.domain).spec().encoder
+
+
+def learn(folder: Path, steps: int = 6, resume: bool = False) -> tuple[SteerableModel, CompILE, MetaController]:
     """The debug preset after some updates."""
     config = debug()
     model, acting = build_model(config), build_meta_controller(config)
     settings = replace(config.compile, optimizer=replace(OPTIMIZER, steps=steps))
-    segmentation = build_compile(settings, model, acting.dim_latent, seed=0)
-    source = generate(config, "discover")
+    segmentation = build_compile(settings, model, encoder_of(config), acting.dim_latent, seed=0)
+    source = demonstrations(domain_of(config.domain), "discover")
     discover_compile(settings, model, segmentation, acting, source, RunFolder(folder), resume=resume, quiet=True)
     return model, segmentation, acting
 
@@ -63,7 +71,7 @@ def test_the_model_stays_frozen_and_only_what_acts_is_trained(tmp_path: Path) ->
     fresh = build_meta_controller(config).state_dict()
     moved = {name.split(".")[0] for name, value in acting.state_dict().items() if not torch.equal(value, fresh[name])}
     assert moved == {"norm", "history", "switching", "controller"}
-    untrained = build_compile(config.compile, model, acting.dim_latent, seed=0).state_dict()
+    untrained = build_compile(config.compile, model, encoder_of(config), acting.dim_latent, seed=0).state_dict()
     changed = [name for name, value in segmentation.state_dict().items() if not torch.equal(value, untrained[name])]
     assert "encoder.table" in changed
     assert "segmenter.code.2.weight" in changed
@@ -71,7 +79,7 @@ def test_the_model_stays_frozen_and_only_what_acts_is_trained(tmp_path: Path) ->
 
 def test_imitation_of_boundaries_teaches_the_gate_alone(tmp_path: Path) -> None:
     model, segmentation, acting = learn(tmp_path)
-    batch = generate(debug(), "discover")(8, torch.Generator().manual_seed(1))
+    batch = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(1))
     found = segmentation(batch.states, batch.lengths, segmentation.segmenter.draw_noise(8, batch.steps))
     beta = begin_probability(acting, model.residual(batch.states, batch.actions).detach(), found.code_at().detach())
     target = found.begin_at().detach()

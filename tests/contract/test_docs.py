@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from metacontroller import cli
-from metacontroller.run_folder import RunFolder
+from metacontroller.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 WALK_THROUGH = {

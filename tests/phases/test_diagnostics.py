@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 
-from metacontroller.analysis.switching import binary_fraction, codes_taken
+from metacontroller.domains.registry import domain_of
+from metacontroller.metrics.gate import binary_fraction, codes_taken
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, generate
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import build_meta_controller, build_model
+from metacontroller.recipes.run_phase import demonstrations
 
 SOUND = {"codes": 2.5, "binary_fraction": 0.9, "kl": 0.3, "steered_loss": 0.4, "base_loss": 0.5}
 
@@ -51,7 +54,7 @@ def test_codes_and_binary_fraction_are_of_real_steps_but_the_first() -> None:
 
 def test_what_is_measured_on_a_batch() -> None:
     model, steering = build_model(debug()), build_meta_controller(debug())
-    batch = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
+    batch = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(0))
     measured = measure(model, steering, batch, torch.Generator().manual_seed(1))
     noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -72,7 +75,7 @@ def test_what_is_measured_on_a_batch() -> None:
 def test_a_controller_of_zeros_changes_no_actions() -> None:
     model, steering = build_model(debug()), build_meta_controller(debug())
     torch.nn.init.zeros_(steering.controller.write)
-    batch = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
+    batch = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(0))
     measured = measure(model, steering, batch, torch.Generator().manual_seed(1))
     assert measured["steered_loss"] == pytest.approx(measured["base_loss"], abs=1e-6)
     assert any(warning.startswith("codes do not change the actions") for warning in diagnose(**measured))

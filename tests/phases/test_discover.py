@@ -12,11 +12,14 @@ import torch
 
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
+from metacontroller.domains.registry import domain_of
 from metacontroller.phases.diagnostics import diagnose
 from metacontroller.phases.discover import DiscoverConfig, discover
-from metacontroller.phases.training import OptimizerConfig
-from metacontroller.presets.gridworld import build_meta_controller, build_model, debug, embedded_view, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import build_meta_controller, build_model
+from metacontroller.recipes.run_phase import demonstrations
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.optimizer import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(steps=12, batch_size=16, lr=1e-2, log_every=4)
 METRICS = {"loss", "action_loss", "kl", "alpha", "switches", "codes"}
@@ -28,7 +31,7 @@ def learn(
 ) -> tuple[MetaController, list[dict[str, Any]]]:
     """A metacontroller of the debug preset after 12 updates, and what was logged."""
     config = debug()
-    source = generate(config, "discover")
+    source = demonstrations(domain_of(config.domain), "discover")
 
     def unlabelled(n: int, generator: torch.Generator) -> Any:
         return dataclasses.replace(source(n, generator), subgoals=None, segments=None)
@@ -64,7 +67,7 @@ def test_codes_are_counted_where_the_gate_is_thresholded(tmp_path: Path, mode: A
     with torch.no_grad():
         steering.switching.out.weight.zero_()
         steering.switching.out.bias.fill_(-0.5)  # soft: beta 0.38 at every step, below the threshold
-    episode = generate(config, "discover")(1, torch.Generator().manual_seed(0))
+    episode = demonstrations(domain_of(config.domain), "discover")(1, torch.Generator().manual_seed(0))
     length = int(episode.lengths[0])
     assert length > 4
 
@@ -83,7 +86,7 @@ def test_diagnostics_are_written_and_change_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = debug()
-    source, settings = generate(config, "discover"), DiscoverConfig(optimizer=OPTIMIZER)
+    source, settings = demonstrations(domain_of(config.domain), "discover"), DiscoverConfig(optimizer=OPTIMIZER)
 
     def learned(folder: Path, quiet: bool) -> MetaController:
         steering, run = build_meta_controller(config), RunFolder(folder)
@@ -145,12 +148,10 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
         DiscoverConfig(optimizer=OPTIMIZER, **change)
 
 
-def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> None:
+def test_a_symmetry_changes_what_the_embedder_sees_and_nothing_else() -> None:
     model, steering = build_model(debug()), build_meta_controller(debug())
-    episodes = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
-    view = embedded_view(dataclasses.replace(debug(), turned_embedding=True))
-    assert view is not None
-    assert embedded_view(debug()) is None
+    episodes = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(0))
+    augment = domain_of(debug().domain).augment
 
     def output(states: torch.Tensor | None) -> Any:
         noise = steering.draw_noise(8, episodes.steps, torch.Generator().manual_seed(1))
@@ -158,21 +159,21 @@ def test_an_embedded_view_changes_what_the_embedder_sees_and_nothing_else() -> N
         return steering.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
 
     as_they_are, again = output(None), output(episodes.states)
-    turned = output(view(episodes.states, torch.Generator().manual_seed(2)))
+    augmented = output(augment(episodes.states, torch.Generator().manual_seed(2)))
     assert torch.equal(as_they_are.mean, again.mean)
-    assert not torch.allclose(as_they_are.mean, turned.mean)
+    assert not torch.allclose(as_they_are.mean, augmented.mean)
 
 
 def test_the_embedder_reads_the_state_after_the_last_action_and_nothing_after_it() -> None:
     model, steering = build_model(debug()), build_meta_controller(debug())
-    episodes = generate(debug(), "discover")(8, torch.Generator().manual_seed(0))
+    episodes = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(0))
     row = int(episodes.lengths.argmin())
     length = int(episodes.lengths[row])
     assert length < episodes.steps
 
     def mean_of_row(changed: slice) -> torch.Tensor:
         states = episodes.states.clone()
-        states[row, changed, -1] = (states[row, changed, -1] + 1) % debug().environment.size ** 2
+        states[row, changed, -1] = (states[row, changed, -1] + 1) % debug().domain.size ** 2
         output = steering.discover_episodes(model, states, episodes.actions, episodes.lengths)
         return output.mean[row, :length]
 
@@ -191,11 +192,9 @@ def test_an_embedded_residual_of_another_length_is_refused() -> None:
 def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_path: Path) -> None:
     config = debug()
     model, steering = build_model(config).double(), build_meta_controller(config).double()
-    batch = generate(config, "discover")(6, torch.Generator().manual_seed(0))
+    batch = demonstrations(domain_of(config.domain), "discover")(6, torch.Generator().manual_seed(0))
     noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
-    view = embedded_view(dataclasses.replace(config, turned_embedding=True))
-    assert view is not None
-    seen = view(batch.states, torch.Generator().manual_seed(2))
+    seen = domain_of(config.domain).augment(batch.states, torch.Generator().manual_seed(2))
 
     def losses(train_model: bool) -> Any:
         return steering.steered_losses(

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.gridworld_pinpad import Layouts, PinpadBatch, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import Layouts, PinpadBatch, PinpadConfig
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases import internal_rl as internal_rl_phase
-from metacontroller.phases.internal_rl import InternalRLConfig, internal_rl, raw_action_rl
-from metacontroller.run_folder import RunFolder
+from metacontroller.phases import policy_gradient
+from metacontroller.phases.internal_rl import internal_rl
+from metacontroller.phases.policy_gradient import InternalRLConfig
+from metacontroller.storage.run_folder import RunFolder
 
 # A 0 .    Right to color 0, then down to color 1: two steps, and any other move ends or wastes the episode.
 # . 1 .
@@ -64,7 +66,7 @@ def make_steering() -> MetaController:
     return steering
 
 
-CONFIG = InternalRLConfig(episodes=128 * 25, batch_size=128, lr=2e-2, passes=3, minibatches=2)
+CONFIG = InternalRLConfig(episodes=128 * 25, batch_size=128, lr=2e-2, update_epochs=3, minibatches=2)
 
 
 def learn(folder: Path, kind: str = "internal", config: InternalRLConfig = CONFIG) -> list[dict[str, Any]]:
@@ -85,7 +87,7 @@ def test_a_task_of_two_steps_is_solved(kind: str, tmp_path: Path) -> None:
     assert lines[0]["success"] < 0.25  # two moves of four choices each
     assert min(line["success"] for line in lines[-3:]) > 0.9
     assert lines[-1]["episodes"] == CONFIG.episodes
-    assert lines[-1]["progress"] > 1.8
+    assert lines[-1]["subgoals_done"] > 1.8
     assert all(1 <= line["steps"] <= 2 for line in lines)
     if kind == "internal":
         assert all(line["decisions"] == line["steps"] for line in lines)
@@ -162,10 +164,10 @@ def test_before_the_first_step_the_policy_is_the_one_that_played(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["internal", "raw"])
-def test_updates_in_parts_are_updates_of_the_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = InternalRLConfig(episodes=192, batch_size=64, lr=1e-2, passes=2)
+def test_updates_in_chunks_are_updates_of_the_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = InternalRLConfig(episodes=192, batch_size=64, lr=1e-2, update_epochs=2)
     whole = learn(tmp_path / "whole", kind, config)
-    monkeypatch.setattr(internal_rl_phase, "DECISIONS_AT_ONCE", 10)
+    monkeypatch.setattr(policy_gradient, "DECISIONS_AT_ONCE", 10)
     parts = learn(tmp_path / "parts", kind, config)
     assert len(whole) == 3
     for one, other in zip(whole, parts, strict=True):
@@ -195,7 +197,7 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"episodes": 0}, "episodes is 0; expected at least 1"),
-        ({"passes": 0}, "passes is 0; expected at least 1"),
+        ({"update_epochs": 0}, "update_epochs is 0; expected at least 1"),
         ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),
     ],
 )

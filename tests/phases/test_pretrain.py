@@ -9,20 +9,26 @@ from typing import Any
 import pytest
 import torch
 
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.pretrain import PretrainConfig, pretrain
-from metacontroller.phases.training import OptimizerConfig
-from metacontroller.presets.gridworld import build_model, debug, generate
-from metacontroller.run_folder import RunFolder
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import build_model
+from metacontroller.recipes.run_phase import demonstrations
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.optimizer import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(steps=40, batch_size=16, lr=1e-2, log_every=10)
 
 
-def learn(folder: Path, **options: Any) -> tuple[Transformer, list[dict[str, Any]]]:
+def learn(folder: Path, **options: Any) -> tuple[SteerableModel, list[dict[str, Any]]]:
     """A model of the debug preset after 40 updates, and what was logged."""
     config = dataclasses.replace(debug(), pretrain=PretrainConfig(optimizer=OPTIMIZER, **options))
     run = RunFolder(folder)
-    model = pretrain(config.pretrain, build_model(config), generate(config, "pretrain"), run, quiet=True)
+    model = pretrain(
+        config.pretrain, build_model(config), demonstrations(domain_of(config.domain), "pretrain"), run, quiet=True
+    )
     return model, run.read_metrics("pretrain")
 
 
@@ -48,7 +54,7 @@ def test_the_model_is_saved(tmp_path: Path) -> None:
 
 def test_bad_data_is_refused_at_the_first_step(tmp_path: Path) -> None:
     config = debug()
-    source = generate(config, "pretrain")
+    source = demonstrations(domain_of(config.domain), "pretrain")
 
     def broken(n: int, generator: torch.Generator) -> Any:
         episodes = source(n, generator)

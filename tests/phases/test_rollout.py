@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from metacontroller.analysis.codes import code_subgoal_bits
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.gridworld_pinpad import PinpadBatch, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import rollout as rollout_phase
-from metacontroller.phases.internal_rl import task_grids
 from metacontroller.phases.rollout import (
     Actor,
     policy_proposal,
@@ -25,7 +25,12 @@ from metacontroller.phases.rollout import (
     survivors,
 )
 
-GRID = PinpadConfig(size=4, num_colors=3, num_walls=1, max_steps=9)
+WORLD = GridworldPinpad(
+    GridworldPinpadConfig(
+        size=4, num_colors=3, num_walls=1, max_steps=9, tasks=((0, 1),), post_task=(0, 1), colors_per_subgoal=1
+    )
+)
+GRID = WORLD.config.grid
 EPISODES, CODE = 24, 3
 
 
@@ -55,7 +60,7 @@ def make_steering() -> MetaController:
 
 
 def new_grids() -> PinpadBatch:
-    return task_grids(GRID, (0, 1), EPISODES, torch.Generator().manual_seed(0))
+    return start_grids(GRID, (0, 1), EPISODES, torch.Generator().manual_seed(0))
 
 
 def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -68,7 +73,7 @@ def step_by_step(model: Transformer, steering: MetaController | None, grids: Pin
     episodes = []
     for row in range(len(grids)):
         alone = new_grids()
-        alone.compact(torch.tensor([row]))
+        alone.select(torch.tensor([row]))
         cache, past = None, None
         seen: dict[str, list[Tensor]] = {"residual": [], "action": [], "log_prob": [], "switch": [], "code": []}
         total = 0.0
@@ -84,7 +89,9 @@ def step_by_step(model: Transformer, steering: MetaController | None, grids: Pin
                 seen["switch"].append(output.switch_beta[0, 0] >= 0.5)
                 seen["code"].append(output.actions[0, 0])
         stacked = {name: torch.stack(values) for name, values in seen.items() if values}
-        episodes.append({**stacked, "return": total, "steps": int(alone.steps), "progress": int(alone.progress)})
+        episodes.append(
+            {**stacked, "return": total, "steps": int(alone.steps), "subgoals_done": int(alone.subgoals_done)}
+        )
     return episodes
 
 
@@ -104,7 +111,7 @@ def test_raw_rollouts_equal_steps_of_the_model(
         assert torch.equal(rollout.actions[row, :steps], episode["action"])
         torch.testing.assert_close(rollout.log_prob[row, :steps], episode["log_prob"], atol=1e-5, rtol=1e-4)
         assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], steps)
-        assert rollout.subgoals_done[row] == episode["progress"]
+        assert rollout.subgoals_done[row] == episode["subgoals_done"]
     assert len({episode["steps"] for episode in episodes}) > 2  # so rows were dropped on the way
     whole = model.residual(rollout.states, rollout.actions)
     logits = model.action_readout(model.upper(whole))
@@ -130,7 +137,7 @@ def test_abstract_rollouts_equal_steps_of_the_steered_model(
         torch.testing.assert_close(rollout.residual[row, :count], episode["residual"][switch], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(rollout.code[row, :count], episode["code"][switch], atol=1e-4, rtol=1e-3)
         assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], episode["steps"])
-        assert rollout.subgoals_done[row] == episode["progress"]
+        assert rollout.subgoals_done[row] == episode["subgoals_done"]
     decisions = sum(int(episode["switch"].sum()) for episode in episodes)
     assert EPISODES < decisions < sum(episode["steps"] for episode in episodes)
 
@@ -146,7 +153,8 @@ def test_codes_are_held_by_a_model_that_knows_its_past_actions(monkeypatch: pyte
         return embed(states, past_actions)
 
     monkeypatch.setattr(model, "embed", note)
-    code_subgoal_bits(model, steering, GRID, codes=2, layouts_per_code=10, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 10, "walk_steps": 4 * GRID.size}
+    code_subgoal_bits(model, steering, WORLD, generator=torch.Generator().manual_seed(0), **options)
     assert known[0] == 0
     assert len(set(known)) > 2
 
@@ -188,4 +196,4 @@ def test_an_actor_that_keeps_some_grids_goes_on_with_their_past() -> None:
     some.keep(rows)
     torch.testing.assert_close(some.look(), all_of_them.look()[rows])
     assert some.past_actions is not None
-    assert len(some.past_actions) == len(some.grids) == 2
+    assert len(some.past_actions) == len(some.env) == 2

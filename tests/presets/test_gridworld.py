@@ -2,56 +2,71 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from metacontroller.envs.expert import TIE_BREAKS, TieBreak, expert_trajectories
-from metacontroller.envs.tasks import transitions
-from metacontroller.presets import PRESETS
-from metacontroller.presets.gridworld import (
-    MAX_SEED,
-    STREAMS,
-    ExpertConfig,
-    MetaControllerConfig,
-    ModelConfig,
+from metacontroller.control.config import MetaControllerConfig
+from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpadConfig
+from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
+from metacontroller.domains.pinpad_tasks import transitions
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.transformer import Transformer
+from metacontroller.presets.gridworld import PRESETS, debug, laptop
+from metacontroller.recipes.config import (
+    ExperimentConfig,
     build_meta_controller,
     build_model,
-    debug,
     from_json,
-    generate,
-    laptop,
-    stream_seed,
+    to_json,
     with_seed,
 )
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.seeding import MAX_SEED, STREAMS, stream_seed
 
 
-def plain(config: Any) -> Any:
+def plain(config: ExperimentConfig) -> Any:
     """The config as a run folder's JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(to_json(config), default=dataclasses.asdict))
+
+
+def demonstrations(config: ExperimentConfig, split: Any, n: int) -> Any:
+    return domain_of(config.domain).demonstrations(split, n, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name: str) -> None:
     config = PRESETS[name]()
     assert from_json(plain(config)) == config
+    assert with_seed(config, 0) == config
+
+
+def test_a_preset_survives_a_run_folder(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_config(to_json(debug()))
+    content = RunFolder(tmp_path).read_config()
+    assert (content["domain"]["name"], content["model"]["name"]) == ("gridworld-pinpad", "transformer")
+    assert from_json(content) == debug()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_pretraining_never_shows_a_transition_of_the_post_training_task_between_subgoals(name: str) -> None:
     config = PRESETS[name]()
-    unseen = transitions([config.post_task]) - transitions(config.tasks)
-    assert config.colors_per_subgoal == (2 if name == "paper" else 1)
-    steps = config.post_task[config.colors_per_subgoal - 1 :: config.colors_per_subgoal]
-    following = config.post_task[config.colors_per_subgoal :: config.colors_per_subgoal]
+    domain = config.domain
+    unseen = transitions([domain.post_task]) - transitions(domain.tasks)
+    assert domain.colors_per_subgoal == (2 if name == "paper" else 1)
+    steps = domain.post_task[domain.colors_per_subgoal - 1 :: domain.colors_per_subgoal]
+    following = domain.post_task[domain.colors_per_subgoal :: domain.colors_per_subgoal]
     assert unseen == set(zip(steps, following, strict=False))
+    assert config.evaluate.walk_steps == 4 * domain.size * domain.colors_per_subgoal
 
 
 def test_the_paper_preset_has_the_papers_size() -> None:
     config = PRESETS["paper"]()
     model, meta_controller = build_model(config), build_meta_controller(config)
-    assert config.environment.observation_size == 7 * 7 * (4 + 8 + 1)
+    assert config.domain.grid.observation_size == 7 * 7 * (4 + 8 + 1)
+    assert isinstance(model, Transformer)
     assert len(model.lower_body.blocks) == len(model.upper_body.blocks) == 3
     assert meta_controller.controller.rank == 16
     assert config.internal_rl.updates == 100_000
@@ -84,51 +99,58 @@ def test_the_seed_decides_the_initial_weights_and_leaves_the_global_generator_al
 def test_the_controlled_layer_may_be_the_input_embedding() -> None:
     config = debug()
     model = build_model(dataclasses.replace(config, model=dataclasses.replace(config.model, lower_depth=0)))
-    tokens = generate(config, "pretrain")(2, torch.Generator().manual_seed(0)).states
+    tokens = demonstrations(config, "pretrain", 2).states
     embedded = model.embed(tokens)
     assert torch.equal(model.lower(embedded), embedded)
+    assert isinstance(model, Transformer)
     assert len(model.upper_body.blocks) == config.model.upper_depth
 
 
 @pytest.mark.parametrize("tie_break", TIE_BREAKS)
 def test_a_config_may_name_every_tie_break(tie_break: TieBreak) -> None:
-    expert = ExpertConfig(tie_break=tie_break)
-    config = from_json(plain(dataclasses.replace(debug(), expert=expert)))
-    assert config.expert == expert
-    drawn = generate(config, "pretrain")(16, torch.Generator().manual_seed(0))
+    domain = dataclasses.replace(debug().domain, tie_break=tie_break)
+    config = from_json(plain(dataclasses.replace(debug(), domain=domain)))
+    assert config.domain == domain
     same = expert_trajectories(
-        config.environment, config.tasks, 16, generator=torch.Generator().manual_seed(0), tie_break=tie_break
+        domain.grid, domain.tasks, 16, generator=torch.Generator().manual_seed(0), tie_break=tie_break
     )
-    assert torch.equal(drawn.actions, same.actions)
+    assert torch.equal(demonstrations(config, "pretrain", 16).actions, same.actions)
 
 
-def test_generate_follows_the_expert_of_its_phase() -> None:
-    config = dataclasses.replace(debug(), expert=ExpertConfig(epsilon=1.0), discovery_expert=ExpertConfig())
-    astray = generate(config, "pretrain")(32, torch.Generator().manual_seed(0))
-    clean = generate(config, "discover")(32, torch.Generator().manual_seed(0))
-    assert clean.lengths.max() < config.environment.max_steps
+def test_demonstrations_follow_the_expert_of_their_phase() -> None:
+    config = dataclasses.replace(debug(), domain=dataclasses.replace(debug().domain, tie_break="random", epsilon=1.0))
+    astray, clean = demonstrations(config, "pretrain", 32), demonstrations(config, "discover", 32)
+    assert clean.lengths.max() < config.domain.max_steps
     assert astray.lengths.float().mean() > clean.lengths.float().mean()
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda d: d.update(colour=1), r"config has an unknown field 'colour'; known are environment, tasks"),
+        (lambda d: d.update(colour=1), r"config has an unknown field 'colour'; known are domain, model"),
         (lambda d: d.pop("model"), r"config lacks the field 'model'; add it\."),
         (lambda d: d["model"].update(dim="64"), r"config\.model\.dim is '64'; expected int\."),
         (lambda d: d["model"].update(dim=True), r"config\.model\.dim is True; expected int\."),
         (
-            lambda d: d["model"].update(view="oblique"),
-            r"config\.model\.view is 'oblique'; expected one of 'absolute', ",
+            lambda d: d["domain"].update(tie_break="first"),
+            r"config\.domain\.tie_break is 'first'; expected one of 'random', ",
         ),
-        (lambda d: d.update(model=3), r"config\.model is 3; expected an object with the fields of ModelConfig\."),
-        (lambda d: d.update(post_task="0-1"), r"config\.post_task is '0-1'; expected a list\."),
-        (lambda d: d["tasks"][1].append(None), r"config\.tasks\[1\]\[3\] is None; expected int\."),
+        (
+            lambda d: d["domain"].update(view="oblique"),
+            r"config\.domain\.view is 'oblique'; expected one of 'absolute', ",
+        ),
+        (lambda d: d.update(model=3), r"config\.model is 3; expected an object with a name\."),
+        (lambda d: d["model"].update(name="mamba"), r"model 'mamba' is unknown; known are transformer"),
+        (lambda d: d["domain"].pop("name"), r"config\.domain is .*; expected an object with a name\."),
+        (lambda d: d["domain"].update(name="maze"), r"world 'maze' is unknown; known are .*gridworld-pinpad"),
+        (lambda d: d["domain"].update(colour=1), r"config\.domain has an unknown field 'colour'; known are size, "),
+        (lambda d: d["domain"].update(post_task="0-1"), r"config\.domain\.post_task is '0-1'; expected a list\."),
+        (lambda d: d["domain"]["tasks"][1].append(None), r"config\.domain\.tasks\[1\]\[3\] is None; expected int\."),
         (
             lambda d: d["discover"].update(alpha_warmup=[1]),
             r"config\.discover\.alpha_warmup has 1 entries; expected 2\.",
         ),
-        (lambda d: d.update(post_task=[0, 9]), r"task 0-9 has unknown color 9"),
+        (lambda d: d["domain"].update(post_task=[0, 9]), r"task 0-9 has unknown color 9"),
         (lambda d: d.update(seed=-1), r"seed is -1; expected 0\.\."),
         (
             lambda d: d["meta_controller"].update(rank=17),
@@ -155,13 +177,13 @@ def test_an_integer_is_a_float_and_none_is_a_rank() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: ExpertConfig(tie_break="first"), "tie_break is 'first'; expected one of 'random'"),  # type: ignore[arg-type]
-        (lambda: ExpertConfig(epsilon=1.5), "epsilon is 1.5; expected a probability"),
+        (lambda: GridworldPinpadConfig(epsilon=1.5), "epsilon is 1.5; expected a probability"),
         (lambda: dataclasses.replace(laptop().model, heads=5), "dim 128 is not a multiple of heads 5"),
         (lambda: dataclasses.replace(laptop().model, mlp_dim=0), "mlp_dim is 0; expected at least 1"),
         (lambda: dataclasses.replace(laptop().model, lower_depth=-1), "lower_depth is -1; expected at least 0"),
         (lambda: dataclasses.replace(laptop().model, upper_depth=0), "upper_depth is 0; expected at least 1"),
         (lambda: dataclasses.replace(laptop().evaluate, codes=0), "codes is 0; expected at least 1"),
+        (lambda: dataclasses.replace(laptop().evaluate, walk_steps=0), "walk_steps is 0; expected at least 1"),
         (lambda: MetaControllerConfig(embedder_dim=6), "embedder_dim is 6; expected a multiple of 4"),
         (lambda: MetaControllerConfig(rank=0), "rank is 0; expected at least 1"),
     ],
@@ -169,8 +191,3 @@ def test_an_integer_is_a_float_and_none_is_a_rank() -> None:
 def test_a_part_refuses_a_bad_value(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
-
-
-def test_model_config_names_its_views() -> None:
-    with pytest.raises(ValueError, match="view is 'top'; expected 'absolute' or 'egocentric'"):
-        ModelConfig(dim=8, lower_depth=1, upper_depth=1, heads=2, mlp_dim=8, view="top")  # type: ignore[arg-type]

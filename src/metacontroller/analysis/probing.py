@@ -5,23 +5,34 @@ Axes: b episodes, t steps, n_e residual, l layers (0 is the input embedding), g 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.data.batching import EpisodeStream, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import EpisodeStream, Generate, noise_generator
-from metacontroller.progress import track
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.report.analysis_figures import probes_figure
+from metacontroller.storage.config_file import check_positive
+from metacontroller.storage.training_state import module_tensors
+from metacontroller.training.progress import track
+from metacontroller.training.seeding import noise_generator, stream_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ProbeResult(NamedTuple):
-    """accuracy: of each layer's probe, on new episodes, over all steps. at_start: over steps of first segments alone,
-    where nothing but the way the expert goes can tell. majority: share of the commonest subgoal. probes: the trained
-    linear maps, one a layer."""
+    """accuracy: of each layer's probe, on held-out episodes, over all steps. at_start: over steps of first segments
+    alone, where nothing but the way the expert goes can tell. majority: share of the commonest subgoal. probes: the
+    trained linear maps, one a layer."""
 
     accuracy: list[float]
     at_start: list[float]
@@ -30,7 +41,7 @@ class ProbeResult(NamedTuple):
 
 
 def probe_layers(
-    model: Transformer,
+    model: SteerableModel,
     generate: Generate,
     *,
     subgoals: int,
@@ -62,12 +73,12 @@ def probe_layers(
             optimizer.step()
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 progress.update(step + 1, loss=float(loss.detach()) / len(probes))
-    judged = generate(episodes, noise_generator(seed, device))  # a stream apart from the training episodes
-    labels, mask = labelled(judged)
-    assert judged.segments is not None
-    first = mask & (judged.segments == 0)
+    held_out = generate(episodes, noise_generator(seed, device))  # a stream apart from the training episodes
+    labels, mask = labelled(held_out)
+    assert held_out.segments is not None
+    first = mask & (held_out.segments == 0)
     with torch.no_grad():
-        right = [(logits.argmax(-1) == labels).float() for logits in _probed(model, probes, judged)]
+        right = [(logits.argmax(-1) == labels).float() for logits in _probed(model, probes, held_out)]
     return ProbeResult(
         accuracy=[float(masked_mean(value, mask)) for value in right],
         at_start=[float(masked_mean(value, first)) for value in right],
@@ -83,7 +94,7 @@ def labelled(batch: Trajectories) -> tuple[Tensor, Tensor]:
     return batch.subgoals.clamp(min=0), batch.mask()
 
 
-def _probed(model: Transformer, probes: nn.ModuleList, batch: Trajectories) -> list[Tensor]:
+def _probed(model: SteerableModel, probes: nn.ModuleList, batch: Trajectories) -> list[Tensor]:
     """Each layer's logits (b, t, g)."""
     with torch.no_grad():
         residuals = model.residuals(batch.states, batch.actions)
@@ -92,3 +103,69 @@ def _probed(model: Transformer, probes: nn.ModuleList, batch: Trajectories) -> l
 
 def _log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How something small is trained at every layer of a run's base model, and judged."""
+
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 128
+    """Episodes an update."""
+    lr: float = 3e-3
+    """Learning rate."""
+    episodes: int = 2048
+    """Held-out episodes to judge by."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("steps", "batch_size", "episodes"))
+        if not self.lr > 0:
+            raise UserError(f"lr is {self.lr}; expected a number above 0.")
+
+
+def layer_rows(results: Sequence[Results]) -> Rows:
+    """Lines of a table: each list entry by entry, as one of layers, then the single numbers."""
+    rows: Rows = []
+    for name, value in results[0].items():
+        if isinstance(value, list):
+            rows += [
+                (f"{name}, layer {layer}", [result[name][layer] for result in results]) for layer in range(len(value))
+            ]
+        elif isinstance(value, int | float):
+            rows.append((name, [result[name] for result in results]))
+    return rows
+
+
+@analysis("probes", command="probe", figure="3, A1")
+class Probes(Analysis):
+    """Linear probes of the subgoal at every layer of the base model and of its snapshots (Fig. 3, A1).
+
+    The probes of the base model are kept in probes.safetensors.
+    """
+
+    Config = LayerConfig
+
+    def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
+        training = {**vars(config), "seed": stream_seed(run.seed, "analyse"), "quiet": quiet}
+
+        def probed(model: SteerableModel) -> ProbeResult:
+            source = run.demonstrations("discover")
+            return probe_layers(model.to(run.device), source, subgoals=len(run.subgoals), **training)
+
+        kept = {step: model for step in run.snapshots if (model := run.snapshot(step)) is not None}
+        models = {0: run.new_model(), **kept} if kept else {}
+        over_training = {step: probed(model).accuracy for step, model in models.items()}
+        final = probed(run.base)
+        run.folder.save_checkpoint("probes", module_tensors("probes", final.probes), {"step": config.steps})
+        results: Results = {"accuracy": final.accuracy, "at_start": final.at_start, "majority": final.majority}
+        if over_training:
+            over_training[run.pretraining_steps] = final.accuracy
+            results["over_training"] = {"steps": list(over_training), "accuracy": list(over_training.values())}
+        return {**results, "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
+
+    def draw(self, results: Sequence[Results]) -> Figure:
+        return probes_figure(results)
+
+    def rows(self, results: Sequence[Results]) -> Rows:
+        return layer_rows(results)

@@ -11,81 +11,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacontroller.analysis.switching import gate_alignment
 from metacontroller.baselines.compile import CompILE, begin_probability
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.training import Generate, noise_generator
+from metacontroller.metrics.gate import binary_fraction, gate_alignment
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.training.seeding import noise_generator
 
 ALIGNED_RECALL, ALIGNED_PRECISION = 0.9, 0.8
 
 
-def is_aligned(found: dict[str, Any]) -> bool:
-    """Whether a metacontroller's switches meet the subgoals, by the rule above."""
-    return found["gate_recall"] >= ALIGNED_RECALL and found["gate_precision"] >= ALIGNED_PRECISION
+def is_aligned(results: dict[str, Any]) -> bool:
+    """Whether a metacontroller's switches meet the subgoals, by the rule above; not where there are no labels."""
+    recall, precision = results["gate_recall"], results["gate_precision"]
+    return recall is not None and recall >= ALIGNED_RECALL and precision >= ALIGNED_PRECISION
 
 
 @torch.no_grad()
 def rate_distortion(
-    model: Transformer, meta_controller: MetaController, generate: Generate, episodes: int, seed: int
-) -> dict[str, float]:
-    """On new episodes: rate (KL of the proposals) and distortion (steered action loss), both in nats per step, and the
-    gate's recall, precision and share of decided values. Codes are sampled, the gate is without noise."""
-    fresh, noise = _new_episodes(model, generate, episodes, seed)
+    model: SteerableModel, meta_controller: MetaController, generate: Generate, episodes: int, seed: int
+) -> dict[str, float | None]:
+    """In held-out episodes: rate (KL of the proposals) and distortion (steered action loss), both in nats per step, and
+    the gate's recall, precision (None without labels) and share of decided values. Codes are sampled, the gate is
+    without noise."""
+    held_out, generator = _held_out_episodes(model, generate, episodes, seed)
     meta_controller.eval()
     losses, output = meta_controller.steered_losses(
         model,
-        fresh.states,
-        fresh.actions,
-        fresh.lengths,
+        held_out.states,
+        held_out.actions,
+        held_out.lengths,
         with_state_loss=False,
-        noise=meta_controller.draw_noise(fresh.batch, fresh.steps, noise),
+        noise=meta_controller.draw_noise(held_out.batch, held_out.steps, generator),
     )
     rate = float(meta_controller.kl_loss(output))
-    return {"rate": rate, "distortion": float(losses.action), **_met(output.beta, fresh)}
+    return {"rate": rate, "distortion": float(losses.action), **_alignment(output.beta, held_out)}
 
 
 @torch.no_grad()
 def rate_distortion_of_segments(
-    model: Transformer,
+    model: SteerableModel,
     segmentation: CompILE,
     meta_controller: MetaController,
     generate: Generate,
     episodes: int,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The same of CompILE, with its likeliest boundaries; the gate is the learned one that acts. segment_recall and
     segment_precision are those of the boundaries themselves."""
-    fresh, noise = _new_episodes(model, generate, episodes, seed)
-    drawn = segmentation.segmenter.draw_noise(fresh.batch, fresh.steps, noise)
-    found = segmentation(fresh.states, fresh.lengths, drawn._replace(place=torch.full_like(drawn.place, 0.5)))
-    residual = model.residual(fresh.states, fresh.actions)
-    steered = meta_controller.steer(residual, found.code_at())
-    losses = model.losses_under(steered, fresh.states, fresh.actions, fresh.lengths, with_state_loss=False)
-    likeliest = segmentation(fresh.states, fresh.lengths)
+    held_out, generator = _held_out_episodes(model, generate, episodes, seed)
+    noise = segmentation.segmenter.draw_noise(held_out.batch, held_out.steps, generator)
+    sampled = segmentation(held_out.states, held_out.lengths, noise._replace(place=torch.full_like(noise.place, 0.5)))
+    residual = model.residual(held_out.states, held_out.actions)
+    steered = meta_controller.steer(residual, sampled.code_at())
+    losses = model.losses_under(steered, held_out.states, held_out.actions, held_out.lengths, with_state_loss=False)
+    likeliest = segmentation(held_out.states, held_out.lengths)
     beta = begin_probability(meta_controller, residual, likeliest.code_at())
-    segments = _met(likeliest.begin_at(), fresh)
+    segments = _alignment(likeliest.begin_at(), held_out)
     return {
-        "rate": float(found.code_kl.sum() / fresh.lengths.sum()),
+        "rate": float(sampled.code_kl.sum() / held_out.lengths.sum()),
         "distortion": float(losses.action),
-        **_met(beta, fresh),
+        **_alignment(beta, held_out),
         "segment_recall": segments["gate_recall"],
         "segment_precision": segments["gate_precision"],
     }
 
 
-def _new_episodes(
-    model: Transformer, generate: Generate, episodes: int, seed: int
+def _held_out_episodes(
+    model: SteerableModel, generate: Generate, episodes: int, seed: int
 ) -> tuple[Trajectories, torch.Generator]:
     """Episodes apart from those of training, and a source of noise."""
     device = next(model.parameters()).device
-    noise = noise_generator(seed, device)
-    return generate(episodes, noise).to(device), noise
+    generator = noise_generator(seed, device)
+    return generate(episodes, generator).to(device), generator
 
 
-def _met(beta: Tensor, fresh: Trajectories) -> dict[str, float]:
-    if fresh.segments is None:
-        raise UserError("the episodes carry no segments; give a source that labels subgoals.")
-    return {name: float(value) for name, value in gate_alignment(beta, fresh.segments, fresh.lengths).items()}
+def _alignment(beta: Tensor, held_out: Trajectories) -> dict[str, float | None]:
+    """`gate_alignment`; without labels, recall and precision are None."""
+    if held_out.segments is None:
+        decided = float(binary_fraction(beta, held_out.lengths))
+        return {"gate_recall": None, "gate_precision": None, "gate_binary_fraction": decided}
+    alignment = gate_alignment(beta, held_out.segments, held_out.lengths)
+    return {name: float(value) for name, value in alignment.items()}

@@ -1,7 +1,7 @@
 """Supervised controllers: one linear controller a subgoal, trained with true labels at a layer (Fig. 4).
 
-If they reach their subgoals on new layouts, chained in an order that training never showed, then the residual at that
-layer can be steered linearly: what discovery must find without labels is there to be found.
+If they reach their subgoals in held-out episodes, chained in an order that training never showed, then the residual at
+that layer can be steered linearly: what discovery must find without labels is there to be found.
 
 Axes: b rows, t steps, i residual in, o residual out (both n_e), g subgoals, r rank.
 """
@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.analysis.probing import labelled
-from metacontroller.envs.gridworld_pinpad import PinpadConfig
-from metacontroller.envs.tasks import Task, single_colors
-from metacontroller.models.protocol import frozen
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.internal_rl import task_grids
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.probing import LayerConfig, labelled, layer_rows
+from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.data.batching import EpisodeStream, Generate
+from metacontroller.domains.base import Domain
+from metacontroller.errors import UserError
+from metacontroller.models.precision import weights_cast_once
+from metacontroller.models.protocol import SteerableModel, frozen
 from metacontroller.phases.rollout import Actor, survivors
-from metacontroller.phases.training import EpisodeStream, Generate, noise_generator
-from metacontroller.progress import track
+from metacontroller.report.analysis_figures import steering_figure
+from metacontroller.training.progress import track
+from metacontroller.training.seeding import noise_generator, stream_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SupervisedControllers(nn.Module):
@@ -49,28 +55,32 @@ class SteeringResult(NamedTuple):
 
 
 def steer_layers(
-    model: Transformer,
+    model: SteerableModel,
     generate: Generate,
-    environment: PinpadConfig,
-    task: Sequence[int],
+    domain: Domain,
     *,
     steps: int,
     batch_size: int,
     episodes: int,
     seed: int,
-    subgoals: Sequence[Task] | None = None,
     rank: int = 16,
     lr: float = 1e-3,
     quiet: bool = False,
 ) -> SteeringResult:
-    """Trains controllers at every layer and plays ``task`` with them on ``episodes`` new layouts.
+    """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``, and
+    plays the post-training task with them in ``episodes`` held-out episodes.
 
-    subgoals: the vocabulary of the episodes' labels, a controller each; by default every color of the grid.
-    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). The model is left as it is.
+    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). The model is left as it is; UserError for one that
+    cannot be split at every layer.
     """
-    subgoals = single_colors(environment.num_colors) if subgoals is None else subgoals
+    if type(model).resplit is SteerableModel.resplit:
+        raise UserError(
+            f"steering trains controllers at every layer, but a {type(model).__name__} can be steered at one only; "
+            "leave this analysis out."
+        )
     losses, successes = [], []
     split = copy.deepcopy(model).eval()
+    subgoals = len(domain.spec().subgoals)
     with track(steps * (model.depth + 1), "steer", quiet=quiet) as progress:
         for layer in range(model.depth + 1):
             split.resplit(layer)
@@ -78,14 +88,14 @@ def steer_layers(
             def update(step: int, loss: float, layer: int = layer) -> None:
                 progress.update(layer * steps + step, layer=layer, loss=loss)
 
-            controllers, loss = _train(split, generate, len(subgoals), rank, steps, batch_size, lr, seed, update)
+            controllers, loss = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
             losses.append(loss)
-            successes.append(play_chained(split, controllers, environment, task, episodes, seed, subgoals))
+            successes.append(play_chained(split, controllers, domain, episodes, seed))
     return SteeringResult(losses, successes)
 
 
 def _train(
-    model: Transformer,
+    model: SteerableModel,
     generate: Generate,
     subgoals: int,
     rank: int,
@@ -122,23 +132,41 @@ def _train(
 
 
 @torch.no_grad()
+@weights_cast_once()
 def play_chained(
-    model: Transformer,
-    controllers: SupervisedControllers,
-    environment: PinpadConfig,
-    task: Sequence[int],
-    episodes: int,
-    seed: int,
-    subgoals: Sequence[Task] | None = None,
+    model: SteerableModel, controllers: SupervisedControllers, domain: Domain, episodes: int, seed: int
 ) -> float:
-    """Share of new layouts on which ``task`` is done when each step is steered towards its present subgoal, by the
-    controller of that index in the vocabulary ``subgoals``, by default every color of the grid."""
+    """Share of held-out episodes in which the post-training task is done when each step is steered by the controller of
+    the subgoal that the task asks for. UserError where the world does not tell which that is."""
     generator = noise_generator(seed, next(model.parameters()).device)  # a stream apart from the training episodes
-    grids = task_grids(environment, task, episodes, generator, subgoals)
-    actor, done = Actor(model, grids, generator), 0
-    while len(grids):
-        residual, before = actor.look(), grids.success
-        actor.act(controllers(residual, grids.goal().clamp(min=0)))
-        done += int((grids.success & ~before).sum())  # finished grids may stay on for a while
-        actor.keep(survivors(~(grids.terminated | grids.truncated)))
+    env = domain.reset(episodes, generator)
+    if not bool((env.goal() >= 0).any()):
+        raise UserError(
+            f"steering follows the subgoal that a task asks for, which the world {domain.name} does not tell; define "
+            "goal() of its episodes."
+        )
+    actor, done = Actor(model, env, generator), 0
+    while len(env):
+        residual, before = actor.look(), env.success.clone()
+        actor.act(controllers(residual, env.goal().clamp(min=0)))
+        done += int((env.success & ~before).sum())  # finished episodes may stay on for a while
+        actor.keep(survivors(~(env.terminated | env.truncated)))
     return done / episodes
+
+
+@analysis("steering", command="steer", figure="4")
+class Steering(Analysis):
+    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
+
+    Config = LayerConfig
+
+    def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
+        seed, source = stream_seed(run.seed, "analyse"), run.demonstrations("discover")
+        steered = steer_layers(run.base, source, run.domain, **vars(config), seed=seed, quiet=quiet)
+        return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
+
+    def draw(self, results: Sequence[Results]) -> Figure:
+        return steering_figure(results)
+
+    def rows(self, results: Sequence[Results]) -> Rows:
+        return layer_rows(results)

@@ -27,18 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metacontroller.analysis.switching import gate_alignment
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.metrics.gate import gate_alignment
 from metacontroller.models.encoders import make_encoder
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.discover import EmbeddedView
-from metacontroller.phases.parallel import processes
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, risen, train
-from metacontroller.run_folder import RunFolder
-from metacontroller.saving import Saveable
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.storage.module_file import Saveable
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
+from metacontroller.training.loop import Drawn, train
+from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +73,13 @@ class CompileConfig:
 
     def alpha_code_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""
-        return self.alpha_code * risen(step, self.alpha_warmup)
+        return self.alpha_code * linear_warmup(step, self.alpha_warmup)
 
 
 class CompILE(Saveable, nn.Module):
     """From observations to segments: an encoder of single observations, then a `Segmenter` over pairs of them.
 
-    state_embed_readout: as of `Transformer`. dim, depth: of the recurrent encoder. The rest: see `Segmenter`.
+    state_embed_readout: as of `SteerableModel`. dim, depth: of the recurrent encoder. The rest: see `Segmenter`.
     """
 
     def __init__(
@@ -113,14 +114,16 @@ class CompILE(Saveable, nn.Module):
         return self.segmenter(torch.cat([seen[:, :-1], seen[:, 1:]], -1), lengths, noise)
 
 
-def build_compile(config: CompileConfig, model: Transformer, dim_latent: int, seed: int) -> CompILE:
-    """A new CompILE beside ``model``, with an encoder as wide and as deep as its lower body."""
+def build_compile(
+    config: CompileConfig, model: SteerableModel, encoder: dict[str, Any], dim_latent: int, seed: int
+) -> CompILE:
+    """A new CompILE beside ``model``, as wide and half as deep. encoder: of a world's `DomainSpec`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CompILE(
             model.dim,
-            state_embed_readout=model.arguments["state_embed_readout"],
-            depth=max(1, len(model.lower_body.blocks)),
+            state_embed_readout=encoder,
+            depth=max(1, model.depth // 2),
             dim_latent=dim_latent,
             segments=config.segments,
             hidden=config.hidden,
@@ -139,20 +142,20 @@ def begin_probability(meta_controller: MetaController, residual: Tensor, code: T
 
 def discover_compile(
     config: CompileConfig,
-    model: Transformer,
+    model: SteerableModel,
     segmentation: CompILE,
     meta_controller: MetaController,
     generate: Generate,
     run: RunFolder,
     *,
-    embedded_view: EmbeddedView | None = None,
+    augment: Augment | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
     """Trains ``segmentation`` and the ``meta_controller`` that acts for it, in place, on a frozen ``model``.
 
     Writes ``compile.safetensors`` and ``meta_controller.safetensors`` to the run; of the latter only gate, history and
-    controller are trained. embedded_view: how the segmentation sees each batch of states, as of `discover`. Without
+    controller are trained. augment: how the segmentation sees each batch of states, as of `discover`. Without
     ``resume`` ValueError if the run holds a checkpoint of this phase.
     """
     model.eval()
@@ -161,7 +164,7 @@ def discover_compile(
 
     def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
         noise = segmentation.segmenter.draw_noise(batch.batch, batch.steps, generator)
-        states = batch.states if embedded_view is None else embedded_view(batch.states, generator)
+        states = batch.states if augment is None else augment(batch.states, generator)
         return {**noise._asdict(), "states": states, "later_share": _later_share(batch.lengths).expand(batch.batch)}
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:

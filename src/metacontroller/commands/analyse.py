@@ -1,36 +1,29 @@
-"""Analyses of runs: what layers know, how they can be steered, what codes and the gate do."""
+"""Analyses of runs: what layers know, how they can be steered, what codes and the gate do. A command each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tyro.conf import Positional
+from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional
 
-from metacontroller.analysis.figures import draw_layers, require_matplotlib
-from metacontroller.analysis.runs import gate_run, inject_run, probe_run, steer_run
+from metacontroller.analysis.registry import Analysis, analyses, draw_analysis, run_analysis
 from metacontroller.commands.options import Device, device_name, seed_folders
-from metacontroller.commands.output import evaluation_table, gate_table, layers_table, print_results
-from metacontroller.errors import UserError
-from metacontroller.run_folder import RunFolder
+from metacontroller.commands.output import print_results
+from metacontroller.recipes.config import load_run
+from metacontroller.report.figures import require_matplotlib
+from metacontroller.report.tables import analysis_table
+from metacontroller.storage.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
-class LayerAnalysis:
-    """Options of analyses that train something small at every layer of a run's base model."""
+class AnalysisCommand:
+    """What every analysis can be asked."""
 
     run: Positional[Path]
     """Folder of a run or of a reproduction."""
-    steps: int = 1000
-    """Updates."""
-    batch_size: int = 128
-    """Episodes an update."""
-    lr: float = 3e-3
-    """Learning rate."""
-    episodes: int = 2048
-    """New episodes to judge by."""
     json: bool = False
     """Print JSON: an object for a run, a list for a reproduction."""
     quiet: bool = False
@@ -38,82 +31,30 @@ class LayerAnalysis:
     device: Device = "auto"
     """auto: a GPU if there is one."""
 
+    analysis: ClassVar[Analysis]
+    config: ClassVar[Any]  # of the analysis: a field of each subclass
+
     def __call__(self) -> None:
-        for option in ("steps", "batch_size", "episodes"):
-            if getattr(self, option) < 1:
-                raise UserError(f"{option} is {getattr(self, option)}; expected at least 1.")
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}; expected a number above 0.")
         require_matplotlib()
-        runs = [RunFolder(path) for path in seed_folders(self.run)]
-        options = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "episodes", "quiet")}
-        results = [
-            {"run": run.path.name, **self.analysis(run, device=device_name(self.device), **options)} for run in runs
-        ]
-        draw_layers(RunFolder(self.run), runs)
-        print_results(results, self.run, layers_table, as_json=self.json)
+        name, runs = self.analysis.name, [RunFolder(path) for path in seed_folders(self.run)]
+        results = []
+        for run in runs:
+            loaded = load_run(run, device_name(self.device))
+            results.append({"run": run.path.name, **run_analysis(name, loaded, self.config, quiet=self.quiet)})
+        draw_analysis(name, self.run, runs)
+        print_results(results, self.run, self._table, as_json=self.json)
 
-    analysis: ClassVar[Callable[..., dict[str, Any]]]
-
-
-@dataclass(kw_only=True)
-class Probe(LayerAnalysis):
-    """Linear probes of the subgoal at every layer of the base model and of its snapshots (Fig. 3, A1).
-
-    They are kept in probes.safetensors.
-    """
-
-    analysis = staticmethod(probe_run)
+    def _table(self, results: list[dict[str, Any]]) -> Table:
+        return analysis_table(results, self.analysis.rows(results))
 
 
-@dataclass(kw_only=True)
-class Steer(LayerAnalysis):
-    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
-
-    analysis = staticmethod(steer_run)
+def analysis_commands() -> dict[str, type[AnalysisCommand]]:
+    """The commands of all analyses that are registered, by their word: each a dataclass of its options."""
+    return {chosen.command: _command(chosen) for chosen in analyses().values()}
 
 
-@dataclass(kw_only=True)
-class Inject:
-    """Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4)."""
-
-    run: Positional[Path]
-    """Folder of a run with discovered abstract actions, or of a reproduction."""
-    walks: int = 1024
-    """For each subgoal, free and forced."""
-    json: bool = False
-    """Print JSON: an object for a run, a list for a reproduction."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
-
-    def __call__(self) -> None:
-        if self.walks < 1:
-            raise UserError(f"walks is {self.walks}; expected at least 1.")
-        results = [
-            {"run": path.name, **inject_run(RunFolder(path), walks=self.walks, device=device_name(self.device))}
-            for path in seed_folders(self.run)
-        ]
-        print_results(results, self.run, evaluation_table, as_json=self.json)
-
-
-@dataclass(kw_only=True)
-class Gate:
-    """The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3)."""
-
-    run: Positional[Path]
-    """Folder of a run with discovered abstract actions, or of a reproduction."""
-    episodes: int = 2048
-    """New episodes to judge by."""
-    json: bool = False
-    """Print JSON: an object for a run, a list for a reproduction."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
-
-    def __call__(self) -> None:
-        if self.episodes < 1:
-            raise UserError(f"episodes is {self.episodes}; expected at least 1.")
-        results = [
-            {"run": path.name, **gate_run(RunFolder(path), episodes=self.episodes, device=device_name(self.device))}
-            for path in seed_folders(self.run)
-        ]
-        print_results(results, self.run, gate_table, as_json=self.json)
+def _command(chosen: Analysis) -> type[AnalysisCommand]:
+    """The command of one analysis; the options of its Config stand beside those of all."""
+    config = ("config", OmitArgPrefixes[chosen.Config], field(default_factory=chosen.Config))
+    namespace = {"analysis": chosen, "__doc__": type(chosen).__doc__}
+    return make_dataclass(type(chosen).__name__, [config], bases=(AnalysisCommand,), namespace=namespace, kw_only=True)

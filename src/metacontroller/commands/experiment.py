@@ -8,26 +8,29 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
-from metacontroller.analysis.figures import require_matplotlib
-from metacontroller.analysis.report import write_report
-from metacontroller.analysis.study_figures import draw_study
-from metacontroller.analysis.summary import results_table
+from metacontroller import presets
+from metacontroller.analysis.registry import analyses, draw_analysis
 from metacontroller.commands.options import (
     Device,
-    Preset,
     Training,
     chosen_config,
     device_name,
     preset_config,
     seed_folders,
 )
-from metacontroller.commands.output import study_table, sweep_table
 from metacontroller.errors import UserError
-from metacontroller.phases.reproduce import open_folder, reproduce
-from metacontroller.phases.study import STUDIES, StudyConfig, study
-from metacontroller.phases.sweep import Engine, sweep
-from metacontroller.presets import GridworldConfig, laptop
-from metacontroller.run_folder import RunFolder
+from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder
+from metacontroller.recipes.jobs import Engine
+from metacontroller.recipes.reproduce import reproduce, show_episodes
+from metacontroller.recipes.study import study
+from metacontroller.recipes.sweep import sweep
+from metacontroller.recipes.variants import StudyConfig
+from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
+from metacontroller.report.figures import require_matplotlib
+from metacontroller.report.html import write_report
+from metacontroller.report.study_figures import draw_study
+from metacontroller.report.tables import results_table, study_table, sweep_table
+from metacontroller.storage.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -35,14 +38,14 @@ class Reproduce(Training):
     """Everything: all phases on every seed, the raw-action baseline, measures, figures and a table."""
 
     out: Path = Path("runs/reproduce")
-    """Folder to make, or with --resume to go on in."""
-    preset: Preset | None = None
-    """Where the config starts from; laptop unless given."""
+    """Folder to make, or with --resume to continue in."""
+    preset: str | None = None
+    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One run for each."""
     workers: int = 1
     """Seeds at the same time."""
-    config: GridworldConfig = field(default_factory=laptop)
+    config: ExperimentConfig = field(default_factory=preset_config)
     """Change any value of the preset."""
 
     @classmethod
@@ -76,43 +79,46 @@ class Figures:
     """
 
     out: Path = Path("runs/reproduce")
-    """Folder to make, or of a reproduction to go on in."""
-    preset: Preset | None = None
-    """Where the configs start from; laptop unless given."""
+    """Folder to make, or of a reproduction to continue."""
+    preset: str | None = None
+    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run for each."""
     workers: int = 2
-    """Runs at the same time, one thread each."""
+    """Jobs at the same time, one thread each."""
     quiet: bool = False
     """Show no progress."""
     device: Device = "auto"
     """auto: a GPU if there is one."""
     study: StudyConfig = field(default_factory=StudyConfig)
     """How much of every baseline and analysis."""
-    config: GridworldConfig = field(default_factory=laptop)
+    config: ExperimentConfig = field(default_factory=preset_config)
     """Change any value of the preset."""
 
     @classmethod
     def at_preset(cls, preset: str | None) -> Figures:
         """The defaults of all options."""
-        return cls(config=preset_config(preset), study=STUDIES.get(preset or "laptop", StudyConfig()))
+        return cls(config=preset_config(preset), study=presets.study_config(preset or presets.DEFAULT))
 
     def __call__(self) -> None:
         require_matplotlib()
         folder, device = RunFolder(self.out), device_name(self.device)
         config = chosen_config(self.config, self.preset, folder, True)
         open_folder(folder, config, resume=True, option="--out")
-        found = study(self.study, self.out, self.seeds, workers=self.workers, quiet=self.quiet, device=device)
-        failed = [row for row in found["cells"] if row["status"] != "finished"]
+        summary = study(self.study, self.out, self.seeds, workers=self.workers, quiet=self.quiet, device=device)
+        failed = [row for row in summary["jobs"] if row["status"] != "finished"]
         if not any(row["name"] == "run" for row in failed):
             reproduce(config, self.out, self.seeds, resume=True, quiet=True, device=device)
-            draw_study(folder, [RunFolder(path) for path in seed_folders(self.out)])
-            print(write_report([self.out], self.out / "report.html", device=device))
-        Console().print(study_table(found))
+            runs = [RunFolder(path) for path in seed_folders(self.out)]
+            draw_study(folder, runs)
+            for name in analyses().keys() - ANALYSIS_FIGURES.keys():
+                draw_analysis(name, folder.path, runs)
+            print(write_report([self.out], self.out / "report.html"))
+        Console().print(study_table(summary))
         if failed:
             row = failed[0]
             raise UserError(
-                f"{len(failed)} of {len(found['cells'])} parts did not finish, such as {row['name']} of seed "
+                f"{len(failed)} of {len(summary['jobs'])} jobs did not finish, such as {row['name']} of seed "
                 f"{row['seed']}: {row['status']}"
             )
 
@@ -122,9 +128,9 @@ class Sweep(Training):
     """Seeds x alpha x learning rate of internal RL; what is finished is not run again, what fails is reported."""
 
     out: Path = Path("runs/sweep")
-    """Folder to make, or with --resume to go on in."""
-    preset: Preset | None = None
-    """Where the config starts from; laptop unless given."""
+    """Folder to make, or with --resume to continue in."""
+    preset: str | None = None
+    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One base model for each."""
     alphas: list[float] | None = None
@@ -134,12 +140,12 @@ class Sweep(Training):
     engine: Engine = "processes"
     """On this machine, by submitit on Slurm, or on a Ray cluster; all need one folder that every machine can reach."""
     workers: int = 1
-    """Cells at the same time; on Ray the cluster decides."""
+    """Jobs at the same time; on Ray the cluster decides."""
     address: str | None = None
     """Of the Ray cluster; for Slurm, "local" tries it out on this machine."""
     minutes: int = 24 * 60
     """Time limit of a Slurm job."""
-    config: GridworldConfig = field(default_factory=laptop)
+    config: ExperimentConfig = field(default_factory=preset_config)
     """Change any value of the preset."""
 
     @classmethod
@@ -166,7 +172,7 @@ class Sweep(Training):
         Console().print(sweep_table(rows))
         failed = [row["status"] for row in rows if row["status"] != "finished"]
         if failed:
-            raise UserError(f"{len(failed)} of {len(rows)} cells did not finish, such as: {failed[0]}")
+            raise UserError(f"{len(failed)} of {len(rows)} jobs did not finish, such as: {failed[0]}")
 
 
 @dataclass(kw_only=True)
@@ -183,4 +189,7 @@ class Report:
     def __call__(self) -> None:
         if not self.runs:
             raise UserError("no folder was named; give that of a reproduction.")
-        print(write_report(self.runs, self.out, device=device_name(self.device)))
+        for folder in self.runs:
+            for path in seed_folders(folder)[:1]:
+                show_episodes(load_run(RunFolder(path), device_name(self.device)))
+        print(write_report(self.runs, self.out))

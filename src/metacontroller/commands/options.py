@@ -8,13 +8,11 @@ from typing import Literal
 
 import torch
 
+from metacontroller import presets
 from metacontroller.errors import UserError
-from metacontroller.phases.reproduce import read_config
-from metacontroller.presets import PRESETS, GridworldConfig, laptop
-from metacontroller.presets.gridworld import with_seed
-from metacontroller.run_folder import RunFolder
+from metacontroller.recipes.config import ExperimentConfig, read_config, with_seed
+from metacontroller.storage.run_folder import RunFolder
 
-Preset = Literal["debug", "laptop", "quick", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -23,23 +21,23 @@ class Training:
     """Options of all commands that train."""
 
     resume: bool = False
-    """Go on from the last checkpoint."""
+    """Resume from the last checkpoint."""
     quiet: bool = False
     """Show no progress."""
     device: Device = "auto"
     """auto: a GPU if there is one."""
 
 
-def preset_config(preset: str | None) -> GridworldConfig:
-    """The config that the options of --config change; that of an unknown preset is never used."""
-    return PRESETS.get(preset or "laptop", laptop)()
+def preset_config(preset: str | None = None) -> ExperimentConfig:
+    """The config that the options of --config change; UserError for an unknown preset."""
+    return presets.preset(preset or presets.DEFAULT)
 
 
-def chosen_config(config: GridworldConfig, preset: str | None, run: RunFolder, resume: bool) -> GridworldConfig:
+def chosen_config(config: ExperimentConfig, preset: str | None, run: RunFolder, resume: bool) -> ExperimentConfig:
     """The config asked for; when a run is resumed and nothing was said about it, the run's own."""
     if with_seed(config, config.seed) != config:
         raise UserError("the seeds of phases derive from the run's; change that with --seed or --seeds.")
-    untouched = preset is None and config == laptop()
+    untouched = preset is None and config == preset_config()
     return read_config(run) if resume and untouched and (run.path / "config.json").exists() else config
 
 

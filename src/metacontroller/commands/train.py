@@ -8,20 +8,12 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from metacontroller.commands.options import Preset, Training, chosen_config, device_name, preset_config
+from metacontroller.commands.options import Training, chosen_config, device_name, preset_config
 from metacontroller.errors import UserError
-from metacontroller.phases.parallel import processes
-from metacontroller.phases.reproduce import (
-    open_folder,
-    read_config,
-    run_discover,
-    run_internal_rl,
-    run_pretrain,
-    run_raw_action_rl,
-)
-from metacontroller.presets import GridworldConfig, laptop
-from metacontroller.presets.gridworld import with_seed
-from metacontroller.run_folder import RunFolder
+from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, with_seed
+from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
 
 
 @dataclass(kw_only=True)
@@ -29,12 +21,12 @@ class Pretrain(Training):
     """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
 
     run: Positional[Path]
-    """Folder to make, or with --resume to go on in."""
-    preset: Preset | None = None
-    """Where the config starts from; laptop unless given."""
+    """Folder to make, or with --resume to continue in."""
+    preset: str | None = None
+    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seed: int | None = None
     """From which all randomness derives."""
-    config: GridworldConfig = field(default_factory=laptop)
+    config: ExperimentConfig = field(default_factory=preset_config)
     """Change any value of the preset."""
 
     @classmethod
@@ -54,8 +46,8 @@ class Pretrain(Training):
         started_from = read_config(run).seed
         if started_from != config.seed:
             raise UserError(
-                f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to go on with "
-                "it, or choose another folder."
+                f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to "
+                "resume it, or choose another folder."
             )
         run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device)
 

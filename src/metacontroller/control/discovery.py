@@ -13,7 +13,7 @@ from torch import Tensor
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import masked_mean
-from metacontroller.models.parts import row_parts
+from metacontroller.models.chunked_losses import row_chunks
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 
 
@@ -147,4 +147,4 @@ def whole_residual(model: SteerableModel, states: Tensor, actions: Tensor, train
     if train_model:
         return model.lower(model.embed(states, past))
     with torch.no_grad():
-        return torch.cat([model.lower(model.embed(states[rows], past[rows])) for rows in row_parts(states)])
+        return torch.cat([model.lower(model.embed(states[rows], past[rows])) for rows in row_chunks(states)])

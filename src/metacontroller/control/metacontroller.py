@@ -31,9 +31,9 @@ from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbed
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
+from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
-from metacontroller.precision import Precision, check_precision, products
-from metacontroller.saving import Saveable
+from metacontroller.storage.module_file import Saveable
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.encoders import Encoder
-from metacontroller.models.parts import losses_in_parts
 from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
-from metacontroller.saving import Saveable
+from metacontroller.storage.module_file import Saveable
 
 
 class BehaviorCloningLosses(NamedTuple):
@@ -140,7 +140,7 @@ class SteerableModel(Saveable, nn.Module):
         lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
 
-        def part_losses(steered: Tensor, rows: slice) -> Tensor:
+        def chunk_losses(steered: Tensor, rows: slice) -> Tensor:
             hidden = self.upper(steered)
             losses = self.readout_losses(hidden, states[rows], actions[rows], lengths[rows], with_state_loss)
             action = losses.action * (lengths[rows].sum() / lengths.sum())
@@ -149,7 +149,7 @@ class SteerableModel(Saveable, nn.Module):
             return torch.stack([action, losses.state * (targets[rows].sum() / targets.sum().clamp_min(1))])
 
         with frozen(self):
-            losses = losses_in_parts(steered, part_losses)
+            losses = chunked_losses(steered, chunk_losses)
         state = losses[1] if with_state_loss else losses.new_zeros(())
         return BehaviorCloningLosses(state, losses[0])
 

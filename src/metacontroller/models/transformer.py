@@ -17,9 +17,9 @@ from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.hawk import HawkBody, HawkCache
+from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
-from metacontroller.precision import Precision, check_precision, products
 
 Body = AttentionBody | HawkBody
 BodyCache = AttentionCache | HawkCache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from metacontroller.analysis.switching import binary_fraction, codes_taken
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.models.transformer import Transformer
+from metacontroller.metrics.gate import binary_fraction, codes_taken
+from metacontroller.models.protocol import SteerableModel
 
 MIN_CODES = 1.05
 """Codes of an episode, a mean, below which the gate counts as never opening."""
@@ -24,7 +24,7 @@ MIN_GAIN = 1e-3
 
 @torch.no_grad()
 def measure(
-    model: Transformer, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
+    model: SteerableModel, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
 ) -> dict[str, float]:
     """What `diagnose` judges, on one batch; the generator is that of the noise in codes and gate. No labels are read.
 

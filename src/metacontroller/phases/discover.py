@@ -11,25 +11,24 @@ is thresholded, as when acting), and how the gate meets the subgoals that discov
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.analysis.switching import codes_taken, gate_alignment
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
+from metacontroller.metrics.gate import codes_taken, gate_alignment
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.phases.parallel import processes
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, noise_generator, risen, train
-from metacontroller.run_folder import RunFolder
-
-EmbeddedView = Callable[[Tensor, torch.Generator], Tensor]
-"""states (b, t, ...) and a source of randomness -> states of the same shape."""
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
+from metacontroller.training.loop import Drawn, train
+from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
+from metacontroller.training.seeding import noise_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class DiscoverConfig:
     """lambda, weight of predicting the next observation beside the next action."""
     train_model: bool = False
     """Train the action model along, a baseline (Fig. 7, 8)."""
+    symmetry_augmentation: bool = False
+    """Show the sequence embedder each episode under a symmetry of the world, drawn anew (our choice); else as it is."""
     seed: int = 0
     """Seed of the episodes and, apart, of the noise in codes and gate; a run derives it from its own seed."""
 
@@ -59,24 +60,24 @@ class DiscoverConfig:
 
     def alpha_at(self, step: int) -> float:
         """KL weight of update number ``step``, counted from 0."""
-        return self.alpha_start + (self.alpha - self.alpha_start) * risen(step, self.alpha_warmup)
+        return self.alpha_start + (self.alpha - self.alpha_start) * linear_warmup(step, self.alpha_warmup)
 
 
 def discover(
     config: DiscoverConfig,
-    model: Transformer,
+    model: SteerableModel,
     meta_controller: MetaController,
     generate: Generate,
     run: RunFolder,
     *,
-    embedded_view: EmbeddedView | None = None,
+    augment: Augment | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
     """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run.
 
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
-    embedded_view: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
+    augment: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
     subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
     At the end one held-out batch is judged (`phases.diagnostics`): analyses/diagnostics.json holds what was measured
     and the warnings, which are also printed to standard error unless ``quiet``.
@@ -86,7 +87,7 @@ def discover(
 
     def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
         noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
-        seen = {} if embedded_view is None else {"embedded_states": embedded_view(batch.states, generator)}
+        seen = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
         return {**noise._asdict(), **seen}
 
     def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +142,7 @@ def discover(
 
 
 def write_diagnostics(
-    config: DiscoverConfig, model: Transformer, meta_controller: MetaController, generate: Generate, run: RunFolder
+    config: DiscoverConfig, model: SteerableModel, meta_controller: MetaController, generate: Generate, run: RunFolder
 ) -> list[str]:
     """Judges one held-out batch, writes analyses/diagnostics.json and returns the warnings.
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
-from metacontroller.models.transformer import Transformer
-from metacontroller.phases.parallel import processes
-from metacontroller.phases.training import Drawn, Generate, OptimizerConfig, train
-from metacontroller.run_folder import RunFolder
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
+from metacontroller.training.loop import Drawn, train
+from metacontroller.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,13 @@ class PretrainConfig:
 
 def pretrain(
     config: PretrainConfig,
-    model: Transformer,
+    model: SteerableModel,
     generate: Generate,
     run: RunFolder,
     *,
     resume: bool = False,
     quiet: bool = False,
-) -> Transformer:
+) -> SteerableModel:
     """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run, and
     snapshots, see `snapshot_path`. Without ``resume`` ValueError if the run holds a checkpoint of this phase."""
     weight = config.state_loss_weight

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.envs.gridworld_pinpad import PinpadBatch
+from metacontroller.domains.base import BatchedEnv
+from metacontroller.models.precision import weights_cast_once
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
-from metacontroller.models.transformer import Transformer
-from metacontroller.precision import weights_cast_once
 
 KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would go on: moving rows has a price
 MANY_ROWS, ROW_STEP = 256, 64  # above so many rows their number stays a multiple
@@ -81,30 +81,33 @@ class RawRollout(Rollout):
 
 
 class Actor:
-    """The model at work in a batch of grids: its caches and last actions. What steers it comes between look and act."""
+    """The model at work in a batch of episodes: its caches and last actions. What steers it comes between look and
+    act."""
 
-    def __init__(self, model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> None:
-        self.model, self.grids, self.generator = model, grids, generator
-        self.cache = model.empty_cache(len(grids))
+    def __init__(self, model: SteerableModel, env: BatchedEnv, generator: torch.Generator | None = None) -> None:
+        self.model, self.env, self.generator = model, env, generator
+        self.cache = model.empty_cache(len(env))
         self.past_actions: Tensor | None = None
+        self.observation = env.observation  # (b, *obs), what the last look saw
 
     def look(self) -> Tensor:
-        """What the grids show now as the residual at the controlled layer, (b, n_e); once a step."""
-        tokens = self.grids.observe_tokens()[:, None]
-        return self.model.lower(self.model.embed(tokens, self.past_actions), self.cache.lower)[:, 0]
+        """What there is to see now as the residual at the controlled layer, (b, n_e); once a step."""
+        self.observation = self.env.observation
+        states = self.observation[:, None]
+        return self.model.lower(self.model.embed(states, self.past_actions), self.cache.lower)[:, 0]
 
     def act(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Samples an action from the residual (b, n_e), steered or not, and takes it.
 
-        Returns the rewards (b,), the actions (b, 1) and the logits (b, 1, a) that they come from.
+        Returns the rewards (b,), the actions (b, 1, ...) and the distribution (b, 1, ...) that they come from.
         """
         logits = self.model.action_readout(self.model.upper(residual[:, None], self.cache.upper))
         actions = self.past_actions = self.model.action_readout.sample(logits, self.generator)
-        return self.grids.step(actions[:, 0]), actions, logits
+        return self.env.step(actions[:, 0]), actions, logits
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the grids of the rows (k,) alone."""
-        self.grids.compact(rows)
+        """Keeps the episodes of the rows named, int64 (k,), alone."""
+        self.env.select(rows)
         self.cache.keep(rows)
         self.past_actions = None if self.past_actions is None else self.past_actions[rows]
 
@@ -134,16 +137,16 @@ def prior_proposal(meta_controller: MetaController, generator: torch.Generator |
 @torch.no_grad()
 @weights_cast_once()
 def rollout_abstract(
-    model: Transformer,
+    model: SteerableModel,
     meta_controller: MetaController,
-    grids: PinpadBatch,
+    env: BatchedEnv,
     propose: Proposal,
     generator: torch.Generator | None = None,
 ) -> AbstractRollout:
-    """Plays every grid to its end. A code stays in force until beta >= threshold; the policy is called only then."""
-    rows = torch.arange(len(grids), device=grids.agent.device)
+    """Plays every episode to its end. A code stays in force until beta >= threshold; the policy is called only then."""
+    rows = torch.arange(len(env), device=env.steps.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    actor, state = Actor(model, grids, generator), meta_controller.initial_state(len(grids))
+    actor, state = Actor(model, env, generator), meta_controller.initial_state(len(env))
     decisions, outcome = _Decisions(rows), _Outcome(rows)
     while len(rows):
         residual = actor.look()
@@ -155,10 +158,10 @@ def rollout_abstract(
         state = meta_controller.integrate(state, history, switch, state.z.index_copy(0, chosen, code))
         state.policy = state.policy.index_copy(0, chosen, advanced)
         outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
-        alive = ~(grids.terminated | grids.truncated)
+        alive = ~(env.terminated | env.truncated)
         kept = survivors(alive)
         if len(kept) < KEEP_SHARE * len(rows):
-            outcome.close(rows, grids)
+            outcome.close(rows, env)
             actor.keep(kept)
             rows, alive, state = rows[kept], alive[kept], state.index(kept)
     return AbstractRollout(
@@ -172,31 +175,35 @@ def rollout_abstract(
 
 @torch.no_grad()
 @weights_cast_once()
-def rollout_raw(model: Transformer, grids: PinpadBatch, generator: torch.Generator | None = None) -> RawRollout:
-    """Plays every grid to its end with the model's own actions."""
-    objects = grids.layouts.objects
-    rows = torch.arange(len(grids), device=grids.agent.device)
-    actor, outcome = Actor(model, grids, generator), _Outcome(rows)
-    agents, actions, log_probs = [], [], []
+def rollout_raw(model: SteerableModel, env: BatchedEnv, generator: torch.Generator | None = None) -> RawRollout:
+    """Plays every episode to its end with the model's own actions."""
+    rows = torch.arange(len(env), device=env.steps.device)
+    actor, outcome = Actor(model, env, generator), _Outcome(rows)
+    states, actions, log_probs = [], [], []
     while len(rows):
-        agents.append(torch.zeros_like(outcome.steps).index_copy(0, rows, grids.agent))
-        reward, action, logits = actor.act(actor.look())
+        residual = actor.look()
+        states.append(_all_rows(actor.observation, rows, len(outcome.steps)))
+        reward, action, logits = actor.act(residual)
         log_prob = model.action_readout.log_prob(logits, action)[:, 0]
-        actions.append(torch.zeros_like(outcome.steps).index_copy(0, rows, action[:, 0]))
-        log_probs.append(torch.zeros_like(outcome.returns).index_copy(0, rows, log_prob))
+        actions.append(_all_rows(action[:, 0], rows, len(outcome.steps)))
+        log_probs.append(_all_rows(log_prob, rows, len(outcome.steps)))
         outcome.returns[rows] += reward
-        kept = survivors(~(grids.terminated | grids.truncated))
+        kept = survivors(~(env.terminated | env.truncated))
         if len(kept) < KEEP_SHARE * len(rows):
-            outcome.close(rows, grids)
+            outcome.close(rows, env)
             actor.keep(kept)
             rows = rows[kept]
-    agent = torch.stack(agents, 1)[..., None]
     return RawRollout(
-        states=torch.cat([objects[:, None].expand(-1, agent.shape[1], -1), agent], -1),
+        states=torch.stack(states, 1),
         actions=torch.stack(actions, 1),
         log_prob=torch.stack(log_probs, 1),
         **vars(outcome),
     )
+
+
+def _all_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(count, ...): values (m, ...) in the places of rows (m,), zeros elsewhere."""
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def survivors(alive: Tensor) -> Tensor:
@@ -224,10 +231,10 @@ class _Outcome:
         self.success = torch.zeros_like(rows, dtype=torch.bool)
         self.steps, self.subgoals_done = torch.zeros_like(rows), torch.zeros_like(rows)
 
-    def close(self, rows: Tensor, grids: PinpadBatch) -> None:
-        """Notes the present state of the grids that play ``rows``; the last note of an episode stands."""
-        self.success[rows] = grids.success
-        self.steps[rows], self.subgoals_done[rows] = grids.steps, grids.subgoals_done
+    def close(self, rows: Tensor, env: BatchedEnv) -> None:
+        """Notes the present state of the episodes of ``rows``; the last note of an episode stands."""
+        self.success[rows] = env.success
+        self.steps[rows], self.subgoals_done[rows] = env.steps, env.subgoals_done
 
 
 class _Decisions:

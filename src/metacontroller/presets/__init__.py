@@ -1,7 +1,100 @@
-"""Presets: functions that return a complete configuration."""
+"""Presets: functions that return a complete config, by name.
 
-from metacontroller.presets.gridworld import GridworldConfig, debug, laptop, paper, quick
+A module of this package has ``PRESETS``, its functions by name, and may have ``STUDIES``, a `StudyConfig` for some of
+them. The function ``laptop`` of the module ``gridworld`` is the preset ``gridworld-laptop``; a name without a dash is
+one of that module, so that ``laptop`` means the same. ``package.module:function`` names a function of yours.
+"""
 
-PRESETS = {"debug": debug, "laptop": laptop, "quick": quick, "paper": paper}
+from __future__ import annotations
 
-__all__ = ["PRESETS", "GridworldConfig", "debug", "laptop", "paper", "quick"]
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from metacontroller.errors import UserError
+from metacontroller.recipes.config import ExperimentConfig, with_seed
+from metacontroller.recipes.variants import StudyConfig
+
+COMMON = "gridworld"
+"""The module whose presets may be named without it."""
+
+DEFAULT = "gridworld-laptop"
+"""The preset of commands that are given none."""
+
+
+def preset(name: str) -> ExperimentConfig:
+    """The config of a preset, with the seeds of its phases derived from its own; UserError if there is none of that
+    name."""
+    module, function = _find(name)
+    config = _function(name, module, function)()
+    if not isinstance(config, ExperimentConfig):
+        raise UserError(
+            f"preset {name!r} returned a {type(config).__name__}; expected an ExperimentConfig "
+            "(metacontroller.recipes.config)."
+        )
+    return with_seed(config, config.seed)
+
+
+def preset_names() -> list[str]:
+    """The names of all presets in this package."""
+    return [f"{module}-{function}" for module in _modules() for function in _module(module).PRESETS]
+
+
+def study_config(name: str) -> StudyConfig:
+    """How much `metacontroller figures` does of a preset; the defaults where its module has nothing to say."""
+    module, function = _find(name)
+    return getattr(module, "STUDIES", {}).get(function, StudyConfig())
+
+
+def _modules() -> list[str]:
+    return sorted(part.name for part in pkgutil.iter_modules(__path__))
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")
+
+
+def _find(name: str) -> tuple[ModuleType, str]:
+    """The module of a preset and its name there."""
+    if ":" in name:
+        path, _, function = name.partition(":")
+        return _import(name, path), function
+    module, dash, function = name.partition("-")
+    if not dash:
+        module, function = COMMON, name
+    if module in _modules() and function in _module(module).PRESETS:
+        return _module(module), function
+    raise UserError(
+        f"preset {name!r} is unknown; known are {', '.join(preset_names())}, and package.module:function for your own."
+    )
+
+
+def _import(name: str, path: str) -> ModuleType:
+    """A module of the user's, from the current folder too."""
+    known = all(part.isidentifier() for part in path.split("."))
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = import_module(path) if known else None
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise UserError(f"preset {name!r} needs the module {error.name}, which is not installed.") from error
+        module = None
+    if module is None:
+        raise UserError(
+            f"preset {name!r} names no module that can be imported; write package.module:function, and install the "
+            "package or start in its folder."
+        )
+    return module
+
+
+def _function(name: str, module: ModuleType, function: str) -> Callable[[], Any]:
+    """The function of a preset that `_find` found."""
+    found = getattr(module, "PRESETS", {}).get(function) or getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"preset {name!r} is no function of {module.__name__}; name one that takes no arguments.")
+    return found

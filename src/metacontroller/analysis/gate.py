@@ -1,0 +1,114 @@
+"""The gate that acts in a run, along held-out episodes of experts, against true subgoal changes (Fig. 6, A3).
+
+Axes: b episodes, t steps, n_z code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.baselines.compile import begin_probability
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
+from metacontroller.metrics.gate import gate_alignment, gate_report
+from metacontroller.phases.evaluate import MAX_BATCH
+from metacontroller.report.analysis_figures import gate_histogram_figure
+from metacontroller.storage.config_file import check_positive
+from metacontroller.training.seeding import noise_generator, stream_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class HeldOutGate(NamedTuple):
+    """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
+    ``episodes`` of experts; in their padding anything finite."""
+
+    beta: Tensor
+    code: Tensor
+    episodes: Trajectories
+
+    @property
+    def segments(self) -> Tensor:
+        """(b, t) int64 index of the subgoal in its task; UserError if the episodes carry none."""
+        if self.episodes.segments is None:
+            raise UserError("the episodes carry no segments; give a world whose demonstrations are labelled.")
+        return self.episodes.segments
+
+    def figures(self) -> dict[str, float]:
+        """gate_recall, gate_precision and gate_binary_fraction over all episodes together."""
+        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths)
+        return {name: float(value) for name, value in alignment.items()}
+
+    def report(self) -> dict[str, list[float]]:
+        """`metrics.gate.gate_report` over all episodes together."""
+        return gate_report(self.beta, self.segments, self.episodes.lengths)
+
+
+@torch.no_grad()
+def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
+    """The gate that acts in a run, along so many held-out episodes: whatever says something about a run's gate reads it
+    here.
+
+    It is read as in discovery, where proposals see the whole episode. After CompILE, codes and boundaries are its own,
+    the likeliest, and the gate is the causal one that learned to tell them from the past; the metacontroller's acausal
+    encoder was never trained.
+    """
+    model, meta_controller, segmentation = run.model, run.meta_controller.eval(), run.segmentation
+    device = next(model.parameters()).device
+    generator, noise = torch.Generator().manual_seed(seed), noise_generator(seed, device)
+    held_out = run.domain.demonstrations("discover", episodes, generator).to(device)
+    betas, codes = [], []
+    for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
+        batch = held_out.index(rows)
+        if segmentation is None:
+            gate_noise = meta_controller.draw_noise(batch.batch, batch.steps, noise)
+            output = meta_controller.discover_episodes(
+                model, batch.states, batch.actions, batch.lengths, noise=gate_noise
+            )
+            beta, code = output.beta, output.z
+        else:
+            code = segmentation(batch.states, batch.lengths).code_at()
+            beta = begin_probability(meta_controller, model.residual(batch.states, batch.actions), code)
+            beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
+        left = held_out.steps - batch.steps
+        betas.append(F.pad(beta, (0, left)))
+        codes.append(F.pad(code, (0, 0, 0, left)))
+    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out)
+
+
+@analysis("gate", command="gate", figure="6, A3", file="gate_histogram")
+class Gate(Analysis):
+    """The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """How much is judged."""
+
+        episodes: int = 2048
+        """Held-out episodes to judge by."""
+
+        def __post_init__(self) -> None:
+            check_positive(self, ("episodes",))
+
+    def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
+        gate = held_out_gate(run, config.episodes, stream_seed(run.seed, "analyse"))
+        return {**gate.report(), "episodes": config.episodes}
+
+    def draw(self, results: Sequence[Results]) -> Figure:
+        return gate_histogram_figure(results)
+
+    def rows(self, results: Sequence[Results]) -> Rows:
+        return [
+            (f"{name} within {tolerance} steps", [result[name][index] for result in results])
+            for index, tolerance in enumerate(results[0]["tolerance"])
+            for name in ("recall", "precision", "f1")
+        ]

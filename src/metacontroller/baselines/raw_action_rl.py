@@ -1,0 +1,46 @@
+"""Baseline: reinforcement learning over raw actions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metacontroller.control.losses import clipped_surrogate
+from metacontroller.data.trajectories import length_mask
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
+from metacontroller.phases.rollout import RawRollout, rollout_raw
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
+
+
+def raw_action_rl(
+    config: InternalRLConfig,
+    model: SteerableModel,
+    reset: Reset,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> SteerableModel:
+    """The baseline: the same clipped surrogate on the base model's own actions.
+
+    Trains ``model`` in place: give a copy. Writes it to ``raw_action_model.safetensors`` in the run. Without ``resume``
+    ValueError if the run holds a checkpoint of this phase.
+    """
+    model.eval()
+
+    def play(n: int, generator: torch.Generator) -> RawRollout:
+        return rollout_raw(model, reset(n, generator), generator)
+
+    def surrogate(rollout: RawRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model.action_readout(model.upper(model.residual(rollout.states, rollout.actions)))
+        log_prob = model.action_readout.log_prob(logits, rollout.actions)
+        mask = length_mask(rollout.steps, rollout.actions.shape[1])
+        loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
+        return loss, ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
+
+    reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)
+    if processes(next(model.parameters()).device.type).is_main:
+        model.save(run.path / "raw_action_model.safetensors")
+    return model

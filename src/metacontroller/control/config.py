@@ -1,0 +1,60 @@
+"""Config of a metacontroller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from metacontroller.control.policy import PolicyKind
+from metacontroller.control.sequence_embedder import EmbedderKind
+from metacontroller.control.switching import GateConfig
+from metacontroller.errors import UserError
+from metacontroller.models.precision import Precision, check_precision
+from metacontroller.storage.config_file import check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaControllerConfig:
+    """The metacontroller; widths are numbers of units."""
+
+    dim_latent: int = 8
+    """n_z, numbers in a code."""
+    dim_history: int = 32
+    """n_h, width of the history GRU (eq. 12)."""
+    dim_sequence: int = 32
+    """n_s, width of the sequence embedding (eq. 13)."""
+    encoder_hidden: int = 64
+    """Hidden width of the encoder that proposes codes (eq. 15)."""
+    decoder_hidden: int = 32
+    """Hidden width of the hypernetwork that makes U from a code (eq. 18)."""
+    switch_hidden: int = 32
+    """Hidden width of the switching unit (eq. 16)."""
+    embedder_dim: int = 64
+    """Inner width of the sequence embedder, a multiple of 4."""
+    embedder_depth: int = 1
+    """Blocks of the sequence embedder."""
+    embedder_kind: EmbedderKind = "attention"
+    """Blocks of the sequence embedder: "hawk" is the paper's SSM."""
+    rank: int | None = 16
+    """r, rank of the controller U; None for full."""
+    policy_hidden: int = 256
+    """Width of the policy over codes; a multiple of 8 for hawk."""
+    policy_kind: PolicyKind = "gru"
+    """Recurrence of the policy over codes: "hawk" is the paper's SSM."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """How the switching gate is used."""
+    precision: Precision = "auto"
+    """Type of the sequence embedder's and controller's products; auto: bfloat16 where the device is faster in it."""
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
+        check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
+        for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
+            if getattr(self, name) not in kinds:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
+        if self.policy_kind == "hawk" and self.policy_hidden % 8:
+            raise UserError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
+        if self.embedder_dim % 4:
+            raise UserError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
+        if self.rank is not None:
+            check_positive(self, ("rank",))

@@ -1,0 +1,1 @@
+"""Worlds: the interface and what stands behind it."""

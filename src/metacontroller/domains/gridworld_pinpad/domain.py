@@ -1,0 +1,167 @@
+"""gridworld-pinpad as a world: its config, its experts, its episodes (arXiv 2512.20605, §4, tables A1 and A2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
+from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
+from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
+from metacontroller.domains.gridworld_pinpad.simulator import (
+    NUM_ACTIONS,
+    FreePinpadBatch,
+    PinpadBatch,
+    PinpadConfig,
+    random_symmetry,
+    sample_layouts,
+    start_grids,
+)
+from metacontroller.domains.pinpad_tasks import (
+    A1_POST,
+    TABLE_A1,
+    Task,
+    check_tasks,
+    format_task,
+    parse_task,
+    subgoal_chunks,
+    subgoal_indices,
+    subgoal_vocabulary,
+    transitions,
+)
+from metacontroller.errors import UserError
+
+View = Literal["absolute", "egocentric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridworldPinpadConfig:
+    """A grid, its tasks, its experts and how it is seen; the defaults are the paper's (§4, table A1)."""
+
+    size: int = 7
+    """G: cells along each side."""
+    num_colors: int = 8
+    """O: colored cells."""
+    num_walls: int = 4
+    """W: wall cells."""
+    max_steps: int = 100
+    """T: steps after which an episode is truncated."""
+    tasks: tuple[Task, ...] = TABLE_A1
+    """Tasks of the demonstrations, each as colors in order, such as 0-1-2."""
+    post_task: Task = A1_POST
+    """The post-training task, which reinforcement learning must solve."""
+    colors_per_subgoal: int = 2
+    """Colors of a task that make one of its subgoals, by which episodes are labelled and measured."""
+    tie_break: TieBreak = "random"
+    """How experts choose among equally short paths: at random, as the paper's, or always alike."""
+    epsilon: float = 0.0
+    """Share of the experts' moves that are random, in pretraining."""
+    discovery_epsilon: float = 0.0
+    """The same in discovery."""
+    view: View = "absolute"
+    """How a model sees the grid: which object is in which cell (the paper), or where each lies from the agent."""
+    reach: int | None = None
+    """Cells beyond which an egocentric view sees directions only; none: it sees everything."""
+
+    def __post_init__(self) -> None:
+        check_tasks([*self.tasks, self.post_task], self.grid.num_colors)
+        if self.tie_break not in TIE_BREAKS:
+            raise UserError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
+        for name in ("epsilon", "discovery_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a probability between 0 and 1.")
+        if self.view not in get_args(View):
+            raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
+        _ = self.subgoals  # refuses tasks that are not made of whole subgoals
+
+    @property
+    def grid(self) -> PinpadConfig:
+        """Size and content of the grid."""
+        return PinpadConfig(
+            size=self.size, num_colors=self.num_colors, num_walls=self.num_walls, max_steps=self.max_steps
+        )
+
+    @property
+    def subgoals(self) -> tuple[Task, ...]:
+        """The subgoals of all tasks, each as its colors; labels are places in this list."""
+        return subgoal_vocabulary([*self.tasks, self.post_task], self.colors_per_subgoal, self.num_colors)
+
+
+class GridworldPinpad(Domain):
+    """Colored cells of a grid, to be visited in the order of a hidden task."""
+
+    name = "gridworld-pinpad"
+    Config = GridworldPinpadConfig
+    config: GridworldPinpadConfig
+
+    @cached_property
+    def subgoals(self) -> tuple[Task, ...]:
+        """The vocabulary of subgoals, each as its colors."""
+        return self.config.subgoals
+
+    def spec(self) -> DomainSpec:
+        config = self.config
+        grid = {name: getattr(config, name) for name in ("size", "num_colors", "num_walls", "view", "reach")}
+        names = tuple(map(format_task, self.subgoals))
+        return DomainSpec({"grid": grid}, {"num_discrete": NUM_ACTIONS}, config.max_steps, names)
+
+    def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        config = self.config
+        return expert_trajectories(
+            config.grid,
+            config.tasks,
+            n,
+            generator=generator,
+            tie_break=config.tie_break,
+            epsilon=config.epsilon if split == "pretrain" else config.discovery_epsilon,
+            subgoals=self.subgoals,
+            device=generator.device,
+        )
+
+    def reset(
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        task: Sequence[int] | Free | None = None,
+        max_steps: int | None = None,
+    ) -> PinpadBatch:
+        """n grids with layouts of their own; task: colors in order. Unlike the paper's, `FREE` walks do not end at a
+        visit."""
+        config = self.config.grid if max_steps is None else replace(self.config.grid, max_steps=max_steps)
+        if task is FREE:
+            layouts = sample_layouts(config, n, generator, generator.device)
+            return FreePinpadBatch(config, layouts, subgoals=self.subgoals)
+        colors = self.config.post_task if task is None else tuple(task)  # type: ignore[arg-type]
+        check_tasks([colors], config.num_colors)
+        subgoal_chunks(colors, self.config.colors_per_subgoal)  # refuses what is not made of whole subgoals
+        return start_grids(config, colors, n, generator, self.subgoals)
+
+    def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
+        """One of the eight symmetries of the square: colors stay what they are, directions and places do not."""
+        return random_symmetry(self.config.size, states, generator)
+
+    def seen_transitions(self) -> Tensor:
+        seen = torch.eye(len(self.subgoals), dtype=torch.bool)
+        for first, second in transitions(subgoal_indices(task, self.subgoals) for task in self.config.tasks):
+            seen[first, second] = True
+        return seen
+
+    def render(self, states: Tensor) -> Tensor:
+        pictures = [render_rgb(self.config.grid, row[:-1], row[-1]) for row in states.tolist()]
+        return torch.from_numpy(np.stack(pictures))
+
+    def parse_task(self, text: str) -> Task:
+        return parse_task(text)
+
+    def format_task(self, task: Any = None) -> str:
+        if task is FREE:
+            return "free"
+        return format_task(self.config.post_task if task is None else task)

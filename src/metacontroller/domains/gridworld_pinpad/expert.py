@@ -1,0 +1,212 @@
+"""The expert of gridworld-pinpad: exact shortest paths, solved for all grids at once, and episodes that follow them.
+
+Axes: b grid of the batch, k target, n cell, t time, o object, a action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.gridworld_pinpad.simulator import (
+    NUM_ACTIONS,
+    Layouts,
+    PinpadBatch,
+    PinpadConfig,
+    check_layouts,
+    feasible,
+    move_table,
+    object_lookup,
+    sample_layouts,
+    sweeps,
+)
+from metacontroller.domains.pinpad_tasks import Task, check_tasks, pad_tasks, subgoal_chunks
+from metacontroller.errors import UserError
+
+TieBreak = Literal["random", "fixed"]
+"""How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
+
+TIE_BREAKS: tuple[str, ...] = get_args(TieBreak)
+
+UNREACHABLE = 16_000
+"""Distance given to cells from which the target cannot be reached; far above any path, far below int16's limit."""
+
+
+def _nearest_neighbor(distance: Tensor) -> Tensor:
+    """Smallest distance among the four neighbors of each cell, for (size, size, rows)."""
+    padded = F.pad(distance, (0, 0, 1, 1, 1, 1), value=UNREACHABLE)
+    vertical = torch.minimum(padded[:-2, 1:-1], padded[2:, 1:-1])
+    horizontal = torch.minimum(padded[1:-1, :-2], padded[1:-1, 2:])
+    return torch.minimum(vertical, horizontal)
+
+
+def distance_fields(config: PinpadConfig, layouts: Layouts, targets: Tensor) -> Tensor:
+    """Return int16 (b, k, n): steps of the shortest path from each cell to each target color, walls and others avoided.
+
+    Args:
+        config: the grid's configuration.
+        layouts: b layouts.
+        targets: int64 (b, k), colors.
+
+    A path may begin on another color, as it does after that color was visited, but never enters one. Walls and cells
+    without a path have a distance of at least `UNREACHABLE`. Exact: relaxation runs until nothing changes. It sweeps
+    over the grids row by row and column by column, forth and back, so that a distance travels through a whole grid in
+    one sweep; all grids and targets lie side by side in memory.
+    """
+    batch, num_targets = targets.shape
+    found = object_lookup(config, layouts).T.contiguous()[:, :, None]  # (n, b, 1)
+    target = found == targets
+    grid = (config.size, config.size, batch * num_targets)
+    penalty = ((found >= 0) & ~target).to(torch.int16).mul_(UNREACHABLE).view(grid)
+    distance = torch.where(target, 0, UNREACHABLE).to(torch.int16).view(grid)
+    before = torch.empty_like(distance)
+    while not torch.equal(before, distance):
+        before.copy_(distance)
+        for here, neighbor in sweeps(config.size):
+            step = (distance[neighbor] + 1).maximum(penalty[here])
+            torch.minimum(distance[here], step, out=distance[here])
+    # Other colors are closed to paths, yet a path may leave from one.
+    departing = torch.minimum(distance, _nearest_neighbor(distance) + 1).view(-1, batch, num_targets)
+    fields = departing.masked_fill_(found >= config.num_colors, UNREACHABLE)
+    return fields.permute(1, 2, 0).contiguous()
+
+
+def expert_trajectories(
+    config: PinpadConfig,
+    tasks: Sequence[Sequence[int]],
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    tie_break: str = "random",
+    epsilon: float = 0.0,
+    layouts: Layouts | None = None,
+    subgoals: Sequence[Task] | None = None,
+    device: torch.device | str = "cpu",
+) -> Trajectories:
+    """Let the expert do n episodes, each on a fresh layout with a task drawn uniformly from the given ones.
+
+    Args:
+        config: the grid's configuration.
+        tasks: the tasks to draw from.
+        n: number of episodes.
+        generator: source of all randomness; on `device`.
+        tie_break: "random" draws uniformly among the moves that begin a shortest path, the paper's stochastic
+            shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right.
+        epsilon: probability that a move is instead drawn uniformly from those that enter no wrong color, nor a pocket
+            of cells from which the color pursued cannot be reached; moves that change nothing are among them.
+        layouts: n layouts to use in place of fresh ones.
+        subgoals: the vocabulary that labels refer to, see `subgoal_vocabulary`; by default every color of the grid.
+        device: where to simulate; ignored when layouts are given, which stay where they are.
+
+    Returns:
+        States are tokens, int64 (b, t + 1, o + 1): the cells of the objects and of the agent. Episodes end on success,
+        or at `config.max_steps`; t is the longest of them. Padding repeats the last state, with action 0 and
+        subgoal and segment -1. Elsewhere they are the index of the subgoal pursued, in the vocabulary, and its place in
+        the task.
+
+    Raises:
+        ValueError: on a bad task, number, tie_break or epsilon, or on layouts that are infeasible or not n.
+    """
+    _check_arguments(config, tasks, n, tie_break, epsilon, layouts)
+    if layouts is None:
+        layouts = sample_layouts(config, n, generator, device)
+    device = layouts.agent.device
+    padded, lengths = pad_tasks(tasks, device)
+    drawn = torch.randint(len(tasks), (n,), generator=generator, device=device)
+    batch = PinpadBatch(config, layouts, padded[drawn], lengths[drawn], subgoals=subgoals)
+    for task in tasks:
+        subgoal_chunks(task, batch.colors_per_subgoal)  # refuses what is not made of whole subgoals
+    policy = _ExpertPolicy(batch, tie_break, epsilon, generator)
+    agents, actions, colors_done, ended = [batch.agent], [], [], []
+    while not bool((stopped := batch.terminated | batch.truncated).all()):
+        ended.append(stopped)
+        colors_done.append(batch.colors_done)
+        actions.append(policy.act().masked_fill(stopped, 0))
+        batch.step(actions[-1])
+        agents.append(batch.agent)
+    agent = torch.stack(agents, dim=1)[:, :, None]
+    objects = layouts.objects[:, None].expand(-1, agent.shape[1], -1)
+    padding = torch.stack(ended, dim=1)
+    segments = (torch.stack(colors_done, dim=1) // batch.colors_per_subgoal).masked_fill(padding, -1)
+    goals = batch.task_goals().gather(1, segments.clamp(min=0)).masked_fill(padding, -1)
+    return Trajectories(
+        states=torch.cat([objects, agent], dim=2),
+        actions=torch.stack(actions, dim=1),
+        lengths=batch.steps,
+        subgoals=goals,
+        segments=segments,
+    )
+
+
+class _ExpertPolicy:
+    """Chooses the expert's moves for a batch of grids from the distances to every color."""
+
+    def __init__(self, batch: PinpadBatch, tie_break: str, epsilon: float, generator: torch.Generator | None) -> None:
+        config, device = batch.config, batch.agent.device
+        self.batch = batch
+        self.random_ties = tie_break == "random"
+        self.epsilon = epsilon
+        self.generator = generator
+        colors = torch.arange(config.num_colors, device=device).expand(len(batch), -1)
+        self.distances = distance_fields(config, batch.layouts, colors).flatten(1)
+        self.lookup = object_lookup(config, batch.layouts)
+        self.moves = move_table(config.size, device).T.contiguous()
+        self.fixed_preference = torch.arange(NUM_ACTIONS, 0, -1, device=device) / NUM_ACTIONS
+
+    def act(self) -> Tensor:
+        """Return int64 (b,): one move per grid; of no meaning where the episode has ended."""
+        batch = self.batch
+        # No next color (-1) only in grids that have ended; any color will do there.
+        target = batch.next_color().clamp(min=0)[:, None]
+        here, num_colors = batch.agent[:, None], batch.config.num_colors
+        ahead = self.moves[batch.agent]
+        found = self.lookup.gather(1, ahead)
+        ahead = torch.where(found >= num_colors, here, ahead)
+        # Other colors have distances too, as places to leave from, but may not be entered.
+        foreign = (found >= 0) & (found < num_colors) & (found != target) & (ahead != here)
+        distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(foreign, UNREACHABLE)
+        allowed = distance == distance.amin(dim=1, keepdim=True)
+        if not self.random_ties and self.epsilon == 0:
+            return (allowed * self.fixed_preference).argmax(dim=1)
+        preference = torch.rand(ahead.shape, generator=self.generator, device=ahead.device)
+        if self.epsilon > 0:
+            stray = torch.rand((len(batch), 1), generator=self.generator, device=ahead.device) < self.epsilon
+            allowed = torch.where(stray, distance < UNREACHABLE, allowed)
+        else:
+            stray = torch.zeros_like(allowed[:, :1])
+        if not self.random_ties:
+            preference = torch.where(stray, preference, self.fixed_preference)
+        return torch.where(allowed, preference, -1.0).argmax(dim=1)
+
+
+def _check_arguments(
+    config: PinpadConfig,
+    tasks: Sequence[Sequence[int]],
+    n: int,
+    tie_break: str,
+    epsilon: float,
+    layouts: Layouts | None,
+) -> None:
+    check_tasks(tasks, config.num_colors)
+    if n < 1:
+        raise UserError(f"n is {n}: ask for at least one episode.")
+    if tie_break not in TIE_BREAKS:
+        raise UserError(f"tie_break is {tie_break!r}: choose one of {', '.join(TIE_BREAKS)}.")
+    if not 0.0 <= epsilon <= 1.0:
+        raise UserError(f"epsilon is {epsilon}: it is a probability, so choose it between 0 and 1.")
+    if layouts is None:
+        return
+    if len(layouts) != n:
+        raise UserError(f"{len(layouts)} layouts were given for {n} episodes: give one layout per episode.")
+    check_layouts(config, layouts)
+    infeasible = (~feasible(config, layouts)).nonzero()
+    if len(infeasible):
+        raise UserError(
+            f"layout {int(infeasible[0])} is infeasible: some color cannot be reached over empty cells, so use layouts "
+            "from sample_layouts or move a wall."
+        )

@@ -1,0 +1,482 @@
+"""gridworld-pinpad as a batched simulator: thousands of grids step in a few tensor operations on any device.
+
+Rules (arXiv 2512.20605): a grid of size x size cells holds colored cells, walls and one agent, which must visit the
+colors of a task in order. Cells are numbered ``row * size + column``; actions are 0 up, 1 down, 2 left, 3 right. Moving
+into a wall or off the grid changes nothing.
+
+Axes: b grid of the batch, o object (every color, then every wall), n cell, l place in a task, v subgoal of the
+vocabulary, u color of a subgoal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metacontroller.domains.base import BatchedEnv
+from metacontroller.domains.pinpad_tasks import Task, single_colors
+from metacontroller.errors import UserError
+
+NUM_ACTIONS = 4
+MAX_REDRAWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinpadConfig:
+    """Size and content of a grid; the defaults are the paper's."""
+
+    size: int = 7
+    """G, cells along each side."""
+    num_colors: int = 8
+    """O, colored cells, numbered from 0."""
+    num_walls: int = 4
+    """W, wall cells."""
+    max_steps: int = 100
+    """T, steps after which an episode is truncated."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"{name} is {value}: it must be at least {least}.")
+        if self.num_objects + 1 > self.num_cells:
+            raise UserError(
+                f"a grid of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} colors, "
+                f"{self.num_walls} walls and the agent: raise size or take fewer colors or walls."
+            )
+
+    @property
+    def num_objects(self) -> int:
+        """Colors and walls together."""
+        return self.num_colors + self.num_walls
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the grid."""
+        return self.size * self.size
+
+    @property
+    def observation_size(self) -> int:
+        """Length of the paper's observation vector, size² (walls + colors + 1)."""
+        return self.num_cells * (self.num_objects + 1)
+
+
+@dataclass
+class Layouts:
+    """Where everything is when an episode begins.
+
+    Attributes:
+        objects: int64 (b, o), the cell of each color and then of each wall; no two in the same cell.
+        agent: int64 (b,), the start cell, never that of an object.
+    """
+
+    objects: Tensor
+    agent: Tensor
+
+    def __len__(self) -> int:
+        return len(self.agent)
+
+    def index(self, rows: Tensor) -> Layouts:
+        """Return the layouts of the given rows (indices or a boolean mask)."""
+        return Layouts(self.objects[rows], self.agent[rows])
+
+    def repeat(self, n: int) -> Layouts:
+        """Return each layout n times in a row: a, a, b, b, …"""
+        return Layouts(self.objects.repeat_interleave(n, dim=0), self.agent.repeat_interleave(n, dim=0))
+
+    def to(self, device: torch.device | str) -> Layouts:
+        """Return the same layouts on another device."""
+        return Layouts(self.objects.to(device), self.agent.to(device))
+
+
+def check_layouts(config: PinpadConfig, layouts: Layouts) -> None:
+    """Raise a ValueError unless the layouts fit the grid: shapes, cells within range, nothing on top of anything."""
+    expected = (len(layouts.agent), config.num_objects)
+    if layouts.agent.ndim != 1 or tuple(layouts.objects.shape) != expected:
+        raise UserError(
+            f"layouts have objects of shape {tuple(layouts.objects.shape)} and agent of shape "
+            f"{tuple(layouts.agent.shape)}: expected (batch, {config.num_objects}) and (batch,)."
+        )
+    cells = torch.cat([layouts.objects, layouts.agent[:, None]], dim=1).sort(dim=1).values
+    if ((cells < 0) | (cells >= config.num_cells)).any():
+        raise UserError(f"a layout names a cell off the grid: cells run from 0 to {config.num_cells - 1}.")
+    if (cells[:, 1:] == cells[:, :-1]).any():
+        raise UserError("a layout has two things in one cell: give every color, wall and the agent a cell of its own.")
+
+
+@cache
+def _move_table(size: int) -> Tensor:
+    cells = torch.arange(size * size).view(size, size)
+    up = torch.cat([cells[:1], cells[:-1]])
+    down = torch.cat([cells[1:], cells[-1:]])
+    left = torch.cat([cells[:, :1], cells[:, :-1]], dim=1)
+    right = torch.cat([cells[:, 1:], cells[:, -1:]], dim=1)
+    return torch.stack([up, down, left, right]).flatten(1)
+
+
+def move_table(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return int64 (4, n): the cell that each action leads to from each cell when there are no walls."""
+    return _move_table(size).to(device)
+
+
+def object_lookup(config: PinpadConfig, layouts: Layouts) -> Tensor:
+    """Return int16 (b, n): the number of the object in each cell (colors first, then walls), -1 where there is none."""
+    lookup = torch.full((len(layouts), config.num_cells), -1, dtype=torch.int16, device=layouts.agent.device)
+    numbers = torch.arange(config.num_objects, dtype=torch.int16, device=lookup.device)
+    return lookup.scatter_(1, layouts.objects, numbers.expand(len(layouts), -1))
+
+
+Place = tuple[int | slice, ...]
+
+
+@cache
+def sweeps(size: int) -> list[tuple[Place, Place]]:
+    """Rows and columns of a grid (size, size, ...) each with the one before it: down, up, right, left."""
+    everything = slice(None)
+    rows: list[tuple[Place, Place]] = [((i,), (i - 1,)) for i in range(1, size)]
+    rows += [((i,), (i + 1,)) for i in range(size - 2, -1, -1)]
+    return rows + [((everything, *here), (everything, *neighbor)) for here, neighbor in rows]
+
+
+def feasible(config: PinpadConfig, layouts: Layouts) -> Tensor:
+    """Return bool (b,): every color can be reached from the start, and from every other color, over empty cells only.
+
+    The empty cells connected to the start are flooded. A color can be reached from the start exactly when it touches
+    the flooded region; when all colors touch it, each can also be reached from each other.
+    """
+    batch, size = len(layouts), config.size
+    empty = (object_lookup(config, layouts) < 0).T.reshape(size, size, batch)
+    flooded = torch.zeros_like(empty).view(-1, batch).scatter_(0, layouts.agent[None], True).view(size, size, batch)
+    before = torch.zeros_like(flooded)
+    while not torch.equal(before, flooded):
+        before.copy_(flooded)
+        for here, neighbor in sweeps(size):
+            flooded[here] |= flooded[neighbor] & empty[here]
+    touched = flooded.clone()
+    for here, neighbor in sweeps(size):
+        touched[here] |= flooded[neighbor]
+    return touched.view(-1, batch).gather(0, layouts.objects[:, : config.num_colors].T).all(dim=0)
+
+
+def _draw_layouts(
+    config: PinpadConfig, n: int, generator: torch.Generator | None, device: torch.device | str
+) -> Layouts:
+    keys = torch.rand((n, config.num_cells), generator=generator, device=device)
+    cells = keys.topk(config.num_objects + 1, dim=1).indices
+    return Layouts(cells[:, :-1].contiguous(), cells[:, -1].contiguous())
+
+
+def sample_layouts(
+    config: PinpadConfig, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Layouts:
+    """Draw n layouts uniformly at random, without overlap, from the feasible ones.
+
+    A layout is infeasible when some color cannot be reached from the start, or from another color, without crossing a
+    wall or another color; such layouts are drawn again. The paper does not say what it does with them: our choice.
+
+    Raises:
+        ValueError: if no feasible layout turns up, as on a grid that is nearly full.
+    """
+    layouts = _draw_layouts(config, n, generator, device)
+    bad = (~feasible(config, layouts)).nonzero().squeeze(1)
+    for _ in range(MAX_REDRAWS):
+        if len(bad) == 0:
+            return layouts
+        redrawn = _draw_layouts(config, len(bad), generator, device)
+        layouts.objects[bad], layouts.agent[bad] = redrawn.objects, redrawn.agent
+        bad = bad[~feasible(config, redrawn)]
+    raise UserError(
+        f"no feasible layout was found in {MAX_REDRAWS} draws for size {config.size}, {config.num_colors} colors and "
+        f"{config.num_walls} walls: raise size or take fewer colors or walls."
+    )
+
+
+class PinpadBatch(BatchedEnv):
+    """A batch of grids that step together; each has its own layout and task and ends on its own.
+
+    A colored cell counts as visited when the agent moves onto it from another cell; a move that changes nothing while
+    standing on it does not. Visiting the next color of the task advances it; visiting the last one terminates the
+    episode with reward 1, visiting any other color than the next terminates it with reward 0. An episode that has
+    not terminated is truncated after `PinpadConfig.max_steps` steps. A grid that has ended stays as it is.
+
+    Subgoals are what tasks are made of: single colors, or runs of as many colors each (`subgoal_vocabulary`). They
+    change no rule; `goal`, `subgoals_done` and `reached` tell of them.
+
+    Attributes:
+        config: the grid's configuration.
+        layouts: the layouts the episodes began with.
+        tasks, task_lengths: int64 (b, l), padded with -1, and (b,).
+        subgoals: the vocabulary, by default every color of the grid.
+        agent: int64 (b,), the agent's cell.
+        colors_done: int64 (b,), colors of the task visited so far.
+        steps: int64 (b,), steps taken before the episode ended.
+        terminated, truncated: bool (b,), never both.
+    """
+
+    def __init__(
+        self,
+        config: PinpadConfig,
+        layouts: Layouts,
+        tasks: Tensor,
+        task_lengths: Tensor,
+        *,
+        subgoals: Sequence[Task] | None = None,
+    ) -> None:
+        check_layouts(config, layouts)
+        _check_task_tensors(config, len(layouts), tasks, task_lengths)
+        self.subgoals = single_colors(config.num_colors) if subgoals is None else tuple(subgoals)
+        _check_subgoals(config, self.subgoals)
+        device = layouts.agent.device
+        self.config = config
+        self.layouts = layouts
+        self.tasks = tasks
+        self.task_lengths = task_lengths
+        self.agent = layouts.agent.clone()
+        self.colors_done = torch.zeros_like(self.agent)
+        self.steps = torch.zeros_like(self.agent)
+        self.terminated = torch.zeros_like(self.agent, dtype=torch.bool)
+        self.truncated = torch.zeros_like(self.terminated)
+        self._lookup = object_lookup(config, layouts)
+        self._visited = torch.full_like(self.agent, -1, dtype=torch.int16)
+        # One more column, so that a finished task has a next color too: one that nothing equals.
+        self._next_colors = torch.cat([tasks, torch.full_like(tasks[:, :1], -1)], dim=1).to(torch.int16)
+        self._moves = move_table(config.size, device).flatten()
+        self._vocabulary = torch.tensor(self.subgoals, dtype=torch.int16, device=device)  # (v, u)
+        # The u - 1 colors visited last before the last step, (b,) each, oldest first; -1 where there were fewer.
+        self._recent = [self._visited] * (self.colors_per_subgoal - 1)
+
+    def __len__(self) -> int:
+        return len(self.agent)
+
+    @property
+    def colors_per_subgoal(self) -> int:
+        """Colors that make a subgoal."""
+        return len(self.subgoals[0])
+
+    @property
+    def success(self) -> Tensor:
+        """bool (b,): the task is done."""
+        return self.colors_done == self.task_lengths
+
+    @property
+    def subgoals_done(self) -> Tensor:
+        """int64 (b,): whole subgoals of the task done so far."""
+        return self.colors_done // self.colors_per_subgoal
+
+    def step(self, actions: Tensor) -> Tensor:
+        """Apply one action per grid, int64 (b,) in 0..3, and return the rewards, float32 (b,).
+
+        Nothing here waits for the device, so the values of the actions are not looked at: see `check_actions`.
+        """
+        if actions.shape != self.agent.shape:
+            raise UserError(f"actions have shape {tuple(actions.shape)}: expected one per grid, ({len(self)},).")
+        ahead = self._moves[actions * self.config.num_cells + self.agent]
+        found = self._lookup.gather(1, ahead[:, None]).squeeze(1)
+        ended = self.terminated | self.truncated
+        if self._recent:
+            visit, newer = self._visited >= 0, [*self._recent[1:], self._visited]
+            self._recent = [torch.where(visit, *colors) for colors in zip(newer, self._recent, strict=True)]
+        agent = torch.where((found >= self.config.num_colors) | ended, self.agent, ahead)
+        self._visited = torch.where(agent != self.agent, found, -1)
+        entered = self._visited >= 0
+        right = entered & (self._visited == self.next_color())
+        self.agent = agent
+        self.colors_done = self.colors_done + right
+        self.steps = self.steps + ~ended
+        success = right & (self.colors_done == self.task_lengths)
+        self.terminated = self.terminated | success | (entered & ~right)
+        self.truncated = (self.steps >= self.config.max_steps) & ~self.terminated
+        return success.to(torch.float32)
+
+    @property
+    def observation(self) -> Tensor:
+        """Tokens, as `observe_tokens`."""
+        return self.observe_tokens()
+
+    def observe_tokens(self) -> Tensor:
+        """Return int64 (b, o + 1): the cell of each color, of each wall, and of the agent."""
+        return torch.cat([self.layouts.objects, self.agent[:, None]], dim=1)
+
+    def visited_color(self) -> Tensor:
+        """Return int64 (b,): the color visited by the last step, -1 where there was none."""
+        return self._visited.to(torch.int64)
+
+    def next_color(self) -> Tensor:
+        """Return int64 (b,): the color to visit next, -1 once the task is done."""
+        return self._next_colors.gather(1, self.colors_done[:, None]).squeeze(1).to(torch.int64)
+
+    def task_goals(self) -> Tensor:
+        """Return int64 (b, l / u + 1): index of each subgoal of the task, -1 for none, as at the end."""
+        longest, unit = self.tasks.shape[1], self.colors_per_subgoal
+        padded = F.pad(self.tasks, (0, unit + -longest % unit), value=-1)
+        return self._index_of(padded.unflatten(1, (-1, unit)))
+
+    def goal(self) -> Tensor:
+        """Return int64 (b,): index of the subgoal asked for now, until all its colors are visited.
+
+        -1 once the task is done, and where the vocabulary lacks the subgoal.
+        """
+        return self.task_goals().gather(1, self.subgoals_done[:, None]).squeeze(1)
+
+    def reached(self) -> Tensor:
+        """Return int64 (b,): index of the subgoal that the last step completed, whether asked for or not, else -1.
+
+        A subgoal of one color is completed by visiting it, one of several when the last colors visited are its colors.
+        """
+        return self._index_of(torch.stack([*self._recent, self._visited], dim=1))
+
+    def _index_of(self, chunks: Tensor) -> Tensor:
+        """Index in the vocabulary of chunks of colors (..., u), -1 where they are not in it."""
+        equal = (chunks[..., None, :] == self._vocabulary).all(-1)
+        return torch.where(equal.any(-1), equal.to(torch.uint8).argmax(-1), -1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the grids of the given rows (indices or a boolean mask), in that order."""
+        self.layouts = self.layouts.index(rows)
+        for name in _ROW_FIELDS:
+            setattr(self, name, getattr(self, name)[rows])
+        self._recent = [colors[rows] for colors in self._recent]
+
+    def replace(self, rows: Tensor, fresh: PinpadBatch) -> None:
+        """Put the grids of another batch in place of rows, int64 (k,): with the same subgoals, tasks as wide."""
+        if fresh.subgoals != self.subgoals:
+            raise UserError(f"the new grids have subgoals {fresh.subgoals}: expected {self.subgoals}, as here.")
+        if fresh.tasks.shape != (len(rows), self.tasks.shape[1]):
+            raise UserError(
+                f"the new grids have tasks of shape {tuple(fresh.tasks.shape)}: expected "
+                f"({len(rows)}, {self.tasks.shape[1]}), one per replaced row and padded to this batch's width."
+            )
+        old, new = self.layouts, fresh.layouts
+        self.layouts = Layouts(old.objects.index_copy(0, rows, new.objects), old.agent.index_copy(0, rows, new.agent))
+        for name in _ROW_FIELDS:
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(fresh, name)))
+        self._recent = [old.index_copy(0, rows, new) for old, new in zip(self._recent, fresh._recent, strict=True)]
+
+
+class FreePinpadBatch(PinpadBatch):
+    """Grids to walk in without a task: visits end nothing, time alone does.
+
+    config, layouts, subgoals: see `PinpadBatch`.
+    """
+
+    def __init__(self, config: PinpadConfig, layouts: Layouts, *, subgoals: Sequence[Task] | None = None) -> None:
+        any_color = torch.zeros_like(layouts.agent)
+        super().__init__(config, layouts, any_color[:, None], torch.ones_like(any_color), subgoals=subgoals)
+
+    @property
+    def success(self) -> Tensor:
+        """bool (b,): never, since there is nothing to do."""
+        return torch.zeros_like(self.terminated)
+
+    @property
+    def subgoals_done(self) -> Tensor:
+        """int64 (b,): none of a task."""
+        return torch.zeros_like(self.steps)
+
+    def step(self, actions: Tensor) -> Tensor:
+        """Apply one action per grid and return rewards of 0."""
+        rewards = super().step(actions)
+        self.terminated = torch.zeros_like(self.terminated)
+        self.truncated = self.steps >= self.config.max_steps
+        return torch.zeros_like(rewards)
+
+    def goal(self) -> Tensor:
+        """Return int64 (b,): -1, nothing is asked for."""
+        return torch.full_like(self.steps, -1)
+
+
+def start_grids(
+    config: PinpadConfig,
+    task: Sequence[int],
+    n: int,
+    generator: torch.Generator,
+    subgoals: Sequence[Task] | None = None,
+) -> PinpadBatch:
+    """n grids with layouts drawn at random that ask for one task. subgoals: the vocabulary, see `PinpadBatch`."""
+    tasks = torch.tensor([task]).expand(n, -1).to(generator.device)
+    lengths = torch.full((n,), len(task), device=generator.device)
+    layouts = sample_layouts(config, n, generator, generator.device)
+    return PinpadBatch(config, layouts, tasks, lengths, subgoals=subgoals)
+
+
+_ROW_FIELDS = (
+    "tasks",
+    "task_lengths",
+    "agent",
+    "colors_done",
+    "steps",
+    "terminated",
+    "truncated",
+    "_lookup",
+    "_visited",
+    "_next_colors",
+)
+"""The tensors of a `PinpadBatch` with one row per grid, its layouts and recent visits apart."""
+
+
+def _check_task_tensors(config: PinpadConfig, batch: int, tasks: Tensor, task_lengths: Tensor) -> None:
+    if tasks.ndim != 2 or len(tasks) != batch or task_lengths.shape != (batch,):
+        raise UserError(
+            f"tasks have shape {tuple(tasks.shape)} and task_lengths {tuple(task_lengths.shape)}: expected "
+            f"({batch}, longest task) and ({batch},), one task per grid."
+        )
+    if ((task_lengths < 1) | (task_lengths > tasks.shape[1])).any():
+        raise UserError(f"a task length lies outside 1..{tasks.shape[1]}: count the colors of each task.")
+    used = torch.arange(tasks.shape[1], device=tasks.device) < task_lengths[:, None]
+    if (used & ((tasks < 0) | (tasks >= config.num_colors))).any():
+        raise UserError(f"a task has an unknown color: colors run from 0 to {config.num_colors - 1}.")
+
+
+def _check_subgoals(config: PinpadConfig, subgoals: tuple[Task, ...]) -> None:
+    if not subgoals or len({len(subgoal) for subgoal in subgoals}) > 1 or not subgoals[0]:
+        raise UserError(f"subgoals are {subgoals}: give at least one, each of as many colors, and of one at least.")
+    if not all(0 <= color < config.num_colors for subgoal in subgoals for color in subgoal):
+        raise UserError(f"subgoals {subgoals} have an unknown color: colors run from 0 to {config.num_colors - 1}.")
+
+
+def check_actions(actions: Tensor, batch: int) -> None:
+    """Raise a ValueError unless the actions are one integer in 0..3 per grid."""
+    if actions.shape != (batch,) or actions.is_floating_point():
+        raise UserError(
+            f"actions have shape {tuple(actions.shape)} and type {actions.dtype}: expected ({batch},) integers."
+        )
+    bad = actions[(actions < 0) | (actions >= NUM_ACTIONS)]
+    if len(bad):
+        raise UserError(f"action {int(bad[0])} is out of range: take 0 (up), 1 (down), 2 (left) or 3 (right).")
+
+
+def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
+    """Turn tokens, int64 (..., o + 1), into the paper's observation vector, float32 (..., size² (o + 1)).
+
+    Order: one block of size² numbers per color, then per wall, then for the agent; within a block the cells in row
+    order. So the vector viewed as (o + 1, size, size) is an image with one channel per object.
+    """
+    if tokens.shape[-1:] != (config.num_objects + 1,):
+        raise UserError(
+            f"tokens have shape {tuple(tokens.shape)}: expected {config.num_objects + 1} in the last axis, "
+            "one cell per color and wall, and the agent's."
+        )
+    starts = torch.arange(config.num_objects + 1, device=tokens.device) * config.num_cells
+    vector = torch.zeros((*tokens.shape[:-1], config.observation_size), device=tokens.device)
+    return vector.scatter_(-1, tokens + starts, 1.0)
+
+
+@cache
+def _symmetry_table(size: int) -> Tensor:
+    cells = torch.arange(size * size).view(size, size)
+    return torch.stack([torch.rot90(board, turns).flatten() for board in (cells, cells.flip(0)) for turns in range(4)])
+
+
+def random_symmetry(size: int, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Show each episode on a board turned and mirrored at random, one of the eight symmetries of the square.
+
+    tokens int64 (b, t, o + 1), cells -> the same shape. Colors stay what they are; directions and places do not.
+    """
+    table = _symmetry_table(size).to(tokens.device)
+    drawn = torch.randint(len(table), (len(tokens),), generator=generator, device=tokens.device)
+    return table[drawn][:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)

@@ -1,0 +1,54 @@
+"""Worlds by name: those in this package and those that other packages offer by an entry point.
+
+[project.entry-points."metacontroller.domains"]
+corridor = "my_package.corridor:Corridor"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from metacontroller import domains
+from metacontroller.domains.base import Domain
+from metacontroller.errors import UserError
+
+GROUP = "metacontroller.domains"
+
+
+def domain_names() -> list[str]:
+    """All names that `domain_class` knows."""
+    own = [folder.name.replace("_", "-") for folder in pkgutil.iter_modules(domains.__path__) if folder.ispkg]
+    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+
+
+def domain_class(name: str) -> type[Domain]:
+    """The world of a name; UserError if there is none."""
+    folder = f"{domains.__name__}.{name.replace('-', '_')}"
+    if name in domain_names() and importlib.util.find_spec(folder) is not None:
+        module = importlib.import_module(f"{folder}.domain")
+        return next(kind for kind in vars(module).values() if _is_domain(kind) and kind.name == name)
+    for point in entry_points(group=GROUP, name=name):
+        kind = point.load()
+        if not _is_domain(kind) or kind.name != name:
+            raise UserError(f"entry point {point.value} is no subclass of Domain with the name {name!r}; mend it.")
+        return kind
+    raise UserError(f"world {name!r} is unknown; known are {', '.join(domain_names())}.")
+
+
+def domain_of(config: Any) -> Domain:
+    """The world that a config describes."""
+    for name in domain_names():
+        kind = domain_class(name)
+        if kind.Config is type(config):
+            return kind(config)
+    raise UserError(
+        f"a {type(config).__name__} is no config of a known world; register its world by an entry point of {GROUP!r}."
+    )
+
+
+def _is_domain(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Domain) and kind is not Domain

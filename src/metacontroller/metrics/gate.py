@@ -1,0 +1,86 @@
+"""Alignment of the gate with subgoals: precision and recall of switches against true subgoal changes (Fig. 6, A3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metacontroller.data.trajectories import length_mask, masked_mean
+
+TOLERANCES = (0, 1, 2)
+"""Steps within which a switch and a change of subgoal count as the same."""
+
+HISTOGRAM_BINS = 20
+
+
+def codes_taken(beta: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
+    """(b,) int64 codes that each episode takes: one at its first step, one at each later step with beta >= threshold.
+
+    beta (b, t), lengths (b,).
+    """
+    return 1 + ((beta >= threshold) & later_steps(lengths, beta.shape[1])).sum(1)
+
+
+def binary_fraction(beta: Tensor, lengths: Tensor) -> Tensor:
+    """Share of beta (b, t) outside (0.1, 0.9), a scalar; each episode's first step apart. lengths (b,)."""
+    return masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later_steps(lengths, beta.shape[1]))
+
+
+def later_steps(lengths: Tensor, steps: int) -> Tensor:
+    """(b, steps) bool: real steps but for each episode's first, which always switches."""
+    later = length_mask(lengths, steps)
+    later[:, 0] = False
+    return later
+
+
+def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
+    """(b, t) bool: the first action of each new subgoal, the first of the episode apart. segments (b, t) int64."""
+    changed = torch.zeros_like(segments, dtype=torch.bool)
+    changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return changed & length_mask(lengths, segments.shape[1])
+
+
+def gate_alignment(
+    beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1, threshold: float = 0.5
+) -> dict[str, Tensor]:
+    """Compares switches (beta >= threshold) with true subgoal changes, the forced first switch apart.
+
+    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change is found when a switch
+    lies within ``tolerance`` steps; a switch is right when a change does.
+    Returns scalars gate_recall, gate_precision (0 without switches), gate_binary_fraction: the share of beta
+    outside (0.1, 0.9).
+    """
+    switch = (beta >= threshold) & later_steps(lengths, beta.shape[1])
+    change = subgoal_changes(segments, lengths)
+    return {
+        "gate_recall": masked_mean(_near(switch, tolerance).to(beta.dtype), change),
+        "gate_precision": masked_mean(_near(change, tolerance).to(beta.dtype), switch),
+        "gate_binary_fraction": binary_fraction(beta, lengths),
+    }
+
+
+def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, list[float]]:
+    """The gate against true subgoal changes in full (Fig. 6, A3); arguments as of `gate_alignment`.
+
+    tolerance, recall, precision, f1: entry by entry. at_change, elsewhere: share of beta in each of `HISTOGRAM_BINS`
+    equal parts of [0, 1], at the first step of each new subgoal and at all other steps, an episode's first apart.
+    """
+    report: dict[str, list[float]] = {name: [] for name in ("tolerance", "recall", "precision", "f1")}
+    for tolerance in TOLERANCES:
+        met = gate_alignment(beta, segments, lengths, tolerance=tolerance)
+        recall, precision = float(met["gate_recall"]), float(met["gate_precision"])
+        f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
+        for name, value in (("tolerance", tolerance), ("recall", recall), ("precision", precision), ("f1", f1)):
+            report[name].append(value)
+    change, later = subgoal_changes(segments, lengths), later_steps(lengths, beta.shape[1])
+    for name, where in (("at_change", change), ("elsewhere", later & ~change)):
+        counts = torch.histc(beta[where].float(), HISTOGRAM_BINS, 0.0, 1.0)
+        report[name] = (counts / counts.sum().clamp_min(1)).tolist()
+    return report
+
+
+def _near(marks: Tensor, tolerance: int) -> Tensor:
+    """(b, t) bool: a mark lies within ``tolerance`` steps."""
+    width = 2 * tolerance + 1
+    spread = torch.nn.functional.max_pool1d(marks.float()[:, None], width, stride=1, padding=tolerance)
+    return spread[:, 0] > 0

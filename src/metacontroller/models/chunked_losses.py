@@ -1,0 +1,57 @@
+"""Losses of a frozen stack, a few rows at a time: memory of one chunk for any batch, and nothing computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
+"""Steps of episodes in one chunk: on a CPU its activations should stay in the cache, on a GPU they must fill it."""
+
+ChunkLosses = Callable[[Tensor, slice], Tensor]
+"""(chunk of the input, its rows of the batch) -> losses (n,), what this chunk adds to those of the whole batch."""
+
+
+def row_chunks(values: Tensor) -> list[slice]:
+    """The rows of values (b, t, ...) in chunks of at most `TOKENS_AT_ONCE` steps, one row at least."""
+    batch, steps = values.shape[:2]
+    rows = max(1, TOKENS_AT_ONCE.get(values.device.type, TOKENS_AT_ONCE["cuda"]) // steps)
+    return [slice(start, start + rows) for start in range(0, batch, rows)]
+
+
+def chunked_losses(residual: Tensor, chunk_losses: ChunkLosses) -> Tensor:
+    """Sum of ``chunk_losses`` over the chunks of residual (b, t, n), (n,); its only gradient is that of the residual.
+
+    The gradient is taken chunk by chunk on the way forward, and scaled on the way back: what ``chunk_losses`` computes
+    with must need none.
+    """
+    if torch.is_grad_enabled() and residual.requires_grad:
+        return _ChunkedLosses.apply(residual, chunk_losses)  # pyright: ignore[reportReturnType]
+    return torch.stack([chunk_losses(residual[rows], rows) for rows in row_chunks(residual)]).sum(0)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual: Tensor, chunk_losses: ChunkLosses) -> Tensor:
+        totals, gradients = [], []
+        for rows in row_chunks(residual):
+            with torch.enable_grad():
+                chunk = residual[rows].detach().requires_grad_()
+                losses = chunk_losses(chunk, rows).unbind()
+            kept = [index + 1 < len(losses) for index in range(len(losses))]
+            grads = [
+                torch.autograd.grad(loss, chunk, retain_graph=keep) for loss, keep in zip(losses, kept, strict=True)
+            ]
+            gradients.append([gradient for (gradient,) in grads])
+            totals.append(torch.stack(losses).detach())
+        ctx.save_for_backward(*(torch.cat(chunks) for chunks in zip(*gradients, strict=True)))
+        return torch.stack(totals).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, None]:
+        gradient = sum(weight * value for weight, value in zip(grad_losses, ctx.saved_tensors, strict=True))
+        return gradient, None  # pyright: ignore[reportReturnType] - there is one loss at least

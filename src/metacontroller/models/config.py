@@ -1,0 +1,70 @@
+"""Configs of action models, by name. A config builds its model from what a world's `DomainSpec` says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal
+
+from metacontroller.errors import UserError
+from metacontroller.models.precision import Precision, check_precision
+from metacontroller.models.transformer import Transformer
+from metacontroller.storage.config_file import check_positive
+
+GROUP = "metacontroller.models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A `Transformer`: a causal sequence model split at the controlled layer."""
+
+    name: ClassVar[str] = "transformer"
+    Model: ClassVar[type[Transformer]] = Transformer
+
+    dim: int
+    """n_e: width of the residual stream."""
+    lower_depth: int
+    """Blocks below the controlled layer; with none it is the input embedding, l = 0."""
+    upper_depth: int
+    """Blocks above the controlled layer."""
+    heads: int
+    """Heads of attention, or of Hawk's gates."""
+    mlp_dim: int
+    """Hidden units of each block's MLP."""
+    body: Literal["attention", "hawk"] = "attention"
+    """What blocks are made of: attention, or Hawk as wide as the residual (the paper's SSM)."""
+    precision: Precision = "auto"
+    """Of its matrix products: auto is bfloat16 where the device has instructions for it."""
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
+        if self.lower_depth < 0:
+            raise UserError(f"lower_depth is {self.lower_depth}; expected at least 0.")
+        if self.dim % self.heads:
+            raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
+        if self.body not in ("attention", "hawk"):
+            raise UserError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
+
+    def build(self, encoder: dict[str, Any], action: dict[str, Any]) -> Transformer:
+        """A model with new weights. encoder, action: of a world's `DomainSpec`."""
+        body = {"kind": self.body, "heads": self.heads, "mlp_dim": self.mlp_dim}
+        return Transformer(
+            self.dim,
+            action_embed_readout=action,
+            state_embed_readout=encoder,
+            lower_body={"depth": self.lower_depth, **body},
+            upper_body={"depth": self.upper_depth, **body},
+            condition_on_actions=False,
+            precision=self.precision,
+        )
+
+
+def model_config_class(name: str) -> type[Any]:
+    """The config of a kind of model: ours, or one that an entry point of the group ``metacontroller.models`` names."""
+    if name == ModelConfig.name:
+        return ModelConfig
+    for point in entry_points(group=GROUP, name=name):
+        return point.load()
+    known = [ModelConfig.name, *(point.name for point in entry_points(group=GROUP))]
+    raise UserError(f"model {name!r} is unknown; known are {', '.join(known)}.")

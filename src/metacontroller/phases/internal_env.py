@@ -1,0 +1,174 @@
+"""The frozen model and gate inside a task as one environment: an action is an abstract action (C.5, algorithm 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from metacontroller.control.metacontroller import ControlState, MetaController
+from metacontroller.errors import UserError
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.readouts import CategoricalReadout
+
+CODE_LIMIT = 5.0
+
+
+@dataclass
+class _Episode:
+    """A running episode between two abstract actions, which waits for the next code."""
+
+    cache: Any
+    state: ControlState
+    residual: Tensor  # (1, n_e), of the last observation
+    history: Tensor  # (1, n_h), h_t after that observation
+
+
+class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Internal RL as an environment, ``InternalEnv(env, model, meta_controller)``, in which any RL library can act.
+
+    One step is one abstract action: the code steers the frozen model, whose sampled actions go to ``env``, until the
+    gate opens (beta >= threshold) or the episode ends. So ``env`` must end its episodes, by a time limit if need be.
+
+    Action space: ``Box(-5, 5, (n_z,), float32)``: the code z. The prior is N(0, I), so hardly any of it lies outside;
+    codes beyond the bounds are clipped.
+
+    Observation space: ``Box(-inf, inf, (n_e,), float32)``: the residual at the controlled layer for the observation at
+    which the gate opened; after a reset for the first observation, which always takes a fresh code; at the end for the
+    last one.
+
+    Reward: the sum of ``env``'s rewards during the abstract action. Endings: ``terminated`` and ``truncated`` of
+    ``env``. A further step needs a reset.
+
+    Info: ``steps``, environment steps taken by the abstract action; ``env_info``, the last info of ``env``.
+
+    Seeds: ``reset(seed=...)`` seeds ``env`` and the sampling of the model's actions.
+
+    Versions: v0, as described here.
+
+    Args:
+        env: one environment, with the model's observations and actions; actions of a Gaussian readout are clipped to
+            its action space.
+        model: the frozen model. It, and the gate and controller of ``meta_controller``, are only read.
+        meta_controller: whose gate and controller act; its policy is not used.
+        encode_observation: what turns an observation of ``env`` into one state of the model, without batch and time
+            axes. By default what the model's encoder makes of one (`from_observation`).
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        model: SteerableModel,
+        meta_controller: MetaController,
+        *,
+        encode_observation: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if model.dim != meta_controller.dim_model:
+            raise UserError(
+                f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
+            )
+        _check_action_space(env.action_space, model)
+        self.env, self.model, self.meta_controller = env, model, meta_controller
+        self.encode_observation = encode_observation or model.encoder.from_observation
+        self.metadata, self.render_mode = env.metadata, env.render_mode
+        self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
+        self.action_space = spaces.Box(-CODE_LIMIT, CODE_LIMIT, (meta_controller.dim_latent,), np.float32)
+        self._device = next(model.parameters()).device
+        self._generator = torch.Generator(self._device)
+        self._episode: _Episode | None = None
+
+    @torch.no_grad()
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode of the inner environment, which takes ``options``."""
+        super().reset(seed=seed)
+        self._generator.manual_seed(int(self.np_random.integers(2**62)))
+        observation, info = self.env.reset(seed=seed, options=options)
+        cache, state = self.model.empty_cache(1), self.meta_controller.initial_state(1)
+        residual = self._lower(cache, observation)
+        _, history = self.meta_controller.observe(residual, state)
+        self._episode = _Episode(cache, state, residual, history)
+        return _to_numpy(residual), {"steps": 0, "env_info": info}
+
+    @torch.no_grad()
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold one code, (n_z,), until the gate opens or the episode ends."""
+        if self._episode is None:
+            raise RuntimeError("no episode is running: call reset() first.")
+        episode, code = self._episode, self._code(action)
+        switch = torch.ones(1, dtype=torch.bool, device=self._device)
+        total, steps = 0.0, 0
+        while True:
+            episode.state = self.meta_controller.integrate(episode.state, episode.history, switch, code)
+            taken = self._act(episode)
+            observation, reward, terminated, truncated, info = self.env.step(self._env_action(taken))
+            total, steps = total + float(reward), steps + 1
+            episode.residual = self._lower(episode.cache, observation, taken)
+            beta, episode.history = self.meta_controller.observe(episode.residual, episode.state)
+            switch = beta >= self.meta_controller.gate_config.threshold
+            if terminated or truncated or bool(switch):
+                break
+        if terminated or truncated:
+            self._episode = None
+        report = {"steps": steps, "env_info": info}
+        return _to_numpy(episode.residual), total, bool(terminated), bool(truncated), report
+
+    def render(self) -> Any:
+        """The inner environment's picture."""
+        return self.env.render()
+
+    def close(self) -> None:
+        """Close the inner environment."""
+        self.env.close()
+
+    def _code(self, action: np.ndarray) -> Tensor:
+        """(1, n_z) code of an action."""
+        code = torch.as_tensor(np.asarray(action), dtype=torch.float32, device=self._device)
+        if code.shape != self.action_space.shape or not bool(torch.isfinite(code).all()):
+            raise UserError(
+                f"action is {np.asarray(action).tolist()}; expected {self.meta_controller.dim_latent} finite numbers, "
+                "a code."
+            )
+        return code.clamp(-CODE_LIMIT, CODE_LIMIT)[None]
+
+    def _lower(self, cache: Any, observation: Any, past_action: Tensor | None = None) -> Tensor:
+        """(1, n_e) residual at the controlled layer for a new observation."""
+        state = self.encode_observation(observation).to(self._device)
+        return self.model.lower(self.model.embed(state[None, None], past_action), cache.lower)[:, 0]
+
+    def _act(self, episode: _Episode) -> Tensor:
+        """(1, 1, ...) sampled action of the steered model, within the inner environment's bounds."""
+        steered = self.meta_controller.steer(episode.residual, episode.state.z)
+        readout = self.model.action_readout
+        action = readout.sample(readout(self.model.upper(steered[:, None], episode.cache.upper)), self._generator)
+        if isinstance(self.env.action_space, spaces.Box):
+            low, high = (torch.as_tensor(b).to(action) for b in (self.env.action_space.low, self.env.action_space.high))
+            action = action.clamp(low, high)
+        return action
+
+    def _env_action(self, action: Tensor) -> Any:
+        """The sampled action as the inner environment takes it."""
+        taken = action[0, 0].cpu().numpy().astype(self.env.action_space.dtype)
+        return taken if taken.ndim else taken[()]
+
+
+def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:
+    readout = model.action_readout
+    if isinstance(readout, CategoricalReadout):
+        expected, fits = f"Discrete({readout.num_discrete})", space == spaces.Discrete(readout.num_discrete)
+    else:
+        expected = f"a Box of shape ({readout.num_continuous},)"
+        fits = isinstance(space, spaces.Box) and space.shape == (readout.num_continuous,)
+    if not fits:
+        raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
+
+
+def _to_numpy(residual: Tensor) -> np.ndarray:
+    return residual[0].to(torch.float32).cpu().numpy()

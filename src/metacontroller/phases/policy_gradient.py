@@ -1,0 +1,168 @@
+"""The loop of both kinds of reinforcement learning: play a batch, clipped surrogate, log, save (C.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.control.losses import trajectory_advantages
+from metacontroller.data.trajectories import masked_mean
+from metacontroller.domains.base import BatchedEnv
+from metacontroller.errors import UserError
+from metacontroller.phases.rollout import AbstractRollout, Rollout
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import Processes
+from metacontroller.training.optimizer import Learner
+from metacontroller.training.progress import track
+
+Reset = Callable[[int, torch.Generator], BatchedEnv]
+"""``reset(n, generator)`` starts n episodes, with random numbers of the generator."""
+
+DECISIONS_AT_ONCE = 8192  # of an update, padding included: bounds memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternalRLConfig:
+    """Phase 3, and its raw-action twin."""
+
+    episodes: int
+    """Episodes in all."""
+    batch_size: int = 1024
+    """Episodes an update."""
+    lr: float = 3e-5
+    """Learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    update_epochs: int = 1
+    """Update epochs over each batch."""
+    minibatches: int = 1
+    """Chunks of a batch, an optimizer step each."""
+    eps_clip: float = 0.2
+    """epsilon of the clipped surrogate."""
+    delta: float = 1e-3
+    """Added to the standard deviation of returns (C.5: about 1e-3)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
+    checkpoint_every: int = 20
+    """Updates from one checkpoint to the next."""
+    seed: int = 0
+    """Seed of layouts and actions; a run derives it from its own seed."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "batch_size", "update_epochs", "minibatches", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.batch_size % self.minibatches:
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
+
+    @property
+    def updates(self) -> int:
+        """Number of updates that the episodes allow."""
+        return math.ceil(self.episodes / self.batch_size)
+
+
+def ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) -> dict[str, Tensor]:
+    difference = (log_prob - old).detach().masked_fill(~mask, 0.0)
+    clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
+    return {
+        "approx_kl": masked_mean(difference.exp() - 1 - difference, mask),
+        "clip_fraction": masked_mean(clipped, mask),
+    }
+
+
+def reinforce(
+    phase: str,
+    config: InternalRLConfig,
+    module: nn.Module,
+    play: Callable,
+    surrogate: Callable,
+    run: RunFolder,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """The loop both kinds of RL share: play a batch, a few epochs over it, log, save. Trains ``module`` in place.
+
+    play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage) -> loss, metrics.
+    """
+    parameters = list(module.parameters())
+    generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
+    learner = Learner(
+        module,
+        parameters,
+        generator,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    workers = learner.processes
+    episodes = workers.share(config.batch_size, config.minibatches)
+    run.begin(phase, resume=resume)
+    first = learner.restore(run, phase)[0] if resume else 0
+    if workers.is_main:
+        run.rewind_metrics(phase, first)
+    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress:
+        for update in range(first, config.updates):
+            numbers = workers.own_generator(generator)
+            rollout = play(episodes, numbers)
+            done = update + 1
+            metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
+            advantages = trajectory_advantages(workers.gather(rollout.returns).view(-1), config.delta)
+            advantage = advantages.view(workers.count, -1)[workers.rank]
+            # a batch in which all episodes end alike has nothing to teach: no advantage, no gradient
+            for _ in range(config.update_epochs if bool(advantages.any()) else 0):
+                order = torch.randperm(episodes, generator=numbers, device=numbers.device)
+                for rows in order.chunk(config.minibatches):
+                    metrics |= _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
+                    metrics["grad_norm"] = learner.optimizer_step()
+            if workers.is_main:
+                run.log_metrics(phase, done, **metrics)
+            progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
+            if done % config.checkpoint_every == 0 or done == config.updates:
+                learner.save(run, phase, done)
+    workers.wait()
+
+
+def _surrogate_in_chunks(
+    rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
+) -> dict[str, Tensor]:
+    """Backward of this process's share of the surrogate's mean over all decisions of all processes' ``rows``; returns
+    the metrics, means over the same.
+
+    Chunks hold episodes of similar length, the shortest at least half as long as the longest, and `DECISIONS_AT_ONCE`
+    padded decisions at most: memory does not grow with the batch, and little is spent on padding.
+    """
+    rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
+    total, metrics = rollout.decisions[rows].sum(), {}
+    workers.all_reduce([total])
+    while len(rows):
+        longest = rollout.decisions[rows[0]]
+        similar = int((2 * rollout.decisions[rows] >= longest).sum())
+        size = min(similar, max(1, DECISIONS_AT_ONCE // int(longest)))
+        chunk, rows = rows[:size], rows[size:]
+        share = rollout.decisions[chunk].sum() / total
+        loss, measured = surrogate(rollout.index(chunk), advantage[chunk])
+        (share * loss).backward()
+        for name, value in measured.items():
+            metrics[name] = metrics.get(name, 0.0) + share * value
+    workers.all_reduce(list(metrics.values()))
+    return metrics
+
+
+def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
+    """Means over the batch of episodes, all processes' together."""
+    means = {
+        "success": rollout.success.float().mean(),
+        "return": rollout.returns.mean(),
+        "steps": rollout.steps.float().mean(),
+        "subgoals_done": rollout.subgoals_done.float().mean(),
+    }
+    if isinstance(rollout, AbstractRollout):
+        means["decisions"] = rollout.lengths.float().mean()
+    means = {name: mean / workers.count for name, mean in means.items()}
+    workers.all_reduce(list(means.values()))
+    return means

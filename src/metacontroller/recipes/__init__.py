@@ -1,0 +1,1 @@
+"""Experiments made of phases: one seed, many seeds, every baseline, sweeps."""

@@ -1,0 +1,172 @@
+"""The config of an experiment: every value that a run depends on, as dataclasses and as config.json.
+
+In JSON the world and the model carry a name: ``"domain": {"name": "corridor", ...}``. It picks the class that reads the
+rest, see `domains.registry` and `models.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.baselines.compile import CompileConfig
+from metacontroller.control.config import MetaControllerConfig
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.domains.registry import domain_class, domain_of
+from metacontroller.errors import UserError
+from metacontroller.models.config import model_config_class
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.phases.evaluate import EvaluateConfig
+from metacontroller.phases.policy_gradient import InternalRLConfig
+from metacontroller.phases.pretrain import PretrainConfig
+from metacontroller.storage.config_file import from_plain
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.optimizer import OptimizerConfig
+from metacontroller.training.seeding import STREAMS, stream_seed
+
+
+def short_compile() -> CompileConfig:
+    """CompILE for a few thousand updates: a neutral start for presets that do not compare with it."""
+    return CompileConfig(optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=1e-3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything a run needs. The seeds of phases derive from the run's, see `with_seed`."""
+
+    domain: Any
+    """The world: the config of a `Domain`."""
+    model: Any
+    """The action model, such as `ModelConfig`: a dataclass with ``name``, ``Model``, ``dim`` and ``build``."""
+    meta_controller: MetaControllerConfig
+    """What steers the action model."""
+    pretrain: PretrainConfig
+    """Phase 1, pretraining."""
+    discover: DiscoverConfig
+    """Phase 2, discovery."""
+    internal_rl: InternalRLConfig
+    """Phase 3, reinforcement learning over codes."""
+    raw_action_rl: InternalRLConfig
+    """The baseline of phase 3, reinforcement learning over raw actions."""
+    evaluate: EvaluateConfig
+    """Measures at the end."""
+    discovery: Literal["metacontroller", "compile"] = "metacontroller"
+    """What finds abstract actions: the metacontroller, or the baseline CompILE."""
+    compile: CompileConfig = dataclasses.field(default_factory=short_compile)
+    """The baseline CompILE, where it does the discovery."""
+    seed: int = 0
+    """From which all other seeds derive, see `with_seed`; on the command line --seed or --seeds."""
+
+    def __post_init__(self) -> None:
+        if self.discovery not in ("metacontroller", "compile"):
+            raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
+        rank = self.meta_controller.rank
+        if rank is not None and rank > self.model.dim:
+            raise UserError(f"meta_controller.rank is {rank}; expected at most model.dim, {self.model.dim}.")
+        stream_seed(self.seed, STREAMS[0])
+
+
+def with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
+    """The same experiment from another seed, with the seeds of all phases derived from it."""
+    phases = ("pretrain", "discover", "internal_rl", "raw_action_rl")
+    seeded: dict[str, Any] = {name: replace(getattr(config, name), seed=stream_seed(seed, name)) for name in phases}
+    seeded["compile"] = replace(config.compile, seed=stream_seed(seed, "discover"))
+    return replace(config, seed=seed, **seeded)
+
+
+def build_model(config: ExperimentConfig) -> SteerableModel:
+    """A new action model, its weights drawn from the config's seed."""
+    spec = domain_of(config.domain).spec()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "model"))
+        return config.model.build(spec.encoder, spec.action)
+
+
+def build_meta_controller(config: ExperimentConfig) -> MetaController:
+    """A new metacontroller, its weights drawn from the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "meta_controller"))
+        return MetaController(config.model.dim, **vars(config.meta_controller))
+
+
+# -- config.json ------------------------------------------------------------------------------------------------------
+
+
+def to_json(config: ExperimentConfig) -> dict[str, Any]:
+    """What config.json holds of a config; `from_json` reads it."""
+    content = _fields(config)
+    content["domain"] = {"name": domain_of(config.domain).name, **_fields(config.domain)}
+    content["model"] = {"name": config.model.name, **_fields(config.model)}
+    return content
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def from_json(data: Any) -> ExperimentConfig:
+    """The config that config.json holds; UserError names the field that is unknown, missing or wrong."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"config is {data!r}; expected an object with the fields of ExperimentConfig.")
+    kinds: dict[str, Callable[[str], type[Any]]] = {
+        "domain": lambda name: domain_class(name).Config,
+        "model": model_config_class,
+    }
+    named = {field: _named(data[field], f"config.{field}", kind) for field, kind in kinds.items() if field in data}
+    return from_plain(ExperimentConfig, {**data, **named})
+
+
+def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
+    """The config in ``content``, of the class that its name picks."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("name"), str):
+        raise UserError(f"{where} is {content!r}; expected an object with a name.")
+    rest = {name: value for name, value in content.items() if name != "name"}
+    return from_plain(kind(content["name"]), rest, where)
+
+
+# -- run folders ------------------------------------------------------------------------------------------------------
+
+
+def read_config(run: RunFolder) -> ExperimentConfig:
+    """The config in a run folder."""
+    return from_json(run.read_config())
+
+
+def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, option: str) -> None:
+    """Writes the config into a new folder, or checks that a resumed one holds the same."""
+    if not (folder.path / "config.json").exists():
+        if folder.path.is_dir() and any(folder.path.iterdir()):
+            raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
+        folder.write_config(to_json(config))
+        return
+    if not resume:
+        raise UserError(f"{folder.path} holds a run; add --resume to resume it, or choose another {option}.")
+    if with_seed(read_config(folder), config.seed) != with_seed(config, config.seed):
+        raise UserError(
+            f"{folder.path} was started with another configuration; leave out --preset and --config to resume it, or "
+            f"choose another {option}."
+        )
+
+
+def load_run(folder: RunFolder, device: str, config: ExperimentConfig | None = None) -> LoadedRun:
+    """The run in a folder, as its config.json says unless a config is given."""
+    config = read_config(folder) if config is None else config
+    return LoadedRun(
+        folder=folder,
+        domain=domain_of(config.domain),
+        settings=config.evaluate,
+        seed=config.seed,
+        device=device,
+        Model=config.model.Model,
+        cotrained=config.discover.train_model,
+        segmented=config.discovery == "compile",
+        snapshots=config.pretrain.snapshots,
+        pretraining_steps=config.pretrain.optimizer.steps,
+        new_model=lambda: build_model(config),
+    )

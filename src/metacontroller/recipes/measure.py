@@ -1,0 +1,86 @@
+"""What a finished run is judged by, all of it in held-out episodes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from metacontroller.analysis.codes import code_meaning, unseen_transition_share
+from metacontroller.analysis.gate import held_out_gate
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
+from metacontroller.phases.evaluate import Policy
+from metacontroller.training.progress import announce
+from metacontroller.training.seeding import stream_seed
+
+GATE_FIGURES = ("gate_recall", "gate_precision", "gate_binary_fraction")
+
+
+def discovery_figures(run: LoadedRun, seed: int, episodes: int) -> dict[str, float | None]:
+    """What discovery is judged by: the gate's alignment with subgoals in ``episodes``, and how many bits a fixed code
+    tells of the subgoal that it leads to. None in a world without labels of subgoals."""
+    generator = torch.Generator(run.device).manual_seed(seed)
+    bits = code_meaning(run, generator).bits if run.subgoals else None
+    return {**_gate_figures(run, seed, episodes), "code_subgoal_bits": bits}
+
+
+def _gate_figures(run: LoadedRun, seed: int, episodes: int) -> dict[str, float | None]:
+    if not run.subgoals:
+        return dict.fromkeys(GATE_FIGURES)
+    return {**held_out_gate(run, episodes, seed).figures()}
+
+
+def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
+    """All measures of a run that has been through all phases, with the names of its task and subgoals.
+
+    What needs labels of subgoals is None in a world that has none, as is what needs to know which subgoals follow each
+    other in training.
+    """
+    episodes, seed = run.settings.episodes, stream_seed(run.seed, "evaluate")
+    generator = torch.Generator(run.device).manual_seed(seed)
+    bits = share = unseen = None
+    if run.subgoals:
+        announce("evaluate: what codes mean", quiet)
+        meaning = code_meaning(run, generator)
+        bits, share = meaning.bits, meaning.share.tolist()
+        announce("evaluate: transitions that training never shows", quiet)
+        unseen = unseen_transition_share(
+            run.base, run.domain, episodes=episodes, walk_steps=run.walk_steps, generator=generator
+        )
+
+    def success(policy: Policy) -> float:
+        announce(f"evaluate: success of {policy}", quiet)
+        return run.evaluate(policy, episodes=episodes, seed=seed)["success"]
+
+    rates = {
+        "internal_rl_success": success("internal-rl"),
+        "raw_action_success": success("raw"),
+        "prior_success": success("prior"),
+        "raw_initial_success": success("base"),
+    }
+    announce("evaluate: the gate against subgoals", quiet)
+    return {
+        **rates,
+        **_gate_figures(run, seed, episodes),
+        "code_subgoal_bits": bits,
+        "unseen_transition_share": None if unseen is None or math.isnan(unseen) else unseen,
+        "code_subgoal_share": share,
+        "task": run.domain.format_task(),
+        "subgoals": list(run.subgoals),
+    }
+
+
+def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:
+    """All measures of a study's variant. reinforced: whether it has been through internal RL."""
+    episodes, seed = run.settings.episodes, stream_seed(run.seed, "evaluate")
+    model, controlled, source = run.model, run.meta_controller, run.demonstrations()
+    if run.segmentation is not None:
+        results = rate_distortion_of_segments(model, run.segmentation, controlled, source, episodes, seed)
+    else:
+        results = rate_distortion(model, controlled, source, episodes, seed)
+    aligned = is_aligned(results)
+    if reinforced:
+        results["internal_rl_success"] = run.evaluate("internal-rl", episodes=episodes, seed=seed)["success"]
+    return {**results, "aligned": aligned}

@@ -1,0 +1,171 @@
+"""The whole experiment, seed by seed: pretrain, discover, internal RL beside raw-action RL, measure, draw.
+
+    OUT/config.json, summary.json, figures/    of all seeds
+    OUT/seed-0/ ...                            a run folder each: all phases' artefacts, metrics, summary, figures
+
+Each phase is resumed from its last checkpoint, which also says how long the work that it holds has taken.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.registry import run_analysis
+from metacontroller.errors import UserError
+from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
+from metacontroller.recipes.jobs import in_processes, usable_cores
+from metacontroller.recipes.machine import environment_facts
+from metacontroller.recipes.measure import measure
+from metacontroller.recipes.run_phase import PHASES, RL_PHASES, run_phase
+from metacontroller.report import figures
+from metacontroller.report.tables import RESULTS
+from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
+from metacontroller.training.progress import announce
+
+# -- one seed ---------------------------------------------------------------------------------------------------------
+
+
+def reproduce_seed(
+    config: ExperimentConfig, folder: Path, *, quiet: bool = False, apart: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """All phases of one seed, from wherever the folder stands; returns its summary, which is written last.
+
+    apart: each phase in a process of its own, whose memory is free again when it ends; the two kinds of RL side by
+    side with one thread each, all else with all threads.
+    """
+    run = RunFolder(folder)
+    if finished := run.read_summary():
+        return finished
+    jobs = {phase: (phase, config, folder, quiet, device) for phase in PHASES}
+    if apart:
+        threads = torch.get_num_threads()
+        for phase in PHASES:
+            if phase not in RL_PHASES:
+                in_processes(run_phase, [jobs[phase]], threads=threads)
+        in_processes(run_phase, [jobs[phase] for phase in RL_PHASES], at_once=2)
+        in_processes(conclude, [(config, folder, quiet, device, peak_rss_mb())], threads=threads)
+    else:
+        for job in jobs.values():
+            run_phase(*job)
+        conclude(config, folder, quiet, device)
+    return run.read_summary()
+
+
+def conclude(
+    config: ExperimentConfig, folder: Path, quiet: bool, device: str, parent_peak_mb: float | None = None
+) -> None:
+    """Measures a seed that has been through all phases, draws it and writes its summary.
+
+    parent_peak_mb: the memory of the process that waits for this one, if each phase had a process of its own.
+    """
+    began = time.monotonic()
+    run = RunFolder(folder)
+    loaded = load_run(run, device, config)
+    measured = measure(loaded, quiet)
+    announce("figures of the run", quiet)
+    show_episodes(loaded, quiet=quiet)
+    figures.draw_run(run, measured)
+    summary = {
+        "seed": config.seed,
+        **measured,
+        "episodes": config.internal_rl.updates * config.internal_rl.batch_size,
+        **_costs(run, time.monotonic() - began, parent_peak_mb),
+    }
+    run.write_summary(summary)
+
+
+def show_episodes(run: LoadedRun, *, quiet: bool = False) -> None:
+    """The analysis ``episodes`` of a run, which the figure of the gate and the report's player show, unless it is there
+    with all that the run has to show: probes may have come later."""
+    episodes = run.folder.read_analysis("episodes").get("episodes", [])
+    believed = any(episode["belief"] is not None for episode in episodes)
+    if not episodes or (run.folder.has_checkpoint("probes") and not believed):
+        run_analysis("episodes", run, quiet=quiet)
+
+
+def _costs(run: RunFolder, evaluation_seconds: float, parent_peak_mb: float | None) -> dict[str, Any]:
+    """seconds in all, phase_seconds and peak_rss_mb of all processes together, from what the checkpoints say."""
+    costs = {phase: run.load_checkpoint(phase)[1] for phase in PHASES}
+    phase_seconds = {phase: meta["seconds"] for phase, meta in costs.items()} | {"evaluate": evaluation_seconds}
+    rl_seconds = [phase_seconds[phase] for phase in RL_PHASES]
+    peaks = {phase: meta["peak_rss_mb"] for phase, meta in costs.items()} | {"evaluate": peak_rss_mb()}
+    rl_peaks = [peaks.pop(phase) for phase in RL_PHASES]
+    if parent_peak_mb is None:
+        seconds, peak = sum(rl_seconds), max(*peaks.values(), *rl_peaks)
+    else:
+        seconds, peak = max(rl_seconds), parent_peak_mb + max(*peaks.values(), sum(rl_peaks))
+    seconds += sum(value for phase, value in phase_seconds.items() if phase not in RL_PHASES)
+    return {"seconds": seconds, "phase_seconds": phase_seconds, "peak_rss_mb": peak}
+
+
+# -- all seeds --------------------------------------------------------------------------------------------------------
+
+
+def reproduce(
+    config: ExperimentConfig,
+    out: str | os.PathLike[str],
+    seeds: Sequence[int] = (0,),
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The experiment on every seed; writes and returns ``out/summary.json``.
+
+    workers: seeds at the same time, one thread each. With one worker, pretraining and discovery have all threads, and
+    the two kinds of RL run side by side where there is more than one core.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
+    if workers < 1:
+        raise UserError(f"workers is {workers}; expected at least 1.")
+    figures.require_matplotlib()
+    folder = RunFolder(out)
+    open_folder(folder, config, resume=resume, option="--out")
+    configs = [with_seed(config, seed) for seed in seeds]
+    paths = [folder.path / f"seed-{seed}" for seed in seeds]
+    if workers == 1:
+        apart = usable_cores() > 1
+        for seeded, path in zip(configs, paths, strict=True):
+            reproduce_seed(seeded, path, quiet=quiet, apart=apart, device=device)
+    else:
+        jobs = [(seeded, path, quiet, device) for seeded, path in zip(configs, paths, strict=True)]
+        in_processes(_reproduce_alone, jobs, at_once=workers)
+    runs = [RunFolder(path) for path in paths]
+    summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
+    if folder.read_summary() != summary:
+        announce("figures of all seeds", quiet)
+        figures.draw_all(folder, runs, summary["task"])
+        folder.write_summary(summary)
+    return summary
+
+
+def _reproduce_alone(config: ExperimentConfig, path: Path, quiet: bool, device: str) -> None:
+    # quiet, because the bars of several processes would overwrite each other
+    summary = reproduce_seed(config, path, quiet=True, device=device)
+    if not quiet:
+        print(f"seed {config.seed}: finished in {summary['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
+
+
+def combined_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summaries of several seeds as one: each measure a list over seeds.
+
+    task, subgoals and episodes are those of one seed; peak_rss_mb is the largest.
+    """
+    return {
+        "seeds": [run["seed"] for run in runs],
+        **{name: [run[name] for run in runs] for name in RESULTS},
+        **{name: runs[0][name] for name in ("task", "subgoals", "episodes")},
+        "seconds": [run["seconds"] for run in runs],
+        "phase_seconds": [run["phase_seconds"] for run in runs],
+        "peak_rss_mb": max(run["peak_rss_mb"] for run in runs),
+    }

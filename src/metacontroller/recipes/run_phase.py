@@ -1,0 +1,93 @@
+"""One phase of a run folder, as its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metacontroller.baselines.compile import build_compile, discover_compile
+from metacontroller.baselines.raw_action_rl import raw_action_rl
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.batching import Generate
+from metacontroller.domains.base import Domain, Split
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import BASE_MODEL, load_artefact
+from metacontroller.phases.discover import discover
+from metacontroller.phases.internal_rl import internal_rl
+from metacontroller.phases.policy_gradient import Reset
+from metacontroller.phases.pretrain import pretrain
+from metacontroller.recipes.config import ExperimentConfig, build_meta_controller, build_model, load_run, to_json
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import processes
+from metacontroller.training.seeding import stream_seed
+
+
+def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> SteerableModel:
+    """Phase 1 in a run folder; writes config.json too."""
+    run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
+    model = build_model(config).to(device)
+    if processes(device).is_main:
+        run.write_config(to_json(config))
+    source = demonstrations(domain_of(config.domain), "pretrain")
+    return pretrain(config.pretrain, model, source, run, resume=resume, quiet=quiet)
+
+
+def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
+    """Phase 2 in a run folder that holds a base model; a model that is trained along may start from new weights."""
+    if config.discover.train_model and not (run.path / f"{BASE_MODEL}.safetensors").exists():
+        model = build_model(config).to(device)
+    else:
+        model = load_artefact(config.model.Model, run, BASE_MODEL, device)
+    domain, meta_controller = domain_of(config.domain), build_meta_controller(config).to(device)
+    source = demonstrations(domain, "discover")
+    augment = domain.augment if config.discover.symmetry_augmentation else None
+    options: dict[str, Any] = {"augment": augment, "resume": resume, "quiet": quiet}
+    if config.discovery == "compile":
+        seed, dim_latent = stream_seed(config.seed, "meta_controller"), config.meta_controller.dim_latent
+        segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
+        return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
+    return discover(config.discover, model, meta_controller, source, run, **options)
+
+
+def run_internal_rl(
+    config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+) -> MetaController:
+    """Phase 3 in a run folder that holds a base model and a metacontroller."""
+    loaded = load_run(run, device, config)
+    model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
+    return internal_rl(config.internal_rl, model, meta_controller, reset, run, resume=resume, quiet=quiet)
+
+
+def run_raw_action_rl(
+    config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+) -> SteerableModel:
+    """The baseline, on a copy of the run folder's base model."""
+    model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain_of(config.domain))
+    return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
+
+
+def demonstrations(domain: Domain, split: Split) -> Generate:
+    """The source of one phase's episodes."""
+    return lambda n, generator: domain.demonstrations(split, n, generator)
+
+
+def post_training(domain: Domain) -> Reset:
+    """Starts episodes of a world's post-training task."""
+    return lambda n, generator: domain.reset(n, generator)
+
+
+RUN_PHASE: dict[str, Callable[..., Any]] = {
+    "pretrain": run_pretrain,
+    "discover": run_discover,
+    "internal_rl": run_internal_rl,
+    "raw_action_rl": run_raw_action_rl,
+}
+PHASES = tuple(RUN_PHASE)
+RL_PHASES = ("internal_rl", "raw_action_rl")
+
+
+def run_phase(phase: str, config: ExperimentConfig, folder: Path, quiet: bool, device: str) -> None:
+    """One phase, resumed if it was begun."""
+    RUN_PHASE[phase](config, RunFolder(folder), resume=True, quiet=quiet, device=device)

@@ -1,0 +1,164 @@
+"""How much a study does, and its variants: the paper's baselines, and what its other figures vary."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from metacontroller.control.switching import GateConfig
+from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.recipes.config import ExperimentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """How much of everything. What begins with the command of an analysis is an option of that analysis."""
+
+    alphas: tuple[float, ...] = (0.001, 0.004, 0.02, 0.1)
+    """Weights of the KL, one for each point of the rate-distortion curves."""
+    rate_steps: int = 2400
+    """Updates of discovery at each point of the rate-distortion curves."""
+    discovery_steps: int = 1600
+    """Updates of discovery on variants of pretraining."""
+    alpha_warmup: tuple[int, int] = (700, 1200)
+    """Updates (from, to) of the KL's linear warm-up, on variants of pretraining."""
+    snapshots: tuple[int, ...] = (500, 1000)
+    """Updates of pretraining after which to discover on the base model."""
+    weight_decays: tuple[float, ...] = (0.0,)
+    """Weight decays of pretraining; a base model for each, to compare with the snapshot of as many updates."""
+    state_loss_weights: tuple[float, ...] = (0.01,)
+    """Weights lambda of pretraining's state loss; a base model for each."""
+    epsilons: tuple[float, ...] = (0.1,)
+    """Shares of the experts' random moves, where the world has any; a base model for each."""
+    pretraining_steps: int = 1000
+    """Pretraining updates of each base model of weight_decays, state_loss_weights and epsilons."""
+    episodes: int = 50_000
+    """Episodes of internal RL on each variant."""
+    few_seeds: int = 1
+    """So many of the seeds have curves, variants and controls; all have the baselines."""
+    probe_steps: int = 300
+    """Updates of the linear probes."""
+    probe_lr: float = 3e-3
+    """Learning rate of the linear probes."""
+    probe_episodes: int = 2048
+    """Held-out episodes to judge the linear probes by."""
+    steer_steps: int = 3200
+    """Updates of the supervised controllers (the paper's table)."""
+    steer_lr: float = 1e-3
+    """Learning rate of the supervised controllers (the paper's table)."""
+    steer_episodes: int = 2048
+    """Held-out episodes to judge the supervised controllers by."""
+    inject_walks: int = 1024
+    """Walks for each subgoal, free and with its code forced."""
+    gate_episodes: int = 2048
+    """Held-out episodes to judge the gate by."""
+
+
+Group = Literal["baseline", "rate", "pretraining", "control"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One change to the reproduction. value: what is varied in its group, for axes and tables. start: from the base
+    model of the seed, from one of its snapshots (the step), from a base model of its own, or from new weights."""
+
+    name: str
+    group: Group
+    config: ExperimentConfig
+    value: float | None = None
+    start: Literal["base", "own", "new"] | int = "base"
+    reinforces: bool = True
+
+
+def _lasting(config: DiscoverConfig, steps: int) -> DiscoverConfig:
+    """The same for so many updates, over as large a share of which the learning rate falls."""
+    optimizer = config.optimizer
+    falls = round(optimizer.decay_steps * steps / optimizer.steps)
+    return replace(config, optimizer=replace(optimizer, steps=steps, decay_steps=falls))
+
+
+def variants(config: ExperimentConfig, study: StudyConfig) -> dict[str, Variant]:
+    """All variants by name, in the order in which they are run."""
+    made = [*_baselines(config), *_rate_distortion(config, study), *_pretraining(config, study), *_controls(config)]
+    return {variant.name: variant for variant in made}
+
+
+def _baselines(config: ExperimentConfig) -> list[Variant]:
+    """The paper's baselines beside raw-action RL, which the reproduction has (Fig. 8)."""
+    forced = replace(config, meta_controller=replace(config.meta_controller, gate=GateConfig(mode="forced")))
+    cotrained = _cotrained(config)
+    joint = replace(
+        cotrained.discover.optimizer, steps=max(config.pretrain.optimizer.steps, config.discover.optimizer.steps)
+    )
+    scratch = replace(cotrained, discover=replace(cotrained.discover, optimizer=joint))
+    return [
+        Variant(name="compile", group="baseline", config=replace(config, discovery="compile")),
+        Variant(name="forced-switching", group="baseline", config=forced),
+        Variant(name="cotrained-from-pretrained", group="baseline", config=cotrained),
+        Variant(name="cotrained-from-scratch", group="baseline", config=scratch, start="new"),
+    ]
+
+
+def _cotrained(config: ExperimentConfig) -> ExperimentConfig:
+    """The base trained along, at pretraining's learning rate."""
+    optimizer = replace(config.discover.optimizer, lr=config.pretrain.optimizer.lr)
+    return replace(config, discover=replace(config.discover, optimizer=optimizer, train_model=True))
+
+
+def _controls(config: ExperimentConfig) -> list[Variant]:
+    """Where the sequence embedder sees episodes under symmetry augmentation: without it, as in the paper, the base
+    frozen and co-trained. They tell what the augmentation does for each."""
+    if not config.discover.symmetry_augmentation:
+        return []
+    compared = (Variant(name="frozen", group="control", config=config), *_baselines(config))
+    return [
+        replace(
+            variant,
+            name=f"unaugmented-{variant.name}",
+            group="control",
+            config=replace(variant.config, discover=replace(variant.config.discover, symmetry_augmentation=False)),
+        )
+        for variant in compared
+        if variant.name == "frozen" or variant.config.discover.train_model
+    ]
+
+
+def _rate_distortion(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
+    """Each alpha, frozen and co-trained, with the Gumbel-sigmoid gate (Fig. 7)."""
+    made = []
+    gate = replace(config.meta_controller.gate, mode="gumbel-sigmoid")
+    for alpha in study.alphas:
+        for kind, base in (("frozen", config), ("cotrained", _cotrained(config))):
+            discovery = replace(_lasting(base.discover, study.rate_steps), alpha=alpha)
+            changed = replace(base, discover=discovery, meta_controller=replace(base.meta_controller, gate=gate))
+            name = f"rate-{kind}-{alpha:g}"
+            made.append(Variant(name=name, group="rate", config=changed, value=alpha, reinforces=False))
+    return made
+
+
+def _pretraining(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
+    """Base models pretrained for less time or otherwise, with the same discovery on each (Fig. A2)."""
+    rl = replace(config.internal_rl, episodes=study.episodes)
+    discovery = replace(_lasting(config.discover, study.discovery_steps), alpha_warmup=study.alpha_warmup)
+    config = replace(config, discover=discovery, internal_rl=rl)
+    made = []
+    for step in study.snapshots:
+        name = f"pretraining-steps-{step}"
+        made.append(Variant(name=name, group="pretraining", config=config, value=step, start=step))
+    optimizer = replace(config.pretrain.optimizer, steps=study.pretraining_steps, decay_steps=0)  # as at a snapshot
+    config = replace(config, pretrain=replace(config.pretrain, optimizer=optimizer, snapshots=()))
+
+    def add(name: str, value: float, changed: ExperimentConfig) -> None:
+        made.append(Variant(name=name, group="pretraining", config=changed, value=value, start="own"))
+
+    for decay in study.weight_decays:
+        decayed = replace(config.pretrain, optimizer=replace(optimizer, weight_decay=decay))
+        add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=decayed))
+    for weight in study.state_loss_weights:
+        pretraining = replace(config.pretrain, state_loss_weight=weight)
+        add(f"state-loss-{weight:g}", weight, replace(config, pretrain=pretraining))
+    if "epsilon" in {part.name for part in dataclasses.fields(config.domain)}:
+        for epsilon in study.epsilons:
+            add(f"epsilon-{epsilon:g}", epsilon, replace(config, domain=replace(config.domain, epsilon=epsilon)))
+    return made

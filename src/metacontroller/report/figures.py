@@ -1,0 +1,165 @@
+"""PNG figures of a run, in RUN/figures, drawn from its files. Needs matplotlib (the extra `viz`), imported only when
+drawing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metacontroller.errors import UserError
+from metacontroller.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GATE_EPISODES = 6
+"""Episodes in the figure of the gate."""
+
+NOT_MEASURED = "not measured"
+
+
+def require_matplotlib() -> None:
+    """Raises UserError, before hours are spent, if figures cannot be drawn at their end."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
+
+
+def draw_run(run: RunFolder, measured: Mapping[str, Any]) -> None:
+    """All figures of one finished seed. measured: what its summary holds."""
+    folder = run.path / "figures"
+    save_figure(losses_figure(run), folder / "losses.png")
+    save_figure(gate_figure(run.read_analysis("episodes")), folder / "gate.png")
+    save_figure(success_figure([run], measured["task"]), folder / "success.png")
+    save_figure(measured_codes_figure(measured), folder / "codes.png")
+
+
+def draw_all(folder: RunFolder, runs: Sequence[RunFolder], task: str) -> None:
+    """Figures over all seeds."""
+    save_figure(success_figure(runs, task), folder.path / "figures" / "success.png")
+
+
+def losses_figure(run: RunFolder) -> Figure:
+    """Pretraining and discovery: action loss against updates, and the KL that discovery pays."""
+    figure = figure_of_size(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
+    pretraining, discovery = run.read_metrics("pretrain"), run.read_metrics("discover")
+    left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0")
+    left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
+    steps = _column(discovery, "step")
+    right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
+    cost = "code_kl" if any("code_kl" in line for line in discovery) else "kl"  # CompILE's, the metacontroller's
+    right.plot(steps, _column(discovery, cost), color="C1", label="KL of the codes")
+    right.set(title="Discovery", xlabel="update", ylabel="nats per step", yscale="log")
+    right.legend(frameon=False)
+    return figure
+
+
+def gate_figure(analysed: Mapping[str, Any]) -> Figure:
+    """The gate over time against true subgoal changes, a held-out episode a row (as Fig. 6).
+
+    analysed: what analyses/episodes.json holds; nothing if it has not been made.
+    """
+    episodes = analysed.get("episodes", [])[:GATE_EPISODES]
+    figure = figure_of_size(8.0, 1.1 * max(len(episodes), 1) + 0.6)
+    axes = list(figure.subplots(max(len(episodes), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+    if not episodes:
+        say_not_measured(axes[0])
+    for episode, ax in zip(episodes, axes, strict=False):
+        for change in episode["changes"] or []:
+            ax.axvline(change, color="C1", linestyle="--", linewidth=1.2)
+        ax.plot(range(len(episode["gate"])), episode["gate"], color="C0", marker=".", linewidth=1.2)
+        ax.set_ylabel(episode["task"], rotation=0, ha="right", va="center")
+        ax.set(ylim=(-0.05, 1.05), yticks=(0, 1))
+    axes[0].set_title("Switching gate β (solid) and true subgoal changes (dashed), one task a row")
+    axes[-1].set_xlabel("environment step")
+    return figure
+
+
+def success_figure(runs: Sequence[RunFolder], task: str) -> Figure:
+    """Success on the post-training task against episodes (as Fig. 8); over seeds the median and a band of quartiles.
+
+    task: as text.
+    """
+    figure = figure_of_size(5.6, 3.6)
+    ax = figure.subplots()
+    highest = 0.0
+    for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
+        logged = [lines for run in runs if (lines := run.read_metrics(phase))]
+        if logged:
+            highest = max(highest, median_and_quartiles(ax, logged, label, color))
+    ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
+    top = 1.02 if highest > 0.2 else max(1.1 * highest, 0.05)
+    ax.set_ylim(-0.02 * top, top)
+    ax.set_title(f"Task: {task}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+    if ax.lines:
+        ax.legend(frameon=False)
+    else:
+        say_not_measured(ax)
+    return figure
+
+
+def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label: str, color: str) -> float:
+    """Draws success against episodes, one list of logged lines a seed; returns the highest value of any."""
+    shared = min(len(lines) for lines in logged)
+    episodes = _column(logged[0][:shared], "episodes")
+    success = torch.tensor([_column(lines[:shared], "success") for lines in logged])
+    low, median, high = success.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
+    ax.plot(episodes, median, color=color, label=label)
+    if len(logged) > 1:
+        ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
+    return float(success.max())
+
+
+def measured_codes_figure(measured: Mapping[str, Any]) -> Figure:
+    """The figure of codes from what a run's summary holds of them."""
+    if measured.get("code_subgoal_share") is None:
+        figure = figure_of_size(4.0, 2.0)
+        say_not_measured(figure.subplots())
+        return figure
+    share = torch.tensor(measured["code_subgoal_share"])
+    return codes_figure(share, measured["code_subgoal_bits"], measured["subgoals"])
+
+
+def codes_figure(share: torch.Tensor, bits: float, names: Sequence[str]) -> Figure:
+    """Which subgoal a held code reaches first: share (codes, outcomes), outcome 0 is none; names: of the others."""
+    from matplotlib.ticker import MaxNLocator
+
+    shown = share[:, [*range(1, len(names) + 1), 0]]
+    favourite = shown.argmax(1)
+    order = sorted(range(len(shown)), key=lambda code: (int(favourite[code]), -float(shown[code].max())))
+    figure = figure_of_size(1.2 + 0.55 * len(names) + 1.6, 5.0)
+    ax = figure.subplots()
+    image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    ax.set_xticks(range(len(names) + 1), [*names, "none"])
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="subgoal reached first", ylabel="fixed code, by favourite subgoal", title=f"{bits:.2f} bits")
+    figure.colorbar(image, ax=ax, label="share of held-out episodes")
+    return figure
+
+
+def say_not_measured(ax: Axes) -> None:
+    """Writes so in the middle of a panel."""
+    ax.text(0.5, 0.5, NOT_MEASURED, transform=ax.transAxes, ha="center")
+
+
+def figure_of_size(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    require_matplotlib()
+    from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _column(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [float("nan") if line[name] is None else line[name] for line in lines]

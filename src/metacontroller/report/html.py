@@ -1,0 +1,197 @@
+"""A report to open in a browser: one HTML file that needs no network, with tables, figures and a trajectory player."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from metacontroller.errors import UserError
+from metacontroller.report import figures
+from metacontroller.report.figures import NOT_MEASURED
+from metacontroller.report.study_figures import BASELINES, CONTROLS, study_figures
+from metacontroller.report.tables import variant_rows
+from metacontroller.storage.files import write_text
+from metacontroller.storage.run_folder import RunFolder
+
+PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[Any]]], ...] = (
+    (
+        "internal RL on the post-training task (Fig. 8)",
+        "high within a million episodes",
+        lambda summary, runs: summary.get("internal_rl_success", []),
+    ),
+    (
+        "raw-action RL (Fig. 8)",
+        "near 0, from about 1e-6",
+        lambda summary, runs: summary.get("raw_action_success", []),
+    ),
+    (
+        "gate against subgoal changes: recall (Fig. 6)",
+        "spikes where the subgoal changes",
+        lambda summary, runs: summary.get("gate_recall", []),
+    ),
+    ("gate: precision (Fig. 6)", "near 0 elsewhere", lambda summary, runs: summary.get("gate_precision", [])),
+    (
+        "linear probe of the subgoal at the input (Fig. 3)",
+        "about 0.3",
+        lambda summary, runs: [results["accuracy"][0] for results in _analyses(runs, "probes")],
+    ),
+    (
+        "the same at the best layer (Fig. 3)",
+        "about 0.5 by mid-depth",
+        lambda summary, runs: [max(results["accuracy"]) for results in _analyses(runs, "probes")],
+    ),
+    (
+        "supervised controllers at the best layer, chained (Fig. 4)",
+        "0.5 to 0.7, near mid-depth",
+        lambda summary, runs: [max(results["success"]) for results in _analyses(runs, "steering")],
+    ),
+    (
+        "code forced in mid-episode (Fig. A4, ant)",
+        "36% instead of 23%",
+        lambda summary, runs: [results["forced"] for results in _analyses(runs, "injection")],
+    ),
+    (
+        "the same over unseen transitions (Fig. A4, ant)",
+        "24% instead of 10%",
+        lambda summary, runs: [results["forced_unseen"] for results in _analyses(runs, "injection")],
+    ),
+)
+"""What is compared: a name, what the paper says of it, and our values over seeds."""
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Writes the report on reproductions, one folder each, to the file ``out``; replaced only when it is whole.
+
+    UserError for a folder that is no finished reproduction.
+    """
+    figures.require_matplotlib()
+    parts, players = [], []
+    for path in paths:
+        folder = RunFolder(path)
+        summary = folder.read_summary()
+        if not summary.get("seeds"):
+            raise UserError(
+                f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first."
+            )
+        runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
+        parts.append(_section(folder, summary, runs))
+        if episodes := runs[0].read_analysis("episodes"):
+            players.append(episodes)
+    page = resources.files("metacontroller.report").joinpath("report.html").read_text(encoding="utf-8")
+    data = json.dumps(players).replace("</", "<\\/")  # a script's text may not end the script
+    write_text(out, page.replace("<!--CONTENT-->", "\n".join(parts)).replace("<!--DATA-->", data))
+    return out
+
+
+def _analyses(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
+    """What the seeds have of an analysis."""
+    return [results for run in runs if (results := run.read_analysis(name))]
+
+
+def _section(folder: RunFolder, summary: dict[str, Any], runs: list[RunFolder]) -> str:
+    """One reproduction."""
+    name, seeds, first = folder.path.name, len(runs), runs[0]
+    measured, episodes = first.read_summary(), first.read_analysis("episodes")
+    task, studied_figures = summary.get("task", "post-training task"), study_figures(folder, runs)
+    drawn = {
+        "Success against episodes, median and quartiles over seeds": figures.success_figure(runs, task),
+        "Gate and true subgoal changes, first seed": figures.gate_figure(episodes),
+        "Losses, first seed": figures.losses_figure(first),
+        "What a fixed code leads to, first seed": figures.measured_codes_figure(measured),
+        **dict(studied_figures.values()),
+    }
+    lines = [f"<h2>{html.escape(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>"]
+    lines.append("<table><tr><th>measure</th><th>the paper</th><th>here: median [quartiles]</th></tr>")
+    compared = [(label, said, values(summary, runs)) for label, said, values in PAPER]
+    studied = variant_rows(RunFolder(folder.path / "study").read_summary())
+    variants = {name: (label, "near 0") for name, (label, _) in BASELINES.items()}
+    variants |= {name: said for name, said in CONTROLS.items() if name in studied}
+    for variant, (label, said) in variants.items():
+        values = [row["internal_rl_success"] for row in studied.get(variant, [])]
+        compared.append((f"{label}: internal RL on it (Fig. 8)", said, values))
+    for label, said, values in compared:
+        lines.append(f"<tr><td>{label}</td><td>{said}</td><td>{_spread(values)}</td></tr>")
+    lines.append("</table>")
+    for caption, figure in drawn.items():
+        lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
+    lines += _other_figures(folder, {"success", "gate", *studied_figures})
+    lines.append("<h3>Episodes of experts, as the metacontroller sees them</h3>")
+    lines.append(_player(name) if episodes else f"<p>{NOT_MEASURED}</p>")
+    lines.append(_cost(summary))
+    shown = html.escape(json.dumps(first.read_config(), indent=2))
+    lines.append(f"<details><summary>Configuration, first seed</summary><pre>{shown}</pre></details>")
+    return "\n".join(lines)
+
+
+def _spread(values: list[Any]) -> str:
+    """Median and quartiles of what was measured."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return NOT_MEASURED
+    if len(numbers) == 1:
+        return f"{numbers[0]:.3f}"
+    low, _, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return f"{statistics.median(numbers):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _cost(summary: dict[str, Any]) -> str:
+    """Minutes, memory, versions and hardware."""
+    facts = {
+        "episodes of reinforcement learning": f"{summary['episodes']:,}",
+        "minutes a seed": ", ".join(f"{seconds / 60:.1f}" for seconds in summary["seconds"]),
+        "peak memory": f"{summary['peak_rss_mb']:,.0f} MB",
+        **{f"version of {name}": value for name, value in summary.get("versions", {}).items()},
+        **summary.get("hardware", {}),
+    }
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f"<h3>Cost, versions, hardware</h3><table>{rows}</table>"
+
+
+def _svg(figure: Any) -> str:
+    """A figure as inline vector graphics."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _other_figures(folder: RunFolder, known: set[str]) -> list[str]:
+    """The figures that analyses of other packages have left in the folder, as pictures."""
+    paths = sorted(path for path in (folder.path / "figures").glob("*.png") if path.stem not in known)
+    return [
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="">'
+        f"<figcaption>{html.escape(path.stem)}</figcaption></figure>"
+        for path in paths
+    ]
+
+
+def _player(name: str) -> str:
+    """The player's elements; the page's script fills them."""
+    panels = (
+        ("gate", 360, 110, "gate β; dashed: true changes"),
+        ("code", 180, 180, "code, two main axes"),
+        ("belief", 170, 190, "probe's belief"),
+    )
+    drawn = "".join(
+        f'<figure><svg data-part="{part}" width="{width}" height="{height}"></svg>'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for part, width, height, caption in panels
+    )
+    picture = (
+        '<figure><img data-part="picture" alt="what there is to see"><p data-part="no-picture">no pictures</p>'
+        "<figcaption>episode</figcaption></figure>"
+    )
+    return (
+        f'<div class="player-root" aria-label="{html.escape(name)}">'
+        '<div class="controls"><select data-part="episode"></select> <button data-part="back">&#9664;</button> '
+        '<button data-part="play">play</button> <button data-part="forth">&#9654;</button> '
+        '<input data-part="step" type="range" min="0" value="0"> <span class="now" data-part="now"></span></div>'
+        f'<div class="player">{picture}{drawn}</div></div>'
+    )

@@ -1,0 +1,113 @@
+"""Tables of results: of reproductions, evaluations, analyses, studies and sweeps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+RESULTS = {
+    "internal_rl_success": "internal RL: success on the post-training task",
+    "raw_action_success": "raw-action RL: success, as many episodes",
+    "prior_success": "codes from the prior: success",
+    "raw_initial_success": "base model unsteered: success",
+    "gate_recall": "gate: recall of subgoal changes, within ±1 step",
+    "gate_precision": "gate: precision",
+    "gate_binary_fraction": "gate: share of β outside (0.1, 0.9)",
+    "code_subgoal_bits": "a fixed code tells of the subgoal reached, bits",
+    "unseen_transition_share": "base model: unseen among transitions",
+}
+"""The measures of a run, and how the table names them."""
+
+MEASURES = ("internal_rl_success", "gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits")
+"""Those by which the runs of a sweep are compared."""
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Medians and ranges over seeds."""
+    seeds = len(summary["seeds"])
+    table = Table(title=f"{seeds} seed{'s' if seeds > 1 else ''}, {summary['episodes']:,} episodes of RL")
+    table.add_column("measure")
+    table.add_column("median", justify="right")
+    if seeds > 1:
+        table.add_column("range", justify="right")
+    for name, label in RESULTS.items():
+        values = [value for value in summary.get(name, []) if value is not None]
+        if values:
+            _add_row(table, label, values, "{:.3f}")
+    _add_row(table, "minutes", [seconds / 60 for seconds in summary["seconds"]], "{:.1f}")
+    table.add_row("peak memory, MB", f"{summary['peak_rss_mb']:.0f}")
+    return table
+
+
+def _add_row(table: Table, label: str, values: Sequence[float], form: str) -> None:
+    cells = [form.format(statistics.median(values))]
+    if len(table.columns) > 2:
+        cells.append(f"{form.format(min(values))} to {form.format(max(values))}")
+    table.add_row(label, *cells)
+
+
+def evaluation_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """All numbers and words of each result, one column a run."""
+    return analysis_table(
+        results, [(name, [result[name] for result in results]) for name in results[0] if name != "run"]
+    )
+
+
+def analysis_table(results: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Sequence[Any]]]) -> Table:
+    """One line a row, a name and a value for each of the results; one column a run, headed by its "run"."""
+    table = Table()
+    table.add_column("measure")
+    for result in results:
+        table.add_column(result["run"], justify="right")
+    for name, values in rows:
+        table.add_row(name, *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    return table
+
+
+def study_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a study's summary holds of each of its jobs; none if it has not begun."""
+    return summary.get("jobs", [])
+
+
+def variant_rows(summary: Mapping[str, Any], group: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of a study's summary, by variant, of one group or of all."""
+    finished: dict[str, list[dict[str, Any]]] = {}
+    for row in study_rows(summary):
+        if row["status"] == "finished" and "group" in row and group in (None, row["group"]):
+            finished.setdefault(row["name"], []).append(row)
+    return finished
+
+
+def study_table(summary: Mapping[str, Any]) -> Table:
+    """One line a variant of a study's summary, medians over its seeds."""
+    table = Table(title=f"{summary['seconds'] / 60:.0f} minutes of one core")
+    names = {
+        "internal_rl_success": "success",
+        "gate_recall": "recall",
+        "gate_precision": "precision",
+        "rate": "rate",
+        "distortion": "distortion",
+    }
+    for title in ("variant", "seeds", *names.values()):
+        table.add_column(title, justify="left" if title == "variant" else "right", overflow="fold")
+    for name, rows in variant_rows(summary).items():
+        measured = [[row[measure] for row in rows if row.get(measure) is not None] for measure in names]
+        table.add_row(name, str(len(rows)), *(f"{statistics.median(each):.3f}" if each else "" for each in measured))
+    return table
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a job."""
+    table = Table()
+    short: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
+    for name in rows[0]:
+        wordy = name == "status"
+        table.add_column(
+            short.get(name, name), justify="left" if wordy else "right", min_width=8 if wordy else None, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table

@@ -1,0 +1,245 @@
+"""The files of one run: configuration, summary, metrics and checkpoints.
+
+    config.json         the full configuration the run was started with
+    summary.json        the run's results
+    analyses/NAME.json  what was measured later
+    metrics.jsonl       one JSON object a line: phase, step and the numbers logged there; only ever appended to
+    NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them, with the
+                        seconds of work and the peak memory that it took
+
+Whole files are replaced atomically, so that a crash leaves either the old or the new one. Loading reads JSON and
+safetensors only: it never runs code from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metacontroller.errors import MissingFileError, UserError
+from metacontroller.storage.files import plain, read_object, replacing, strict_json, write_text
+
+CHECKPOINT_FORMAT = 1
+_HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
+
+
+class RunFolder:
+    """One run's files under `path`; the folder is made by the first write."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._torn_line_dropped = False
+        self._opened = time.monotonic()
+        self._started: dict[str, float] = {}  # by checkpoint name: when its work began, earlier sessions' included
+        self._peak: dict[str, float] = {}
+        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # told of every line of metrics
+
+    # -- configuration and results ------------------------------------------------------------------------------------
+
+    def write_config(self, config: Any) -> None:
+        """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings."""
+        write_text(self.path / "config.json", json.dumps(config, default=plain, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """Return config.json; MissingFileError if the folder has none."""
+        path = self.path / "config.json"
+        if not path.exists():
+            raise MissingFileError(
+                f"{self.path} has no config.json; name the folder of a run that has been started, or write the config "
+                f"of a run made from Python by RunFolder({str(self.path)!r}).write_config(config)."
+            )
+        return read_object(path)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
+        write_text(self.path / "summary.json", json.dumps(strict_json(dict(summary)), indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return summary.json; empty if nothing has been written yet."""
+        path = self.path / "summary.json"
+        return read_object(path) if path.exists() else {}
+
+    def write_analysis(self, name: str, result: Mapping[str, Any]) -> None:
+        """Replace analyses/NAME.json, in strict JSON like the summary."""
+        write_text(self.path / "analyses" / f"{name}.json", json.dumps(strict_json(dict(result)), indent=2) + "\n")
+
+    def read_analysis(self, name: str) -> dict[str, Any]:
+        """Return analyses/NAME.json; empty if it has not been made."""
+        path = self.path / "analyses" / f"{name}.json"
+        return read_object(path) if path.exists() else {}
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log_metrics(self, phase: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl.
+
+        Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
+        """
+        numbers = {name: float(value) for name, value in values.items()}
+        self._append_metrics({"phase": phase, "step": step, **numbers})
+        for listener in self.listeners:
+            listener(phase, step, numbers)
+
+    def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """Return the logged lines that stand, of one phase or of all; a last line that a crash cut short does not."""
+        if not self.metrics_path.exists():
+            return []
+        complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(complete.splitlines(), 1):
+            line = self._parse_metrics(number, text)
+            if line.get("rewound"):
+                lines = [kept for kept in lines if kept["phase"] != line["phase"] or kept["step"] <= line["step"]]
+            else:
+                lines.append(line)
+        return [line for line in lines if phase is None or line["phase"] == phase]
+
+    def rewind_metrics(self, phase: str, step: int) -> None:
+        """Void the lines of `phase` beyond `step`: what was logged after the checkpoint that a run goes on from.
+
+        A line that says so is appended, rather than the file written anew: another process may be logging, too.
+        """
+        if any(line["step"] > step for line in self.read_metrics(phase)):
+            self._append_metrics({"phase": phase, "step": step, "rewound": True})
+
+    def _append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._torn_line_dropped:
+            self._drop_torn_line()
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict_json(line)) + "\n")
+
+    def _drop_torn_line(self) -> None:
+        """Cut metrics.jsonl after its last whole line, so that the next line does not run on from half of one."""
+        if self.metrics_path.exists():
+            content = self.metrics_path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(self.metrics_path, whole)
+        self._torn_line_dropped = True
+
+    def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(line)
+            return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step; delete that line."
+            ) from error
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Return where checkpoint `name` is kept; ValueError unless it is a plain name."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise UserError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
+        return self.path / f"{name}.safetensors"
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Tell whether checkpoint `name` exists."""
+        return self.checkpoint_path(name).exists()
+
+    def begin(self, name: str, *, resume: bool) -> None:
+        """Begin the work that checkpoint `name` will hold: its seconds count from here.
+
+        ValueError if the checkpoint exists and is not to be resumed, so that no finished work is lost.
+        """
+        self.refuse_begun(name, resume=resume)
+        self._started[name] = time.monotonic()
+        self._peak.pop(name, None)
+
+    def refuse_begun(self, name: str, *, resume: bool) -> None:
+        """Raise ValueError if checkpoint `name` exists and is not to be resumed."""
+        if self.has_checkpoint(name) and not resume:
+            raise UserError(
+                f"{self.path} holds {name}.safetensors, a checkpoint of this phase; resume it (resume=True, --resume) "
+                "or choose another folder."
+            )
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        """Write tensors and the JSON values `meta` into one file, replacing an older checkpoint of that name.
+
+        `meta` is given two entries more: `seconds`, since the work began (see `begin`; else since this object was
+        made), those before the checkpoint that was loaded included; and `peak_rss_mb`, the most memory on the way.
+        """
+        path = self.checkpoint_path(name)
+        seconds = time.monotonic() - self._started.get(name, self._opened)
+        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
+        meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
+        with replacing(path) as temporary:
+            save_file(copies, temporary, metadata={_HEADER: header})
+        return path
+
+    def load_checkpoint(
+        self, name: str, device: str | torch.device = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, meta) of a checkpoint; what is saved under its name from here on adds to its seconds.
+
+        Raises MissingFileError if there is none, and ValueError if the file is no whole checkpoint of this format.
+        """
+        path = self.checkpoint_path(name)
+        if not path.exists():
+            present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
+            raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = (file.metadata() or {}).get(_HEADER)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
+        # Files written before every checkpoint held these say nothing of what they took.
+        meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
+        self._started[name] = time.monotonic() - meta["seconds"]
+        self._peak[name] = meta["peak_rss_mb"]
+        return tensors, meta
+
+
+# -- what goes into a checkpoint --------------------------------------------------------------------------------------
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has had resident, in MB; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage's, this figure is not inherited from the process that started us
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# -- details ----------------------------------------------------------------------------------------------------------
+
+
+def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
+    if header is None:
+        raise UserError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
+    content = json.loads(header)
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {content['format']} where {CHECKPOINT_FORMAT} was expected; "
+            "load it with the release that wrote it."
+        )
+    return content["meta"]

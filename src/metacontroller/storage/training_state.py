@@ -1,0 +1,91 @@
+"""What goes into a checkpoint: a module, its optimizer and its rng as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.errors import UserError
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers under '<prefix>.<name>'."""
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Load what `module_tensors` returned; ValueError names the first missing, unexpected or misshapen tensor."""
+    state = _under(prefix, tensors)
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        lacks = "checkpoint" if name in expected else "model"
+        raise UserError(f"The {lacks} has no tensor {prefix}.{name}; build the model from the checkpoint's config.")
+    for name, tensor in state.items():
+        _check_shape(f"{prefix}.{name}", tensor, expected[name])
+    module.load_state_dict(state)
+
+
+def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state (for AdamW: step, exp_avg, exp_avg_sq) under '<prefix>.<parameter index>.<name>'."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def optimizer_meta(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what belongs to `optimizer_tensors` and is not a tensor: the parameter groups' settings, for `meta`."""
+    content = optimizer.state_dict()
+    return {"param_groups": content["param_groups"], "parameters_with_state": len(content["state"])}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
+) -> None:
+    """Put back `optimizer_tensors` and `optimizer_meta`, so that training goes on exactly as if never interrupted."""
+    groups = [_with_tuples(group) for group in meta["param_groups"]]
+    sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
+    if sizes != expected:
+        raise UserError(f"The checkpoint's optimizer has {sizes} parameters a group where this one has {expected}.")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _under(prefix, tensors).items():
+        index, name = key.split(".", 1)
+        if tensor.ndim:  # `step` is a scalar; all else is shaped like its parameter
+            _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
+        state.setdefault(int(index), {})[name] = tensor
+    if len(state) != meta["parameters_with_state"]:
+        raise UserError(
+            f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
+            f"{meta['parameters_with_state']} were expected; give the prefix it was saved under."
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def generator_tensor(generator: torch.Generator) -> Tensor:
+    """Return a random generator's state, a uint8 tensor."""
+    return generator.get_state()
+
+
+def load_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Put back a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
+    generator.set_state(state.cpu())
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"Tensor {name} of the checkpoint has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was "
+            "expected; build the model from the checkpoint's config."
+        )
+
+
+def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo JSON's turning of tuples into lists, for all but the list of parameters."""
+    return {key: tuple(v) if isinstance(v, list) and key != "params" else v for key, v in group.items()}

@@ -1,0 +1,1 @@
+"""What the phases share: loop, optimizer, seeds, processes, progress."""

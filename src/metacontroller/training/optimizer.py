@@ -1,0 +1,113 @@
+"""AdamW: its settings, one optimizer step, its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.errors import UserError
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.training_state import (
+    generator_tensor,
+    load_generator,
+    load_module,
+    load_optimizer,
+    module_tensors,
+    optimizer_meta,
+    optimizer_tensors,
+)
+from metacontroller.training.distributed import processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train."""
+
+    steps: int
+    """Updates."""
+    batch_size: int
+    """Episodes an update."""
+    lr: float
+    """Learning rate."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay of AdamW."""
+    decay_steps: int = 0
+    """Updates at the end over which the learning rate falls linearly to zero; 0 keeps it constant (the paper)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (the paper is silent)."""
+    log_every: int = 50
+    """Updates from one line of metrics to the next."""
+    checkpoint_every: int = 500
+    """Updates from one checkpoint to the next."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr}; expected a number above 0.")
+        if not 0 <= self.decay_steps <= self.steps:
+            raise UserError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update number ``step``, counted from 0."""
+        left = self.steps - step
+        return self.lr * min(1.0, left / self.decay_steps) if self.decay_steps else self.lr
+
+
+def linear_warmup(step: int, between: tuple[int, int]) -> float:
+    """How much of a linear rise between two steps is done at update number ``step``, counted from 0: 0 to 1."""
+    start, end = between
+    return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+
+
+class Learner:
+    """A module in training by AdamW, with the random numbers it uses; it knows its checkpoint."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: list[nn.Parameter],
+        generator: torch.Generator,
+        *,
+        lr: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.module, self.parameters, self.generator = module, parameters, generator
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        self.max_grad_norm = max_grad_norm
+        self.processes = processes(parameters[0].device.type)
+
+    def optimizer_step(self) -> Tensor:
+        """One step down the gradient gathered by ``backward`` since the last, which is clipped; returns its norm."""
+        self.processes.all_reduce([value.grad for value in self.parameters if value.grad is not None])
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the checkpoint of ``phase`` after update number ``step``, counted from 1, with ``more`` tensors."""
+        if not self.processes.is_main:
+            return
+        tensors = {
+            **module_tensors("module", self.module),
+            **optimizer_tensors("optimizer", self.optimizer),
+            "generator": generator_tensor(self.generator),
+            **(more or {}),
+        }
+        run.save_checkpoint(phase, tensors, {"step": step, "optimizer": optimizer_meta(self.optimizer)})
+
+    def restore(self, run: RunFolder, phase: str) -> tuple[int, dict[str, Tensor]]:
+        """Goes back to the checkpoint of ``phase``; returns its step and tensors, 0 and none if there is none."""
+        if not run.has_checkpoint(phase):
+            return 0, {}
+        tensors, meta = run.load_checkpoint(phase)
+        load_module(self.module, tensors, "module")
+        load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
+        load_generator(self.generator, tensors["generator"])
+        return meta["step"], tensors

@@ -1,0 +1,70 @@
+"""Experiment trackers: every scalar that a run logs, sent to TensorBoard, Trackio or Weights & Biases too.
+
+Off by default, and nothing leaves the machine: TensorBoard and Trackio write files, Weights & Biases runs offline
+unless its own settings (``WANDB_MODE``) say otherwise. metrics.jsonl stays what counts: trackers are told, never asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from metacontroller.errors import UserError
+from metacontroller.storage.run_folder import RunFolder
+
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+"""Where scalars go beside metrics.jsonl."""
+
+Log = Callable[[str, int, Mapping[str, float]], None]
+"""``log(phase, step, values)``."""
+
+
+def track_with(run: RunFolder, tracker: Tracker | None) -> RunFolder:
+    """The same run folder, whose scalars go to a tracker too; as it is where none is asked for."""
+    if tracker is not None:
+        run.listeners.append({"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](run.path))
+    return run
+
+
+def _tensorboard(path: Path) -> Log:
+    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(path / "tensorboard"))
+
+    def log(phase: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(f"{phase}/{name}", value, step)
+        writer.flush()
+
+    return log
+
+
+def _trackio(path: Path) -> Log:
+    os.environ.setdefault("TRACKIO_DIR", str(path / "trackio"))
+    trackio = _need("trackio", "trackio")
+    trackio.init(project="metacontroller", name=path.name, embed=False)
+    return lambda phase, step, values: trackio.log({f"{phase}/{name}": value for name, value in values.items()}, step)
+
+
+def _wandb(path: Path) -> Log:
+    wandb = _need("wandb", "wandb")
+    path.mkdir(parents=True, exist_ok=True)
+    mode = os.environ.get("WANDB_MODE", "offline")
+    session = wandb.init(project="metacontroller", name=path.name, dir=str(path), mode=mode, reinit="create_new")
+
+    def log(phase: str, step: int, values: Mapping[str, float]) -> None:
+        # each phase counts its own steps, so they are values and not W&B's own, which may only grow
+        session.log({f"{phase}/step": step, **{f"{phase}/{name}": value for name, value in values.items()}})
+
+    return log
+
+
+def _need(module: str, package: str) -> Any:
+    """A module of the extra ``track``."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{package} is not installed; install it by: pip install 'metacontroller-rl[track]'."
+        ) from error

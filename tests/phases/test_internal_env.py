@@ -1,0 +1,306 @@
+"""Internal RL as an environment: the checker, the rollout it must equal, codes held, rewards summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from torch import Tensor
+
+from metacontroller import InternalEnv, MetaController, Transformer
+from metacontroller.domains.gridworld_pinpad import ENV_ID
+from metacontroller.domains.gridworld_pinpad.simulator import (
+    Layouts,
+    PinpadBatch,
+    PinpadConfig,
+    sample_layouts,
+    tokens_to_onehot,
+)
+from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.models.encoders import onehot_to_tokens
+from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
+
+GRID = PinpadConfig(size=4, num_colors=2, num_walls=1, max_steps=12)
+TASK = (0, 1, 0)
+CODE = 3
+
+
+def make_model(gate: Any = None, **options: Any) -> tuple[Transformer, MetaController]:
+    """Random model and metacontroller, with a gate that opens now and then and codes that matter."""
+    grid = {"size": GRID.size, "num_colors": GRID.num_colors, "num_walls": GRID.num_walls}
+    defaults: dict[str, Any] = {
+        "action_embed_readout": {"num_discrete": 4},
+        "state_embed_readout": {"grid": grid},
+        "lower_body": {"depth": 1},
+        "upper_body": {"depth": 1},
+        "condition_on_actions": False,
+    }
+    model = Transformer(8, **(defaults | options))
+    steering = MetaController(8, dim_meta_controller=8, dim_latent=CODE, rank=2, gate=gate)
+    for weight in (steering.controller.write, steering.switching.out.weight, steering.switching.code.weight):
+        torch.nn.init.normal_(weight, std=2.0)
+    return model, steering
+
+
+def make_env(model: Transformer, steering: MetaController, **extra: Any) -> InternalEnv:
+    options = {"size": GRID.size, "num_colors": GRID.num_colors, "num_walls": GRID.num_walls}
+    inner = gymnasium.make(ENV_ID, **options, task=TASK, max_steps=GRID.max_steps, disable_env_checker=True)
+    return InternalEnv(inner, model, steering, **extra)
+
+
+class Counting(gymnasium.Env[np.ndarray, Any]):
+    """Ends after ``length`` steps; the reward of step t is t; notes its actions. Observation: the step, as a vector."""
+
+    def __init__(self, length: int, *, truncate: bool = False, action_space: spaces.Space | None = None) -> None:
+        self.length, self.truncate = length, truncate
+        self.observation_space = spaces.Box(0.0, 1e3, (1,), np.float64)
+        self.action_space = spaces.Discrete(4) if action_space is None else action_space
+        self.taken: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.taken, self.options = [], options
+        return np.zeros(1), {"at": 0}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.taken.append(action)
+        at = len(self.taken)
+        ended = at >= self.length
+        return np.full(1, float(at)), float(at), ended and not self.truncate, ended and self.truncate, {"at": at}
+
+
+def make_counting(length: int, period: int = 3, **options: Any) -> InternalEnv:
+    model, steering = make_model(
+        {"mode": "fixed-frequency", "period": period}, state_embed_readout={"num_continuous": 1}
+    )
+    return InternalEnv(Counting(length, **options), model, steering)
+
+
+def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return logits.argmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space m.*imum value is.*infinity")  # a residual has no bounds
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized space")  # a code is in units of the prior, N(0, I)
+def test_gymnasiums_checker_is_content() -> None:
+    gate = {"mode": "fixed-frequency", "period": 2}  # the checker wants episodes of more than one step
+    check_env(make_env(*make_model(gate)), skip_render_check=True)
+
+
+def test_an_episode_equals_the_rollout_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steering = make_model()
+    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    encoded: list[Tensor] = []
+
+    def encode(observation: np.ndarray) -> Tensor:
+        encoded.append(onehot_to_tokens(GRID.num_cells, torch.from_numpy(observation)))
+        return encoded[-1]
+
+    env = make_env(model, steering, encode_observation=encode)
+    lengths = []
+    for episode in range(6):
+        codes = torch.randn(GRID.max_steps, CODE)
+        seen = [env.reset(seed=episode)[0]]
+        layout = encoded[-1]
+        total, steps, ended = 0.0, 0, False
+        while not ended:
+            observation, reward, terminated, truncated, info = env.step(codes[len(seen) - 1].numpy())
+            seen.append(observation)
+            total, steps, ended = total + float(reward), steps + info["steps"], terminated or truncated
+        rollout = play(model, steering, layout, codes)
+        count = int(rollout.lengths)
+        assert len(seen) == count + 1
+        torch.testing.assert_close(torch.from_numpy(np.stack(seen[:-1])), rollout.residual[0, :count])
+        torch.testing.assert_close(rollout.code[0, :count], codes[:count])
+        assert (total, steps) == (float(rollout.returns), int(rollout.steps))
+        lengths.append((count, steps))
+    assert any(1 < count < steps for count, steps in lengths)
+
+
+def play(model: Transformer, steering: MetaController, layout: Tensor, codes: Tensor) -> AbstractRollout:
+    """The phase's rollout on one layout, given as tokens, taking the codes in turn."""
+    tasks, lengths = pad_tasks([TASK])
+    grids = PinpadBatch(GRID, Layouts(layout[None, :-1], layout[None, -1]), tasks, lengths)
+    left = list(codes)
+
+    def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = [left.pop(0) for _ in range(len(rows))]
+        code = torch.stack(chosen) if chosen else codes[:0]
+        return code, torch.zeros(len(rows)), state
+
+    return rollout_abstract(model, steering, grids, propose)
+
+
+def test_one_step_holds_the_code_until_the_gate_opens_and_adds_up_the_rewards() -> None:
+    env = make_counting(length=8)
+    held: list[Tensor] = []
+    env.meta_controller.controller.code_to_hidden.register_forward_pre_hook(lambda _, inputs: held.append(inputs[0]))
+    observation, info = env.reset(seed=0)
+    assert (observation.shape, observation.dtype) == ((8,), np.float32)
+    assert info == {"steps": 0, "env_info": {"at": 0}}
+    codes = np.random.default_rng(0).normal(size=(3, CODE)).astype(np.float32)
+    results = [env.step(code) for code in codes]
+    assert [reward for _, reward, *_ in results] == [1 + 2 + 3, 4 + 5 + 6, 7 + 8]
+    assert [info for *_, info in results] == [
+        {"steps": 3, "env_info": {"at": 3}},
+        {"steps": 3, "env_info": {"at": 6}},
+        {"steps": 2, "env_info": {"at": 8}},
+    ]
+    assert [terminated for _, _, terminated, _, _ in results] == [False, False, True]
+    assert not any(truncated for *_, truncated, _ in results)
+    expected = np.repeat(codes, [3, 3, 2], axis=0)
+    np.testing.assert_array_equal(torch.cat(held).numpy(), expected)
+
+
+def test_a_time_limit_truncates() -> None:
+    env = make_counting(length=2, truncate=True)
+    env.reset(seed=0)
+    *_, terminated, truncated, info = env.step(np.zeros(CODE, np.float32))
+    assert (terminated, truncated, info["steps"]) == (False, True, 2)
+
+
+def test_seeds_settle_what_is_sampled_and_options_are_passed_on() -> None:
+    env = make_counting(length=30, period=10)
+    inner: Any = env.env
+
+    def actions(seed: int | None) -> list[Any]:
+        env.reset(seed=seed, options={"some": "option"})
+        assert inner.options == {"some": "option"}
+        env.step(np.zeros(CODE, np.float32))
+        return inner.taken
+
+    first = actions(1)
+    assert first == actions(1)
+    assert first != actions(2)
+    assert all(type(action) is np.int64 and env.env.action_space.contains(action) for action in first)
+    later = [actions(None), actions(None)]
+    assert later[0] != later[1]
+
+
+def test_the_residual_is_that_of_the_model_which_knows_its_past_actions() -> None:
+    model, steering = make_model(
+        {"mode": "forced"}, state_embed_readout={"num_continuous": 1}, condition_on_actions=True
+    )
+    env = InternalEnv(Counting(5), model, steering)
+    seen = [env.reset(seed=0)[0]]
+    seen += [env.step(np.ones(CODE, np.float32))[0] for _ in range(5)]
+    inner: Any = env.env
+    states = torch.arange(6.0)[None, :, None]
+    actions = torch.tensor(np.array([*inner.taken, 0]))[None]
+    torch.testing.assert_close(torch.from_numpy(np.stack(seen)), model.residual(states, actions)[0])
+
+
+def test_gaussian_actions_are_clipped_to_the_environments_bounds() -> None:
+    bounds = spaces.Box(np.array([-0.1, -9.0], np.float32), np.array([0.1, 9.0], np.float32))
+    model, steering = make_model(
+        {"mode": "forced"},
+        state_embed_readout={"num_continuous": 1},
+        action_embed_readout={"num_continuous": 2},
+        condition_on_actions=True,
+    )
+    env = InternalEnv(Counting(20, action_space=bounds), model, steering)
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.zeros(CODE, np.float32))
+    inner: Any = env.env
+    taken = np.stack(inner.taken)
+    assert all(bounds.contains(action) for action in inner.taken)
+    assert set(np.abs(taken[:, 0]).round(6)) >= {np.float32(0.1).round(6)}
+    assert (np.abs(taken[:, 1]) > 0.1).any()
+
+
+def test_codes_are_clipped_to_the_bounds() -> None:
+    env = make_counting(length=9)
+    held: list[Tensor] = []
+    env.meta_controller.controller.code_to_hidden.register_forward_pre_hook(lambda _, inputs: held.append(inputs[0]))
+    env.reset(seed=0)
+    env.step(np.array([-99.0, 0.5, 99.0]))
+    assert held[0].tolist() == [[-5.0, 0.5, 5.0]]
+    assert env.action_space == spaces.Box(-5.0, 5.0, (CODE,), np.float32)
+
+
+def test_the_encoding_can_be_given() -> None:
+    model, steering = make_model({"mode": "forced"}, state_embed_readout={"num_continuous": 2})
+    env = InternalEnv(
+        Counting(3), model, steering, encode_observation=lambda seen: torch.tensor([seen[0], 7.0]).float()
+    )
+    observation, _ = env.reset(seed=0)
+    expected = model.lower(model.embed(torch.tensor([[[0.0, 7.0]]])))[0, 0]
+    torch.testing.assert_close(torch.from_numpy(observation), expected.detach())
+
+
+def test_the_model_is_only_read() -> None:
+    env = make_counting(length=4)
+    before = [value.clone() for value in [*env.model.parameters(), *env.meta_controller.parameters()]]
+    env.reset(seed=0)
+    env.step(np.zeros(CODE, np.float32))
+    after = [*env.model.parameters(), *env.meta_controller.parameters()]
+    assert all(torch.equal(old, new) and new.grad is None for old, new in zip(before, after, strict=True))
+
+
+def test_pictures_and_closing_are_the_inner_environments() -> None:
+    model, steering = make_model()
+    inner = gymnasium.make(ENV_ID, size=4, num_colors=2, num_walls=1, task=TASK, render_mode="rgb_array")
+    env = InternalEnv(inner, model, steering)
+    env.reset(seed=0)
+    assert env.render_mode == "rgb_array"
+    np.testing.assert_array_equal(env.render(), np.asarray(inner.render()))
+    closed = []
+    inner.unwrapped.close = lambda: closed.append(True)  # pyright: ignore[reportAttributeAccessIssue]
+    env.close()
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("action", [np.zeros(CODE + 1), np.zeros((1, CODE)), np.full(CODE, np.nan)])
+def test_actions_that_are_no_codes_are_refused(action: np.ndarray) -> None:
+    env = make_counting(length=4)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected 3 finite numbers, a code"):
+        env.step(action)
+
+
+def test_steps_outside_an_episode_are_refused() -> None:
+    env = make_counting(length=1)
+    with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
+        env.step(np.zeros(CODE))
+    env.reset(seed=0)
+    env.step(np.zeros(CODE))
+    with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
+        env.step(np.zeros(CODE))
+
+
+def test_environments_that_do_not_fit_are_refused() -> None:
+    model, steering = make_model(state_embed_readout={"num_continuous": 1})
+    with pytest.raises(ValueError, match=r"Discrete\(5\); expected Discrete\(4\)"):
+        InternalEnv(Counting(3, action_space=spaces.Discrete(5)), model, steering)
+    gaussian, _ = make_model(action_embed_readout={"num_continuous": 2})
+    with pytest.raises(ValueError, match=r"expected a Box of shape \(2,\)"):
+        InternalEnv(Counting(3), gaussian, steering)
+    with pytest.raises(ValueError, match="dim_model 12; expected 8"):
+        InternalEnv(Counting(3), model, MetaController(12, dim_meta_controller=8, dim_latent=2, rank=2))
+
+
+def test_onehot_to_tokens_undoes_tokens_to_onehot() -> None:
+    layouts = sample_layouts(GRID, 6)
+    tokens = torch.cat([layouts.objects, layouts.agent[:, None]], 1)
+    assert torch.equal(onehot_to_tokens(GRID.num_cells, tokens_to_onehot(GRID, tokens)), tokens)
+    assert torch.equal(onehot_to_tokens(GRID.num_cells, tokens_to_onehot(GRID, tokens[0])), tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (torch.zeros(17), "17 entries: expected a multiple of 16"),
+        (torch.zeros(32), "not one-hot"),
+        (torch.ones(32), "not one-hot"),
+        (torch.eye(16)[0] * 0.5, "not one-hot"),
+    ],
+)
+def test_vectors_that_are_no_grid_are_refused(vector: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        onehot_to_tokens(16, vector)

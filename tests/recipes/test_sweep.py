@@ -1,0 +1,152 @@
+"""Sweeps: what is shared is made once, a failed job is reported and the rest go on, a killed sweep ends the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metacontroller.cli import main
+from metacontroller.presets.gridworld import debug, laptop
+from metacontroller.recipes.config import ExperimentConfig, with_seed
+from metacontroller.recipes.sweep import SweepJob, job_config, sweep
+from metacontroller.storage.run_folder import RunFolder
+
+GRID: dict[str, Any] = {"seeds": [0, 1], "alphas": [0.1, 0.3], "lrs": [1e-3, 3e-3]}
+
+
+def tiny() -> ExperimentConfig:
+    """The debug preset, with fewer episodes to judge by."""
+    return dataclasses.replace(debug(), evaluate=dataclasses.replace(debug().evaluate, episodes=16))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was never interrupted."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    sweep(tiny(), out, **GRID, quiet=True)
+    return out
+
+
+def test_every_combination_has_a_row(whole: Path) -> None:
+    rows = RunFolder(whole).read_summary()["jobs"]
+    combinations = [(seed, alpha, lr) for seed in (0, 1) for alpha in (0.1, 0.3) for lr in (1e-3, 3e-3)]
+    assert [(row["seed"], row["alpha"], row["lr"]) for row in rows] == combinations
+    assert {row["status"] for row in rows} == {"finished"}
+    assert all(0 <= row["internal_rl_success"] <= 1 and row["gate_recall"] is not None for row in rows)
+
+
+def test_what_is_shared_is_made_once(whole: Path) -> None:
+    assert len(list(whole.rglob("pretrain.safetensors"))) == 2
+    assert len(list(whole.rglob("discover.safetensors"))) == 4
+    assert len(list(whole.rglob("internal_rl.safetensors"))) == 8
+    base = (whole / "seed-1" / "base_model.safetensors").read_bytes()
+    assert {path.read_bytes() for path in (whole / "seed-1").rglob("base_model.safetensors")} == {base}
+
+
+def test_a_job_has_its_own_values() -> None:
+    config = job_config(laptop(), SweepJob(3, 0.01, 3e-4))
+    assert (config.discover.alpha, config.discover.alpha_start) == (0.01, laptop().discover.alpha_start)
+    assert (config.seed, config.internal_rl.lr) == (3, 3e-4)
+    assert config.pretrain == with_seed(laptop(), 3).pretrain
+    constant = dataclasses.replace(debug(), discover=dataclasses.replace(debug().discover, alpha=0.3, alpha_start=0.3))
+    assert job_config(constant, SweepJob(0, 0.5)).discover.alpha_start == 0.5
+
+
+def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path, whole: Path) -> None:
+    out, broken = tmp_path / "out", tmp_path / "out" / "seed-1" / "alpha-0.1"
+    grid = {**GRID, "lrs": [1e-3]}
+    sweep(tiny(), out, **{**grid, "seeds": [0]}, quiet=True)
+    broken.mkdir(parents=True)
+    (broken / "discover.safetensors").write_bytes(b"torn")
+    rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
+    status = {(row["seed"], row["alpha"]): row["status"] for row in rows}
+    assert status.pop((1, 0.1)).startswith("not run: failed in seed-1/alpha-0.1: metacontroller.errors.UserError: ")
+    assert set(status.values()) == {"finished"}
+    (broken / "discover.safetensors").unlink()
+    rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
+    assert rows == [row for row in RunFolder(whole).read_summary()["jobs"] if row["lr"] == 1e-3]
+    assert not (broken / "error.txt").exists()
+
+
+def test_finished_jobs_are_not_run_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    monkeypatch.setattr("metacontroller.recipes.sweep.RUN_PHASE", {})
+    rows = sweep(tiny(), whole, **GRID, resume=True, quiet=True)
+    assert {row["status"] for row in rows} == {"finished"}
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "seeds are []; give at least one"),
+        ({"alphas": [0.1, 0.1]}, "alphas are"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        sweep(tiny(), tmp_path / "out", **{**GRID, **options}, quiet=True)
+
+
+def command(out: Path, *more: str) -> list[str]:
+    words = ["sweep", "--out", str(out), "--preset", "debug", "--seeds", "0", "1", "--lrs", "0.001", "0.003"]
+    return [*words, "--workers", "2", "--device", "cpu", *more]
+
+
+def test_a_sweep_that_was_killed_ends_with_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(whole)) == 0
+    assert "finished" in capsys.readouterr().out
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metacontroller.cli", *command(killed)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed.rglob("discover.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # its workers end with it
+    assert not (killed / "summary.json").exists()
+    assert main(command(killed, "--resume", "--quiet")) == 0
+    assert json.loads((killed / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+
+
+def test_engines_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("submitit", "ray"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for engine, package in (("slurm", "submitit"), ("ray", "ray")):
+        with pytest.raises(ValueError, match=f"{package} is not installed"):
+            sweep(tiny(), tmp_path / engine, **GRID, engine=engine, quiet=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_slurm_jobs_give_the_same_table(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    rows = sweep(tiny(), tmp_path / "out", **GRID, engine="slurm", address="local", workers=2, minutes=10, quiet=True)
+    assert rows == RunFolder(whole).read_summary()["jobs"]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed (extra: cluster)")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    try:
+        rows = sweep(tiny(), tmp_path / "out", **GRID, engine="ray", address=cluster.address, quiet=True)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert rows == RunFolder(whole).read_summary()["jobs"]

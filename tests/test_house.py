@@ -1,0 +1,107 @@
+"""The rules of the house (docs/architecture.md): which package may import which, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "metacontroller"
+GROUND = {"kernels", "data", "storage"}
+ALLOWED: dict[str, set[str]] = {
+    "storage": set(),
+    "kernels": set(),
+    "data": {"storage"},
+    "models": GROUND,
+    "metrics": {"data"},
+    "training": {"data", "storage"},
+    "domains": {"data"},
+    "control": {"models", *GROUND},
+    "report": {"metrics", "storage"},
+}
+LAYERS = ("phases", "baselines", "analysis", "recipes", "presets", "commands", "cli")
+below = {"control", "domains", "training", "metrics", "models", *GROUND}
+for layer in LAYERS:
+    ALLOWED[layer] = {*below, *({"report"} if layer in ("analysis", "recipes", "commands") else ())}
+    below.add(layer)
+ALLOWED["__init__"] = {"control", "models", "phases"}
+SHARED = {"errors", "__version__", ""}
+"""What all may import: the type of users' errors, and the package itself for its version."""
+WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def place(path: Path) -> tuple[str, ...]:
+    """A file as the parts of its module's name below the package."""
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """What a file imports of this package, wherever in the file and if only for types: parts of modules' names."""
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = tuple(name.split("."))
+            if parts[0] == "metacontroller":
+                found.add(parts[1:])
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: "/".join(place(path)))
+def test_arrows_point_down(path: Path) -> None:
+    package = place(path)[0]
+    if package == "errors":
+        assert imports(path) == set()
+        return
+    targets = {"".join(target[:1]) for target in imports(path)} - SHARED
+    assert targets - {package} <= ALLOWED[package]
+
+
+def test_there_are_no_circles() -> None:
+    files = {place(path): path for path in modules()}
+    graph: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for name, path in files.items():
+        reached: set[tuple[str, ...]] = set()
+        for target in imports(path):
+            for length in range(len(target), 0, -1):
+                found = next((t for t in (target[:length], (*target[:length], "__init__")) if t in files), None)
+                if found is not None:
+                    reached.add(found)
+                    break
+        graph[name] = reached - {name}
+    done: set[tuple[str, ...]] = set()
+
+    def visit(name: tuple[str, ...], trail: list[tuple[str, ...]]) -> None:
+        assert name not in trail, f"circle: {' -> '.join('.'.join(part) for part in [*trail, name])}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_no_world_is_imported_outside_its_folder_and_presets() -> None:
+    for path in modules():
+        for world in WORLDS:
+            if any(target[:2] == ("domains", world) for target in imports(path)):
+                assert place(path)[:2] == ("domains", world) or place(path)[0] == "presets", f"{path} imports {world}"
+
+
+def test_no_world_is_named_outside_domains_and_presets() -> None:
+    words = {word for world in WORLDS for word in (world, world.replace("_", "-"), world.split("_")[0])} | {"pinpad"}
+    for path in [*modules(), *ROOT.rglob("*.html")]:
+        if path.relative_to(ROOT).parts[0] in ("domains", "presets"):
+            continue
+        text = path.read_text(encoding="utf-8").lower()
+        assert [word for word in words if word in text] == [], path

@@ -1,0 +1,192 @@
+"""Several processes on one batch: the losses and weights of one process, started as a user would start them.
+
+In RL each plays its own episodes, so there the update is compared: shares of a batch against the whole of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metacontroller.cli import main
+from metacontroller.control.losses import trajectory_advantages
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.phases.policy_gradient import _surrogate_in_chunks
+from metacontroller.phases.rollout import AbstractRollout
+from metacontroller.recipes.config import read_config
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import Processes
+
+PHASES = (["pretrain", "--preset", "debug", "--seed", "3"], ["discover"])
+QUIET = ["--device", "cpu", "--quiet"]
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True)
+
+
+def in_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
+    return launch("-m", "metacontroller.cli", *words)
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for command in PHASES:
+        assert main([command[0], str(alone), *command[1:], "--device", "cpu", "--quiet"]) == 0
+        done = in_two_processes(command[0], str(together), *command[1:], "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("12/12") == 1  # one process shows progress
+    one, two = RunFolder(alone), RunFolder(together)
+    for phase in ("pretrain", "discover"):
+        expected, lines = one.read_metrics(phase), two.read_metrics(phase)
+        assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 9, 12]
+        for name in ("loss", "action_loss") if phase == "pretrain" else ("loss", "action_loss", "kl", "alpha"):
+            assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
+        weights, reference = (run.load_checkpoint(phase)[0] for run in (two, one))
+        for name, value in reference.items():
+            if name.startswith("module."):
+                torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_compile_in_two_processes_learns_what_one_does(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(["pretrain", str(alone), *PHASES[0][1:], "--config.discovery", "compile", *QUIET]) == 0
+    shutil.copytree(alone, together)
+    assert main(["discover", str(alone), *QUIET]) == 0
+    done = in_two_processes("discover", str(together), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    one, two = RunFolder(alone), RunFolder(together)
+    expected, lines = one.read_metrics("discover"), two.read_metrics("discover")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 9, 12]
+    for name in ("loss", "action_loss", "code_kl", "place_kl", "begin_loss"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
+    weights, reference = (run.load_checkpoint("discover")[0] for run in (two, one))
+    for name, value in reference.items():
+        # a bias shared by all places leaves their softmax alone: its gradient is rounding, which Adam magnifies
+        if name.startswith("module.") and name != "module.segmentation.segmenter.place.2.bias":
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_two_processes_reinforce_together(tmp_path: Path) -> None:
+    for command in PHASES:
+        assert main([command[0], str(tmp_path), *command[1:], "--device", "cpu", "--quiet"]) == 0
+    run = RunFolder(tmp_path)
+    for phase, words, artefact in (
+        ("internal_rl", [], "internal_rl_policy"),
+        ("raw_action_rl", ["--raw"], "raw_action_model"),
+    ):
+        done = in_two_processes("internal-rl", str(tmp_path), *words, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        settings = getattr(read_config(run), phase)
+        lines = run.read_metrics(phase)
+        assert [line["episodes"] for line in lines] == [settings.batch_size * (i + 1) for i in range(settings.updates)]
+        assert done.stderr.count(f"{settings.updates}/{settings.updates}") == 1  # one process shows progress
+        assert run.load_checkpoint(phase)[1]["step"] == settings.updates
+        assert (tmp_path / f"{artefact}.safetensors").exists()
+
+
+EXCHANGE = """
+import torch
+from metacontroller.training.distributed import leave, processes
+
+workers = processes("cpu")
+gathered = workers.gather(torch.tensor([1.0, 2.0]) + 10 * workers.rank)
+assert gathered.tolist() == [[1.0, 2.0], [11.0, 12.0]], gathered
+counts = torch.tensor([3 + workers.rank])
+workers.all_reduce([counts])
+assert counts.tolist() == [7], counts
+leave()
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_advantages_can_be_those_of_all_processes(tmp_path: Path) -> None:
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    done = launch(str(script))
+    assert done.returncode == 0, done.stderr
+
+
+class Share(Processes):
+    """One of two processes, of which both together made so many decisions."""
+
+    def __init__(self, rank: int, decisions: Tensor) -> None:
+        self.rank, self.count, self.decisions = rank, 2, decisions
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """The other process is missed by none but the number of decisions."""
+        if tensors[0].dtype == torch.int64:
+            tensors[0].copy_(self.decisions)
+
+
+def test_shares_of_an_update_add_up_to_the_whole() -> None:
+    lengths, steps = torch.tensor([1, 7, 3, 2, 7, 4]), 7
+    rollout = AbstractRollout(
+        returns=torch.rand(6).double(),
+        success=torch.ones(6, dtype=torch.bool),
+        steps=lengths,
+        subgoals_done=lengths,
+        residual=torch.randn(6, steps, 3).double(),
+        code=torch.randn(6, steps, 2).double(),
+        log_prob=torch.randn(6, steps).double(),
+        lengths=lengths,
+    )
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    advantage = trajectory_advantages(rollout.returns, 1e-3)
+
+    def surrogate(part: AbstractRollout, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        score = (part.residual @ weight * part.code).sum(-1) * own[:, None]
+        mean = masked_mean(score, length_mask(part.lengths, part.code.shape[1]))
+        return mean, {"score": mean.detach()}
+
+    expected = _surrogate_in_chunks(rollout, advantage, torch.arange(6), surrogate, Processes("cpu"))["score"]
+    assert weight.grad is not None
+    gradient, weight.grad, found = weight.grad.clone(), None, torch.zeros(())
+    for rank, rows in enumerate(([0, 1, 2], [3, 4, 5])):
+        own, workers = torch.tensor(rows), Share(rank, lengths.sum())
+        part = rollout.index(own)
+        found = found + _surrogate_in_chunks(part, advantage[own], torch.arange(3), surrogate, workers)["score"]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_each_process_has_random_numbers_of_its_own() -> None:
+    shared = [torch.Generator().manual_seed(1) for _ in range(2)]
+    workers = [Share(rank, torch.tensor(0)) for rank in range(2)]
+    own = [worker.own_generator(generator) for worker, generator in zip(workers, shared, strict=True)]
+    first, second = (torch.rand(8, generator=generator) for generator in own)
+    assert not torch.equal(first, second)
+    assert torch.equal(shared[0].get_state(), shared[1].get_state())  # so that a checkpoint is that of both
+    alone = Processes("cpu")
+    assert alone.own_generator(shared[0]) is shared[0]
+
+
+def test_other_commands_run_in_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["reproduce", "--preset", "debug"]) == 2
+    assert "only pretrain, discover and internal-rl run in several processes" in capsys.readouterr().err
+
+
+def test_a_batch_too_small_to_share_is_refused() -> None:
+    workers = Processes("cpu")
+    assert workers.rows(1) is None
+    workers.count, workers.rank = 3, 1
+    rows = workers.rows(8)
+    assert rows is not None
+    assert rows.tolist() == [1, 4, 7]
+    with pytest.raises(ValueError, match="batch_size is 2; expected at least 3"):
+        workers.rows(2)
+    assert workers.share(24, 4) == 8
+    with pytest.raises(ValueError, match="batch_size is 16; expected a multiple of 12, processes times minibatches"):
+        workers.share(16, 4)

@@ -1,0 +1,144 @@
+"""The loop of pretraining and discovery: streams of episodes, noise apart from them, means, learning rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metacontroller.data import Trajectories
+from metacontroller.data.batching import EpisodeStream
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.loop import train
+from metacontroller.training.optimizer import OptimizerConfig
+from metacontroller.training.seeding import noise_generator
+
+
+def numbered(n: int, generator: torch.Generator) -> Trajectories:
+    """n episodes of lengths 1 .. n in random order, with a random number each as state."""
+    lengths = torch.randperm(n, generator=generator) + 1
+    states = torch.rand(n, 1, 1, generator=generator).expand(-1, n + 1, -1)
+    return Trajectories(states=states, actions=torch.zeros(n, n, dtype=torch.int64), lengths=lengths)
+
+
+def first_states(stream: EpisodeStream, batches: int) -> list[list[float]]:
+    return [stream.next().states[:, 0, 0].tolist() for _ in range(batches)]
+
+
+def test_a_stream_asks_for_windows_and_never_ends() -> None:
+    asked: list[int] = []
+
+    def generate(n: int, generator: torch.Generator) -> Trajectories:
+        asked.append(n)
+        return numbered(n, generator)
+
+    stream = EpisodeStream(generate, 3, seed=0, window=2)
+    assert not asked
+    lengths = [stream.next().lengths.tolist() for _ in range(5)]
+    assert asked == [6, 6, 6]
+    assert sorted(lengths[:2]) == [[1, 2, 3], [4, 5, 6]]
+    assert sorted(lengths[2:4]) == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_stream_repeats_with_its_seed_and_is_always_fresh() -> None:
+    first, again, other = (first_states(EpisodeStream(numbered, 2, seed, window=2), 6) for seed in (1, 1, 2))
+    assert first == again
+    assert len({number for batch in first + other for number in batch}) == 24
+
+
+@pytest.mark.parametrize("used", [1, 2, 3, 4])
+def test_a_stream_goes_on_where_it_was(used: int) -> None:
+    stream = EpisodeStream(numbered, 2, seed=5, window=3)
+    first_states(stream, used)
+    kept = stream.tensors()
+    expected = first_states(stream, 5)
+    again = EpisodeStream(numbered, 2, seed=6, window=3)
+    again.restore(kept)
+    assert first_states(again, 5) == expected
+
+
+def test_noise_has_nothing_to_do_with_the_episodes_of_the_same_seed() -> None:
+    def draws(generator: torch.Generator) -> list[float]:
+        return torch.rand(1000, dtype=torch.float64, generator=generator).tolist()
+
+    device = torch.device("cpu")
+    noise = draws(noise_generator(3, device))
+    assert noise == draws(noise_generator(3, device))
+    assert not set(noise) & set(draws(torch.Generator().manual_seed(3)))
+    assert not set(noise) & set(draws(noise_generator(4, device)))
+
+
+def run_train(folder: Path, steps: int, resume: bool = False, **options: Any) -> tuple[list[dict[str, Any]], Tensor]:
+    """Trains a scale; the logged metrics and the scale. Metric "number" of update t, counted from 0, is t."""
+    settings = {"steps": steps, "batch_size": 2, "lr": 0.1, "log_every": 4, "checkpoint_every": 2, **options}
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(module.weight)
+    parameters = list(module.parameters())
+
+    def draw(batch: Trajectories, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"target": torch.rand(batch.batch, generator=generator)}
+
+    def loss_function(batch: Trajectories, step: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error = module(batch.states).mean() - drawn["target"].mean()
+        return error.square(), {"number": torch.tensor(float(step))}
+
+    run = RunFolder(folder)
+    config = OptimizerConfig(**settings)
+    train(
+        "phase", config, module, parameters, numbered, loss_function, run, seed=0, draw=draw, resume=resume, quiet=True
+    )
+    return run.read_metrics("phase"), module.weight.detach()
+
+
+def test_means_cover_the_log_interval_and_the_last_one_what_is_left(tmp_path: Path) -> None:
+    lines, _ = run_train(tmp_path, 10)
+    assert [(line["step"], line["number"]) for line in lines] == [(4, 1.5), (8, 5.5), (10, 8.5)]
+
+
+def test_after_resuming_between_log_points_the_means_cover_the_steps_since(tmp_path: Path) -> None:
+    whole, weight = run_train(tmp_path / "whole", 12)
+    run_train(tmp_path / "parts", 6)
+    lines, again = run_train(tmp_path / "parts", 12, resume=True)
+    assert torch.equal(again, weight)
+    assert [(line["step"], line["number"]) for line in lines] == [(4, 1.5), (6, 4.5), (8, 6.5), (12, 9.5)]
+    assert lines[-1] == whole[-1]
+
+
+def test_a_phase_that_starts_afresh_drops_what_was_logged_before(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.log_metrics("phase", 3, loss=9.0)
+    run.log_metrics("other", 3, loss=9.0)
+    lines, _ = run_train(tmp_path, 4, resume=True)
+    assert [line["step"] for line in lines] == [4]
+    assert len(run.read_metrics("other")) == 1
+
+
+def test_a_finished_phase_is_not_trained_again(tmp_path: Path) -> None:
+    lines, weight = run_train(tmp_path, 4)
+    lines_again, again = run_train(tmp_path, 4, resume=True)
+    assert lines_again == lines
+    assert torch.equal(again, weight)
+
+
+def test_the_learning_rate_falls_to_zero_at_the_end() -> None:
+    config = OptimizerConfig(steps=10, batch_size=1, lr=0.5, decay_steps=4)
+    rates = [config.lr_at(step) for step in range(10)]
+    assert rates == [0.5] * 7 + [0.375, 0.25, 0.125]
+    assert OptimizerConfig(steps=10, batch_size=1, lr=0.5).lr_at(9) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"log_every": 0}, "log_every is 0; expected at least 1"),
+        ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
+        ({"decay_steps": 11}, r"decay_steps is 11; expected 0\.\.10"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**({"steps": 10, "batch_size": 1, "lr": 0.1} | change))
