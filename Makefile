@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,viz,evo,babyai
+EXTRAS ?= dev,viz,evo
 ARGS ?=
 
 # torch is installed by itself and first, so that no other package's range can choose a build. On a system where this
@@ -47,16 +47,16 @@ format: $(STAMP) ## rewrite files to the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-reproduce: $(STAMP) ## train and evaluate the laptop preset, all phases
-	$(BIN)/metacontroller reproduce --preset laptop --out runs/laptop $(ARGS)
+reproduce: $(STAMP) ## train and evaluate the preset quick, all phases, beside raw-action RL
+	$(BIN)/metacontroller reproduce --preset quick --out runs/quick $(ARGS)
 
-figures: $(STAMP) ## all baselines, analyses and figures of the laptop preset, three seeds, and a report; goes on where it was
+figures: $(STAMP) ## all baselines, analyses and figures of the laptop preset, three seeds, and a report; resumes
 	$(BIN)/metacontroller figures --preset laptop --out runs/laptop $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
 	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
-gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call goes on from the last
+gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call resumes the last
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept

@@ -54,7 +54,7 @@ def parity(device: torch.device, preset: str) -> dict[str, float]:
     model, steering = (replace(part, precision="float32") for part in (config.model, config.meta_controller))
     config = replace(config, model=model, meta_controller=steering)
     episodes = demonstrations(domain_of(config.domain), "discover")(16, torch.Generator().manual_seed(0))
-    view = build_meta_controller(config).draw_noise(16, episodes.steps, torch.Generator().manual_seed(1))
+    view = build_meta_controller(config).sample_noise(16, episodes.steps, torch.Generator().manual_seed(1))
     compared = {
         "pretraining": lambda where: pretraining(config, episodes, where),
         "discovery": lambda where: discovery(config, episodes, view, where),

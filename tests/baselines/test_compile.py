@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metacontroller.baselines.compile import CompILE, CompileConfig, begin_probability, build_compile, discover_compile
+from metacontroller.baselines.compile import (
+    CompILE,
+    CompileConfig,
+    boundary_probability,
+    build_compile,
+    discover_compile,
+)
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
@@ -44,22 +50,22 @@ def test_the_termination_rule_is_what_acts_step_by_step() -> None:
     for parameter in acting.parameters():
         torch.nn.init.normal_(parameter)
     residual = torch.randn(3, 9, acting.dim_model, dtype=torch.float64)
-    begins = torch.rand(3, 9) < 0.3
-    begins[:, 0] = True
+    switch = torch.rand(3, 9) < 0.3
+    switch[:, 0] = True
     code = torch.randn(3, 9, acting.dim_latent, dtype=torch.float64)
-    last = torch.where(begins, torch.arange(9), 0).cummax(1).values
+    last = torch.where(switch, torch.arange(9), 0).cummax(1).values
     held = code.gather(1, last[..., None].expand_as(code))
-    beta = begin_probability(acting, residual, held)
+    beta = boundary_probability(acting, residual, held)
     state = acting.initial_state(3)
     for step in range(9):
         seen, history = acting.observe(residual[:, step], state)
         if step:
             assert torch.allclose(seen, beta[:, step], atol=1e-12)
-        state = acting.integrate(state, history, begins[:, step], code[:, step])
+        state = acting.integrate(state, history, switch[:, step], code[:, step])
     changed = residual.clone()
     changed[:, 5:] += torch.randn(3, 4, acting.dim_model)
-    assert torch.equal(begin_probability(acting, changed, held)[:, :5], beta[:, :5])
-    assert not torch.allclose(begin_probability(acting, changed, held)[:, 5:], beta[:, 5:])
+    assert torch.equal(boundary_probability(acting, changed, held)[:, :5], beta[:, :5])
+    assert not torch.allclose(boundary_probability(acting, changed, held)[:, 5:], beta[:, 5:])
 
 
 def test_the_model_stays_frozen_and_only_what_acts_is_trained(tmp_path: Path) -> None:
@@ -68,8 +74,8 @@ def test_the_model_stays_frozen_and_only_what_acts_is_trained(tmp_path: Path) ->
     for name, value in build_model(config).state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     assert all(parameter.grad is None for parameter in model.parameters())
-    fresh = build_meta_controller(config).state_dict()
-    moved = {name.split(".")[0] for name, value in acting.state_dict().items() if not torch.equal(value, fresh[name])}
+    initial = build_meta_controller(config).state_dict()
+    moved = {name.split(".")[0] for name, value in acting.state_dict().items() if not torch.equal(value, initial[name])}
     assert moved == {"norm", "history", "switching", "controller"}
     untrained = build_compile(config.compile, model, encoder_of(config), acting.dim_latent, seed=0).state_dict()
     changed = [name for name, value in segmentation.state_dict().items() if not torch.equal(value, untrained[name])]
@@ -77,22 +83,22 @@ def test_the_model_stays_frozen_and_only_what_acts_is_trained(tmp_path: Path) ->
     assert "segmenter.code.2.weight" in changed
 
 
-def test_imitation_of_boundaries_teaches_the_gate_alone(tmp_path: Path) -> None:
+def test_the_boundary_loss_trains_the_gate_alone(tmp_path: Path) -> None:
     model, segmentation, acting = learn(tmp_path)
     batch = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(1))
-    found = segmentation(batch.states, batch.lengths, segmentation.segmenter.draw_noise(8, batch.steps))
-    beta = begin_probability(acting, model.residual(batch.states, batch.actions).detach(), found.code_at().detach())
-    target = found.begin_at().detach()
+    result = segmentation(batch.states, batch.lengths, segmentation.segmenter.sample_noise(8, batch.steps))
+    beta = boundary_probability(acting, model.residual(batch.states, batch.actions).detach(), result.code_at().detach())
+    target = result.boundary_at().detach()
     loss = F.binary_cross_entropy(beta, target)
-    taught = torch.autograd.grad(loss, list(segmentation.parameters()), allow_unused=True)
-    assert all(gradient is None for gradient in taught)
+    gradients = torch.autograd.grad(loss, list(segmentation.parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in gradients)
     assert torch.autograd.grad(loss, acting.switching.out.weight)[0].abs().sum() > 0
 
 
 def test_a_resumed_run_ends_as_one_never_stopped(tmp_path: Path) -> None:
     _, whole, acting = learn(tmp_path / "whole")
-    learn(tmp_path / "parts", steps=3)
-    _, resumed, resumed_acting = learn(tmp_path / "parts", resume=True)
+    learn(tmp_path / "resumed", steps=3)
+    _, resumed, resumed_acting = learn(tmp_path / "resumed", resume=True)
     for module, other in ((whole, resumed), (acting, resumed_acting)):
         for name, value in module.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name

@@ -1,4 +1,4 @@
-"""Losses: against torch.distributions and numbers worked by hand."""
+"""Losses: against torch.distributions and values computed by hand."""
 
 from __future__ import annotations
 

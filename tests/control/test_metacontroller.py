@@ -1,4 +1,4 @@
-"""The metacontroller: what each part may see, padding, and acting step by step against discovery over sequences."""
+"""The metacontroller: what each module may see, padding, and acting step by step against discovery over sequences."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_ratio_loss_is_weighted_and_optional() -> None:
 
 def test_proposals_are_sampled_from_their_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     steering, residual = make_steering("forced"), make_residual()
-    noise = steering.draw_noise(BATCH, TIME, torch.Generator().manual_seed(3))
+    noise = steering.sample_noise(BATCH, TIME, torch.Generator().manual_seed(3))
     output = steering.discover(residual, noise=noise)
     expected = torch.randn(output.z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.testing.assert_close(output.z, output.mean + output.log_std.exp() * expected)
@@ -168,7 +168,7 @@ def test_proposals_are_sampled_from_their_distribution(monkeypatch: pytest.Monke
 def act_given(
     steering: MetaController, residual: Tensor, z_tilde: Tensor, drop: int | None = None
 ) -> tuple[DiscoveryOutput, Tensor]:
-    """Steps through observe, integrate, steer with the codes given; the rows that go on after ``drop`` are returned."""
+    """Steps through observe, integrate, steer with the given codes; returns the rows that remain after ``drop``."""
     rows, state = torch.arange(BATCH), steering.initial_state(BATCH)
     blank = torch.zeros(BATCH, TIME, dtype=torch.float64)
     out = DiscoveryOutput(torch.zeros_like(residual), torch.zeros_like(z_tilde), *(blank.clone() for _ in range(6)))

@@ -24,7 +24,7 @@ def make_unit(mode: Any, **options: Any) -> SwitchingUnit:
 
 
 def make_inputs() -> dict[str, Tensor]:
-    """residual, history, z_tilde, fresh; the third row starts anew in the middle."""
+    """residual, history, z_tilde, fresh; the third row starts a new episode in the middle."""
     fresh = torch.zeros(BATCH, TIME, dtype=torch.bool)
     fresh[:, 0] = fresh[2, 5] = True
     shapes = {"residual": (BATCH, TIME, WIDTH), "history": (BATCH, TIME, HISTORY), "z_tilde": (BATCH, TIME, CODE)}
@@ -113,9 +113,9 @@ def test_only_straight_through_teaches_a_hard_gate(mode: str) -> None:
 
 def make_hard_twin(unit: SwitchingUnit) -> SwitchingUnit:
     """The same weights in mode "hard"."""
-    twin = make_unit("hard")
-    twin.load_state_dict(unit.state_dict())
-    return twin
+    copy = make_unit("hard")
+    copy.load_state_dict(unit.state_dict())
+    return copy
 
 
 def test_gumbel_noise_is_what_was_drawn_while_training_only() -> None:

@@ -129,7 +129,7 @@ def test_batches_come_in_random_order_that_the_seed_repeats() -> None:
     assert order(1) != order(2)
 
 
-def test_episodes_that_fill_no_batch_are_drawn_afresh() -> None:
+def test_episodes_that_fill_no_batch_are_sampled_at_each_call() -> None:
     trajectories, generator = make_trajectories([1, 2, 3, 4, 5]), torch.Generator().manual_seed(0)
     left_out = set()
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""The switching gate: the loop against numbers worked by hand, the fast paths against the loop."""
+"""The switching gate: the loop against values computed by hand, the fast paths against the loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def make_inputs(seed: int = 0, noise: bool = False, **sizes: int) -> dict[str, Any]:
-    """Random float64 arguments of `gate_scan`, with fresh codes first and, in two rows, in the middle."""
+    """Random float64 arguments of `gate_scan`, with forced switches first and, in two rows, in the middle."""
     batch, time = sizes.get("batch", BATCH), sizes.get("time", TIME)
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,7 +48,7 @@ def make_inputs(seed: int = 0, noise: bool = False, **sizes: int) -> dict[str, A
         "z_initial": random(batch, CODE),
         "fresh": torch.zeros(batch, time, dtype=torch.bool),
     }
-    inputs["fresh"][1:, 0] = True  # row 0 goes on from z_initial
+    inputs["fresh"][1:, 0] = True  # row 0 continues from z_initial
     inputs["fresh"][2, time // 2] = inputs["fresh"][3, time - 1] = True
     if noise:
         inputs["noise"] = random(batch, time)
@@ -95,7 +95,7 @@ def test_hand_worked_numbers(backend: str) -> None:
         fresh=torch.tensor([[False, False, True]]),
         backend=backend,
     )
-    # z: 3/4 * 4 = 3; hidden relu(-6 + 2 * 3) = 0, so 1/2 * 7 + 1/2 * 3 = 5; then the fresh 1
+    # z: 3/4 * 4 = 3; hidden relu(-6 + 2 * 3) = 0, so 1/2 * 7 + 1/2 * 3 = 5; then the forced 1
     torch.testing.assert_close(output.beta, torch.tensor([[0.75, 0.5, 1.0]]))
     torch.testing.assert_close(output.z, torch.tensor([[[3.0], [5.0], [1.0]]]))
     assert torch.equal(output.gate, output.beta)

@@ -64,7 +64,7 @@ def test_a_causal_body_equals_the_slow_loop() -> None:
 def test_steps_from_the_cache_equal_the_sequence(chunks: list[int], capacity: int) -> None:
     body, x = make_body(), states()
     cache = body.empty_cache(BATCH, capacity)
-    stepped = torch.cat([body(part, cache) for part in x.split(chunks, dim=1)], 1)
+    stepped = torch.cat([body(chunk, cache) for chunk in x.split(chunks, dim=1)], 1)
     torch.testing.assert_close(stepped, body(x))
     assert cache.length == TIME
     assert len(cache.keys[0]) == len(cache.values[1]) >= max(TIME, capacity)

@@ -1,4 +1,4 @@
-"""Losses in parts against the whole batch at once, values and gradients, in float64."""
+"""Losses in chunks against the whole batch at once, values and gradients, in float64."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from metacontroller import MetaController, Transformer
-from metacontroller.models import chunked_losses as parts
+from metacontroller.models import chunked_losses as module
 from metacontroller.models.chunked_losses import chunked_losses, row_chunks
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 8, 1000])
 def test_parts_add_up_to_the_whole(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(parts.TOKENS_AT_ONCE, "cpu", tokens)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", tokens)
     residual = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     scale = torch.randn(5, 3, 4, dtype=torch.float64)
     sizes: list[int] = []
 
-    def chunk_losses(part: Tensor, rows: slice) -> Tensor:
-        sizes.append(len(part))
-        return torch.stack([(part * scale[rows]).square().sum(), part.exp().sum()])
+    def chunk_losses(chunk: Tensor, rows: slice) -> Tensor:
+        sizes.append(len(chunk))
+        return torch.stack([(chunk * scale[rows]).square().sum(), chunk.exp().sum()])
 
     expected = torch.stack([(residual * scale).square().sum(), residual.exp().sum()])
     actual = chunked_losses(residual, chunk_losses)
@@ -51,7 +51,7 @@ def test_discovery_does_not_depend_on_the_parts(
     ).double()
     steering = MetaController(8, dim_meta_controller=8, dim_latent=3, rank=2).double()
     states, actions = torch.randn(6, 5 + extra, 5, dtype=torch.float64), torch.randint(4, (6, 5))
-    lengths, noise = torch.tensor([5, 1, 3, 1, 1, 4]), steering.draw_noise(6, 5)
+    lengths, noise = torch.tensor([5, 1, 3, 1, 1, 4]), steering.sample_noise(6, 5)
 
     def losses_and_gradients() -> list[Tensor]:
         losses, output = steering.steered_losses(
@@ -61,11 +61,11 @@ def test_discovery_does_not_depend_on_the_parts(
         return [*losses, *torch.autograd.grad(loss, steering.discovery_parameters())]
 
     whole = losses_and_gradients()
-    monkeypatch.setitem(parts.TOKENS_AT_ONCE, "cpu", 10)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 10)
     torch.testing.assert_close(losses_and_gradients(), whole)
 
 
 def test_every_part_has_a_row() -> None:
-    parts = row_chunks(torch.empty(3, 10**6, 0))
-    assert [(part.start, part.stop) for part in parts] == [(0, 1), (1, 2), (2, 3)]
+    chunks = row_chunks(torch.empty(3, 10**6, 0))
+    assert [(rows.start, rows.stop) for rows in chunks] == [(0, 1), (1, 2), (2, 3)]
     assert len(row_chunks(torch.empty(64, 32, 5))) == 1

@@ -94,7 +94,7 @@ def test_steps_from_the_cache_equal_the_sequence(chunks: list[int]) -> None:
     body, x = make_body(), states()
     cache = body.empty_cache(BATCH)
     size = sum(value.numel() for value in (*cache.states, *cache.recent))
-    stepped = torch.cat([body(part, cache) for part in x.split(chunks, dim=1)], 1)
+    stepped = torch.cat([body(chunk, cache) for chunk in x.split(chunks, dim=1)], 1)
     torch.testing.assert_close(stepped, body(x))
     assert cache.length == TIME
     assert sum(value.numel() for value in (*cache.states, *cache.recent)) == size  # constant in time

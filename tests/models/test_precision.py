@@ -40,10 +40,10 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("kind", ["attention", "hawk"])
 def test_losses_and_gradients_are_near_those_of_float32_and_of_its_type(kind: str) -> None:
     states, actions, lengths = batch()
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    results: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for chosen in ("float32", "bfloat16"):
         model, steering = make(kind, chosen)
-        noise = steering.draw_noise(6, 8, torch.Generator().manual_seed(2))
+        noise = steering.sample_noise(6, 8, torch.Generator().manual_seed(2))
         plain = model.behavior_cloning_loss(states, actions, lengths)
         sum(plain).backward()  # type: ignore[union-attr]
         losses, output = steering.steered_losses(model, states, actions, lengths, noise=noise)
@@ -51,11 +51,11 @@ def test_losses_and_gradients_are_near_those_of_float32_and_of_its_type(kind: st
         (losses.action + kl).backward()
         assert all(value.dtype == torch.float32 for value in (output.beta, output.z, output.kl, output.steered))
         gradients = [p.grad for p in (*model.parameters(), *steering.discovery_parameters()) if p.grad is not None]
-        found[chosen] = [*plain, *losses, kl], gradients
-    for value, reference in zip(found["bfloat16"][0], found["float32"][0], strict=True):
+        results[chosen] = [*plain, *losses, kl], gradients
+    for value, reference in zip(results["bfloat16"][0], results["float32"][0], strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, reference, rtol=0.02, atol=0.02)
-    flat, reference = (torch.cat([g.flatten() for g in found[name][1]]) for name in ("bfloat16", "float32"))
+    flat, reference = (torch.cat([g.flatten() for g in results[name][1]]) for name in ("bfloat16", "float32"))
     assert flat.dtype == torch.float32
     assert float((flat - reference).norm() / reference.norm()) < 0.05
     assert not torch.equal(flat, reference)
@@ -109,14 +109,14 @@ def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "avx2": True}, raising=False)
     prefers_bfloat16.cache_clear()
     try:
-        found = []
+        dtypes = []
         for rows in (1, 10_000):
             x = torch.ones(rows, 8)
             with products("auto", x):
-                found.append((x @ torch.ones(8, 8)).dtype)
+                dtypes.append((x @ torch.ones(8, 8)).dtype)
     finally:
         prefers_bfloat16.cache_clear()
-    assert found == [torch.bfloat16 if name else torch.float32] * 2
+    assert dtypes == [torch.bfloat16 if name else torch.float32] * 2
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])

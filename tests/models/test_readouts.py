@@ -70,9 +70,9 @@ def test_gaussian_parameters_are_the_linear_map_with_log_std_clamped() -> None:
     assert plain[..., 3:].max() > MAX_LOG_STD
     expected = torch.cat([plain[..., :3], plain[..., 3:].clamp(MIN_LOG_STD, MAX_LOG_STD)], -1)
     assert torch.equal(readout(hidden), expected)
-    draws = readout.sample(readout(hidden), torch.Generator().manual_seed(0))
+    samples = readout.sample(readout(hidden), torch.Generator().manual_seed(0))
     noise = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(draws, expected[..., :3] + expected[..., 3:].exp() * noise)
+    torch.testing.assert_close(samples, expected[..., :3] + expected[..., 3:].exp() * noise)
 
 
 def test_only_a_push_outward_loses_its_gradient_at_a_limit() -> None:
@@ -87,8 +87,8 @@ def test_only_a_push_outward_loses_its_gradient_at_a_limit() -> None:
 def test_categorical_samples_follow_the_probabilities() -> None:
     readout = CategoricalReadout(6, 3)
     probabilities = torch.tensor([0.2, 0.7, 0.1])
-    draws = readout.sample(probabilities.log().expand(20_000, 1, 3), torch.Generator().manual_seed(0))
-    shares = torch.bincount(draws.flatten(), minlength=3) / draws.numel()
+    samples = readout.sample(probabilities.log().expand(20_000, 1, 3), torch.Generator().manual_seed(0))
+    shares = torch.bincount(samples.flatten(), minlength=3) / samples.numel()
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
 
 
@@ -101,12 +101,12 @@ def test_gaussian_log_prob_is_entry_by_entry() -> None:
 
 def test_gaussian_samples_have_the_mean_and_spread_and_carry_gradients() -> None:
     params = torch.tensor([1.0, -2.0, 0.0, -1.0]).expand(20_000, 4).requires_grad_()
-    draws = sample_gaussian(params, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(draws.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(draws.std(0), torch.tensor([0.0, -1.0]).exp(), atol=0.03, rtol=0)
-    (gradient,) = torch.autograd.grad(draws.sum(), params)
+    samples = sample_gaussian(params, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(samples.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(samples.std(0), torch.tensor([0.0, -1.0]).exp(), atol=0.03, rtol=0)
+    (gradient,) = torch.autograd.grad(samples.sum(), params)
     mean, _ = params.chunk(2, -1)
-    torch.testing.assert_close(gradient, torch.cat([torch.ones_like(mean), draws - mean], -1))
+    torch.testing.assert_close(gradient, torch.cat([torch.ones_like(mean), samples - mean], -1))
 
 
 @pytest.mark.parametrize("readout", [CategoricalReadout(6, 4), GaussianReadout(6, 4)])

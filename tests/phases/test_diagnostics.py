@@ -56,7 +56,7 @@ def test_what_is_measured_on_a_batch() -> None:
     model, steering = build_model(debug()), build_meta_controller(debug())
     batch = demonstrations(domain_of(debug().domain), "discover")(8, torch.Generator().manual_seed(0))
     measured = measure(model, steering, batch, torch.Generator().manual_seed(1))
-    noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
+    noise = steering.sample_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
     with torch.no_grad():
         losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths, noise=noise)
         base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths)

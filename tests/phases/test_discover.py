@@ -127,8 +127,8 @@ def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
     model = build_model(debug())
     steering, _ = learn(tmp_path, model, state_loss_weight=0.1)
     for module, prefix in ((model, ""), (steering, "policy.")):
-        fresh = build_model(debug()) if module is model else build_meta_controller(debug())
-        for name, value in fresh.state_dict().items():
+        initial = build_model(debug()) if module is model else build_meta_controller(debug())
+        for name, value in initial.state_dict().items():
             same = torch.equal(module.state_dict()[name], value)
             assert same or not name.startswith(prefix)
     saved = MetaController.init_and_load(tmp_path / "meta_controller.safetensors").state_dict()
@@ -154,7 +154,7 @@ def test_a_symmetry_changes_what_the_embedder_sees_and_nothing_else() -> None:
     augment = domain_of(debug().domain).augment
 
     def output(states: torch.Tensor | None) -> Any:
-        noise = steering.draw_noise(8, episodes.steps, torch.Generator().manual_seed(1))
+        noise = steering.sample_noise(8, episodes.steps, torch.Generator().manual_seed(1))
         arguments = (model, episodes.states, episodes.actions, episodes.lengths)
         return steering.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
 
@@ -193,7 +193,7 @@ def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_pat
     config = debug()
     model, steering = build_model(config).double(), build_meta_controller(config).double()
     batch = demonstrations(domain_of(config.domain), "discover")(6, torch.Generator().manual_seed(0))
-    noise = steering.draw_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
+    noise = steering.sample_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
     seen = domain_of(config.domain).augment(batch.states, torch.Generator().manual_seed(2))
 
     def losses(train_model: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Internal RL and its raw-action twin: a task of two steps that must be solved, seeds, what is left alone."""
+"""Internal RL and raw-action RL: a two-step task that must be solved, seeds, and what must not change."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_model() -> Transformer:
 
 @torch.no_grad()
 def make_steering() -> MetaController:
-    """A code of two numbers points up, down, left or right; each step takes a fresh one."""
+    """A code of two numbers points up, down, left or right; each step takes a new one."""
     gate: dict[str, Any] = {"mode": "forced"}
     steering = MetaController(
         DIM, dim_meta_controller=8, dim_latent=2, decoder_hidden=4, rank=None, policy_hidden=16, gate=gate
@@ -167,10 +167,10 @@ def test_before_the_first_step_the_policy_is_the_one_that_played(tmp_path: Path)
 def test_updates_in_chunks_are_updates_of_the_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = InternalRLConfig(episodes=192, batch_size=64, lr=1e-2, update_epochs=2)
     whole = learn(tmp_path / "whole", kind, config)
-    monkeypatch.setattr(policy_gradient, "DECISIONS_AT_ONCE", 10)
-    parts = learn(tmp_path / "parts", kind, config)
+    monkeypatch.setattr(policy_gradient, "MAX_CHUNK_DECISIONS", 10)
+    resumed = learn(tmp_path / "resumed", kind, config)
     assert len(whole) == 3
-    for one, other in zip(whole, parts, strict=True):
+    for one, other in zip(whole, resumed, strict=True):
         assert one.pop("phase") == other.pop("phase")
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 

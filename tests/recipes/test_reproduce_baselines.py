@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from metacontroller.analysis.gate import held_out_gate
-from metacontroller.baselines.compile import CompILE, begin_probability
+from metacontroller.baselines.compile import CompILE, boundary_probability
 from metacontroller.cli import main
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.transformer import Transformer
@@ -57,7 +57,7 @@ def test_after_compile_the_gate_is_the_causal_one_along_its_own_codes(compiled: 
     assert torch.equal(gate.episodes.states, episodes.states)
     with torch.no_grad():
         code = segmentation(episodes.states, episodes.lengths).code_at()
-        beta = begin_probability(acting, model.residual(episodes.states, episodes.actions), code)
+        beta = boundary_probability(acting, model.residual(episodes.states, episodes.actions), code)
     torch.testing.assert_close(gate.code, code)
     torch.testing.assert_close(gate.beta[:, 1:], beta[:, 1:])
     assert bool((gate.beta[:, 0] == 1).all())  # an episode's first step takes a code

@@ -88,6 +88,13 @@ def test_a_world_without_randomness_of_its_experts_has_no_variants_of_it() -> No
     assert set(variants(laptop(), StudyConfig())) - set(named) == {"epsilon-0.1"}
 
 
+def test_there_are_no_variants_of_snapshots_that_are_not_kept() -> None:
+    forgetful = dataclasses.replace(laptop(), pretrain=dataclasses.replace(laptop().pretrain, snapshots=(500,)))
+    assert set(variants(laptop(), StudyConfig())) - set(variants(forgetful, StudyConfig())) == {
+        "pretraining-steps-1000"
+    }
+
+
 def test_an_analysis_takes_from_the_study_what_begins_with_its_command() -> None:
     study_config = dataclasses.replace(StudyConfig(), probe_steps=7, gate_episodes=9)
     assert analysis_config("probes", study_config).steps == 7

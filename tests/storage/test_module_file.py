@@ -149,7 +149,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
 
     refusal("missing", "does not exist")
     (tmp_path / "torn").write_bytes(b"half a file")
-    refusal("torn", "not a whole safetensors file")
+    refusal("torn", "not a complete safetensors file")
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign")
     refusal("foreign", "expected 'Transformer' of format '1'")
     make_steering().save(tmp_path / "steering")

@@ -58,7 +58,9 @@ def test_config_of_a_dictionary_replaces_the_old_one(run: RunFolder):
 
 
 def test_config_missing_or_broken(run: RunFolder):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; name the folder .*\.write_config\(config\)\."):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config\.json; name the folder .*\.write_config\(to_json\(config\)\)\."
+    ):
         run.read_config()
     run.write_config({})
     (run.path / "config.json").write_text("{")
@@ -270,7 +272,7 @@ def test_seconds_and_peak_add_up_over_sessions(run: RunFolder, clock: list[float
     assert run.load_checkpoint("phase")[1]["peak_rss_mb"] == 70.0
 
 
-def test_work_that_begins_afresh_counts_from_zero(run: RunFolder, clock: list[float]):
+def test_work_that_does_not_resume_counts_from_zero(run: RunFolder, clock: list[float]):
     run.begin("phase", resume=False)
     clock[0] += 100.0
     run.save_checkpoint("phase", {}, {})
@@ -322,7 +324,7 @@ def test_checkpoint_name_is_plain(run: RunFolder, name: str):
 def test_checkpoint_cut_short(run: RunFolder):
     path = run.save_checkpoint("pretrain", {"w": torch.zeros(100)}, {})
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is not a whole safetensors file; delete it"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file; delete it"):
         run.load_checkpoint("pretrain")
 
 
@@ -344,7 +346,7 @@ def test_pickle_is_refused_and_not_run(run: RunFolder, tmp_path: Path, write: An
         torch.save(Malicious(trace), path)
     else:
         path.write_bytes(write(Malicious(trace)))
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         run.load_checkpoint("pretrain")
     assert not trace.exists()
 
@@ -392,7 +394,7 @@ def test_module_without_a_saved_tensor():
 
 
 class Training:
-    """A toy run whose every step draws its data from a generator; one parameter never gets a gradient."""
+    """A toy run whose every step samples its data with a generator; one parameter never gets a gradient."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)

@@ -68,12 +68,12 @@ def test_compile_in_two_processes_learns_what_one_does(tmp_path: Path) -> None:
     one, two = RunFolder(alone), RunFolder(together)
     expected, lines = one.read_metrics("discover"), two.read_metrics("discover")
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 9, 12]
-    for name in ("loss", "action_loss", "code_kl", "place_kl", "begin_loss"):
+    for name in ("loss", "action_loss", "code_kl", "boundary_kl", "boundary_loss"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
     weights, reference = (run.load_checkpoint("discover")[0] for run in (two, one))
     for name, value in reference.items():
-        # a bias shared by all places leaves their softmax alone: its gradient is rounding, which Adam magnifies
-        if name.startswith("module.") and name != "module.segmentation.segmenter.place.2.bias":
+        # a bias shared by all positions does not change their softmax: its gradient is rounding, which Adam magnifies
+        if name.startswith("module.") and name != "module.segmentation.segmenter.boundary.2.bias":
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
 
@@ -145,19 +145,19 @@ def test_shares_of_an_update_add_up_to_the_whole() -> None:
     weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     advantage = trajectory_advantages(rollout.returns, 1e-3)
 
-    def surrogate(part: AbstractRollout, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        score = (part.residual @ weight * part.code).sum(-1) * own[:, None]
-        mean = masked_mean(score, length_mask(part.lengths, part.code.shape[1]))
+    def surrogate(chunk: AbstractRollout, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        score = (chunk.residual @ weight * chunk.code).sum(-1) * own[:, None]
+        mean = masked_mean(score, length_mask(chunk.lengths, chunk.code.shape[1]))
         return mean, {"score": mean.detach()}
 
     expected = _surrogate_in_chunks(rollout, advantage, torch.arange(6), surrogate, Processes("cpu"))["score"]
     assert weight.grad is not None
-    gradient, weight.grad, found = weight.grad.clone(), None, torch.zeros(())
+    gradient, weight.grad, result = weight.grad.clone(), None, torch.zeros(())
     for rank, rows in enumerate(([0, 1, 2], [3, 4, 5])):
         own, workers = torch.tensor(rows), Share(rank, lengths.sum())
-        part = rollout.index(own)
-        found = found + _surrogate_in_chunks(part, advantage[own], torch.arange(3), surrogate, workers)["score"]
-    torch.testing.assert_close(found, expected)
+        share = rollout.index(own)
+        result = result + _surrogate_in_chunks(share, advantage[own], torch.arange(3), surrogate, workers)["score"]
+    torch.testing.assert_close(result, expected)
     torch.testing.assert_close(weight.grad, gradient)
 
 

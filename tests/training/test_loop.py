@@ -61,14 +61,14 @@ def test_a_stream_goes_on_where_it_was(used: int) -> None:
 
 
 def test_noise_has_nothing_to_do_with_the_episodes_of_the_same_seed() -> None:
-    def draws(generator: torch.Generator) -> list[float]:
+    def sample(generator: torch.Generator) -> list[float]:
         return torch.rand(1000, dtype=torch.float64, generator=generator).tolist()
 
     device = torch.device("cpu")
-    noise = draws(noise_generator(3, device))
-    assert noise == draws(noise_generator(3, device))
-    assert not set(noise) & set(draws(torch.Generator().manual_seed(3)))
-    assert not set(noise) & set(draws(noise_generator(4, device)))
+    noise = sample(noise_generator(3, device))
+    assert noise == sample(noise_generator(3, device))
+    assert not set(noise) & set(sample(torch.Generator().manual_seed(3)))
+    assert not set(noise) & set(sample(noise_generator(4, device)))
 
 
 def run_train(folder: Path, steps: int, resume: bool = False, **options: Any) -> tuple[list[dict[str, Any]], Tensor]:
@@ -78,17 +78,27 @@ def run_train(folder: Path, steps: int, resume: bool = False, **options: Any) ->
     nn.init.ones_(module.weight)
     parameters = list(module.parameters())
 
-    def draw(batch: Trajectories, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_extras(batch: Trajectories, generator: torch.Generator) -> dict[str, Tensor]:
         return {"target": torch.rand(batch.batch, generator=generator)}
 
-    def loss_function(batch: Trajectories, step: int, drawn: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        error = module(batch.states).mean() - drawn["target"].mean()
+    def loss_function(batch: Trajectories, step: int, extras: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error = module(batch.states).mean() - extras["target"].mean()
         return error.square(), {"number": torch.tensor(float(step))}
 
     run = RunFolder(folder)
     config = OptimizerConfig(**settings)
     train(
-        "phase", config, module, parameters, numbered, loss_function, run, seed=0, draw=draw, resume=resume, quiet=True
+        "phase",
+        config,
+        module,
+        parameters,
+        numbered,
+        loss_function,
+        run,
+        seed=0,
+        sample_extras=sample_extras,
+        resume=resume,
+        quiet=True,
     )
     return run.read_metrics("phase"), module.weight.detach()
 
@@ -100,14 +110,14 @@ def test_means_cover_the_log_interval_and_the_last_one_what_is_left(tmp_path: Pa
 
 def test_after_resuming_between_log_points_the_means_cover_the_steps_since(tmp_path: Path) -> None:
     whole, weight = run_train(tmp_path / "whole", 12)
-    run_train(tmp_path / "parts", 6)
-    lines, again = run_train(tmp_path / "parts", 12, resume=True)
+    run_train(tmp_path / "resumed", 6)
+    lines, again = run_train(tmp_path / "resumed", 12, resume=True)
     assert torch.equal(again, weight)
     assert [(line["step"], line["number"]) for line in lines] == [(4, 1.5), (6, 4.5), (8, 6.5), (12, 9.5)]
     assert lines[-1] == whole[-1]
 
 
-def test_a_phase_that_starts_afresh_drops_what_was_logged_before(tmp_path: Path) -> None:
+def test_a_phase_that_does_not_resume_drops_what_was_logged_before(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.log_metrics("phase", 3, loss=9.0)
     run.log_metrics("other", 3, loss=9.0)

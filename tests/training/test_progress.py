@@ -103,8 +103,8 @@ def test_bar_on_a_terminal():
         assert isinstance(progress, BarProgress)
         for step in range(1, 5):
             progress.update(step, reward=0.5)
-    for part in ("internal RL", "4/4", "reward 0.5"):
-        assert part in out.getvalue()
+    for text in ("internal RL", "4/4", "reward 0.5"):
+        assert text in out.getvalue()
 
 
 def test_plain_lines_without_a_terminal():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
-from metacontroller.baselines.compile import begin_probability
+from metacontroller.baselines.compile import boundary_probability
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment, gate_report
@@ -70,14 +70,14 @@ def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
     for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
         batch = held_out.index(rows)
         if segmentation is None:
-            gate_noise = meta_controller.draw_noise(batch.batch, batch.steps, noise)
+            gate_noise = meta_controller.sample_noise(batch.batch, batch.steps, noise)
             output = meta_controller.discover_episodes(
                 model, batch.states, batch.actions, batch.lengths, noise=gate_noise
             )
             beta, code = output.beta, output.z
         else:
             code = segmentation(batch.states, batch.lengths).code_at()
-            beta = begin_probability(meta_controller, model.residual(batch.states, batch.actions), code)
+            beta = boundary_probability(meta_controller, model.residual(batch.states, batch.actions), code)
             beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
         left = held_out.steps - batch.steps
         betas.append(F.pad(beta, (0, left)))

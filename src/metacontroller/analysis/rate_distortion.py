@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacontroller.baselines.compile import CompILE, begin_probability
+from metacontroller.baselines.compile import CompILE, boundary_probability
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
@@ -43,7 +43,7 @@ def rate_distortion(
         held_out.actions,
         held_out.lengths,
         with_state_loss=False,
-        noise=meta_controller.draw_noise(held_out.batch, held_out.steps, generator),
+        noise=meta_controller.sample_noise(held_out.batch, held_out.steps, generator),
     )
     rate = float(meta_controller.kl_loss(output))
     return {"rate": rate, "distortion": float(losses.action), **_alignment(output.beta, held_out)}
@@ -61,14 +61,16 @@ def rate_distortion_of_segments(
     """The same of CompILE, with its likeliest boundaries; the gate is the learned one that acts. segment_recall and
     segment_precision are those of the boundaries themselves."""
     held_out, generator = _held_out_episodes(model, generate, episodes, seed)
-    noise = segmentation.segmenter.draw_noise(held_out.batch, held_out.steps, generator)
-    sampled = segmentation(held_out.states, held_out.lengths, noise._replace(place=torch.full_like(noise.place, 0.5)))
+    noise = segmentation.segmenter.sample_noise(held_out.batch, held_out.steps, generator)
+    sampled = segmentation(
+        held_out.states, held_out.lengths, noise._replace(boundary=torch.full_like(noise.boundary, 0.5))
+    )
     residual = model.residual(held_out.states, held_out.actions)
     steered = meta_controller.steer(residual, sampled.code_at())
     losses = model.losses_under(steered, held_out.states, held_out.actions, held_out.lengths, with_state_loss=False)
     likeliest = segmentation(held_out.states, held_out.lengths)
-    beta = begin_probability(meta_controller, residual, likeliest.code_at())
-    segments = _alignment(likeliest.begin_at(), held_out)
+    beta = boundary_probability(meta_controller, residual, likeliest.code_at())
+    segments = _alignment(likeliest.boundary_at(), held_out)
     return {
         "rate": float(sampled.code_kl.sum() / held_out.lengths.sum()),
         "distortion": float(losses.action),

@@ -1,21 +1,23 @@
-"""CompILE in place of discovery's metacontroller (arXiv 1812.01483), a baseline on equal terms (arXiv 2512.20605, D.3).
+"""CompILE (arXiv 1812.01483) as a baseline for discovery (arXiv 2512.20605, D.3).
 
-Segments and their codes come from raw observations through an encoder of its own, as wide and deep as the action
-model's lower body; a code steers the frozen model by the same kind of controller:
+An encoder of its own, as wide and deep as the action model's lower body, reads raw observations and infers segments and
+their codes. A code steers the frozen model through the same kind of controller:
 
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t)
-         + (alpha_code KL(q(z) || N(0, I)) + alpha_place KL(q(b) || Poisson)) / steps  +  imitation of b_t by beta_t
+         + (alpha_code KL(q(z) || N(0, I)) + alpha_boundary KL(q(b) || Poisson)) / steps
+         + cross-entropy of beta_t with b_t
 
 Segmentation sees the future. To act, CompILE needs a termination rule that does not: the switching unit of a
-metacontroller learns to tell, from what it sees so far, whether a segment begins. From there on it is a metacontroller
-like any other, and internal RL runs on it unchanged.
+metacontroller learns to predict the boundaries from the past alone. The result is a metacontroller like any other, and
+internal RL runs on it unchanged.
 
-Each step is encoded with the observation that follows it, in place of its action: the two say the same, and unlike a
-direction an observation can be turned. Codes are mixed by segments' shares and decoded once, where CompILE decodes
-every segment by itself: the frozen model reads its own history.
+Each step is encoded with the observation that follows it instead of its action: the two carry the same information, and
+symmetry augmentation applies to observations. Codes are mixed by the segments' shares and decoded once, where CompILE
+decodes every segment by itself, because the frozen model reads its own history.
 
-Metrics: ``loss``, ``action_loss``, ``code_kl`` and ``place_kl`` in nats per step, ``begin_loss`` of the imitation, and
-for the learned gate as for the likeliest boundaries ``recall`` and ``precision``, prefixed ``gate_`` and ``segment_``.
+Metrics: ``loss``, ``action_loss``, ``code_kl`` and ``boundary_kl`` in nats per step; ``boundary_loss``, the
+cross-entropy; ``recall`` and ``precision`` of the learned gate (prefix ``gate_``) and of the segmentation's boundaries
+(prefix ``segment_``).
 """
 
 from __future__ import annotations
@@ -35,39 +37,42 @@ from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import META_CONTROLLER, SEGMENTATION, artefact_path
 from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
-from metacontroller.training.loop import Drawn, train
+from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """The baseline CompILE; `Segmenter` says what its parts do."""
+    """The baseline CompILE, see `Segmenter`. UserError for values out of range."""
 
     optimizer: OptimizerConfig
     """How long and how fast."""
     segments: int = 4
-    """M, the most segments in an episode."""
+    """M, the maximum number of segments in an episode."""
     hidden: int = 32
     """Hidden width of the two heads."""
     temperature: float = 1.0
-    """Temperature of the Gumbel-softmax that places segment ends."""
+    """Temperature of the boundaries' Gumbel-softmax."""
     prior_rate: float = 10.0
     """Mean steps of a segment under the Poisson prior."""
     alpha_code: float = 0.1
     """Weight of the codes' KL, after the linear warm-up."""
-    alpha_place: float = 0.1
-    """Weight of the KL of segment ends."""
+    alpha_boundary: float = 0.1
+    """Weight of the boundaries' KL."""
     alpha_warmup: tuple[int, int] = (0, 0)
     """Updates (from, to) between which the weight of the codes' KL goes linearly from 0 to alpha_code."""
     seed: int = 0
-    """Seed of the episodes and, apart, of the noise; a run derives it from its own seed."""
+    """Seed of the episodes and, in a separate stream, of the noise; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        if self.alpha_code < 0 or self.alpha_place < 0:
-            raise UserError(f"alpha_code is {self.alpha_code} and alpha_place {self.alpha_place}; expected at least 0.")
+        if self.alpha_code < 0 or self.alpha_boundary < 0:
+            raise UserError(
+                f"alpha_code is {self.alpha_code} and alpha_boundary {self.alpha_boundary}; expected at least 0."
+            )
         if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
             raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
@@ -77,9 +82,9 @@ class CompileConfig:
 
 
 class CompILE(Saveable, nn.Module):
-    """From observations to segments: an encoder of single observations, then a `Segmenter` over pairs of them.
+    """From observations to segments: an encoder of single observations, then a `Segmenter` over consecutive pairs.
 
-    state_embed_readout: as of `SteerableModel`. dim, depth: of the recurrent encoder. The rest: see `Segmenter`.
+    state_embed_readout: as for `Transformer`. dim, depth: of the recurrent encoder. The rest: see `Segmenter`.
     """
 
     def __init__(
@@ -110,14 +115,14 @@ class CompILE(Saveable, nn.Module):
 
     def forward(self, states: Tensor, lengths: Tensor, noise: SegmentNoise | None = None) -> Segmentation:
         """states (b, T + 1, ...), one more than actions, lengths (b,) -> the segmentation of T steps."""
-        seen = self.encoder(states)
-        return self.segmenter(torch.cat([seen[:, :-1], seen[:, 1:]], -1), lengths, noise)
+        encoded = self.encoder(states)
+        return self.segmenter(torch.cat([encoded[:, :-1], encoded[:, 1:]], -1), lengths, noise)
 
 
 def build_compile(
     config: CompileConfig, model: SteerableModel, encoder: dict[str, Any], dim_latent: int, seed: int
 ) -> CompILE:
-    """A new CompILE beside ``model``, as wide and half as deep. encoder: of a world's `DomainSpec`."""
+    """A new CompILE, as wide as ``model`` and half as deep. encoder: of a world's `DomainSpec`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CompILE(
@@ -132,8 +137,11 @@ def build_compile(
         )
 
 
-def begin_probability(meta_controller: MetaController, residual: Tensor, code: Tensor) -> Tensor:
-    """beta_t (b, t), causal, of a metacontroller that holds ``code`` (b, t, n_z) along the residual (b, t, n_e)."""
+def boundary_probability(meta_controller: MetaController, residual: Tensor, code: Tensor) -> Tensor:
+    """beta_t (b, t), causal (eq. 16), along residual (b, t, n_e), where code (b, t, n_z) is the code held at each step.
+
+    The first step has no meaning: there a metacontroller always takes a new code.
+    """
     read = meta_controller.norm(residual)
     history = F.pad(meta_controller.history(read)[0], (0, 0, 1, -1))
     before = F.pad(code, (0, 0, 1, -1))
@@ -155,42 +163,47 @@ def discover_compile(
     """Trains ``segmentation`` and the ``meta_controller`` that acts for it, in place, on a frozen ``model``.
 
     Writes ``compile.safetensors`` and ``meta_controller.safetensors`` to the run; of the latter only gate, history and
-    controller are trained. augment: how the segmentation sees each batch of states, as of `discover`. Without
-    ``resume`` ValueError if the run holds a checkpoint of this phase.
+    controller are trained. augment: symmetry augmentation of the states that the segmentation reads, as in `discover`.
+    UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     model.eval()
-    acting = (meta_controller.norm, meta_controller.history, meta_controller.switching, meta_controller.controller)
-    parameters = [*segmentation.parameters(), *(value for part in acting for value in part.parameters())]
+    trained = (meta_controller.norm, meta_controller.history, meta_controller.switching, meta_controller.controller)
+    parameters = [*segmentation.parameters(), *(value for module in trained for value in module.parameters())]
 
-    def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
-        noise = segmentation.segmenter.draw_noise(batch.batch, batch.steps, generator)
+    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+        noise = segmentation.segmenter.sample_noise(batch.batch, batch.steps, generator)
         states = batch.states if augment is None else augment(batch.states, generator)
         return {**noise._asdict(), "states": states, "later_share": _later_share(batch.lengths).expand(batch.batch)}
 
-    def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         mask, lengths = batch.mask(), batch.lengths
-        found = segmentation(drawn["states"], lengths, SegmentNoise(drawn["place"], drawn["code"]))
-        code = found.code_at()
+        result = segmentation(extras["states"], lengths, SegmentNoise(extras["boundary"], extras["code"]))
+        code = result.code_at()
         with torch.no_grad():
             residual = model.residual(batch.states, batch.actions)
         steered = meta_controller.steer(residual, code)
         action_loss = model.losses_under(steered, batch.states, batch.actions, lengths, with_state_loss=False).action
-        code_kl, place_kl = (kl.sum() / lengths.sum() for kl in (found.code_kl, found.place_kl))
-        begin = found.begin_at().detach()
-        beta = begin_probability(meta_controller, residual, code.detach())
+        code_kl, boundary_kl = (kl.sum() / lengths.sum() for kl in (result.code_kl, result.boundary_kl))
+        boundary = result.boundary_at().detach()
+        beta = boundary_probability(meta_controller, residual, code.detach())
         later = length_mask(lengths, batch.steps) & (torch.arange(batch.steps, device=mask.device) > 0)
-        imitation = F.binary_cross_entropy(beta.clamp(1e-6, 1 - 1e-6), begin, reduction="none")
+        cross_entropy = F.binary_cross_entropy(beta.clamp(1e-6, 1 - 1e-6), boundary, reduction="none")
         # A mean over all steps but the first ones. `train` weights a process by its share of all real steps; the
         # factor, 1 in a single process, makes that the share of these steps.
-        weight = _later_share(lengths) / drawn["later_share"][0]
-        begin_loss = masked_mean(imitation, later) * weight
-        loss = action_loss + config.alpha_code_at(step) * code_kl + config.alpha_place * place_kl + begin_loss
-        metrics = {"action_loss": action_loss, "code_kl": code_kl, "place_kl": place_kl, "begin_loss": begin_loss}
+        weight = _later_share(lengths) / extras["later_share"][0]
+        boundary_loss = masked_mean(cross_entropy, later) * weight
+        loss = action_loss + config.alpha_code_at(step) * code_kl + config.alpha_boundary * boundary_kl + boundary_loss
+        metrics = {
+            "action_loss": action_loss,
+            "code_kl": code_kl,
+            "boundary_kl": boundary_kl,
+            "boundary_loss": boundary_loss,
+        }
         if batch.segments is not None:
             with torch.no_grad():
-                for name, value in (("gate", beta), ("segment", begin)):
-                    met = gate_alignment(value, batch.segments, lengths)
-                    metrics |= {f"{name}_{kind}": met[f"gate_{kind}"] for kind in ("recall", "precision")}
+                for name, value in (("gate", beta), ("segment", boundary)):
+                    alignment = gate_alignment(value, batch.segments, lengths)
+                    metrics |= {f"{name}_{kind}": alignment[f"gate_{kind}"] for kind in ("recall", "precision")}
         return loss, metrics
 
     train(
@@ -202,16 +215,16 @@ def discover_compile(
         loss_function,
         run,
         seed=config.seed,
-        draw=draw,
+        sample_extras=sample_extras,
         resume=resume,
         quiet=quiet,
     )
     if processes(next(model.parameters()).device.type).is_main:
-        segmentation.save(run.path / "compile.safetensors")
-        meta_controller.save(run.path / "meta_controller.safetensors")
+        segmentation.save(artefact_path(run, SEGMENTATION))
+        meta_controller.save(artefact_path(run, META_CONTROLLER))
     return meta_controller
 
 
 def _later_share(lengths: Tensor) -> Tensor:
-    """Share of the real steps of episodes of ``lengths`` (b,) that are not the first: a scalar that may divide."""
+    """Share of real steps that are not the first of their episode, a scalar above 0. lengths (b,)."""
     return ((lengths - 1).sum() / lengths.sum()).clamp_min(1e-9)

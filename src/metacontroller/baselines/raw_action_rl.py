@@ -1,4 +1,4 @@
-"""Baseline: reinforcement learning over raw actions."""
+"""Baseline: reinforcement learning over raw actions (C.5)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.data.trajectories import length_mask
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import RAW_MODEL, artefact_path
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
 from metacontroller.phases.rollout import RawRollout, rollout_raw
 from metacontroller.storage.run_folder import RunFolder
@@ -23,10 +24,10 @@ def raw_action_rl(
     resume: bool = False,
     quiet: bool = False,
 ) -> SteerableModel:
-    """The baseline: the same clipped surrogate on the base model's own actions.
+    """Trains ``model`` in place with the clipped surrogate of internal RL on its own actions; pass a copy.
 
-    Trains ``model`` in place: give a copy. Writes it to ``raw_action_model.safetensors`` in the run. Without ``resume``
-    ValueError if the run holds a checkpoint of this phase.
+    reset(n, generator) starts n episodes. Writes the model to ``raw_action_model.safetensors`` in the run. UserError if
+    the run holds a checkpoint of this phase and ``resume`` is false.
     """
     model.eval()
 
@@ -42,5 +43,5 @@ def raw_action_rl(
 
     reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)
     if processes(next(model.parameters()).device.type).is_main:
-        model.save(run.path / "raw_action_model.safetensors")
+        model.save(artefact_path(run, RAW_MODEL))
     return model

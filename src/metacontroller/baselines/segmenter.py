@@ -1,12 +1,13 @@
 """CompILE's recognition model: where segments end, and a code for each (arXiv 1812.01483, section 3).
 
-    q(b_i | x): a categorical over where segment i + 1 begins, relaxed by Gumbel-softmax; the last segment ends the
-                episode
+    q(b_i | x): a categorical over the boundary between segments i and i + 1, that is the first step of segment i + 1,
+                relaxed by Gumbel-softmax; the last segment ends with the episode
     q(z_i | x): a Gaussian, read from the recurrent encoder just before b_i
     s_i(t) = prod_{j<i} P(b_j <= t) (1 - P(b_i <= t))       how much step t belongs to segment i; sums to 1 over i
 
-The encoder is run once a segment, and forgets what lies before it: its state is multiplied by prod_{j<i} P(b_j <= t).
-Axes: b batch, t steps, p places (0..t, the last is the end), i segments, z code.
+The encoder runs once for each segment and ignores the steps before it: its state is multiplied by
+prod_{j<i} P(b_j <= t).
+Axes: b batch, t steps, p positions of a boundary (0..t, the last is the end), i segments, z code.
 """
 
 from __future__ import annotations
@@ -25,37 +26,41 @@ from metacontroller.models.readouts import sample_gaussian
 
 
 class SegmentNoise(NamedTuple):
-    """place (b, i - 1, p) uniform in (0, 1), for the Gumbel-softmax. code (b, i, z) standard normal."""
+    """boundary (b, i - 1, p): uniform in (0, 1), for the Gumbel-softmax. code (b, i, z): standard normal."""
 
-    place: Tensor
+    boundary: Tensor
     code: Tensor
 
 
 class Segmentation(NamedTuple):
-    """code (b, i, z): one a segment. share (b, i, t): s_i(t). begins (b, i - 1, p): relaxed one-hot of where each
-    segment but the first begins; at place ``length`` there is none. code_kl (b,): of all codes against N(0, I).
-    place_kl (b,): of the boundaries against the prior on lengths."""
+    """Segments of a batch of episodes and their codes.
+
+    code (b, i, z): one for each segment. share (b, i, t): s_i(t). boundaries (b, i - 1, p): relaxed one-hot of the
+    first step of each segment but the first; position ``length`` means that there is no such segment. code_kl (b,): KL
+    of all codes against N(0, I). boundary_kl (b,): KL of the boundaries against the prior on lengths.
+    """
 
     code: Tensor
     share: Tensor
-    begins: Tensor
+    boundaries: Tensor
     code_kl: Tensor
-    place_kl: Tensor
+    boundary_kl: Tensor
 
     def code_at(self) -> Tensor:
         """The code in force at each step, (b, t, z): codes mixed by s_i(t)."""
         return torch.einsum("bit,biz->btz", self.share, self.code)
 
-    def begin_at(self) -> Tensor:
-        """How much each step is the first of a new segment, (b, t); the first step of an episode is none."""
-        return self.begins[..., :-1].sum(1).clamp(max=1.0)
+    def boundary_at(self) -> Tensor:
+        """How much each step is the first of a new segment, (b, t); 0 at the first step of an episode."""
+        return self.boundaries[..., :-1].sum(1).clamp(max=1.0)
 
 
 class Segmenter(nn.Module):
-    """Segments of inputs and a Gaussian code for each.
+    """Splits inputs into segments, with a Gaussian code for each.
 
-    dim_in: of the inputs. dim, depth: of the recurrent encoder (GRU). hidden: units of the two heads. segments: M, the
-    most there can be. temperature: of the Gumbel-softmax. prior_rate: mean length of a segment under the Poisson prior.
+    dim_in: width of the inputs. dim, depth: width and layers of the recurrent encoder (GRU). hidden: units of the two
+    heads. segments: M, the maximum number of segments. temperature: of the Gumbel-softmax. prior_rate: mean length of a
+    segment under the Poisson prior. UserError for values out of range.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         if segments < 2:
-            raise UserError(f"segments is {segments}; expected at least 2, else there is nothing to place.")
+            raise UserError(f"segments is {segments}; expected at least 2, else there is no boundary.")
         if temperature <= 0 or prior_rate <= 0:
             raise UserError(f"temperature is {temperature} and prior_rate {prior_rate}; expected numbers above 0.")
         self.segments, self.dim_latent = segments, dim_latent
@@ -80,46 +85,49 @@ class Segmenter(nn.Module):
         self.project_in = nn.Linear(dim_in, dim)
         self.end = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.layers = nn.ModuleList(nn.GRUCell(dim, dim) for _ in range(depth))
-        self.place = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.boundary = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         self.code = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 2 * dim_latent))
 
     def forward(self, inputs: Tensor, lengths: Tensor, noise: SegmentNoise | None = None) -> Segmentation:
-        """inputs (b, t, dim_in), lengths (b,) -> `Segmentation`; without noise the likeliest places and mean codes."""
+        """inputs (b, t, dim_in), lengths (b,) -> `Segmentation`.
+
+        Without noise: the most likely boundaries and the mean codes.
+        """
         steps = inputs.shape[1]
         x = F.pad(self.project_in(inputs), (0, 0, 0, 1))
-        places = torch.arange(steps + 1, device=inputs.device)
-        x = torch.where((places == lengths[:, None])[..., None], self.end, x)
+        positions = torch.arange(steps + 1, device=inputs.device)
+        x = torch.where((positions == lengths[:, None])[..., None], self.end, x)
         known = length_mask(lengths + 1, steps + 1)
-        allowed = known & (places > 0)
+        allowed = known & (positions > 0)
         read_x = _project(self._cells[0], x)  # the same for every segment
         reached = x.new_ones(x.shape[:2])  # prod_{j<i} P(b_j <= p)
-        begins, shares, distributions, log_place = [], [], [], None
+        boundaries, shares, distributions, log_q = [], [], [], None
         for index in range(self.segments):
             encoded = self._encode(read_x, reached)
             if index + 1 < self.segments:
-                logits = self.place(encoded)[..., 0].masked_fill(~allowed, -torch.inf)
-                log_place = F.log_softmax(logits, -1) if log_place is None else log_place
-                begin = self._sample_place(logits, None if noise is None else noise.place[:, index])
-                begins.append(begin)
+                logits = self.boundary(encoded)[..., 0].masked_fill(~allowed, -torch.inf)
+                log_q = F.log_softmax(logits, -1) if log_q is None else log_q
+                boundary = self._sample_boundary(logits, None if noise is None else noise.boundary[:, index])
+                boundaries.append(boundary)
             else:
-                begin = (places == lengths[:, None]).to(x.dtype)
-            over = begin.cumsum(1).clamp(max=1.0)
+                boundary = (positions == lengths[:, None]).to(x.dtype)
+            over = boundary.cumsum(1).clamp(max=1.0)
             shares.append((reached * (1 - over))[:, :-1])
             reached = reached * over
-            distributions.append(self.code((begin[:, 1:, None] * encoded[:, :-1]).sum(1)))
-        assert log_place is not None
+            distributions.append(self.code((boundary[:, 1:, None] * encoded[:, :-1]).sum(1)))
+        assert log_q is not None
         proposal = torch.stack(distributions, 1)
         mean, log_std = proposal.chunk(2, -1)
         code = mean if noise is None else sample_gaussian(proposal, noise=noise.code)
         kl = gaussian_kl(mean, log_std).sum(1)
-        place_kl = self.segments * categorical_kl(log_place, poisson_log_prior(allowed, self.prior_rate, x.dtype))
-        return Segmentation(code, torch.stack(shares, 1), torch.stack(begins, 1), kl, place_kl)
+        boundary_kl = self.segments * categorical_kl(log_q, poisson_log_prior(allowed, self.prior_rate, x.dtype))
+        return Segmentation(code, torch.stack(shares, 1), torch.stack(boundaries, 1), kl, boundary_kl)
 
-    def draw_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> SegmentNoise:
-        """Random numbers for ``forward`` on ``batch`` inputs of ``steps`` steps."""
+    def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> SegmentNoise:
+        """Noise for ``forward`` on ``batch`` inputs of ``steps`` steps."""
         options = {"generator": generator, "device": self.end.device}
-        place = torch.rand(batch, self.segments - 1, steps + 1, **options)
-        return SegmentNoise(place, torch.randn(batch, self.segments, self.dim_latent, **options))
+        boundary = torch.rand(batch, self.segments - 1, steps + 1, **options)
+        return SegmentNoise(boundary, torch.randn(batch, self.segments, self.dim_latent, **options))
 
     def _encode(self, read_x: Tensor, mask: Tensor) -> Tensor:
         """The masked encoder: the first layer's input projections (b, p, 3 d), mask (b, p) -> (b, p, d)."""
@@ -132,8 +140,8 @@ class Segmenter(nn.Module):
     def _cells(self) -> list[nn.GRUCell]:
         return [layer for layer in self.layers if isinstance(layer, nn.GRUCell)]
 
-    def _sample_place(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
-        """A relaxed one-hot of the place, or the one-hot of the likeliest; (b, p)."""
+    def _sample_boundary(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
+        """A relaxed one-hot of the boundary's position (b, p); without noise the one-hot of the most likely."""
         if uniform is None:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
@@ -141,12 +149,12 @@ class Segmenter(nn.Module):
 
 
 def _project(cell: nn.GRUCell, x: Tensor) -> Tensor:
-    """What the cell makes of its inputs alone, (..., d) -> (..., 3 d)."""
+    """The part of the cell's gates that depends on its inputs alone, (..., d) -> (..., 3 d)."""
     return F.linear(x, cell.weight_ih, cell.bias_ih)
 
 
 def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
-    """The cell along projected inputs (b, p, 3 d), its state multiplied by mask (b, p) after each -> (b, p, d)."""
+    """The cell over projected inputs (b, p, 3 d) -> (b, p, d); mask (b, p) multiplies its state after each step."""
     state, outputs = read_x.new_zeros(len(read_x), cell.hidden_size), []
     for x, kept in zip(read_x.unbind(1), mask.unbind(1), strict=True):
         gates_x, new_x = x.split([2 * cell.hidden_size, cell.hidden_size], -1)
@@ -160,9 +168,12 @@ def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
 
 
 def poisson_log_prior(allowed: Tensor, rate: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Log-probability of each allowed place (b, p) bool under Poisson(rate), normalized over them; -inf elsewhere."""
-    places = torch.arange(allowed.shape[1], device=allowed.device, dtype=dtype)
-    log_prob = places * math.log(rate) - torch.lgamma(places + 1)
+    """Log-probability (b, p) of each allowed position under Poisson(rate), normalized over them; -inf elsewhere.
+
+    allowed (b, p) bool.
+    """
+    positions = torch.arange(allowed.shape[1], device=allowed.device, dtype=dtype)
+    log_prob = positions * math.log(rate) - torch.lgamma(positions + 1)
     return F.log_softmax(log_prob.expand(len(allowed), -1).masked_fill(~allowed, -torch.inf), -1)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from metacontroller.analysis.video import write_video
 from metacontroller.commands.options import Device, device_name, seed_folders
 from metacontroller.commands.output import print_results
+from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
 from metacontroller.recipes.measure import discovery_figures
@@ -32,13 +34,18 @@ class Evaluate:
     """A task of the run's world, written as that world writes it; the post-training task unless given."""
     policy: Policy = "internal-rl"
     """Who acts: raw actions before (base) or after (raw) raw-action RL, codes of the prior or of the trained policy."""
+    video: Path | None = None
+    """Film some of the episodes too: a file that ends in .mp4 or .gif."""
     json: bool = False
     """Print JSON: an object for a run, a list for a reproduction."""
     device: Device = "auto"
     """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
-        results = [self.measure(RunFolder(path)) for path in seed_folders(self.run)]
+        folders = seed_folders(self.run)
+        if self.video is not None and len(folders) > 1:
+            raise UserError(f"{self.run} holds {len(folders)} runs; name one of them to film it, as {folders[0]}.")
+        results = [self.measure(RunFolder(path)) for path in folders]
         print_results(results, self.run, evaluation_table, as_json=self.json)
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
@@ -47,6 +54,8 @@ class Evaluate:
         seed = stream_seed(loaded.seed if self.seed is None else self.seed, "evaluate")
         task = None if self.task is None else loaded.domain.parse_task(self.task)
         episodes = loaded.settings.episodes if self.episodes is None else self.episodes
+        if self.video is not None:
+            write_video(loaded, self.policy, self.video, task=task, seed=seed)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
         if self.policy in ("base", "raw"):
             return result

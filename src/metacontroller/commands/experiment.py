@@ -12,6 +12,7 @@ from metacontroller import presets
 from metacontroller.analysis.registry import analyses, draw_analysis
 from metacontroller.commands.options import (
     Device,
+    Tracked,
     Training,
     chosen_config,
     device_name,
@@ -34,7 +35,7 @@ from metacontroller.storage.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
-class Reproduce(Training):
+class Reproduce(Tracked):
     """Everything: all phases on every seed, the raw-action baseline, measures, figures and a table."""
 
     out: Path = Path("runs/reproduce")
@@ -63,6 +64,7 @@ class Reproduce(Training):
             workers=self.workers,
             quiet=self.quiet,
             device=device_name(self.device),
+            track=self.track,
         )
         console = Console()
         console.print(results_table(summary))
@@ -190,6 +192,6 @@ class Report:
         if not self.runs:
             raise UserError("no folder was named; give that of a reproduction.")
         for folder in self.runs:
-            for path in seed_folders(folder)[:1]:
-                show_episodes(load_run(RunFolder(path), device_name(self.device)))
+            for seed in RunFolder(folder).read_summary().get("seeds", [])[:1]:
+                show_episodes(load_run(RunFolder(folder / f"seed-{seed}"), device_name(self.device)))
         print(write_report(self.runs, self.out))

@@ -12,6 +12,8 @@ from metacontroller import presets
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, read_config, with_seed
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import Processes
+from metacontroller.training.tracking import Tracker, track_with
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -26,6 +28,18 @@ class Training:
     """Show no progress."""
     device: Device = "auto"
     """auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Tracked(Training):
+    """Options of commands that train and log scalars of their own."""
+
+    track: Tracker | None = None
+    """Send every logged scalar to a tracker too, by the extra track; nothing leaves this machine."""
+
+    def tracked(self, run: RunFolder, workers: Processes) -> RunFolder:
+        """The run folder, whose scalars the first process sends to the tracker asked for."""
+        return track_with(run, self.track if workers.is_main else None)
 
 
 def preset_config(preset: str | None = None) -> ExperimentConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from metacontroller.commands.options import Training, chosen_config, device_name, preset_config
+from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
@@ -17,7 +17,7 @@ from metacontroller.training.distributed import processes
 
 
 @dataclass(kw_only=True)
-class Pretrain(Training):
+class Pretrain(Tracked):
     """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
 
     run: Positional[Path]
@@ -49,11 +49,11 @@ class Pretrain(Training):
                 f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to "
                 "resume it, or choose another folder."
             )
-        run_pretrain(config, run, resume=self.resume, quiet=self.quiet, device=device)
+        run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
-class Discover(Training):
+class Discover(Tracked):
     """Phase 2: find abstract actions inside the frozen action model of RUN."""
 
     run: Positional[Path]
@@ -65,11 +65,11 @@ class Discover(Training):
         workers = processes(device)
         run.refuse_begun("discover", resume=self.resume)
         workers.wait()  # until all have seen what was there before
-        run_discover(config, run, resume=self.resume, quiet=self.quiet, device=device)
+        run_discover(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
-class InternalRL(Training):
+class InternalRL(Tracked):
     """Phase 3: reinforcement learning over the abstract actions of RUN."""
 
     run: Positional[Path]
@@ -84,4 +84,4 @@ class InternalRL(Training):
         run.refuse_begun("raw_action_rl" if self.raw else "internal_rl", resume=self.resume)
         workers.wait()  # until all have seen what was there before
         phase = run_raw_action_rl if self.raw else run_internal_rl
-        phase(config, run, resume=self.resume, quiet=self.quiet, device=device)
+        phase(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)

@@ -1,4 +1,4 @@
-"""Config of a metacontroller."""
+"""Configuration of a metacontroller."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from metacontroller.storage.config_file import check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class MetaControllerConfig:
-    """The metacontroller; widths are numbers of units."""
+    """The metacontroller; widths are numbers of units. UserError for values out of range."""
 
     dim_latent: int = 8
-    """n_z, numbers in a code."""
+    """n_z, dimension of a code."""
     dim_history: int = 32
     """n_h, width of the history GRU (eq. 12)."""
     dim_sequence: int = 32
@@ -43,7 +43,7 @@ class MetaControllerConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     """How the switching gate is used."""
     precision: Precision = "auto"
-    """Type of the sequence embedder's and controller's products; auto: bfloat16 where the device is faster in it."""
+    """Of the matrix products in sequence embedder and controller; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

@@ -13,11 +13,11 @@ from metacontroller.errors import UserError
 
 
 class Controller(nn.Module):
-    """U = f_hyp(z), a hypernetwork with one hidden layer; low-rank U = A(h) B(h)^T or full U(h), each linear in (h, 1).
+    """U = f_hyp(z), a hypernetwork with one hidden layer h; U = A(h) B(h)^T or full U(h), each linear in (h, 1).
 
     dim_latent: n_z. dim_model: n_e. hidden: units of the hidden layer. rank: r, or None for a full matrix (the paper's
-    ant).
-    At initialisation A (or the full U) is small, so that steering starts near the identity.
+    ant). At initialisation A (or the full U) is small, so that steering starts near the identity. UserError for values
+    out of range.
     """
 
     def __init__(self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16) -> None:
@@ -38,11 +38,11 @@ class Controller(nn.Module):
             self.write = nn.Parameter(torch.randn(dim_model, units, rank) * scale)  # A: (o, k, r)
 
     def hidden(self, z: Tensor) -> Tensor:
-        """(..., k) hidden units of a code, and the constant 1."""
+        """z (..., n_z) -> (..., k): the hidden units and the constant 1."""
         return F.pad(F.relu(self.code_to_hidden(z)), (0, 1), value=1.0)
 
     def matrix(self, z: Tensor) -> Tensor:
-        """z (..., n_z) -> U (..., residual_out, residual_in): for people and tests; costs n_e² a code."""
+        """z (..., n_z) -> U (..., residual_out, residual_in), n_e² entries per code: for inspection and tests."""
         hidden = self.hidden(z)
         if self.rank is None:
             return torch.einsum("...k,koi->...oi", hidden, self.full)
@@ -53,7 +53,7 @@ class Controller(nn.Module):
     def forward(self, z: Tensor, e: Tensor) -> Tensor:
         """z (..., n_z), e (..., n_e) -> U e (..., n_e); U is never formed.
 
-        Two plain products of width k r, low rank; one of width k n_e, full.
+        Costs two matrix products of width k r for low rank, one of width k n_e for full.
         """
         hidden = self.hidden(z)
         if self.rank is None:

@@ -1,4 +1,4 @@
-"""Discovery over whole episodes of a frozen model (eq. 3): what the metacontroller does, and what it costs.
+"""Discovery over whole episodes of a frozen model: steering and its losses (eq. 3).
 
 Axes: b batch, t steps, n_e residual, n_z code. States hold T or T + 1 entries for T actions.
 """
@@ -18,19 +18,18 @@ from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosse
 
 
 class DiscoveryNoise(NamedTuple):
-    """The random numbers of discovery: code (b, t, n_z) standard normal; gate (b, t) uniform in (0, 1), which only the
-    Gumbel-sigmoid gate uses."""
+    """code (b, t, n_z): standard normal. gate (b, t): uniform in (0, 1), used by the Gumbel-sigmoid gate alone."""
 
     code: Tensor
     gate: Tensor
 
 
 class DiscoveryOutput(NamedTuple):
-    """What discovery computes over a batch of episodes.
+    """Result of `MetaController.discover` for a batch of episodes.
 
-    steered (b, t, n_e): e + U e. z, gate, beta: the integrated code (b, t, n_z), the gate as mixed and its probability
-    (b, t). kl (b, t): of the proposal against N(0, I), at every step. mask (b, t) bool of real steps.
-    mean, log_std (b, t, n_z): the proposal's distribution.
+    steered (b, t, n_e): e + U e. z (b, t, n_z): the integrated code. gate (b, t): the weight of the proposal in it.
+    beta (b, t): the switching probability. kl (b, t): KL of the proposal against N(0, I), at every step. mask (b, t)
+    bool: real steps. mean, log_std (b, t, n_z): of the proposal.
     """
 
     steered: Tensor
@@ -44,7 +43,7 @@ class DiscoveryOutput(NamedTuple):
 
 
 class EpisodeDiscovery:
-    """What a metacontroller does with a model's episodes; mixed into `MetaController`, which defines ``discover``."""
+    """Mixin of `MetaController`: discovery on episodes of a model. The subclass defines ``discover``."""
 
     ratio_loss_weight: float
     target_segment_length: float
@@ -72,20 +71,18 @@ class EpisodeDiscovery:
         embedded_states: Tensor | None = None,
         train_model: bool = False,
     ) -> DiscoveryOutput:
-        """`discover` along whole episodes of a model: states (b, T or T + 1, ...), actions (b, T, ...).
+        """`discover` on the residuals of whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
 
-        With T + 1 states the sequence embedder reads the last one too: what the last action led to shows only there.
-        embedded_states: the episodes as it shall see them, if not as they are. noise: drawn anew if not given.
-        train_model: whether gradients reach the model's own weights, as in co-training (Fig. 7, 8); the method freezes
-        them.
+        With T + 1 states the sequence embedder also reads the last one, the only one that shows the result of the last
+        action. embedded_states: states that the sequence embedder reads instead, such as augmented ones. noise: sampled
+        if not given. train_model: whether gradients reach the model's own weights, as in co-training (Fig. 7, 8).
         """
         steps = actions.shape[1]
-        viewed = states if embedded_states is None else embedded_states
-        embedded = whole_residual(model, viewed, actions, train_model)
-        seen = embedded[:, :steps]
+        embedded = whole_residual(model, states if embedded_states is None else embedded_states, actions, train_model)
+        residual = embedded[:, :steps]
         if embedded_states is not None:
-            seen = whole_residual(model, states[:, :steps], actions, train_model)
-        return self.discover(seen, episode_lens, noise, embedded_residual=embedded)
+            residual = whole_residual(model, states[:, :steps], actions, train_model)
+        return self.discover(residual, episode_lens, noise, embedded_residual=embedded)
 
     def steered_losses(
         self,
@@ -99,7 +96,7 @@ class EpisodeDiscovery:
         embedded_states: Tensor | None = None,
         train_model: bool = False,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
-        """State and action loss under steering, and what the metacontroller did; arguments: see `discover_episodes`."""
+        """State and action loss under steering, and the result of `discover_episodes`, which explains the arguments."""
         output = self.discover_episodes(
             model,
             states,
@@ -124,17 +121,17 @@ class EpisodeDiscovery:
         *,
         with_state_loss: bool = True,
     ) -> DiscoveryLosses:
-        """Losses of eq. 3 under steering; the arguments are checked."""
+        """The losses of eq. 3; UserError for a batch that does not fit the model."""
         model.check_batch(states, actions, episode_lens)
         losses, output = self.steered_losses(model, states, actions, episode_lens, with_state_loss=with_state_loss)
         return DiscoveryLosses(*losses, self.kl_loss(output), self.auxiliary_ratio_loss(output))
 
     def kl_loss(self, output: DiscoveryOutput) -> Tensor:
-        """Mean KL per real step (eq. 3); the weight alpha is the caller's."""
+        """Mean KL per real step (eq. 3), without the weight alpha."""
         return masked_mean(output.kl, output.mask)
 
     def auxiliary_ratio_loss(self, output: DiscoveryOutput) -> Tensor:
-        """The optional H-Net loss times its weight; zero when the weight is zero."""
+        """The optional H-Net loss times its weight, a scalar; 0 when the weight is 0."""
         if self.ratio_loss_weight == 0:
             return output.beta.new_zeros(())
         loss = ratio_loss(output.beta, output.mask, self.target_segment_length, self.gate_config.threshold)
@@ -142,7 +139,10 @@ class EpisodeDiscovery:
 
 
 def whole_residual(model: SteerableModel, states: Tensor, actions: Tensor, train_model: bool = False) -> Tensor:
-    """e_t of every state given, (b, T or T + 1, n_e): of the one after the last action too, if it is there."""
+    """The residual e_t at the controlled layer for every state, (b, T or T + 1, n_e), as many as states.
+
+    Without train_model it carries no gradient, and the rows are computed in chunks.
+    """
     past = actions[:, : states.shape[1] - 1]
     if train_model:
         return model.lower(model.embed(states, past))

@@ -1,4 +1,4 @@
-"""Internal RL without gradients: evolution strategies on the policy (arXiv 2511.16652), by the package x-evolution."""
+"""Internal RL without gradients: evolution strategies (arXiv 2511.16652), with the package x-evolution."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from metacontroller.errors import UserError
 
 
 def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, **options: Any) -> Tensor:
-    """Evolves the weights of ``policy`` in place towards a higher fitness.
+    """Trains ``policy`` in place towards a higher fitness.
 
-    fitness() -> a number: plays with the policy as it is then, which carries the noise of one member of the population.
-    If it raises, the policy is put back as it was. options: of x-evolution's ``EvoStrategy``, such as
-    noise_population_size, noise_scale, learning_rate; its checkpoints are thrown away unless ``checkpoint_path`` is
-    given.
+    fitness() -> a number: plays with the policy, whose weights are then those of one member of the population. If it
+    raises, the policy's weights are restored. options: of x-evolution's ``EvoStrategy``, such as noise_population_size,
+    noise_scale, learning_rate; its checkpoints are deleted unless ``checkpoint_path`` is given.
     Returns the fitness of every member, (num_generations, population, 2): with the noise added and with it subtracted.
+    UserError for ``num_generations`` below 1; ImportError without x-evolution.
     """
     if num_generations < 1:
         raise UserError(f"num_generations is {num_generations}; expected at least 1.")
@@ -35,7 +35,7 @@ def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, 
             policy, environment=lambda _: fitness(), num_generations=num_generations, **(defaults | options)
         )
         try:
-            return strategy().clone()  # a plain tensor in place of one of inference mode
+            return strategy().clone()  # an ordinary tensor instead of an inference-mode one
         except BaseException:
             policy.load_state_dict(before)
             raise

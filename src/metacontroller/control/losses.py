@@ -18,7 +18,8 @@ def ratio_loss(beta: Tensor, mask: Tensor, target_length: float, threshold: floa
     """H-Net's ratio loss (arXiv 2507.07955, eq. 10) towards one switch every ``target_length`` steps.
 
     With N the target length, F the share of hard switches and G the mean probability:
-    N/(N-1) ((N-1) F G + (1-F)(1-G)); it is 1 at F = G = 1/N and pulls the gate there. beta, mask (b, t).
+    N/(N-1) ((N-1) F G + (1-F)(1-G)), which is 1 at F = G = 1/N. beta, mask (b, t) -> scalar. UserError for a
+    target length of 1 or less.
     """
     if target_length <= 1:
         raise UserError(f"target_length is {target_length}; expected more than 1 step a segment.")
@@ -36,7 +37,7 @@ def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
 def clipped_surrogate(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, eps_clip: float = 0.2
 ) -> Tensor:
-    """PPO's clipped surrogate to minimise, averaged over real decisions (C.5); all arguments (b, t)."""
+    """PPO's clipped surrogate to minimise, a mean over real decisions (C.5); tensors (b, t), mask bool -> scalar."""
     ratio = torch.exp((log_prob - old_log_prob).masked_fill(~mask, 0.0))
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
     return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)

@@ -9,7 +9,7 @@
 
 Axes: b batch, t steps, n_e residual, n_h history, n_s sequence embedding, n_z code. The paper is silent on how e is
 scaled before it is read; ours passes through a layer norm. U multiplies the residual itself. Where it is known, the
-sequence embedder reads the observation after the last action too: our choice.
+sequence embedder also reads the observation after the last action: our choice.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from metacontroller.storage.module_file import Saveable
 
 @dataclass
 class ControlState:
-    """What the metacontroller carries from step to step while acting; one row an episode.
+    """What the metacontroller carries from step to step while acting; one row per episode.
 
-    history (b, n_h): h_{t-1}. z (b, n_z): the code in force. held (b,) int64: steps since the last switch. started (b,)
-    bool: false before the first step, which must take a fresh code. policy (b, s): advances only at switches.
+    history (b, n_h): h_{t-1}. z (b, n_z): the current code. held (b,) int64: steps since the last switch. started (b,)
+    bool: false before the first step, which must take a new code. policy (b, s): the policy's recurrent state, which
+    advances only at switches.
     """
 
     history: Tensor
@@ -51,15 +52,15 @@ class ControlState:
     policy: Tensor
 
     def index(self, rows: Tensor) -> ControlState:
-        """The state of the rows named."""
+        """The state of the episodes with indices ``rows`` (m,)."""
         return ControlState(*(value[rows] for value in vars(self).values()))
 
 
 class MetaControllerOutput(NamedTuple):
-    """One acting step as the public contract shows it; all (b, 1, ...).
+    """One acting step.
 
-    action_dist (b, 1, 2 n_z): the policy's mean and log standard deviation. actions (b, 1, n_z): the code in force.
-    switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy saw. state: to go on from.
+    action_dist (b, 1, 2 n_z): the policy's mean and log standard deviation. actions (b, 1, n_z): the current code.
+    switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy read. state: for the next step.
     """
 
     action_dist: Tensor
@@ -70,15 +71,14 @@ class MetaControllerOutput(NamedTuple):
 
 
 class MetaController(EpisodeDiscovery, Saveable, nn.Module):
-    """Gaussian codes (paper D.2).
+    """The metacontroller with Gaussian codes (paper D.2).
 
-    dim_model: n_e. dim_latent: n_z. dim_meta_controller: width of history, embeddings and hidden layers unless given
-    one by one: dim_history n_h, dim_sequence n_s, encoder_hidden, decoder_hidden, switch_hidden, policy_hidden.
-    embedder_kind, policy_kind: attention and a GRU, or "hawk", the paper's SSM.
-    rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional
-    H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
-    precision: of the matrix products in sequence embedder and controller, the two large parts; gate, KL and policy are
-    computed in float32.
+    dim_model: n_e. dim_latent: n_z. dim_meta_controller: default of the widths dim_history (n_h), dim_sequence (n_s),
+    encoder_hidden, policy_hidden and embedder_dim. embedder_kind, policy_kind: "attention" and "gru", or "hawk", the
+    paper's SSM. rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of
+    the optional H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
+    precision: of the matrix products in the sequence embedder and the controller, which dominate the cost; gate, KL and
+    policy are computed in float32. UserError for values out of range.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         *,
         embedded_residual: Tensor | None = None,
     ) -> DiscoveryOutput:
-        """Proposes, integrates and steers over whole episodes: residual (b, t, n_e), episode_lens (b,) real steps.
+        """Proposes, integrates and steers over whole episodes (eq. 12 to 18).
 
-        embedded_residual (b, t or t + 1, n_e): what the sequence embedder sees in place of the residual, if given; one
-        step more is the observation after each episode's last action, the only one that shows where that led. noise:
-        drawn here if not given.
+        residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
+        (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
+        observation after the last action. UserError for shapes that do not fit.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -162,15 +162,15 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         sequence = sequence[:, None].expand(-1, steps, -1)
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
-        noise = self.draw_noise(batch, steps) if noise is None else noise
+        noise = self.sample_noise(batch, steps) if noise is None else noise
         z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), noise=noise.code)
-        fresh = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        z, gate, beta = self.switching(read, history, z_tilde, fresh, uniform=noise.gate)
+        first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
+        z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
 
-    def draw_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
-        """Random numbers for ``discover`` on ``batch`` episodes of ``steps`` steps."""
+    def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
+        """Noise for ``discover`` on ``batch`` episodes of ``steps`` steps."""
         weight = self.policy.readout.weight
         options = {"generator": generator, "device": weight.device}
         precise = torch.promote_types(weight.dtype, torch.float32)
@@ -178,24 +178,24 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         return DiscoveryNoise(code, torch.rand(batch, steps, **options))
 
     def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
-        """s (b, n_s) from the residuals (b, steps or steps + 1, n_e) of episodes with ``lengths`` actions."""
+        """s (b, n_s) from the residuals (b, steps or steps + 1, n_e) of episodes with ``lengths`` (b,) actions."""
         self._check_residual(residual)
-        seen = residual.shape[1]
-        if seen not in (steps, steps + 1):
-            raise UserError(f"embedded_residual has {seen} steps; expected {steps}, as the residual, or one more.")
+        entries = residual.shape[1]
+        if entries not in (steps, steps + 1):
+            raise UserError(f"embedded_residual has {entries} steps; expected {steps}, as the residual, or one more.")
         with products(self.precision, residual):
-            embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + seen - steps, seen))
+            embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + entries - steps, entries))
         return embedded.to(residual.dtype)
 
     def discovery_parameters(self) -> list[nn.Parameter]:
-        """All that discovery trains: everything but the policy."""
+        """The parameters that discovery trains: all but the policy's."""
         policy = {id(parameter) for parameter in self.policy.parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in policy]
 
     # phase 3: acting with abstract actions
 
     def initial_state(self, batch: int) -> ControlState:
-        """Before the first step of ``batch`` episodes."""
+        """The state before the first step of ``batch`` episodes."""
         weight = self.policy.readout.weight
         return ControlState(
             history=weight.new_zeros(batch, self.dim_history),
@@ -206,14 +206,14 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         )
 
     def observe(self, residual: Tensor, state: ControlState) -> tuple[Tensor, Tensor]:
-        """Reads one residual (b, n_e): beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
+        """Reads residual (b, n_e); returns beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
         read = self.norm(residual)
         beta = self.switching.probability(read, state.history, state.z, state.held)
         beta = torch.where(state.started, beta, torch.ones_like(beta))
         return beta, gru_step(self.history, read, state.history)
 
     def integrate(self, state: ControlState, history: Tensor, switch: Tensor, proposed: Tensor) -> ControlState:
-        """The state after a step at which the rows of ``switch`` (b,) bool took the code ``proposed`` (b, n_z)."""
+        """The state after a step (eq. 17): where switch (b,) bool is true, the code becomes proposed (b, n_z)."""
         return ControlState(
             history=history,
             z=torch.where(switch[:, None], proposed, state.z),
@@ -230,10 +230,10 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
     def act(
         self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, MetaControllerOutput]:
-        """One step of internal RL: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and what was decided.
+        """One acting step: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and `MetaControllerOutput`.
 
         The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but its state
-        and the code advance only at switches.
+        and the code change only at switches.
         """
         self._check_residual(residual)
         if residual.shape[1] != 1:
@@ -243,13 +243,13 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         switch = beta >= self.gate_config.threshold
         distribution, advanced = self.policy(residual, state.policy)
         proposed = sample_gaussian(distribution[:, 0], generator)
-        following = self.integrate(state, history, switch, proposed)
-        following.policy = torch.where(switch[:, None], advanced, state.policy)
-        output = MetaControllerOutput(distribution, following.z[:, None], beta[:, None], residual, following)
-        return self.steer(residual, following.z[:, None]), output
+        next_state = self.integrate(state, history, switch, proposed)
+        next_state.policy = torch.where(switch[:, None], advanced, state.policy)
+        output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)
+        return self.steer(residual, next_state.z[:, None]), output
 
     def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-density of codes, entry by entry: (b, t, 2 n_z), (b, t, n_z) -> (b, t, n_z)."""
+        """Log-density of each entry of the codes: (b, t, 2 n_z), (b, t, n_z) -> (b, t, n_z)."""
         if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != 2 * self.dim_latent:
             raise UserError(
                 f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
@@ -267,19 +267,19 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         episode_lens: Tensor | None = None,
         eps_clip: float | None = None,
     ) -> Tensor:
-        """PPO's clipped surrogate over the switches of stored episodes (C.5): no run of the frozen model is needed.
+        """PPO's clipped surrogate over the switches of stored episodes (C.5); does not run the frozen model.
 
         states (b, t, n_e): stored residuals. old_log_probs, actions (b, t, n_z). advantages (b,) or (b, t).
         switch_betas (b, t): a step counts where beta >= threshold; the policy's state advances only there.
-        episode_lens (b,): real steps. The ratio is of the joint density of a code. What is stored is constant: no
-        gradient goes into it, only into the policy.
+        episode_lens (b,): real steps. The ratio is that of a code's joint density. Only the policy gets a gradient.
+        UserError for shapes that do not fit.
         """
         self._check_residual(states)
         batch, steps = states.shape[:2]
         expected = (batch, steps, self.dim_latent)
         for name, value in (("old_log_probs", old_log_probs), ("actions", actions)):
             if value.shape != expected:
-                raise UserError(f"{name} has shape {tuple(value.shape)}; expected {expected}, as states and n_z say.")
+                raise UserError(f"{name} has shape {tuple(value.shape)}; expected {expected}, to fit states and n_z.")
         if switch_betas.shape != (batch, steps) or advantages.shape not in ((batch,), (batch, steps)):
             raise UserError(
                 f"switch_betas has shape {tuple(switch_betas.shape)} and advantages {tuple(advantages.shape)}; "
@@ -303,7 +303,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
     def evolve_policy(
         self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
     ) -> Tensor:
-        """Evolution strategies over the policy in place of gradients, see `control.evolution`.
+        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
 
         environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
         """

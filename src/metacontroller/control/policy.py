@@ -1,4 +1,4 @@
-"""Causal policy over abstract actions, pi(z | e_1:t): what internal RL trains in place of the acausal encoder (C.5)."""
+"""Causal policy over abstract actions, pi(z | e_1:t): internal RL trains it to replace the acausal encoder (C.5)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PolicyKind = Literal["gru", "hawk"]
 
 
 class AbstractActionPolicy(nn.Module):
-    """Recurrent Gaussian policy; its state advances only at switches. It starts as the prior N(0, I).
+    """Recurrent Gaussian policy whose state advances only at switches; initialised to the prior N(0, I).
 
-    kind "gru": a GRU of width ``hidden``. "hawk": one Hawk block of that width, as the paper's (C.5).
+    kind "gru": a GRU of width ``hidden``. "hawk": one Hawk block of that width, as in the paper (C.5). UserError for
+    another kind.
 
     Axes: b batch, k switches of an episode in order, n_e residual, n_z code. A distribution is one tensor (..., 2 n_z):
     mean, then log standard deviation.
@@ -38,23 +39,23 @@ class AbstractActionPolicy(nn.Module):
     def forward(self, residual: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Residuals at consecutive switches (b, k, n_e), state (b, s) -> distributions (b, k, 2 n_z), next state.
 
-        Without a state, the first of them is the first of an episode.
+        Without a state, the first switch is the first of an episode.
         """
         out, last = self.recurrence(self.norm(residual), state)
         return self.readout(out), last
 
     def initial_state(self, batch: int) -> Tensor:
-        """(b, s) zeros, s numbers that the recurrence carries."""
+        """(b, s) zeros: the recurrent state before an episode."""
         return self.readout.weight.new_zeros(batch, self.recurrence.state_size)
 
 
 def gru_step(gru: nn.GRU, x: Tensor, state: Tensor) -> Tensor:
-    """One step of a one-layer GRU, x (b, i), state (b, h) -> (b, h): the module's own way in has a higher price."""
+    """One step of a one-layer GRU, x (b, i), state (b, h) -> (b, h); faster than a call of the module."""
     return torch.gru_cell(x, state, *gru.all_weights[0])
 
 
 class _GRU(nn.GRU):
-    """A GRU with its state as (b, s)."""
+    """A GRU with a state of shape (b, s)."""
 
     def __init__(self, dim_model: int, hidden: int) -> None:
         super().__init__(dim_model, hidden, batch_first=True)
@@ -69,7 +70,7 @@ class _GRU(nn.GRU):
 
 
 class _Hawk(nn.Module):
-    """One Hawk block with its state as (b, s): the recurrence's, then the convolution's last inputs."""
+    """One Hawk block with a state of shape (b, s): that of the recurrence, then the convolution's last inputs."""
 
     def __init__(self, dim_model: int, hidden: int) -> None:
         super().__init__()

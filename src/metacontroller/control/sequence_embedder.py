@@ -1,4 +1,4 @@
-"""Sequence embedder s(e_1:T): one acausal embedding of a whole episode (eq. 13); used in discovery only."""
+"""Sequence embedder s(e_1:T): one acausal embedding of a whole episode (eq. 13); used only in discovery."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ EmbedderKind = Literal["attention", "hawk"]
 
 
 class SequenceEmbedder(nn.Module):
-    """A stack of blocks over the residuals, one vector of it, a linear map: (b, t, n_e) -> (b, n_s).
+    """A stack of blocks over the residuals, pooled to one vector, and a linear map: (b, t, n_e) -> (b, n_s).
 
-    kind "attention": two-sided, masked mean over the steps. "hawk": recurrent (the paper's SSM), its last real step.
+    kind "attention": two-sided attention, masked mean over the steps. "hawk": recurrent (the paper's SSM), last real
+    step. UserError for another kind.
     """
 
     def __init__(
@@ -41,8 +42,7 @@ class SequenceEmbedder(nn.Module):
         self.project_out = nn.Linear(dim, dim_sequence)
 
     def forward(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """residual (b, t, n_e), mask (b, t) bool of real steps, first ones first -> (b, n_s); padding has no
-        influence."""
+        """residual (b, t, n_e), mask (b, t) bool of real steps, before padding -> (b, n_s), independent of padding."""
         x = self.project_in(residual)
         if isinstance(self.body, HawkBody):
             last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, x.shape[-1])

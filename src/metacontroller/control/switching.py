@@ -1,4 +1,4 @@
-"""Switching unit and temporal integration (eq. 16, 17): when to take a new code. The only sequential part."""
+"""Switching unit and temporal integration (eq. 16, 17): when to take a new code. The only sequential computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How the switching gate beta is used."""
+    """How the switching gate beta is used. UserError for values out of range."""
 
     mode: GateMode = "soft"
     """How beta mixes codes.
@@ -25,7 +25,7 @@ class GateConfig:
     gumbel-sigmoid: logistic noise in training (the paper's rate-distortion curves).
     forced: 1 at every step. fixed-frequency: 1 every period steps."""
     threshold: float = 0.5
-    """The beta from which on a step counts as a switch (C.6: 0.5)."""
+    """A step counts as a switch where beta is at least this (C.6: 0.5)."""
     temperature: float = 1.0
     """Divides the logit of gumbel-sigmoid."""
     period: int = 4
@@ -44,9 +44,9 @@ class GateConfig:
 
 
 class SwitchingUnit(nn.Module):
-    """beta_t = f_switch(e_t, h_{t-1}, z_{t-1}), one hidden layer with ReLU; sees no future.
+    """beta_t = f_switch(e_t, h_{t-1}, z_{t-1}), one hidden layer with ReLU; causal (eq. 16).
 
-    All that depends on e and h is projected before the loop over time; the loop carries only z.
+    The projections of e and h are computed before the loop over time; the loop carries only z.
     """
 
     def __init__(self, dim_model: int, dim_history: int, dim_latent: int, *, hidden: int, config: GateConfig) -> None:
@@ -65,12 +65,12 @@ class SwitchingUnit(nn.Module):
         z_initial: Tensor | None = None,
         uniform: Tensor | None = None,
     ) -> GateOutput:
-        """Integrates the proposals over time.
+        """Integrates the proposals over time (eq. 16, 17).
 
-        residual (b, t, n_e), history h_{t-1} (b, t, n_h), z_tilde (b, t, n_z), fresh (b, t) bool: steps that must take
-        a fresh code (the first of an episode), z_initial (b, n_z) the code held before the first step, uniform (b, t)
-        random numbers in (0, 1) for the Gumbel-sigmoid, drawn here if not given. Returns z (b, t, n_z), gate (b, t) as
-        mixed, beta (b, t) the probability.
+        residual (b, t, n_e). history (b, t, n_h): h_{t-1}. z_tilde (b, t, n_z): proposals. fresh (b, t) bool: steps
+        that must take a new code, such as the first of an episode. z_initial (b, n_z): code held before the first step.
+        uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid, sampled here if not given. Returns z (b, t, n_z), gate
+        (b, t), the weight of the proposal, and beta (b, t), the switching probability.
         """
         config = self.config
         if config.mode in ("forced", "fixed-frequency"):
@@ -96,10 +96,10 @@ class SwitchingUnit(nn.Module):
         )
 
     def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
-        """One step of eq. 16 for acting.
+        """One step of eq. 16, for acting.
 
-        residual (b, n_e), history (b, n_h), z_{t-1} (b, n_z), held (b,) int64: steps since the last switch; returns
-        beta (b,), without the Gumbel-sigmoid's noise.
+        residual (b, n_e). history (b, n_h): h_{t-1}. z (b, n_z): z_{t-1}. held (b,) int64: steps since the last switch.
+        Returns beta (b,), without the Gumbel-sigmoid's noise.
         """
         config = self.config
         if config.mode == "forced":
@@ -114,7 +114,7 @@ class SwitchingUnit(nn.Module):
 
 
 def hold_between(z_tilde: Tensor, switch: Tensor, z_initial: Tensor | None = None) -> GateOutput:
-    """Eq. 17 for a known pattern of switches (b, t) bool: at each step the proposal of the last one, or z_initial."""
+    """Eq. 17 for given switches (b, t) bool: each step holds the proposal of the last switch, or z_initial (b, n_z)."""
     steps = torch.arange(switch.shape[1], device=switch.device)
     last = torch.where(switch, steps, -1).cummax(1).values
     z = z_tilde.gather(1, last.clamp_min(0)[..., None].expand_as(z_tilde))

@@ -11,13 +11,17 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 
 Generate = Callable[[int, torch.Generator], Trajectories]
-"""A source of behaviour: ``generate(n, generator)`` returns n fresh (or drawn) episodes."""
+"""A source of behaviour: ``generate(n, generator)`` returns n episodes, generated or sampled from a dataset."""
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Symmetry augmentation: states (b, t, ...) and a generator -> states of the same shape."""
 
 
 class EpisodeStream:
-    """Endless length-sorted batches from a source, in windows; its position can be saved and restored exactly.
+    """Endless batches of episodes of similar length, whose position can be saved and restored exactly.
 
-    The source is given random numbers of ``device`` and so can make its episodes there.
+    It asks ``generate`` for a window of ``window * batch_size`` episodes at a time and sorts it into batches by length.
+    ``generate`` gets a generator on ``device``, so that it can generate its episodes there.
     """
 
     def __init__(
@@ -37,11 +41,11 @@ class EpisodeStream:
         return self.batches[self.used - 1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What ``restore`` needs."""
+        """The position in the stream, for ``restore``."""
         return {"stream.window": self.window_start.clone(), "stream.used": torch.tensor(self.used)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Goes on exactly where ``tensors`` were taken."""
+        """Returns to the position at which ``tensors()`` was called."""
         self.generator.set_state(tensors["stream.window"].cpu())
         self._open_window()
         self.used = int(tensors["stream.used"])
@@ -58,7 +62,8 @@ def length_sorted_batches(
 ) -> Iterator[Trajectories]:
     """Batches of episodes of similar length, in random order, so that little of a batch is padding.
 
-    Yields ``len // batch_size`` batches; episodes that do not fill a batch are left out, drawn afresh at each call.
+    Yields ``len // batch_size`` batches. Episodes that do not fill a batch are left out; which ones is random at each
+    call. UserError if there are fewer episodes than ``batch_size``.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1.")
@@ -71,7 +76,3 @@ def length_sorted_batches(
     by_length = kept[torch.argsort(lengths[kept], stable=True)].view(count, batch_size)
     for index in torch.randperm(count, generator=generator, device=device).tolist():
         yield trajectories.index(by_length[index].to(trajectories.lengths.device))
-
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""states (b, t, ...) and a source of randomness -> states of the same shape."""

@@ -22,7 +22,7 @@ STORE_FORMAT = 1
 class TrajectoryStore:
     """Episodes on disk, memory-mapped: a folder of plain ``.npy`` arrays without padding and a ``store.json``.
 
-    Loading runs no code: arrays are read with ``allow_pickle=False``.
+    Loading runs no code: arrays are read with ``allow_pickle=False``. UserError if the folder is no store.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,7 +43,7 @@ class TrajectoryStore:
         return len(self.arrays["lengths"])
 
     def read(self, rows: np.ndarray | Tensor) -> Trajectories:
-        """The episodes named by ``rows``, padded to the longest of them."""
+        """The episodes with indices ``rows`` (b,), padded to the longest; UserError for indices out of range."""
         index = np.asarray(rows)
         if index.ndim != 1 or not len(index) or not np.issubdtype(index.dtype, np.integer):
             raise UserError(f"rows have shape {index.shape} and dtype {index.dtype}; expected a list of whole numbers.")
@@ -63,7 +63,7 @@ class TrajectoryStore:
 
     @staticmethod
     def write(path: str | Path, trajectories: Trajectories) -> TrajectoryStore:
-        """Writes the episodes; an existing store is replaced only when the new one is whole."""
+        """Writes the episodes; an existing store is replaced only once the new one is complete."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -80,7 +80,7 @@ class TrajectoryStore:
 
 
 def _save_arrays(folder: Path, trajectories: Trajectories) -> None:
-    """Writes the real steps of every array, end to end, and the header last."""
+    """Writes the real steps of every array, episode after episode, and the header last."""
     steps = trajectories.mask().cpu()
     real = {"lengths": torch.ones_like(trajectories.lengths, dtype=torch.bool).cpu()}
     real["states"] = length_mask(trajectories.lengths.cpu() + 1, trajectories.steps + 1)

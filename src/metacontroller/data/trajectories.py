@@ -1,4 +1,4 @@
-"""Behaviour data: padded batches with lengths, length-sorted windows, a memory-mapped store.
+"""Behaviour data: padded batches of episodes with lengths, and masks.
 
 Axes: b episodes, t steps. A sequence holds T actions and T + 1 states: ``o_1, a_1, ..., a_T, o_{T+1}`` (paper §1).
 """
@@ -22,8 +22,8 @@ class Trajectories:
     lengths: (b,) int64, number of actions of each episode, 1 <= length <= T.
     subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding).
     segments: (b, T) int64 or None, index of that subgoal in its task (-1 in the padding).
-    Subgoals and segments are labels for evaluation only. The values of lengths are looked at only where they lie on the
-    CPU: looking elsewhere would wait for the device.
+    Subgoals and segments are labels for evaluation only. UserError for shapes that do not fit, and for lengths out of
+    range; the latter are checked on the CPU only, because reading them from another device would synchronize with it.
     """
 
     states: Tensor
@@ -60,16 +60,16 @@ class Trajectories:
         return length_mask(self.lengths, self.steps)
 
     def index(self, rows: Tensor) -> Trajectories:
-        """The episodes named by ``rows``, cut to the longest of them."""
+        """The episodes with indices ``rows`` (m,), cut to the longest of them."""
         steps = int(self.lengths[rows].max())
         cut = {"states": steps + 1, "actions": steps, "subgoals": steps, "segments": steps}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        picked = {
+        selected = {
             name: value[rows, : cut[name]] if name in cut else value[rows]
             for name, value in values.items()
             if value is not None
         }
-        return replace(self, **picked)
+        return replace(self, **selected)
 
     def to(self, device: torch.device | str) -> Trajectories:
         """The same episodes on another device."""
@@ -78,12 +78,12 @@ class Trajectories:
 
 
 def length_mask(lengths: Tensor, steps: int) -> Tensor:
-    """(b, steps) bool, true where the step index lies below the episode's length."""
+    """(b, steps) bool: true at real steps. lengths (b,)."""
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (b, t) where mask (b, t); padded entries may hold anything finite."""
+    """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask. Masked values must be finite."""
     weight = mask.to(values.dtype)
     return (values * weight).sum() / weight.sum().clamp_min(1)
 
@@ -91,9 +91,10 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def check_lengths(
     lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens", *, wait: bool = True
 ) -> None:
-    """Raises ValueError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps.
+    """UserError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps.
 
-    With wait=False their values are looked at only where they lie on the CPU: elsewhere that would wait for the device.
+    With wait=False the values are checked on the CPU only, because reading them from another device would synchronize
+    with it.
     """
     if lengths is None:
         return

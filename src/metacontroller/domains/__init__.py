@@ -1,1 +1,1 @@
-"""Worlds: the interface and what stands behind it."""
+"""Worlds: their interface, registry, and implementations."""

@@ -14,7 +14,7 @@ from metacontroller.errors import UserError
 
 
 def parse_task(text: str) -> tuple[int, ...]:
-    """Read a task from its written form: ``"0-1-2-3"`` gives ``(0, 1, 2, 3)``. Raises ValueError on anything else."""
+    """Parse a task: ``"0-1-2-3"`` gives ``(0, 1, 2, 3)``. UserError for anything else."""
     parts = text.strip().split("-")
     if not all(part.isdecimal() for part in parts):
         raise UserError(f"task {text!r} is not a list of colors: write color numbers joined by '-', such as '0-1-2-3'.")
@@ -54,20 +54,20 @@ TABLE_A1: tuple[Task, ...] = _parse_table(
 TABLE_A2: tuple[Task, ...] = _parse_table(
     "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
 )
-"""Pretraining tasks of the ant (table A2): 4 colors; each color is a subgoal of its own."""
+"""Pretraining tasks of the ant (table A2): 4 colors; each color is a subgoal."""
 
 A1_POST: Task = parse_task("0-1-2-3-4-5-6-7-0-1-2-3")
-"""Post-training task that goes with `TABLE_A1`: none of its transitions between subgoals (pairs) occurs there."""
+"""Post-training task for `TABLE_A1`: none of its transitions between subgoals (pairs) occurs there."""
 
 A2_POST: Task = parse_task("0-1-2-3")
-"""Post-training task that goes with `TABLE_A2`: none of its transitions occurs there."""
+"""Post-training task for `TABLE_A2`: none of its transitions occurs there."""
 
 
 TABLES = {"A1": TABLE_A1, "A2": TABLE_A2}
 
 
 def read_tasks(tasks: str | Iterable[str | Sequence[int]]) -> tuple[Task, ...]:
-    """Return tasks given by the name of a table, "A1" or "A2", or one by one, each written out or as its colors."""
+    """Return the tasks of a table, "A1" or "A2", or of a list, each as text or as colors; UserError if unknown."""
     if isinstance(tasks, str):
         if tasks not in TABLES:
             raise UserError(f"task table {tasks!r} is unknown: choose one of {', '.join(TABLES)}, or list the tasks.")
@@ -76,7 +76,7 @@ def read_tasks(tasks: str | Iterable[str | Sequence[int]]) -> tuple[Task, ...]:
 
 
 def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
-    """Raise a ValueError unless every task is a non-empty walk over known colors without immediate repeats."""
+    """UserError unless there are tasks, each of known colors and without immediate repeats."""
     tasks = list(tasks)
     if not tasks:
         raise UserError("the list of tasks is empty: give at least one task, such as (0, 1, 2).")
@@ -100,8 +100,7 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
 def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, ...]:
     """Return the subgoals of a task, in order: its colors in chunks of ``colors_per_subgoal``.
 
-    Raises:
-        ValueError: if the length of the task is not a multiple of ``colors_per_subgoal``.
+    UserError if the length of the task is not a multiple of ``colors_per_subgoal``.
     """
     if colors_per_subgoal < 1:
         raise UserError(f"colors_per_subgoal is {colors_per_subgoal}: it must be at least 1.")
@@ -114,25 +113,23 @@ def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, 
 
 
 def subgoal_vocabulary(tasks: Iterable[Sequence[int]], colors_per_subgoal: int, num_colors: int) -> tuple[Task, ...]:
-    """Return the subgoals that tasks are made of, each as its colors; a subgoal's index is its place here.
+    """Return the subgoals that tasks consist of, each as its colors; a subgoal's index is its position in this tuple.
 
     For subgoals of one color these are all colors of the grid, in order. For larger ones they are the distinct chunks
-    of the tasks, sorted. `format_task` gives a subgoal's name, such as "0-1".
-
-    Raises:
-        ValueError: if the length of a task is not a multiple of ``colors_per_subgoal``.
+    of the tasks, sorted. `format_task` gives a subgoal's name, such as "0-1". UserError if the length of a task is not
+    a multiple of ``colors_per_subgoal``.
     """
     chunks = {chunk for task in tasks for chunk in subgoal_chunks(task, colors_per_subgoal)}
     return single_colors(num_colors) if colors_per_subgoal == 1 else tuple(sorted(chunks))
 
 
 def single_colors(num_colors: int) -> tuple[Task, ...]:
-    """Return the vocabulary in which each color of the grid is a subgoal of its own."""
+    """Return the vocabulary in which each color of the grid is a subgoal."""
     return tuple((color,) for color in range(num_colors))
 
 
 def subgoal_indices(task: Sequence[int], vocabulary: Sequence[Task]) -> tuple[int, ...]:
-    """Return a task as the indices of its subgoals in the vocabulary, which must hold them all."""
+    """Return a task as the indices of its subgoals in the vocabulary; UserError if it lacks one."""
     chunks = subgoal_chunks(task, len(vocabulary[0]))
     unknown = [chunk for chunk in chunks if chunk not in vocabulary]
     if unknown:
@@ -144,12 +141,12 @@ def subgoal_indices(task: Sequence[int], vocabulary: Sequence[Task]) -> tuple[in
 
 
 def transitions(tasks: Iterable[Sequence[int]]) -> set[tuple[int, int]]:
-    """Return every pair (color, color that follows it) in the tasks; of subgoals for tasks of `subgoal_indices`."""
+    """Return the pairs of consecutive entries in the tasks: colors, or subgoals for tasks from `subgoal_indices`."""
     return {pair for task in tasks for pair in pairwise(task)}
 
 
 def pad_tasks(tasks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Stack tasks into int64 (tasks, longest), padded with -1, and their lengths, int64 (tasks,)."""
+    """Stack n tasks into int64 (n, longest), padded with -1, and return their lengths, int64 (n,)."""
     longest = max(len(task) for task in tasks)
     padded = [[*task, *[-1] * (longest - len(task))] for task in tasks]
     lengths = [len(task) for task in tasks]

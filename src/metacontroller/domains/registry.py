@@ -1,4 +1,4 @@
-"""Worlds by name: those in this package and those that other packages offer by an entry point.
+"""Worlds by name: those of this package, and those of other packages through entry points, as in
 
 [project.entry-points."metacontroller.domains"]
 corridor = "my_package.corridor:Corridor"
@@ -20,13 +20,13 @@ GROUP = "metacontroller.domains"
 
 
 def domain_names() -> list[str]:
-    """All names that `domain_class` knows."""
+    """All names of worlds."""
     own = [folder.name.replace("_", "-") for folder in pkgutil.iter_modules(domains.__path__) if folder.ispkg]
     return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
 
 
 def domain_class(name: str) -> type[Domain]:
-    """The world of a name; UserError if there is none."""
+    """The class of a world; UserError for an unknown name or an entry point that is not a `Domain` of that name."""
     folder = f"{domains.__name__}.{name.replace('-', '_')}"
     if name in domain_names() and importlib.util.find_spec(folder) is not None:
         module = importlib.import_module(f"{folder}.domain")
@@ -34,13 +34,13 @@ def domain_class(name: str) -> type[Domain]:
     for point in entry_points(group=GROUP, name=name):
         kind = point.load()
         if not _is_domain(kind) or kind.name != name:
-            raise UserError(f"entry point {point.value} is no subclass of Domain with the name {name!r}; mend it.")
+            raise UserError(f"entry point {point.value} is not a subclass of Domain with the name {name!r}; fix it.")
         return kind
     raise UserError(f"world {name!r} is unknown; known are {', '.join(domain_names())}.")
 
 
 def domain_of(config: Any) -> Domain:
-    """The world that a config describes."""
+    """The world of a config; UserError if no world has this type of config."""
     for name in domain_names():
         kind = domain_class(name)
         if kind.Config is type(config):

@@ -1,4 +1,4 @@
-"""The switching gate: the only part of the metacontroller that must run step by step.
+"""The switching gate, the only computation of the metacontroller that must run step by step.
 
 Axis letters: B batch, T time, K hidden units of the switching unit, Z code.
 """
@@ -58,8 +58,8 @@ def gate_scan(
         (CUDA) or "auto" (the fastest at hand).
 
     Returns `GateOutput(z, gate, beta)`, each of T entries; gradients may arrive through all three. Works in float32 or
-    float64; half precision is cast to float32, under autocast too. Raises ValueError for shapes, dtypes, devices or
-    settings that do not fit.
+    float64; half precision is cast to float32, also under autocast. UserError for shapes, dtypes, devices or settings
+    that do not fit.
     """
     if z_initial is None:
         z_initial = z_tilde.new_zeros(z_tilde.shape[0], z_tilde.shape[-1])
@@ -74,7 +74,7 @@ def gate_scan(
     with torch.autocast(drive.device.type, enabled=False):
         if backend == "reference":
             return gate_scan_reference(drive, z_tilde, w_code, w_out, b_out, fresh, z_initial, noise, options)
-        # what does not change along the loop is folded into one offset a step, and autograd undoes the folding
+        # bias, noise, temperature and forced switches are combined into one offset per step, outside the scan
         logit_offset = b_out.expand(fresh.shape) if noise is None else b_out + noise
         offset = (logit_offset / temperature).masked_fill(fresh, float("inf"))
         scan = _triton_scan() if backend == "triton" else gate_scan_in_place
@@ -94,13 +94,13 @@ def _triton_scan():
 
 
 def _choose_backend(backend: str, device: torch.device, time: int) -> str:
-    """Resolve "auto"; refuse unknown names, and Triton where it cannot run."""
+    """Resolve "auto"; UserError for unknown names, and for Triton where it cannot run."""
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
     if backend == "auto":
         if device.type == "cuda" and _has_triton():
             return "triton"
-        return "cpu" if time > 1 else "reference"  # a single step has no loop to prepare for
+        return "cpu" if time > 1 else "reference"  # the CPU path pays off only for several steps
     if backend == "triton":
         if not _has_triton():
             raise UserError("backend='triton' needs the package triton, which is not installed: use backend='auto'.")
@@ -123,7 +123,7 @@ def _check_tensors(
     z_initial: Tensor,
     noise: Tensor | None,
 ) -> None:
-    """Raise a ValueError naming the first tensor whose shape, dtype or device does not fit drive (B, T, K)."""
+    """UserError naming the first tensor whose shape, dtype or device does not fit drive (B, T, K)."""
     if drive.ndim != 3 or 0 in drive.shape:
         raise UserError(f"drive has shape {tuple(drive.shape)}: expected a non-empty (batch, time, hidden).")
     if z_tilde.ndim != 3 or 0 in z_tilde.shape:

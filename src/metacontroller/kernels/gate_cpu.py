@@ -1,7 +1,8 @@
-"""The switching gate as an in-place loop with a backward of its own.
+"""The switching gate as an in-place loop with its own backward pass.
 
-Plain torch operations, so it needs no compiler and runs on any device; it is meant for the CPU. Everything that does
-not depend on the step before is taken out of both loops, which leaves three operations a step forward and five back.
+It uses torch operations only, so it needs no compiler and runs on any device; it is meant for the CPU. Everything that
+does not depend on the previous step is computed outside both loops, which leaves three operations per step forward and
+five backward.
 
 Axis letters: B batch, T time, K hidden units of the switching unit, Z code.
 """

@@ -1,4 +1,4 @@
-"""The switching gate as a plain loop that autograd differentiates: slow, obvious, what the fast paths are tested on.
+"""The switching gate as a plain loop that autograd differentiates: slow and simple; the fast paths are tested on it.
 
 Axis letters: B batch, T time, K hidden units of the switching unit, Z code.
 """
@@ -16,11 +16,11 @@ class GateOutput(NamedTuple):
 
     z: Tensor  # (B, T, Z), integrated code
     gate: Tensor  # (B, T), weight of the proposal in the mix: beta, or 0 and 1 when it is thresholded
-    beta: Tensor  # (B, T), switching probability; 1 where a fresh code was forced
+    beta: Tensor  # (B, T), switching probability; 1 where a new code was forced
 
 
 class GateOptions(NamedTuple):
-    """How beta is made from the logit, and the gate from beta; checked in `gate_scan`."""
+    """How beta is computed from the logit, and the gate from beta; checked in `gate_scan`."""
 
     temperature: float = 1.0
     threshold: float | None = None  # None: the gate is beta itself

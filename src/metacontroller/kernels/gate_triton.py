@@ -1,8 +1,8 @@
-"""The switching gate as two Triton kernels: a program runs a few rows of the batch through all time steps.
+"""The switching gate as two Triton kernels: each program runs a few rows of the batch through all time steps.
 
 Importing this module needs Triton; `gate_scan` imports it on first use.
 
-Axis letters: B batch, T time, K hidden units of the switching unit, Z code; a program has R rows.
+Axis letters: B batch, T time, K hidden units of the switching unit, Z code, R rows of one program.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _TritonScan(torch.autograd.Function):
         programs, settings = _launch_settings(drive, z_tilde, options)
         grad_drive, grad_z_tilde = torch.empty_like(drive), torch.empty_like(z_tilde)
         grad_offset, grad_z_initial = torch.empty_like(beta), torch.empty_like(z_initial)
-        # each program writes its share of the weights' gradients: no atomics, so the sum is the same on every run
+        # each program writes its own term of the weights' gradients, without atomics: so the sum is deterministic
         grad_w_code, grad_w_out = w_code.new_empty(programs, *w_code.shape), w_out.new_empty(programs, *w_out.shape)
         backward = _backward_kernel[(programs,)]  # pyright: ignore[reportIndexIssue]
         backward(
@@ -196,7 +196,7 @@ def _backward_kernel(
         if GATE_LEARNS:
             grad_logit += tl.sum(total * (z_tilde - z), axis=1)
         grad_logit *= beta * (1 - beta)
-        hidden = drive + tl.sum(w_code[None, :, :] * z[:, None, :], axis=2)  # made again: cheaper than storing it
+        hidden = drive + tl.sum(w_code[None, :, :] * z[:, None, :], axis=2)  # recomputed: cheaper than storing it
         grad_hidden = tl.where(hidden > 0, grad_logit[:, None] * w_out[None, :], 0.0)
         grad_w_out += tl.sum(tl.where(hidden > 0, hidden, 0.0) * grad_logit[:, None], axis=0)
         grad_w_code += tl.sum(grad_hidden[:, :, None] * z[:, None, :], axis=0)

@@ -1,4 +1,4 @@
-"""The linear recurrence h_t = a_t h_{t-1} + x_t, entry by entry: what a recurrent block with linear state needs.
+"""The elementwise linear recurrence h_t = a_t h_{t-1} + x_t of recurrent blocks with linear state.
 
 Axis letters: B batch, T time, D channels.
 """
@@ -18,11 +18,11 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, *, 
     """h_t = decay_t * h_{t-1} + drive_t for t = 1..T, with h_0 = ``initial`` (zeros if None).
 
     decay, drive (B, T, D), initial (B, D), all of one floating dtype; returns h (B, T, D).
-    backend: "reference" (plain loop), "loop" (one operation a step, in place; best where operations start fast),
-    "parallel" (pairs of steps are merged until one is left: about 2 log2 T rounds of work that halves, so T in all) or
-    "auto" ("loop" on a CPU, else "parallel"). The last two share a backward, which is the same recurrence from the end.
+    backend: "reference" (plain loop), "loop" (one in-place operation per step, best where launches are cheap),
+    "parallel" (pairs of steps are merged recursively: about 2 log2 T operations, O(T) work) or "auto" ("loop" on a CPU,
+    else "parallel"). "loop" and "parallel" have their own backward pass, the same recurrence backwards in time.
 
-    Raises ValueError for shapes or a backend that do not fit.
+    UserError for shapes or a backend that do not fit.
     """
     if decay.ndim != 3 or decay.shape != drive.shape or 0 in decay.shape:
         raise UserError(
@@ -43,7 +43,7 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, *, 
 
 
 def linear_scan_reference(decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-    """The recurrence step by step: slow, obvious, what the fast ones are tested on."""
+    """The recurrence step by step: slow and simple; the fast backends are tested on it."""
     state, states = initial, []
     for t in range(drive.shape[1]):
         state = decay[:, t] * state + drive[:, t]
@@ -59,8 +59,7 @@ def _loop(decay: Tensor, drive: Tensor) -> Tensor:
 
 
 def _parallel(decay: Tensor, drive: Tensor) -> Tensor:
-    """Steps 2k - 1 and 2k together are one step, h_2k = (a_2k a_2k-1) h_2k-2 + (a_2k x_2k-1 + x_2k), of a recurrence
-    half as long; the steps left out follow from it at once."""
+    """Solves a recurrence half as long, h_2k = (a_2k a_2k-1) h_2k-2 + (a_2k x_2k-1 + x_2k), then adds the odd steps."""
     steps = drive.shape[1]
     if steps == 1:
         return drive

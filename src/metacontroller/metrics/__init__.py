@@ -1,1 +1,1 @@
-"""Pure functions of tensors that say how well something went."""
+"""Metrics: pure functions of tensors."""

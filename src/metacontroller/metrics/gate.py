@@ -14,7 +14,7 @@ HISTOGRAM_BINS = 20
 
 
 def codes_taken(beta: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
-    """(b,) int64 codes that each episode takes: one at its first step, one at each later step with beta >= threshold.
+    """Codes of each episode, (b,) int64: one at the first step and one at each later step with beta >= threshold.
 
     beta (b, t), lengths (b,).
     """
@@ -22,19 +22,19 @@ def codes_taken(beta: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
 
 
 def binary_fraction(beta: Tensor, lengths: Tensor) -> Tensor:
-    """Share of beta (b, t) outside (0.1, 0.9), a scalar; each episode's first step apart. lengths (b,)."""
+    """Share of beta (b, t) outside (0.1, 0.9), a scalar, without each episode's first step. lengths (b,)."""
     return masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later_steps(lengths, beta.shape[1]))
 
 
 def later_steps(lengths: Tensor, steps: int) -> Tensor:
-    """(b, steps) bool: real steps but for each episode's first, which always switches."""
+    """(b, steps) bool: real steps without each episode's first, which always switches. lengths (b,)."""
     later = length_mask(lengths, steps)
     later[:, 0] = False
     return later
 
 
 def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
-    """(b, t) bool: the first action of each new subgoal, the first of the episode apart. segments (b, t) int64."""
+    """(b, t) bool: the first action of each new subgoal, without the episode's first. segments (b, t) int64."""
     changed = torch.zeros_like(segments, dtype=torch.bool)
     changed[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return changed & length_mask(lengths, segments.shape[1])
@@ -43,12 +43,12 @@ def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
 def gate_alignment(
     beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1, threshold: float = 0.5
 ) -> dict[str, Tensor]:
-    """Compares switches (beta >= threshold) with true subgoal changes, the forced first switch apart.
+    """Alignment of switches (beta >= threshold) with true subgoal changes, without the forced first switch.
 
-    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change is found when a switch
-    lies within ``tolerance`` steps; a switch is right when a change does.
-    Returns scalars gate_recall, gate_precision (0 without switches), gate_binary_fraction: the share of beta
-    outside (0.1, 0.9).
+    beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change counts as detected if
+    a switch lies within ``tolerance`` steps, a switch as correct if a change does.
+    Returns scalars: gate_recall, the share of changes detected; gate_precision, the share of switches that are correct
+    (0 without switches); gate_binary_fraction, the share of beta outside (0.1, 0.9).
     """
     switch = (beta >= threshold) & later_steps(lengths, beta.shape[1])
     change = subgoal_changes(segments, lengths)
@@ -60,15 +60,16 @@ def gate_alignment(
 
 
 def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, list[float]]:
-    """The gate against true subgoal changes in full (Fig. 6, A3); arguments as of `gate_alignment`.
+    """Alignment of the gate at all `TOLERANCES`, and histograms of beta (Fig. 6, A3); arguments: see `gate_alignment`.
 
-    tolerance, recall, precision, f1: entry by entry. at_change, elsewhere: share of beta in each of `HISTOGRAM_BINS`
-    equal parts of [0, 1], at the first step of each new subgoal and at all other steps, an episode's first apart.
+    Returns lists: tolerance, recall, precision, f1, one entry per tolerance; at_change and elsewhere, the share of beta
+    in each of `HISTOGRAM_BINS` equal bins of [0, 1], at the first step of each new subgoal and at all other steps,
+    without an episode's first.
     """
     report: dict[str, list[float]] = {name: [] for name in ("tolerance", "recall", "precision", "f1")}
     for tolerance in TOLERANCES:
-        met = gate_alignment(beta, segments, lengths, tolerance=tolerance)
-        recall, precision = float(met["gate_recall"]), float(met["gate_precision"])
+        alignment = gate_alignment(beta, segments, lengths, tolerance=tolerance)
+        recall, precision = float(alignment["gate_recall"]), float(alignment["gate_precision"])
         f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
         for name, value in (("tolerance", tolerance), ("recall", recall), ("precision", precision), ("f1", f1)):
             report[name].append(value)
@@ -80,7 +81,7 @@ def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, li
 
 
 def _near(marks: Tensor, tolerance: int) -> Tensor:
-    """(b, t) bool: a mark lies within ``tolerance`` steps."""
+    """(b, t) bool: whether one of marks (b, t) lies within ``tolerance`` steps."""
     width = 2 * tolerance + 1
     spread = torch.nn.functional.max_pool1d(marks.float()[:, None], width, stride=1, padding=tolerance)
     return spread[:, 0] > 0

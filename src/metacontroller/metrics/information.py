@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def mutual_information_bits(counts: Tensor) -> float:
-    """I = H(outcome) - E_code H(outcome | code) in bits, from counts (c, o) of equally many tries a code.
+    """I = H(outcome) - E_code H(outcome | code) in bits, from counts (c, o) with the same number of trials per code.
 
     The plug-in estimate is too high by about (C - 1)(O - 1) / (2 N ln 2) (Miller and Madow), which is subtracted; O
-    counts only outcomes that occurred. So a result near zero may fall a little below it.
+    counts only outcomes that occurred. A true value near zero may therefore give a slightly negative estimate.
     """
     counts = counts.double()
     share, marginal = counts / counts.sum(1, keepdim=True), counts.sum(0) / counts.sum()

@@ -18,11 +18,11 @@ from metacontroller.errors import UserError
 
 @dataclass
 class AttentionCache:
-    """Keys and values of the steps seen so far, one pair of buffers a block; they carry no gradient.
+    """Keys and values of the steps so far, a pair of buffers per block; they carry no gradient.
 
-    keys, values: per block (capacity, b, h, d): a step is written, and the steps so far are read, without gaps.
-    bias: per block (capacity, 1, h), the position bias at distances capacity - 1 to 0. length: steps already written,
-    the same for every row.
+    keys, values: per block (capacity, b, h, d); time comes first, so that writing a step and reading all steps so far
+    are contiguous. bias: per block (capacity, 1, h), the position bias at distances capacity - 1 to 0. length: steps
+    already written, the same for every row.
     """
 
     keys: list[Tensor]
@@ -31,7 +31,7 @@ class AttentionCache:
     length: int = 0
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the rows named, int64 (m,), in place: only rows that change their number are moved."""
+        """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for buffers in (self.keys, self.values):
             for block, buffer in enumerate(buffers):
@@ -41,9 +41,9 @@ class AttentionCache:
 
 
 class RelativePositionBias(nn.Module):
-    """T5's learned bias per head and distance bucket: near distances exactly, far ones in logarithmic buckets.
+    """T5's learned bias per head and distance bucket: one bucket per near distance, logarithmic buckets for far ones.
 
-    Each block has one of its own (T5 shares one among all), so that a stack can be split at any block for steering.
+    Each block has its own (T5 shares one among all), so that a stack can be split at any block for steering.
     """
 
     def __init__(self, heads: int, *, causal: bool, buckets: int = 32, max_distance: int = 128) -> None:
@@ -52,7 +52,7 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(heads, buckets))
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        """(h, queries, keys) bias; the queries are the last ones of the keys. Future keys get -inf if causal."""
+        """The bias (h, queries, keys), where the queries are the last of the keys; -inf at future keys if causal."""
         capacity = 1 << (keys - 1).bit_length()  # the lengths up to a power of two share one vector
         by_distance = _buckets_by_distance(
             capacity, self.causal, self.buckets, self.max_distance, str(self.table.device)
@@ -70,16 +70,16 @@ class RelativePositionBias(nn.Module):
 def _buckets_by_distance(capacity: int, causal: bool, buckets: int, max_distance: int, device: str) -> Tensor:
     """(2 capacity - 1,) buckets of the distances capacity - 1 down to 1 - capacity.
 
-    Kept for powers of two only, so that all that is kept has less than four entries for each step of the longest
-    sequence met.
+    Cached, and called with powers of two only, so that the cache holds less than four entries per step of the longest
+    sequence.
     """
-    with torch.inference_mode(False):  # what is kept must serve training too
+    with torch.inference_mode(False):  # what is cached is used in training too
         distance = torch.arange(capacity - 1, -capacity, -1, device=device)
         return distance_bucket(distance, causal=causal, buckets=buckets, max_distance=max_distance)
 
 
 def distance_bucket(distance: Tensor, *, causal: bool, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of a distance (query position - key position); two-sided unless causal."""
+    """Bucket of each distance (query position - key position), int64 of the same shape; two-sided unless causal."""
     offset = torch.zeros_like(distance)
     if not causal:
         buckets //= 2
@@ -113,7 +113,7 @@ class AttentionBlock(nn.Module):
     def forward(
         self, x: Tensor, hidden_keys: Tensor | None = None, cache: AttentionCache | None = None, block: int = 0
     ) -> Tensor:
-        """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at keys that no query may see, else 0."""
+        """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at keys that are masked, else 0."""
         if cache is not None and cache.length and x.shape[1] == 1:
             return self._step(x[:, 0], cache, block)[:, None]
         q, k, v = self.to_qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -133,9 +133,10 @@ class AttentionBlock(nn.Module):
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
 
     def _step(self, x: Tensor, cache: AttentionCache, block: int) -> Tensor:
-        """The same for one step x (b, n) of rows that have a cache, in few and plain operations.
+        """One cached step, x (b, n) -> (b, n).
 
-        Bounded by reading the cache, which entry by entry is faster than b h matrix products of one row each.
+        Bounded by reading the cache, for which elementwise products and sums are faster than b h matrix products of one
+        row each.
         """
         now = cache.length
         keys, values = cache.keys[block], cache.values[block]
@@ -149,7 +150,7 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionBody(nn.Module):
-    """A stack of blocks. Causal for models; two-sided for embedders. Depth 0 passes its input on."""
+    """A stack of blocks, causal or two-sided. Depth 0 returns its input. UserError for sizes that do not fit."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class AttentionBody(nn.Module):
         self.blocks = nn.ModuleList(AttentionBlock(dim, **self.sizes, causal=causal) for _ in range(depth))
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x continues it. mask (b, t) bool hides padding (two-sided only)."""
+        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. mask (b, t) bool: real steps, if two-sided."""
         steps = x.shape[1]
         seen = 0 if cache is None else cache.length
         hidden_keys = None
@@ -189,9 +190,9 @@ class AttentionBody(nn.Module):
         return x
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
-        """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it must grow."""
+        """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it has to grow."""
         shape = (capacity, batch, self.heads, self.dim_head)
-        weight = next(self.parameters(), torch.empty(0))  # without blocks there are no buffers, whatever their type
+        weight = next(self.parameters(), torch.empty(0))  # unused without blocks
         return AttentionCache(
             keys=[weight.new_empty(shape) for _ in self.blocks],
             values=[weight.new_empty(shape) for _ in self.blocks],

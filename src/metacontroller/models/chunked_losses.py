@@ -1,4 +1,4 @@
-"""Losses of a frozen stack, a few rows at a time: memory of one chunk for any batch, and nothing computed twice."""
+"""Losses of a frozen stack in chunks of rows: memory does not grow with the batch, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
-"""Steps of episodes in one chunk: on a CPU its activations should stay in the cache, on a GPU they must fill it."""
+"""Steps of episodes in one chunk: few enough for a CPU's cache, enough to occupy a GPU."""
 
 ChunkLosses = Callable[[Tensor, slice], Tensor]
-"""(chunk of the input, its rows of the batch) -> losses (n,), what this chunk adds to those of the whole batch."""
+"""(chunk of the input, its rows of the batch) -> losses (n,), this chunk's terms of the whole batch's losses."""
 
 
 def row_chunks(values: Tensor) -> list[slice]:
-    """The rows of values (b, t, ...) in chunks of at most `TOKENS_AT_ONCE` steps, one row at least."""
+    """Splits the rows of values (b, t, ...) into chunks of at most `TOKENS_AT_ONCE` steps, but at least one row."""
     batch, steps = values.shape[:2]
     rows = max(1, TOKENS_AT_ONCE.get(values.device.type, TOKENS_AT_ONCE["cuda"]) // steps)
     return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
 def chunked_losses(residual: Tensor, chunk_losses: ChunkLosses) -> Tensor:
-    """Sum of ``chunk_losses`` over the chunks of residual (b, t, n), (n,); its only gradient is that of the residual.
+    """Sum of ``chunk_losses`` over the chunks of residual (b, t, n_e), (n,); only the residual gets a gradient.
 
-    The gradient is taken chunk by chunk on the way forward, and scaled on the way back: what ``chunk_losses`` computes
-    with must need none.
+    The gradient is computed chunk by chunk in the forward pass, and scaled in the backward pass, so nothing else that
+    ``chunk_losses`` uses may require a gradient.
     """
     if torch.is_grad_enabled() and residual.requires_grad:
         return _ChunkedLosses.apply(residual, chunk_losses)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Configs of action models, by name. A config builds its model from what a world's `DomainSpec` says of it."""
+"""Configurations of action models, by name. A config builds its model from a world's `DomainSpec`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP = "metacontroller.models"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A `Transformer`: a causal sequence model split at the controlled layer."""
+    """A `Transformer`: a causal sequence model split at the controlled layer. UserError for values out of range."""
 
     name: ClassVar[str] = "transformer"
     Model: ClassVar[type[Transformer]] = Transformer
@@ -24,7 +24,7 @@ class ModelConfig:
     dim: int
     """n_e: width of the residual stream."""
     lower_depth: int
-    """Blocks below the controlled layer; with none it is the input embedding, l = 0."""
+    """Blocks below the controlled layer; with 0 that is the input embedding, l = 0."""
     upper_depth: int
     """Blocks above the controlled layer."""
     heads: int
@@ -32,9 +32,9 @@ class ModelConfig:
     mlp_dim: int
     """Hidden units of each block's MLP."""
     body: Literal["attention", "hawk"] = "attention"
-    """What blocks are made of: attention, or Hawk as wide as the residual (the paper's SSM)."""
+    """Kind of blocks: attention, or Hawk as wide as the residual (the paper's SSM)."""
     precision: Precision = "auto"
-    """Of its matrix products: auto is bfloat16 where the device has instructions for it."""
+    """Of its matrix products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -61,7 +61,10 @@ class ModelConfig:
 
 
 def model_config_class(name: str) -> type[Any]:
-    """The config of a kind of model: ours, or one that an entry point of the group ``metacontroller.models`` names."""
+    """The config class of a model: ours, or that of an entry point of the group ``metacontroller.models``.
+
+    UserError for an unknown name.
+    """
     if name == ModelConfig.name:
         return ModelConfig
     for point in entry_points(group=GROUP, name=name):

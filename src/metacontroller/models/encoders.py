@@ -1,6 +1,7 @@
-"""State encoders: what turns an observation into the first residual, and says what there is to predict of the next.
+"""State encoders: they map an observation to the first residual, and define the target of the state loss.
 
-Axes: b batch, t steps, n model width. A grid's observation comes as tokens: the cell of each object, then the agent's.
+Axes: b batch, t steps, n model width. A grid's observation is given as tokens: the cell of each object, then the
+agent's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
 
 
 class VectorEncoder(nn.Module):
-    """A linear map of a vector observation; other floating-point types are cast to the weights'."""
+    """A linear map of a vector observation, which is cast to the weights' floating-point type."""
 
     def __init__(self, dim_state: int, dim: int) -> None:
         super().__init__()
@@ -31,19 +32,19 @@ class VectorEncoder(nn.Module):
         return self.linear(states.to(self.linear.weight.dtype))
 
     def state_readout(self, dim: int) -> GaussianReadout:
-        """What predicts the next observation from a residual of width ``dim``."""
+        """The readout that predicts the next observation from a residual of width ``dim``."""
         return GaussianReadout(dim, self.dim_state)
 
     def targets(self, states: Tensor) -> Tensor:
-        """What ``state_readout`` predicts of states (b, t, dim_state): all of them."""
+        """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves."""
         return states
 
     def from_observation(self, observation: Any) -> Tensor:
-        """One observation of an environment as one state, without axes of batch and time."""
+        """Converts one observation of an environment to one state, without batch and time axes."""
         return torch.as_tensor(observation, dtype=torch.float32)
 
     def check(self, states: Tensor) -> None:
-        """Raises UserError unless the states are finite floats of the right width (looking waits for the device)."""
+        """UserError unless the states are finite floats of the right width; synchronizes with the device."""
         self._check_shape(states)
         if not bool(torch.isfinite(states).all()):
             raise UserError("state holds NaN or infinite values; clean the data before training.")
@@ -60,13 +61,12 @@ class GridEncoder(nn.Module):
     """A linear map of a one-hot grid observation, computed as a sum of embedding lookups.
 
     view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
-    view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls):
-    the linear view of the relative positions that the paper's ant observes (§4); our choice for small models, which
-    need not learn to subtract cells. Displacements saturate at ``reach`` cells along each axis (None: never): near by
-    the agent sees where things are, far away only in which direction. Codes for colors are found sooner so
-    (docs/log.md, 24).
+    view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls),
+    like the relative positions that the paper's ant observes (§4); our choice for small models, which need not learn
+    to subtract cells. Displacements saturate at ``reach`` cells along each axis (None: never), so that distant objects
+    show only their direction; discovery then learns codes for colors sooner (docs/log.md, 24).
 
-    tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n).
+    UserError for values out of range.
     """
 
     offsets: Tensor
@@ -94,38 +94,39 @@ class GridEncoder(nn.Module):
         self.size, self.num_objects, self.view = size, num_colors + num_walls, view
         self.reach = size - 1 if reach is None else reach
         if view == "absolute":
-            places, tables = size * size, list(range(self.num_objects))
+            entries, tables = size * size, list(range(self.num_objects))
         elif view == "egocentric":
-            places = (2 * self.reach + 1) ** 2
+            entries = (2 * self.reach + 1) ** 2
             tables = [min(index, num_colors) for index in range(self.num_objects)]
         else:
             raise UserError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
         if view == "absolute":
             tables.append(self.num_objects)  # one more table, for the agent
-        self.register_buffer("offsets", torch.tensor(tables) * places, persistent=False)
+        self.register_buffer("offsets", torch.tensor(tables) * entries, persistent=False)
         if view == "egocentric":
             self.register_buffer("displacements", self._displacements(), persistent=False)
-        self.table = nn.Parameter(torch.randn((max(tables) + 1) * places, dim) * dim**-0.5)
+        self.table = nn.Parameter(torch.randn((max(tables) + 1) * entries, dim) * dim**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n)."""
         return F.embedding_bag(self.indices(tokens).flatten(0, -2), self.table, mode="sum").unflatten(
             0, tokens.shape[:-1]
         )
 
     def state_readout(self, dim: int) -> CategoricalReadout:
-        """What predicts the agent's next cell from a residual of width ``dim``; all else stays where it is."""
+        """The readout that predicts the agent's next cell from a residual of width ``dim``; objects do not move."""
         return CategoricalReadout(dim, self.size**2)
 
     def targets(self, tokens: Tensor) -> Tensor:
-        """What ``state_readout`` predicts of tokens (b, t, ...): the agent's cell (b, t)."""
+        """The targets of ``state_readout`` in tokens (b, t, objects + 1): the agent's cell, (b, t)."""
         return tokens[..., -1]
 
     def from_observation(self, observation: Any) -> Tensor:
-        """The one-hot vector of an environment's grid as tokens, without axes of batch and time."""
+        """Converts the one-hot vector of one grid to tokens, without batch and time axes."""
         return onehot_to_tokens(self.size**2, torch.as_tensor(observation))
 
     def check(self, tokens: Tensor) -> None:
-        """Raises UserError unless the tokens are cells of the grid (looking waits for the device)."""
+        """UserError unless the tokens are cells of the grid; synchronizes with the device."""
         self._check_shape(tokens)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.size**2:
@@ -139,7 +140,7 @@ class GridEncoder(nn.Module):
             )
 
     def indices(self, tokens: Tensor) -> Tensor:
-        """Rows of the table that each observation adds up, one a lookup: (b, t, lookups)."""
+        """Rows of the table whose sum encodes each observation: tokens (b, t, objects + 1) -> (b, t, lookups)."""
         self._check_shape(tokens)
         if self.view == "absolute":
             return tokens + self.offsets
@@ -147,7 +148,7 @@ class GridEncoder(nn.Module):
         return self.displacements[objects * self.size**2 + agent] + self.offsets
 
     def _displacements(self) -> Tensor:
-        """The displacement of each cell from each other, (cells * cells,), numbered row by row from the upper left."""
+        """Index of the displacement between every two cells, (cells * cells,), row by row from the upper left."""
         cells, size, reach = torch.arange(self.size**2), self.size, self.reach
         objects, agent = cells[:, None], cells[None]
         down = (objects // size - agent // size).clamp(-reach, reach) + reach
@@ -156,10 +157,9 @@ class GridEncoder(nn.Module):
 
 
 def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
-    """Turn the paper's observation vector, (..., n (o + 1)), into tokens, int64 (..., o + 1).
+    """Converts the paper's observation vector, (..., num_cells (o + 1)), to tokens, int64 (..., o + 1), for o objects.
 
-    Raises:
-        ValueError: if the vector is not made of blocks of num_cells entries with a single 1 each.
+    UserError unless the vector consists of blocks of ``num_cells`` entries with a single 1 each.
     """
     if vector.shape[-1] % num_cells:
         raise UserError(f"the observation has {vector.shape[-1]} entries: expected a multiple of {num_cells} cells.")
@@ -174,7 +174,7 @@ Encoder = VectorEncoder | GridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
-    """The encoder for ``dict(num_continuous = ...)`` or ``dict(grid = dict(...))``."""
+    """The encoder for ``dict(num_continuous = ...)`` or ``dict(grid = dict(...))``; UserError for other options."""
     if set(options) == {"grid"}:
         return GridEncoder(dim, **options["grid"])
     if set(options) == {"num_continuous"}:

@@ -1,8 +1,8 @@
 """Hawk: pre-norm blocks around a real-gated linear recurrent unit (RG-LRU), arXiv 2402.19427; the paper's SSM (D.1).
 
-A block is x + recurrence(norm(x)), then x + mlp(norm(x)). The recurrence has two branches of the block's width: a
-causal convolution over four steps and the RG-LRU, times a GeLU; a linear map leads back to the residual. The MLP has a
-ReLU, as in the paper. Cost and memory are linear in time; acting carries a state of constant size.
+A block is x + recurrence(norm(x)), then x + mlp(norm(x)). The recurrence is the product of two branches of the
+recurrent width, a causal convolution over four steps with the RG-LRU and a GeLU, and a linear map back to the residual.
+The MLP has a ReLU, as in the paper. Cost and memory are linear in time; acting carries a state of constant size.
 
 Axes: b batch, t steps, n model width, w recurrent width.
 """
@@ -20,7 +20,7 @@ from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import variance_scaling_
 
 TAPS = 4
-"""Steps that the convolution looks at, the present one among them (Griffin, section 2.4)."""
+"""Width of the convolution in steps, with the current one (Griffin, section 2.4)."""
 
 SHARPNESS = 8.0
 """c of the RG-LRU: a_t = a^(c r_t) (Griffin, eq. 3 and 4)."""
@@ -28,16 +28,18 @@ SHARPNESS = 8.0
 
 @dataclass
 class HawkCache:
-    """What a stack carries from step to step, no gradient in it: per block the state of the recurrence, (b, w) in
-    float32, and the inputs of the convolution's last steps, (b, TAPS - 1, w). length: steps seen, the same for every
-    row."""
+    """What a stack carries from step to step, without gradient.
+
+    states: per block the recurrence's (b, w), float32. recent: per block the convolution's last inputs
+    (b, TAPS - 1, w). length: steps so far, the same for every row.
+    """
 
     states: list[Tensor]
     recent: list[Tensor]
     length: int = 0
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the rows named, int64 (m,)."""
+        """Keeps only the rows with indices ``rows``, int64 (m,)."""
         self.states = [state[rows] for state in self.states]
         self.recent = [recent[rows] for recent in self.recent]
 
@@ -49,7 +51,8 @@ class RGLRU(nn.Module):
         log a_t = -c softplus(-Lambda) r_t                     that is, a_t = sigmoid(Lambda)^(c r_t)
         h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)
 
-    Lambda is drawn so that a^c is uniform in (0.9, 0.999). The recurrence runs in float32 at least, autocast or not.
+    Lambda is initialised so that a^c is uniform in (0.9, 0.999). The recurrence runs in at least float32, also under
+    autocast. UserError unless ``width`` is a multiple of ``heads``.
     """
 
     def __init__(self, width: int, *, heads: int) -> None:
@@ -63,7 +66,7 @@ class RGLRU(nn.Module):
         self.decay_logit = nn.Parameter(torch.logit(decay))  # Lambda
 
     def forward(self, x: Tensor, state: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-        """x (b, t, w), state h_0 (b, w) or None for zeros -> h_1 .. h_t, (b, t, w), of at least float32."""
+        """x (b, t, w), state h_0 (b, w) or None for zeros -> h_1 .. h_t (b, t, w), in at least float32."""
         heads = self.gates.shape[0]
         gates = torch.einsum("bthi,hij->bthj", x.unflatten(-1, (heads, -1)), self.gates) + self.gate_bias
         with torch.autocast(x.device.type, enabled=False):
@@ -97,8 +100,7 @@ class HawkBlock(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, recent: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, t, n), going on from state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n) and these two at
-        the end."""
+        """x (b, t, n), after state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n), next state and recent."""
         passed, entering = self.to_branches(self.recurrence_norm(x)).chunk(2, -1)
         before = entering.new_zeros(entering.shape[0], TAPS - 1, self.width) if recent is None else recent
         window = torch.cat([before.to(entering.dtype), entering], 1)
@@ -111,7 +113,10 @@ class HawkBlock(nn.Module):
 
 
 class HawkBody(nn.Module):
-    """A causal stack of Hawk blocks, wherever an attention body can be. Depth 0 passes its input on."""
+    """A causal stack of Hawk blocks, an alternative to `AttentionBody`. Depth 0 returns its input.
+
+    UserError for sizes that do not fit.
+    """
 
     def __init__(
         self, dim: int, *, depth: int, width: int | None = None, heads: int = 8, mlp_dim: int | None = None
@@ -126,7 +131,7 @@ class HawkBody(nn.Module):
         self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes) for _ in range(depth))
 
     def forward(self, x: Tensor, cache: HawkCache | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x continues it."""
+        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps."""
         for index, block in enumerate(self.blocks):
             if cache is None:
                 x, _, _ = block(x)
@@ -138,7 +143,7 @@ class HawkBody(nn.Module):
         return x
 
     def empty_cache(self, batch: int, capacity: int = 0) -> HawkCache:
-        """The state of ``batch`` rows before their first step; of constant size, whatever the capacity."""
+        """The cache of ``batch`` rows before their first step; its size does not depend on ``capacity``."""
         weight = next(self.parameters(), torch.empty(0))
         precise = torch.promote_types(weight.dtype, torch.float32)
         return HawkCache(

@@ -1,4 +1,4 @@
-"""In which type matrices are multiplied: bfloat16 where the device is faster in it. All else stays in float32."""
+"""Precision of matrix products: bfloat16 where the device is faster in it. All else stays in float32."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Precision = Literal["float32", "bfloat16", "auto"]
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for what is no `Precision`."""
+    """UserError unless ``precision`` is a `Precision`."""
     if precision not in get_args(Precision):
         raise UserError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
 
 
 def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
-    """The context in which x and float32 matrices are multiplied as asked; what they add up to stays in float32.
+    """Context in which x and float32 weights are multiplied in a precision; the residual stream stays in float32.
 
-    "float32" leaves things as they are, so that an autocast of the caller's holds. "auto" is "bfloat16" on a device
-    that prefers it, see `prefers_bfloat16`: the size of x has no say, so that a row comes out alike in any batch and
-    log-probabilities that reinforcement learning compares are of one arithmetic.
+    "float32" changes nothing, so that the caller's autocast stays in force. "auto" is "bfloat16" on a device that
+    prefers it, see `prefers_bfloat16`. It does not depend on the size of x, so that a row gives the same result in any
+    batch, and the log-probabilities that reinforcement learning compares come from the same arithmetic.
     """
     kind = x.device.type
     if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(kind)):
@@ -36,9 +36,9 @@ def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
 
 @contextmanager
 def weights_cast_once() -> Iterator[None]:
-    """Context in which `products` cast each weight once and not at every product; weights must not change within.
+    """Context in which `products` casts each weight once instead of at every product; weights must not change within.
 
-    For acting, where an input of few rows is cheaper to multiply than its weights are to cast.
+    For acting, where with few rows casting the weights costs more than the product.
     """
     torch.autocast_increment_nesting()
     try:
@@ -50,11 +50,14 @@ def weights_cast_once() -> Iterator[None]:
 
 @cache
 def prefers_bfloat16(device_type: str) -> bool:
-    """Whether a device has instructions for products in bfloat16: such CPUs are 2 (AVX512) to 10 times (AMX) faster in
-    it than in float32, others a hundred times slower (docs/log.md, 40)."""
+    """Whether a device type has instructions for products in bfloat16.
+
+    CPUs with them are 2 (AVX512) to 10 times (AMX) faster than in float32, others a hundred times slower (docs/log.md,
+    40).
+    """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

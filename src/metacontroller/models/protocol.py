@@ -1,4 +1,4 @@
-"""What a model is that can be steered: lower part -> residual at the controlled layer -> upper part -> readouts.
+"""The interface of a steerable model: lower body -> residual at the controlled layer -> upper body -> readouts.
 
 Axes: b batch, t steps, n_e residual. States may hold T or T + 1 entries for T actions; the last, if there, is only a
 target of the state loss.
@@ -22,14 +22,14 @@ from metacontroller.storage.module_file import Saveable
 
 
 class BehaviorCloningLosses(NamedTuple):
-    """Mean negative log-likelihood per real step of the next state and of the action."""
+    """Mean negative log-likelihood per real step of the next state and of the action; scalars."""
 
     state: Tensor
     action: Tensor
 
 
 class DiscoveryLosses(NamedTuple):
-    """Per real step: next-state loss, action loss under steering, KL; and the optional ratio loss, already weighted."""
+    """Means per real step: next-state loss, action loss under steering, KL; and the weighted ratio loss. Scalars."""
 
     state_pred: Tensor
     action_recon: Tensor
@@ -38,11 +38,11 @@ class DiscoveryLosses(NamedTuple):
 
 
 class SteerableModel(Saveable, nn.Module):
-    """A causal sequence model of expert actions, split at the controlled layer: what phases and analyses work with.
+    """A causal sequence model of expert actions, split at the controlled layer; what phases and analyses use.
 
     A subclass sets ``dim`` (n_e), ``encoder``, ``action_readout`` and ``state_readout``, and defines ``depth``,
-    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` if it can. A base class and not a
-    protocol, since what holds for any such model is written here once.
+    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` is optional. It is a base class, not
+    a protocol, because the losses are the same for all models and are defined here.
     """
 
     dim: int
@@ -63,26 +63,32 @@ class SteerableModel(Saveable, nn.Module):
         raise NotImplementedError
 
     def lower(self, x: Tensor, cache: Any = None) -> Tensor:
-        """First residual -> residual at the controlled layer, (b, t, n_e) each; with a cache, x continues it."""
+        """First residual -> residual at the controlled layer, (b, t, n_e) each; with a cache, x follows its steps."""
         raise NotImplementedError
 
     def upper(self, residual: Tensor, cache: Any = None) -> Tensor:
-        """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each; with a cache, it continues."""
+        """Residual at the controlled layer -> input of the readouts, (b, t, n_e) each; cache: as for ``lower``."""
         raise NotImplementedError
 
     def empty_cache(self, batch: int, capacity: int = 32) -> Any:
-        """Caches ``lower`` and ``upper`` for ``batch`` episodes acting in step; ``keep(rows)`` drops the others."""
+        """A cache with attributes ``lower`` and ``upper`` for ``batch`` episodes that step together.
+
+        Its method ``keep(rows)`` keeps only the episodes with indices ``rows``. capacity: steps before it has to grow.
+        """
         raise NotImplementedError
 
     def residuals(self, states: Tensor, actions: Tensor) -> list[Tensor]:
-        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); arguments as `residual`."""
+        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); see `residual`."""
         raise NotImplementedError
 
     def resplit(self, lower_depth: int) -> None:
-        """Moves the controlled layer to after layer ``lower_depth``, in place; 0 is the input embedding."""
+        """Moves the controlled layer, in place, to after layer ``lower_depth``; 0 is the input embedding.
+
+        UserError if the model cannot.
+        """
         raise UserError(f"a {type(self).__name__} is controlled at one layer only; it cannot be split elsewhere.")
 
-    # what holds for all of them
+    # the same for all models
 
     def behavior_cloning_loss(
         self,
@@ -95,7 +101,7 @@ class SteerableModel(Saveable, nn.Module):
     ) -> BehaviorCloningLosses:
         """-log p(a_t | o_1:t) and -log p(o_{t+1} | o_1:t), means over real steps (paper §1).
 
-        The arguments are checked unless ``checked`` says that they have been (a check waits for the device).
+        UserError for a batch that does not fit; ``checked`` skips that check, which synchronizes with the device.
         """
         if not checked:
             self.check_batch(states, actions, episode_lens)
@@ -112,7 +118,7 @@ class SteerableModel(Saveable, nn.Module):
     def readout_losses(
         self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool = True
     ) -> BehaviorCloningLosses:
-        """Losses of what the readouts read, hidden (b, T, n_e); with_state_loss=False leaves the state loss at zero."""
+        """Losses from the readouts' input hidden (b, T, n_e); the state loss is 0 unless ``with_state_loss``."""
         batch, steps = actions.shape[:2]
         lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         mask = length_mask(lengths, steps)
@@ -134,8 +140,10 @@ class SteerableModel(Saveable, nn.Module):
         *,
         with_state_loss: bool = True,
     ) -> BehaviorCloningLosses:
-        """State and action loss when the upper body reads ``steered`` (b, T, n_e), as whose function alone they have a
-        gradient: the model's own weights get none, freezing is part of the method."""
+        """State and action loss when the upper body reads ``steered`` (b, T, n_e), which alone gets a gradient.
+
+        The model's weights get none: it is frozen.
+        """
         batch, steps = actions.shape[:2]
         lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
@@ -154,7 +162,7 @@ class SteerableModel(Saveable, nn.Module):
         return BehaviorCloningLosses(state, losses[0])
 
     def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
-        """Raises a one-sentence ValueError for wrong shapes, dtypes, lengths, NaN states, actions out of range."""
+        """UserError for wrong shapes, dtypes or lengths, NaN states, or actions out of range."""
         if states.dim() < 3 or 0 in states.shape:
             raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
         batch, steps = states.shape[:2]
@@ -170,7 +178,7 @@ class SteerableModel(Saveable, nn.Module):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Context in which a module's parameters take no gradient, so that their gradients are not even computed."""
+    """Context in which a module's parameters require no gradient, so that none is computed for them."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Embeddings and readouts of actions and states: categorical and Gaussian (paper §1).
 
-A readout maps the last residual to the parameters of a distribution and knows its log-probability and samples. That of
-actions also embeds them, as past actions; that of states does not: encoders do that.
+A readout maps the last residual to the parameters of a distribution, and computes log-probabilities and samples of it.
+A readout of actions can also embed past actions; states are embedded by encoders.
 Axes: b batch, t steps, n model width, a action or state size.
 """
 
@@ -19,7 +19,7 @@ from metacontroller.errors import UserError
 
 
 class CategoricalReadout(nn.Module):
-    """Softmax over ``num_discrete`` choices; embeds: whether they are embedded as past actions, too."""
+    """Softmax over ``num_discrete`` choices. embeds: whether it also embeds past actions."""
 
     def __init__(self, dim: int, num_discrete: int, *, embeds: bool = False) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class CategoricalReadout(nn.Module):
         return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
 
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One draw per step, (b, t) int64, by the Gumbel-max rule (no host synchronisation)."""
+        """One sample per step, (b, t) int64, by the Gumbel-max trick, which does not synchronize with the device."""
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
         gumbel = -torch.log((-torch.log(uniform.clamp_min(1e-20))).clamp_min(1e-20))
         return (logits.float() + gumbel).argmax(-1)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
-        """Raises ValueError unless ``values`` are (b, t) int64 within 0..num_discrete-1."""
+        """UserError unless ``values`` are int64 of shape ``steps`` (b, t), within 0..num_discrete-1."""
         if values.shape != steps or values.dtype != torch.int64:
             raise UserError(
                 f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected torch.int64 {steps}."
@@ -67,9 +67,9 @@ MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
 class GaussianReadout(nn.Module):
     """Diagonal Gaussian over ``num_continuous`` values; parameters are (mean, log standard deviation) side by side.
 
-    The log standard deviation is clamped to `MIN_LOG_STD`..`MAX_LOG_STD`: our choice, the paper is silent. Without a
-    limit, the likelihood of values that the model predicts exactly grows without bound. With it the loss of a value is
-    at least MIN_LOG_STD + log(2 pi) / 2. embeds: whether the values are embedded as past actions, too.
+    The log standard deviation is clamped to `MIN_LOG_STD`..`MAX_LOG_STD` (our choice; the paper has no limits). Without
+    a limit, the likelihood of values that the model predicts exactly grows without bound. With it, the loss of a value
+    is at least MIN_LOG_STD + log(2 pi) / 2. embeds: whether it also embeds past actions.
     """
 
     def __init__(self, dim: int, num_continuous: int, *, embeds: bool = False) -> None:
@@ -87,7 +87,7 @@ class GaussianReadout(nn.Module):
         return torch.cat([mean, clamp_with_inward_gradient(log_std, MIN_LOG_STD, MAX_LOG_STD)], -1)
 
     def embed(self, values: Tensor) -> Tensor:
-        """values (b, t, a) -> (b, t, n); other floating-point types are cast to the weights'."""
+        """values (b, t, a) -> (b, t, n); values are cast to the weights' floating-point type."""
         return self.embedding(values.to(self.embedding.weight.dtype))
 
     def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class GaussianReadout(nn.Module):
         return gaussian_log_prob(params, values).sum(-1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One draw per step, (b, t, a)."""
+        """One sample per step, (b, t, a)."""
         return sample_gaussian(params, generator)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
-        """Raises ValueError unless ``values`` are finite floats of shape (b, t, a)."""
+        """UserError unless ``values`` are finite floats of shape (*steps, a), where ``steps`` is (b, t)."""
         expected = (*steps, self.num_continuous)
         if values.shape != expected or not values.is_floating_point():
             raise UserError(
@@ -111,9 +111,9 @@ class GaussianReadout(nn.Module):
 
 
 def clamp_with_inward_gradient(values: Tensor, low: float, high: float) -> Tensor:
-    """values clamped to low..high; beyond a limit, a gradient that pushes inward passes and one outward becomes 0.
+    """Clamps values to low..high; outside, only gradients that push a value back towards the limits pass.
 
-    A plain clamp has no gradient beyond its limits at all, so that a value there could never return.
+    A plain clamp has no gradient outside its limits, so that a value there could never return.
     """
     return _ClampWithInwardGradient.apply(values, low, high)  # pyright: ignore[reportReturnType]
 
@@ -129,14 +129,14 @@ class _ClampWithInwardGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (values,), (low, high) = ctx.saved_tensors, ctx.limits
-        outward = ((values < low) & (gradient > 0)) | ((values > high) & (gradient < 0))  # descent goes against it
+        outward = ((values < low) & (gradient > 0)) | ((values > high) & (gradient < 0))  # of the step -gradient
         return gradient.masked_fill(outward, 0), None, None
 
 
 def sample_gaussian(params: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
-    """One draw per distribution: mean and log standard deviation (..., 2 a) -> (..., a), reparameterised.
+    """One reparameterised sample per Gaussian: params (..., 2 a), mean then log standard deviation -> (..., a).
 
-    noise (..., a): standard normal, drawn here if not given.
+    noise (..., a): standard normal, sampled here if not given.
     """
     mean, log_std = params.chunk(2, -1)
     if noise is None:
@@ -145,7 +145,7 @@ def sample_gaussian(params: Tensor, generator: torch.Generator | None = None, *,
 
 
 def gaussian_log_prob(params: Tensor, values: Tensor) -> Tensor:
-    """Log-density of each entry: (..., 2 a), (..., a) -> (..., a); their sum is that of the whole vector."""
+    """Log-density of each entry: params (..., 2 a), values (..., a) -> (..., a)."""
     mean, log_std = params.chunk(2, -1)
     return -0.5 * ((values - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
 
@@ -153,7 +153,7 @@ def gaussian_log_prob(params: Tensor, values: Tensor) -> Tensor:
 def make_readout(
     dim: int, name: str, options: dict[str, Any], *, embeds: bool = False
 ) -> CategoricalReadout | GaussianReadout:
-    """The readout for ``dict(num_discrete = ...)`` or ``dict(num_continuous = ...)``."""
+    """The readout for ``dict(num_discrete = ...)`` or ``dict(num_continuous = ...)``; UserError for other options."""
     if set(options) == {"num_discrete"}:
         return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
     if set(options) == {"num_continuous"}:

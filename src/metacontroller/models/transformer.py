@@ -26,7 +26,7 @@ BodyCache = AttentionCache | HawkCache
 
 
 class PreviousHiddens(NamedTuple):
-    """What the last step left behind: caches of the two bodies and the metacontroller's output, if one acted."""
+    """State after a step: the caches of the two bodies and the metacontroller's output, if one acted."""
 
     lower_body: BodyCache
     upper_body: BodyCache
@@ -34,7 +34,7 @@ class PreviousHiddens(NamedTuple):
 
 
 class TransformerOutput(NamedTuple):
-    """Cache of an acting model: residual (b, t, n_e) before steering, and ``prev_hiddens``."""
+    """Cache after a step: residual (b, 1, n_e) before steering, and ``prev_hiddens``."""
 
     residual: Tensor
     prev_hiddens: PreviousHiddens
@@ -42,13 +42,13 @@ class TransformerOutput(NamedTuple):
 
 @dataclass
 class ModelCache:
-    """What both bodies remember, as the phases use it."""
+    """The caches of both bodies, as the phases use them."""
 
     lower: BodyCache
     upper: BodyCache
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the rows named, in place."""
+        """Keeps only the rows with indices ``rows``, int64 (m,), in place."""
         self.lower.keep(rows)
         self.upper.keep(rows)
 
@@ -60,13 +60,13 @@ class Transformer(SteerableModel):
     state_embed_readout: dict(num_continuous=...) for vectors, or dict(grid=dict(size=, num_colors=, num_walls=, view=))
     for grid tokens. lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=) of attention, or
     dict(kind="hawk", depth=, width=, heads=, mlp_dim=); the residual between them is steered.
-    condition_on_actions: whether past actions enter beside observations; the paper's do not (D.1).
+    condition_on_actions: whether the model also reads past actions; the paper's does not (D.1).
     precision: of the matrix products in both bodies; the residual stream and all else stay in float32.
-    meta_controller: what steers when a call names no other; it is not saved with the model.
+    meta_controller: steers when a call gives no other; it is not saved with the model.
 
-    Methods by phase: ``behavior_cloning_loss``, the metacontroller's ``discovery_loss``, ``step``; ``embed``,
-    ``lower``, ``upper`` and ``action_readout`` are the pieces. ``resplit`` moves the controlled layer. ``forward`` only
-    dispatches, for the public contract. A metacontroller that is handed over is called by method.
+    The methods of the three phases are ``behavior_cloning_loss``, the metacontroller's ``discovery_loss`` and ``step``;
+    ``forward`` dispatches to them. They are built from ``embed``, ``lower``, ``upper`` and ``action_readout``.
+    ``resplit`` moves the controlled layer. UserError for options that do not fit.
     """
 
     unsaved = ("meta_controller",)
@@ -96,13 +96,13 @@ class Transformer(SteerableModel):
         self.norm = nn.LayerNorm(dim)
         self.meta_controller = meta_controller
 
-    # the pieces
+    # building blocks
 
     def embed(self, states: Tensor, past_actions: Tensor | None = None) -> Tensor:
         """states (b, t, ...) -> first residual (b, t, n_e).
 
-        past_actions (b, t - 1, ...) or (b, t, ...) precede the states one by one, aligned at the end; they are left out
-        when the model does not condition on actions.
+        past_actions (b, t - 1, ...) or (b, t, ...) precede the states one by one, aligned at the end; they are ignored
+        if the model does not condition on actions.
         """
         x = self.encoder(states)
         if not self.condition_on_actions or past_actions is None or past_actions.shape[1] == 0:
@@ -116,18 +116,18 @@ class Transformer(SteerableModel):
             return self.lower_body(x, cache)
 
     def upper(self, residual: Tensor, cache: BodyCache | None = None) -> Tensor:
-        """Residual at the controlled layer -> what the readouts read, (b, t, n_e) each."""
+        """Residual at the controlled layer -> input of the readouts, (b, t, n_e) each."""
         with products(self.precision, residual):
             return self.norm(self.upper_body(residual, cache))
 
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
-        """Caches for ``batch`` episodes acting in step."""
+        """Empty caches for ``batch`` episodes that step together; capacity: steps before they have to grow."""
         return ModelCache(self.lower_body.empty_cache(batch, capacity), self.upper_body.empty_cache(batch, capacity))
 
     def resplit(self, lower_depth: int) -> None:
-        """Moves the controlled layer to after block ``lower_depth`` of all blocks, in place; 0 is the input embedding.
+        """Moves the controlled layer, in place, to after block ``lower_depth`` of all; 0 is the input embedding.
 
-        Unsteered, the model computes what it did before. Caches made before no longer fit it.
+        The outputs without steering do not change; earlier caches become invalid. UserError if the bodies differ.
         """
         blocks = [*self.lower_body.blocks, *self.upper_body.blocks]
         if not 0 <= lower_depth <= len(blocks):
@@ -145,17 +145,17 @@ class Transformer(SteerableModel):
 
     @property
     def depth(self) -> int:
-        """Number of blocks, of both bodies together."""
+        """Number of blocks of both bodies."""
         return len(self.lower_body.blocks) + len(self.upper_body.blocks)
 
     def residuals(self, states: Tensor, actions: Tensor) -> list[Tensor]:
-        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); arguments as `residual`."""
+        """The residual at every layer, input embedding first: ``depth`` + 1 of (b, T, n_e); see `residual`."""
         x = self.embed(states[:, : actions.shape[1]], actions[:, :-1])
         layers = [x]
         for block in [*self.lower_body.blocks, *self.upper_body.blocks]:
             with products(self.precision, x):
                 x = block(x)
-            x = x[0] if isinstance(x, tuple) else x  # a recurrent block returns its state, too
+            x = x[0] if isinstance(x, tuple) else x  # a recurrent block also returns its state
             layers.append(x)
         return layers
 
@@ -169,14 +169,15 @@ class Transformer(SteerableModel):
         cache: TransformerOutput | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, TransformerOutput]:
-        """One step for all rows: states (b, 1, ...) -> action distribution (b, 1, ...) and the cache to go on from.
+        """One step: states (b, 1, ...) -> parameters of the action distribution (b, 1, ...), cache for the next step.
 
-        A cache can be continued only once: the step writes into its key-value buffers.
+        past_actions (b, 1, ...): the last ones. A cache can be used only once, because a step writes into its buffers.
+        UserError for arguments that do not fit.
         """
         self.check_step(states, past_actions, cache)
         if cache is None:
-            fresh = self.empty_cache(len(states))
-            hiddens = PreviousHiddens(fresh.lower, fresh.upper, None)
+            empty = self.empty_cache(len(states))
+            hiddens = PreviousHiddens(empty.lower, empty.upper, None)
         else:
             hiddens = cache.prev_hiddens
         residual = self.lower(self.embed(states, past_actions), hiddens.lower_body)
@@ -188,12 +189,12 @@ class Transformer(SteerableModel):
         return logits, TransformerOutput(residual, PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output))
 
     def evolve(self, num_generations: int, environment: Callable[[Transformer], float], **options: Any) -> Any:
-        """Evolution strategies over the policy of ``self.meta_controller``, see its ``evolve_policy``."""
+        """Trains the policy of ``self.meta_controller`` by evolution strategies, see its ``evolve_policy``."""
         if self.meta_controller is None:
             raise UserError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
         return self.meta_controller.evolve_policy(self, num_generations, environment, **options)
 
-    # the public contract
+    # dispatch to the phases
 
     def forward(
         self,
@@ -206,8 +207,8 @@ class Transformer(SteerableModel):
         return_cache: bool = False,
         episode_lens: Tensor | None = None,
     ) -> BehaviorCloningLosses | DiscoveryLosses | tuple[Tensor, TransformerOutput]:
-        """Dispatches: ``return_cache`` to ``step``, ``discovery_phase`` to the metacontroller, else
-        ``behavior_cloning_loss``."""
+        """Calls ``step`` if ``return_cache``, the metacontroller's ``discovery_loss`` if ``discovery_phase``, else
+        ``behavior_cloning_loss``. UserError for arguments that are missing or do not go together."""
         meta_controller = self.meta_controller if meta_controller is None else meta_controller
         if return_cache:
             return self.step(state, actions, meta_controller, cache)
@@ -222,7 +223,7 @@ class Transformer(SteerableModel):
         return self.behavior_cloning_loss(state, actions, episode_lens)
 
     def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
-        """Raises a one-sentence ValueError for what ``step`` cannot take."""
+        """UserError for arguments that do not fit ``step``."""
         if states.dim() < 3 or states.shape[1] != 1 or 0 in states.shape:
             raise UserError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
         self.encoder.check(states)
@@ -237,7 +238,10 @@ class Transformer(SteerableModel):
 
 
 def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
-    """A stack of blocks from the argument ``name``, dict(kind="attention" or "hawk", ...); attention if not said."""
+    """The stack of blocks for ``arguments``, dict(kind="attention" or "hawk", ...); attention by default.
+
+    name: of the argument, for errors. UserError for an unknown kind.
+    """
     kinds: dict[str, Callable[..., Body]] = {"attention": AttentionBody, "hawk": HawkBody}
     options = {key: value for key, value in arguments.items() if key != "kind"}
     kind = arguments.get("kind", "attention")

@@ -1,4 +1,4 @@
-"""What the phases leave in a run folder, by name."""
+"""The files that the phases write to a run folder, by name."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ _MADE_BY = {
 }
 
 
+def artefact_path(run: RunFolder, name: str) -> Path:
+    """The file of a module that a phase writes, such as `BASE_MODEL`."""
+    return run.path / f"{name}.safetensors"
+
+
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
-    """The module that a phase left in the run folder; MissingFileError says which phase to run first."""
-    path = run.path / f"{name}.safetensors"
+    """The module that a phase wrote to the run folder; MissingFileError names the phase to run first."""
+    path = artefact_path(run, name)
     if not path.exists():
         raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
     return kind.init_and_load(path).to(device)
 
 
 def copy_artefact(name: str, source: Path, folder: Path) -> None:
-    """Copies what a phase left in the folder ``source``, if it is there; under its name only once it is whole."""
+    """Copies the file that a phase wrote to the folder ``source``, if there is one; atomically."""
     path = source / f"{name}.safetensors"
     if path.exists():
         with replacing(folder / path.name) as draft:

@@ -1,4 +1,4 @@
-"""What discovery can fail at without labels showing it: the gate and the codes, judged on one batch after training."""
+"""Failures of discovery that can be seen without labels: of the gate and of the codes, on one batch after training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metacontroller.metrics.gate import binary_fraction, codes_taken
 from metacontroller.models.protocol import SteerableModel
 
 MIN_CODES = 1.05
-"""Codes of an episode, a mean, below which the gate counts as never opening."""
+"""Mean codes per episode below which the gate counts as never opening."""
 
 MIN_BINARY_FRACTION = 0.5
 """Share of the gate outside (0.1, 0.9) below which it counts as undecided."""
@@ -19,19 +19,19 @@ MIN_KL = 0.01
 """KL in nats per step below which codes count as collapsed to the prior."""
 
 MIN_GAIN = 1e-3
-"""Nats per step that codes must take off the unsteered action loss."""
+"""Nats per step by which steering must lower the action loss."""
 
 
 @torch.no_grad()
 def measure(
     model: SteerableModel, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
 ) -> dict[str, float]:
-    """What `diagnose` judges, on one batch; the generator is that of the noise in codes and gate. No labels are read.
+    """The measurements that `diagnose` judges, on one batch, without labels; generator: of the noise in codes and gate.
 
-    codes: taken per episode by the thresholded gate. binary_fraction: share of the gate outside (0.1, 0.9). kl,
+    codes: per episode, where the gate is thresholded. binary_fraction: share of beta outside (0.1, 0.9). kl,
     steered_loss, base_loss: nats per step; the last two are action losses with and without steering.
     """
-    noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
+    noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
     losses, output = meta_controller.steered_losses(
         model, batch.states, batch.actions, batch.lengths, with_state_loss=False, noise=noise
     )
@@ -49,28 +49,28 @@ def measure(
 def diagnose(*, codes: float, binary_fraction: float, kl: float, steered_loss: float, base_loss: float) -> list[str]:
     """One sentence for each way in which discovery failed; the arguments are what `measure` returns.
 
-    Limits and remedies are our choice, from docs/log.md; the paper is silent.
+    Limits and remedies are our choice, from docs/log.md; the paper has none.
     """
-    found = []
+    failures = []
     if codes < MIN_CODES:
-        found.append(
+        failures.append(
             f"the gate never opens: {codes:.2f} codes an episode, expected at least {MIN_CODES}; train for longer, or "
             "lower alpha or dim_latent."
         )
     if binary_fraction < MIN_BINARY_FRACTION:
-        found.append(
+        failures.append(
             f"the gate is undecided: a share of {binary_fraction:.2f} lies outside (0.1, 0.9), expected at least "
             f"{MIN_BINARY_FRACTION}; train for longer."
         )
     if kl < MIN_KL:
-        found.append(
+        failures.append(
             f"codes have collapsed to the prior: their KL is {kl:.4f} nats per step, expected at least {MIN_KL}; lower "
             "alpha, or warm it up more slowly (alpha_start, alpha_warmup)."
         )
-    if not base_loss - steered_loss >= MIN_GAIN:  # said so that NaN is reported too
-        found.append(
+    if not base_loss - steered_loss >= MIN_GAIN:  # in this form, NaN is reported too
+        failures.append(
             f"codes do not change the actions: the action loss is {steered_loss:.4f} nats per step with steering and "
             f"{base_loss:.4f} without, expected at least {MIN_GAIN} less; train for longer, lower alpha, or steer "
             "another layer."
         )
-    return found
+    return failures

@@ -1,11 +1,11 @@
-"""Phase 2, discovery: a metacontroller learns to steer the frozen model with codes that it must pay for (eq. 3).
+"""Phase 2, discovery: a metacontroller learns to steer the frozen model with codes, at a cost of alpha KL (eq. 3).
 
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t) - lambda log p(o_{t+1} | ...) + alpha KL_t
 
 Metrics, means over the log interval: ``loss``, ``action_loss`` (steered) and ``kl`` in nats per step, ``alpha``,
-``switches`` (sum of the soft gate over an episode, beyond the first step), ``codes`` (taken per episode where the gate
-is thresholded, as when acting), and how the gate meets the subgoals that discovery never sees, on the training batches:
-``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
+``switches`` (sum of the soft gate over an episode, without the first step), ``codes`` (per episode, where the gate is
+thresholded, as when acting), and the alignment of the gate with the subgoals' labels, which discovery never sees, on
+the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import codes_taken, gate_alignment
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
-from metacontroller.training.loop import Drawn, train
+from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 from metacontroller.training.seeding import noise_generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoverConfig:
-    """Phase 2 (eq. 3)."""
+    """Phase 2 (eq. 3). UserError for values out of range."""
 
     optimizer: OptimizerConfig
     """How long and how fast."""
     alpha: float = 0.3
-    """Weight of the codes' KL after the linear warm-up; large from the first step, it collapses them to the prior."""
+    """Weight of the codes' KL after the linear warm-up; a large weight from the start collapses them to the prior."""
     alpha_start: float = 0.015
     """Weight of the KL before the linear warm-up."""
     alpha_warmup: tuple[int, int] = (0, 0)
     """Updates (from, to) between which the weight goes linearly from alpha_start to alpha."""
     state_loss_weight: float = 0.0
-    """lambda, weight of predicting the next observation beside the next action."""
+    """lambda, weight of the loss of the next observation."""
     train_model: bool = False
-    """Train the action model along, a baseline (Fig. 7, 8)."""
+    """Train the action model too: co-training, a baseline (Fig. 7, 8)."""
     symmetry_augmentation: bool = False
-    """Show the sequence embedder each episode under a symmetry of the world, drawn anew (our choice); else as it is."""
+    """Apply a random symmetry of the world to the episodes that the sequence embedder reads (our choice)."""
     seed: int = 0
-    """Seed of the episodes and, apart, of the noise in codes and gate; a run derives it from its own seed."""
+    """Seed of the episodes and, in a separate stream, of the noise in codes and gate; derived from the run's seed."""
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.alpha_start < 0:
@@ -59,7 +60,7 @@ class DiscoverConfig:
             raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
 
     def alpha_at(self, step: int) -> float:
-        """KL weight of update number ``step``, counted from 0."""
+        """Weight of the codes' KL at update number ``step``, counted from 0."""
         return self.alpha_start + (self.alpha - self.alpha_start) * linear_warmup(step, self.alpha_warmup)
 
 
@@ -77,20 +78,20 @@ def discover(
     """Trains ``meta_controller`` in place on a frozen ``model``; writes ``meta_controller.safetensors`` to the run.
 
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
-    augment: how the sequence embedder sees each batch of states, drawn anew: a symmetry of the world under which
-    subgoals stay what they are. Codes can then say only what survives it. None: as they are, as in the paper.
-    At the end one held-out batch is judged (`phases.diagnostics`): analyses/diagnostics.json holds what was measured
-    and the warnings, which are also printed to standard error unless ``quiet``.
-    Without ``resume`` ValueError if the run holds a checkpoint of this phase.
+    augment: symmetry augmentation of the states that the sequence embedder reads, random for each batch. It must leave
+    subgoals unchanged; codes can then carry only what is invariant under it. None (the paper): no augmentation.
+    At the end, gate and codes are checked on one held-out batch (`phases.diagnostics`): analyses/diagnostics.json holds
+    the measurements and the warnings, which are also printed to standard error unless ``quiet``.
+    UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     model.eval()
 
-    def draw(batch: Trajectories, generator: torch.Generator) -> Drawn:
-        noise = meta_controller.draw_noise(batch.batch, batch.steps, generator)
-        seen = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
-        return {**noise._asdict(), **seen}
+    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+        noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
+        augmented = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
+        return {**noise._asdict(), **augmented}
 
-    def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
         losses, output = meta_controller.steered_losses(
             model,
@@ -98,8 +99,8 @@ def discover(
             batch.actions,
             batch.lengths,
             with_state_loss=config.state_loss_weight > 0,
-            noise=DiscoveryNoise(drawn["code"], drawn["gate"]),
-            embedded_states=drawn.get("embedded_states"),
+            noise=DiscoveryNoise(extras["code"], extras["gate"]),
+            embedded_states=extras.get("embedded_states"),
             train_model=config.train_model,
         )
         kl = meta_controller.kl_loss(output)
@@ -127,14 +128,14 @@ def discover(
         loss_function,
         run,
         seed=config.seed,
-        draw=draw,
+        sample_extras=sample_extras,
         resume=resume,
         quiet=quiet,
     )
     if processes(next(model.parameters()).device.type).is_main:
         if config.train_model:
-            model.save(run.path / "cotrained_model.safetensors")
-        meta_controller.save(run.path / "meta_controller.safetensors")
+            model.save(artefact_path(run, COTRAINED_MODEL))
+        meta_controller.save(artefact_path(run, META_CONTROLLER))
         for warning in write_diagnostics(config, model, meta_controller, generate, run):
             if not quiet:
                 print(f"discover: warning: {warning}", file=sys.stderr, flush=True)
@@ -144,9 +145,9 @@ def discover(
 def write_diagnostics(
     config: DiscoverConfig, model: SteerableModel, meta_controller: MetaController, generate: Generate, run: RunFolder
 ) -> list[str]:
-    """Judges one held-out batch, writes analyses/diagnostics.json and returns the warnings.
+    """Measures gate and codes on one held-out batch, writes analyses/diagnostics.json and returns the warnings.
 
-    The batch comes from a generator of its own, whose seed is not that of any episodes trained on.
+    The batch comes from a generator of its own, with a seed that no training episodes use.
     """
     device = next(model.parameters()).device
     generator = noise_generator(config.seed, device)

@@ -19,17 +19,17 @@ from metacontroller.storage.config_file import check_positive
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
 Policy = Literal["base", "raw", "prior", "internal-rl"]
-"""Who acts: the model's own actions before (base) and after (raw) raw-action RL, codes of prior or policy."""
+"""What acts: the model's own actions before (base) or after (raw) raw-action RL, or codes of the prior or policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How much is measured at the end of a run."""
+    """How much is measured at the end of a run. UserError for values out of range."""
 
     episodes: int = 4096
-    """Held-out episodes, for each figure."""
+    """Held-out episodes for each success rate."""
     codes: int = 64
-    """Codes drawn from the prior, to see what a fixed code leads to."""
+    """Codes sampled from the prior, to measure which subgoal a fixed code leads to."""
     layouts_per_code: int = 256
     """Held-out episodes for each of those codes."""
     walk_steps: int | None = None
@@ -50,12 +50,13 @@ def evaluate(
     episodes: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Plays ``episodes`` held-out episodes of a task, as of `Domain.reset`, and returns means over them.
+    """Plays ``episodes`` held-out episodes of a task and returns means over them.
 
-    success, the share of episodes that the world calls solved, and mean_return, with their standard errors success_se,
-    of a share, and return_se, of a sample (None for a single episode); subgoals (done in order), steps, decisions
-    (abstract actions; None where there are none), and what was asked for: policy, task, episodes. seed: of layouts,
-    codes and actions.
+    task: as for `Domain.reset`. seed: of layouts, codes and actions.
+    Returns success (share of episodes that the environment reports as solved) and its binomial standard error
+    success_se; mean_return and its standard error return_se (None for a single episode); the means subgoals (of the
+    task done), steps and decisions (abstract actions; None for raw actions); and policy, task and episodes as given.
+    UserError for ``episodes`` below 1 or a missing metacontroller.
     """
     if episodes < 1:
         raise UserError(f"episodes is {episodes}; expected at least 1.")

@@ -1,4 +1,4 @@
-"""The frozen model and gate inside a task as one environment: an action is an abstract action (C.5, algorithm 3)."""
+"""Internal RL as a Gymnasium environment whose actions are abstract actions (C.5, algorithm 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CODE_LIMIT = 5.0
 
 @dataclass
 class _Episode:
-    """A running episode between two abstract actions, which waits for the next code."""
+    """A running episode between two abstract actions."""
 
     cache: Any
     state: ControlState
@@ -40,11 +40,11 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     codes beyond the bounds are clipped.
 
     Observation space: ``Box(-inf, inf, (n_e,), float32)``: the residual at the controlled layer for the observation at
-    which the gate opened; after a reset for the first observation, which always takes a fresh code; at the end for the
+    which the gate opened; after a reset, for the first observation, which always takes a new code; at the end, for the
     last one.
 
     Reward: the sum of ``env``'s rewards during the abstract action. Endings: ``terminated`` and ``truncated`` of
-    ``env``. A further step needs a reset.
+    ``env``; after either, call ``reset``.
 
     Info: ``steps``, environment steps taken by the abstract action; ``env_info``, the last info of ``env``.
 
@@ -56,9 +56,12 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         env: one environment, with the model's observations and actions; actions of a Gaussian readout are clipped to
             its action space.
         model: the frozen model. It, and the gate and controller of ``meta_controller``, are only read.
-        meta_controller: whose gate and controller act; its policy is not used.
-        encode_observation: what turns an observation of ``env`` into one state of the model, without batch and time
-            axes. By default what the model's encoder makes of one (`from_observation`).
+        meta_controller: its gate and controller act; its policy is not used.
+        encode_observation: maps an observation of ``env`` to one state of the model, without batch and time axes; by
+            default the ``from_observation`` of the model's encoder.
+
+    Raises:
+        UserError: if the metacontroller or the action space of ``env`` does not fit the model.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode of the inner environment, which takes ``options``."""
+        """Start an episode; ``options`` go to the inner environment."""
         super().reset(seed=seed)
         self._generator.manual_seed(int(self.np_random.integers(2**62)))
         observation, info = self.env.reset(seed=seed, options=options)
@@ -99,7 +102,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @torch.no_grad()
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold one code, (n_z,), until the gate opens or the episode ends."""
+        """Steer with one code (n_z,) until the gate opens or the episode ends; UserError unless it is finite."""
         if self._episode is None:
             raise RuntimeError("no episode is running: call reset() first.")
         episode, code = self._episode, self._code(action)

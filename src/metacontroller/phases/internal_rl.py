@@ -1,14 +1,14 @@
-"""Phase 3, internal RL: reinforcement learning over abstract actions (C.5, algorithms 1-3), and its raw-action twin.
+"""Phase 3, internal RL: reinforcement learning over abstract actions (C.5, algorithms 1-3).
 
-Frozen model, gate and controller decoder together with the task are the environment; the policy pi(z | e) acts in it
-only at switches. One update: a batch of fresh episodes, advantages (R - mean) / (std + delta), a few passes of the
-clipped surrogate over the stored residuals. The frozen model is never run again for the update. Several processes
-share each batch, see `training.distributed`.
+The frozen model, gate and controller together with the task are the environment; the policy pi(z | e) acts in it only
+at switches. One update: a batch of new episodes, advantages (R - mean) / (std + delta), and a few update epochs of the
+clipped surrogate over the stored residuals, which do not run the frozen model again. Several processes share each
+batch, see `training.distributed`.
 
-Metrics: ``success``, the share of episodes of the batch just played that the environment calls solved, and their mean
-``return``; ``episodes`` so far, ``decisions`` and ``steps`` per episode, ``subgoals_done``; of the last
-optimizer step ``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` between the policy that played and
-the present one, ``clip_fraction`` of decisions whose ratio the clip bounds, ``grad_norm`` before clipping.
+Metrics: ``success``, the share of the batch's episodes that the environment reports as solved, and their mean
+``return``; ``episodes`` so far; ``decisions``, ``steps`` and ``subgoals_done`` per episode; of the last optimizer step
+``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` between the policy that acted and the updated one,
+``clip_fraction``, the share of decisions whose ratio is clipped, and ``grad_norm`` before clipping.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import gaussian_log_prob
+from metacontroller.phases.artefacts import POLICY, artefact_path
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
-from metacontroller.phases.rollout import (
-    AbstractRollout,
-    policy_proposal,
-    rollout_abstract,
-)
+from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 
@@ -46,7 +43,7 @@ def internal_rl(
     """Trains the policy of ``meta_controller`` in place on episodes from ``reset(n, generator)``.
 
     Writes the metacontroller, of which only the policy has changed, to ``internal_rl_policy.safetensors`` in the run.
-    Without ``resume`` ValueError if the run holds a checkpoint of this phase.
+    UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     model.eval()
     meta_controller.eval()
@@ -67,5 +64,5 @@ def internal_rl(
 
     reinforce("internal_rl", config, meta_controller.policy, play, surrogate, run, resume=resume, quiet=quiet)
     if processes(next(model.parameters()).device.type).is_main:
-        meta_controller.save(run.path / "internal_rl_policy.safetensors")
+        meta_controller.save(artefact_path(run, POLICY))
     return meta_controller

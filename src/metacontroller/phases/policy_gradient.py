@@ -1,4 +1,4 @@
-"""The loop of both kinds of reinforcement learning: play a batch, clipped surrogate, log, save (C.5)."""
+"""The training loop of internal and raw-action RL: rollout, clipped surrogate, log, checkpoint (C.5)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from metacontroller.training.optimizer import Learner
 from metacontroller.training.progress import track
 
 Reset = Callable[[int, torch.Generator], BatchedEnv]
-"""``reset(n, generator)`` starts n episodes, with random numbers of the generator."""
+"""``reset(n, generator)`` starts n episodes; all their randomness comes from the generator."""
 
-DECISIONS_AT_ONCE = 8192  # of an update, padding included: bounds memory
+MAX_CHUNK_DECISIONS = 8192  # decisions in one chunk of a minibatch, padding included: bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class InternalRLConfig:
-    """Phase 3, and its raw-action twin."""
+    """Phase 3, and raw-action RL. UserError for values out of range."""
 
     episodes: int
-    """Episodes in all."""
+    """Total number of episodes."""
     batch_size: int = 1024
-    """Episodes an update."""
+    """Episodes per update."""
     lr: float = 3e-5
     """Learning rate of AdamW."""
     weight_decay: float = 0.0
@@ -40,13 +40,13 @@ class InternalRLConfig:
     update_epochs: int = 1
     """Update epochs over each batch."""
     minibatches: int = 1
-    """Chunks of a batch, an optimizer step each."""
+    """Minibatches of a batch, one optimizer step each."""
     eps_clip: float = 0.2
     """epsilon of the clipped surrogate."""
     delta: float = 1e-3
     """Added to the standard deviation of returns (C.5: about 1e-3)."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm (the paper is silent)."""
+    """Gradients are clipped to this norm (our choice; the paper gives none)."""
     checkpoint_every: int = 20
     """Updates from one checkpoint to the next."""
     seed: int = 0
@@ -66,6 +66,7 @@ class InternalRLConfig:
 
 
 def ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) -> dict[str, Tensor]:
+    """approx_kl and clip_fraction, scalars, from log-probabilities (b, t) of the updated and the acting policy."""
     difference = (log_prob - old).detach().masked_fill(~mask, 0.0)
     clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
     return {
@@ -85,9 +86,10 @@ def reinforce(
     resume: bool,
     quiet: bool,
 ) -> None:
-    """The loop both kinds of RL share: play a batch, a few epochs over it, log, save. Trains ``module`` in place.
+    """Trains ``module`` in place: in each update, play a batch, run the update epochs over it, log, checkpoint.
 
-    play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage) -> loss, metrics.
+    play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage (b,)) -> loss, metrics.
+    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false.
     """
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
@@ -107,15 +109,15 @@ def reinforce(
         run.rewind_metrics(phase, first)
     with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress:
         for update in range(first, config.updates):
-            numbers = workers.own_generator(generator)
-            rollout = play(episodes, numbers)
+            rng = workers.own_generator(generator)
+            rollout = play(episodes, rng)
             done = update + 1
             metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
             advantages = trajectory_advantages(workers.gather(rollout.returns).view(-1), config.delta)
             advantage = advantages.view(workers.count, -1)[workers.rank]
-            # a batch in which all episodes end alike has nothing to teach: no advantage, no gradient
+            # if all returns of a batch are equal, there is no advantage and so no gradient
             for _ in range(config.update_epochs if bool(advantages.any()) else 0):
-                order = torch.randperm(episodes, generator=numbers, device=numbers.device)
+                order = torch.randperm(episodes, generator=rng, device=rng.device)
                 for rows in order.chunk(config.minibatches):
                     metrics |= _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
                     metrics["grad_norm"] = learner.optimizer_step()
@@ -130,11 +132,11 @@ def reinforce(
 def _surrogate_in_chunks(
     rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
 ) -> dict[str, Tensor]:
-    """Backward of this process's share of the surrogate's mean over all decisions of all processes' ``rows``; returns
-    the metrics, means over the same.
+    """Runs backward through the surrogate of the episodes ``rows``, chunk by chunk, and returns the metrics.
 
-    Chunks hold episodes of similar length, the shortest at least half as long as the longest, and `DECISIONS_AT_ONCE`
-    padded decisions at most: memory does not grow with the batch, and little is spent on padding.
+    Loss and metrics are means over all decisions of the minibatch, of all processes together. A chunk holds episodes of
+    similar length, the shortest at least half as long as the longest, and at most `MAX_CHUNK_DECISIONS` padded
+    decisions: so memory does not grow with the batch, and there is little padding.
     """
     rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
     total, metrics = rollout.decisions[rows].sum(), {}
@@ -142,7 +144,7 @@ def _surrogate_in_chunks(
     while len(rows):
         longest = rollout.decisions[rows[0]]
         similar = int((2 * rollout.decisions[rows] >= longest).sum())
-        size = min(similar, max(1, DECISIONS_AT_ONCE // int(longest)))
+        size = min(similar, max(1, MAX_CHUNK_DECISIONS // int(longest)))
         chunk, rows = rows[:size], rows[size:]
         share = rollout.decisions[chunk].sum() / total
         loss, measured = surrogate(rollout.index(chunk), advantage[chunk])
@@ -154,7 +156,7 @@ def _surrogate_in_chunks(
 
 
 def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
-    """Means over the batch of episodes, all processes' together."""
+    """Means over the batch's episodes of all processes."""
     means = {
         "success": rollout.success.float().mean(),
         "return": rollout.returns.mean(),

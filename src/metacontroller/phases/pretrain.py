@@ -16,22 +16,23 @@ from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
-from metacontroller.training.loop import Drawn, train
+from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Phase 1."""
+    """Phase 1. UserError for values out of range."""
 
     optimizer: OptimizerConfig
     """How long and how fast."""
     state_loss_weight: float = 0.0
-    """lambda, weight of predicting the next observation beside the next action."""
+    """lambda, weight of the loss of the next observation."""
     snapshots: tuple[int, ...] = ()
-    """Updates after which the model is kept, for analyses over training."""
+    """Updates after which the model is saved, for analyses over training."""
     seed: int = 0
     """Seed of the episodes; a run derives it from its own seed."""
 
@@ -49,18 +50,21 @@ def pretrain(
     resume: bool = False,
     quiet: bool = False,
 ) -> SteerableModel:
-    """Trains ``model`` in place on episodes from ``generate``; writes ``base_model.safetensors`` to the run, and
-    snapshots, see `snapshot_path`. Without ``resume`` ValueError if the run holds a checkpoint of this phase."""
+    """Trains ``model`` in place on episodes from ``generate``.
+
+    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`) to the run. UserError if the run holds a
+    checkpoint of this phase and ``resume`` is false.
+    """
     weight = config.state_loss_weight
     is_main = processes(next(model.parameters()).device.type).is_main
 
-    def keep_snapshot(step: int) -> None:
+    def save_snapshot(step: int) -> None:
         if is_main and step in config.snapshots:
             path = snapshot_path(run, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             model.save(path)
 
-    def loss_function(batch: Trajectories, step: int, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         losses = model.behavior_cloning_loss(
             batch.states, batch.actions, batch.lengths, with_state_loss=weight > 0, checked=step > 0
         )
@@ -76,15 +80,15 @@ def pretrain(
         loss_function,
         run,
         seed=config.seed,
-        after=keep_snapshot,
+        after=save_snapshot,
         resume=resume,
         quiet=quiet,
     )
     if is_main:
-        model.save(run.path / "base_model.safetensors")
+        model.save(artefact_path(run, BASE_MODEL))
     return model
 
 
 def snapshot_path(run: RunFolder, step: int) -> Path:
-    """Where the model as it was after ``step`` updates lies."""
-    return run.path / "snapshots" / f"base_model-{step}.safetensors"
+    """The file of the model after ``step`` updates."""
+    return run.path / "snapshots" / f"{BASE_MODEL}-{step}.safetensors"

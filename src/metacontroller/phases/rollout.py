@@ -1,7 +1,7 @@
 """Acting: batched episodes of the frozen model in its environment, steered by abstract actions or not (C.5, alg. 2).
 
 Axes: b episodes, k abstract actions (switches) of an episode, t steps, n_e residual, n_z code. Finished episodes are
-dropped from the batch as they end, so that the rest do not wait for them.
+dropped from the batch, so that the others do not pay for them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 
-KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would go on: moving rows has a price
-MANY_ROWS, ROW_STEP = 256, 64  # above so many rows their number stays a multiple
+KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would remain: moving rows costs time
+MANY_ROWS, ROW_STEP = 256, 64  # above MANY_ROWS rows, their number is kept a multiple of ROW_STEP, see `survivors`
 
 Proposal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Called at switches: (residual (m, n_e), policy state (m, s), rows (m,)) -> code (m, n_z), joint log-probability
@@ -32,8 +32,11 @@ AnyRollout = TypeVar("AnyRollout", bound="Rollout")
 
 @dataclass
 class Rollout:
-    """What both kinds of episodes have: (b,) undiscounted returns, success bool as the environment says, environment
-    steps, subgoals of the task done."""
+    """What all rollouts have, (b,) each.
+
+    returns: undiscounted. success: bool, as the environment reports it. steps: of the environment. subgoals_done: of
+    the task.
+    """
 
     returns: Tensor
     success: Tensor
@@ -42,11 +45,11 @@ class Rollout:
 
     @property
     def decisions(self) -> Tensor:
-        """(b,) how often each episode's actor chose."""
+        """(b,) int64: number of actions that the acting policy chose in each episode."""
         return self.steps
 
     def index(self: AnyRollout, rows: Tensor) -> AnyRollout:
-        """The episodes of the rows named, cut to the longest of them."""
+        """The episodes with indices ``rows`` (m,), cut to the longest of them."""
         longest = int(self.decisions[rows].max())
         return type(self)(
             **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
@@ -55,7 +58,7 @@ class Rollout:
 
 @dataclass
 class AbstractRollout(Rollout):
-    """Episodes as internal RL sees them: one step an abstract action.
+    """Episodes as sequences of abstract actions.
 
     residual (b, k, n_e): what the policy saw at each switch. code (b, k, n_z). log_prob (b, k): joint, when sampled.
     lengths (b,): abstract actions of each episode.
@@ -81,32 +84,34 @@ class RawRollout(Rollout):
 
 
 class Actor:
-    """The model at work in a batch of episodes: its caches and last actions. What steers it comes between look and
-    act."""
+    """A model that acts in a batch of episodes, with its caches and last actions.
+
+    Each step is one `look` and one `act`; steering happens between the two.
+    """
 
     def __init__(self, model: SteerableModel, env: BatchedEnv, generator: torch.Generator | None = None) -> None:
         self.model, self.env, self.generator = model, env, generator
         self.cache = model.empty_cache(len(env))
         self.past_actions: Tensor | None = None
-        self.observation = env.observation  # (b, *obs), what the last look saw
+        self.observation = env.observation  # (b, *obs), of the last `look`
 
     def look(self) -> Tensor:
-        """What there is to see now as the residual at the controlled layer, (b, n_e); once a step."""
+        """Reads the current observation; returns the residual at the controlled layer, (b, n_e). Call once a step."""
         self.observation = self.env.observation
         states = self.observation[:, None]
         return self.model.lower(self.model.embed(states, self.past_actions), self.cache.lower)[:, 0]
 
     def act(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples an action from the residual (b, n_e), steered or not, and takes it.
+        """Samples an action from the residual (b, n_e), steered or not, and takes it in the environment.
 
-        Returns the rewards (b,), the actions (b, 1, ...) and the distribution (b, 1, ...) that they come from.
+        Returns the rewards (b,), the actions (b, 1, ...) and the parameters of their distribution (b, 1, ...).
         """
         logits = self.model.action_readout(self.model.upper(residual[:, None], self.cache.upper))
         actions = self.past_actions = self.model.action_readout.sample(logits, self.generator)
         return self.env.step(actions[:, 0]), actions, logits
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps the episodes of the rows named, int64 (k,), alone."""
+        """Keeps only the episodes with indices ``rows``, int64 (m,)."""
         self.env.select(rows)
         self.cache.keep(rows)
         self.past_actions = None if self.past_actions is None else self.past_actions[rows]
@@ -143,7 +148,7 @@ def rollout_abstract(
     propose: Proposal,
     generator: torch.Generator | None = None,
 ) -> AbstractRollout:
-    """Plays every episode to its end. A code stays in force until beta >= threshold; the policy is called only then."""
+    """Plays every episode to its end. A code is held until beta >= threshold; ``propose`` is called only then."""
     rows = torch.arange(len(env), device=env.steps.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
     actor, state = Actor(model, env, generator), meta_controller.initial_state(len(env))
@@ -202,16 +207,16 @@ def rollout_raw(model: SteerableModel, env: BatchedEnv, generator: torch.Generat
 
 
 def _all_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, ...): values (m, ...) in the places of rows (m,), zeros elsewhere."""
+    """(count, ...): values (m, ...) at indices rows (m,), zeros elsewhere."""
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def survivors(alive: Tensor) -> Tensor:
-    """The rows to go on with when those alive (b,) bool are running, int64 (m,): the last of them in the places of the
-    finished among the first m, so that few rows change their number.
+    """The rows to keep when those of alive (b,) bool are still running, int64 (m,).
 
-    All that are alive are among them, and while there are many a few finished ones, so that m is a multiple of
-    `ROW_STEP`: matrix products prepare themselves anew for each number of rows that they have not met.
+    All running rows are among them. The last running rows take the indices of finished ones among the first m, so that
+    few rows move. Above `MANY_ROWS` running rows a few finished ones are kept, so that m is a multiple of `ROW_STEP`:
+    the first matrix product of each new size is slow.
     """
     running = alive.nonzero().squeeze(1)
     count = len(running)
@@ -232,25 +237,25 @@ class _Outcome:
         self.steps, self.subgoals_done = torch.zeros_like(rows), torch.zeros_like(rows)
 
     def close(self, rows: Tensor, env: BatchedEnv) -> None:
-        """Notes the present state of the episodes of ``rows``; the last note of an episode stands."""
+        """Records the current state of the episodes ``rows``; a later record of an episode replaces an earlier one."""
         self.success[rows] = env.success
         self.steps[rows], self.subgoals_done[rows] = env.steps, env.subgoals_done
 
 
 class _Decisions:
-    """What was seen and chosen at each switch, collected step by step."""
+    """Residuals, codes and log-probabilities at switches, collected step by step."""
 
     def __init__(self, rows: Tensor) -> None:
         self.count = torch.zeros_like(rows)
         self.row: list[Tensor] = []
-        self.place: list[Tensor] = []
+        self.index: list[Tensor] = []
         self.residual: list[Tensor] = []
         self.code: list[Tensor] = []
         self.log_prob: list[Tensor] = []
 
     def add(self, rows: Tensor, residual: Tensor, code: Tensor, log_prob: Tensor) -> None:
         self.row.append(rows)
-        self.place.append(self.count[rows])
+        self.index.append(self.count[rows])
         self.residual.append(residual)
         self.code.append(code)
         self.log_prob.append(log_prob)
@@ -260,5 +265,5 @@ class _Decisions:
         """(b, longest, ...) with zeros beyond an episode's last decision."""
         flat = torch.cat(values)
         out = flat.new_zeros(len(self.count), int(self.count.max()), *flat.shape[1:])
-        out[torch.cat(self.row), torch.cat(self.place)] = flat
+        out[torch.cat(self.row), torch.cat(self.index)] = flat
         return out

@@ -97,7 +97,7 @@ def laptop() -> ExperimentConfig:
         compile=CompileConfig(
             optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
             alpha_code=0.03,
-            alpha_place=0.03,
+            alpha_boundary=0.03,
             alpha_warmup=(800, 1500),
             prior_rate=5.0,
         ),
@@ -191,7 +191,7 @@ def paper() -> ExperimentConfig:
             prior_rate=10.0,
             temperature=1.0,  # 0.5 or 1
             alpha_code=0.1,  # our choice among those searched: 0.003 to 1
-            alpha_place=0.1,  # likewise
+            alpha_boundary=0.1,  # likewise
         ),
         internal_rl=rl,
         raw_action_rl=rl,

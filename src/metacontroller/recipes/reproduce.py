@@ -29,12 +29,19 @@ from metacontroller.report import figures
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.training.progress import announce
+from metacontroller.training.tracking import Tracker
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
 
 
 def reproduce_seed(
-    config: ExperimentConfig, folder: Path, *, quiet: bool = False, apart: bool = False, device: str = "cpu"
+    config: ExperimentConfig,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    apart: bool = False,
+    device: str = "cpu",
+    track: Tracker | None = None,
 ) -> dict[str, Any]:
     """All phases of one seed, from wherever the folder stands; returns its summary, which is written last.
 
@@ -44,17 +51,18 @@ def reproduce_seed(
     run = RunFolder(folder)
     if finished := run.read_summary():
         return finished
-    jobs = {phase: (phase, config, folder, quiet, device) for phase in PHASES}
     if apart:
         threads = torch.get_num_threads()
         for phase in PHASES:
             if phase not in RL_PHASES:
-                in_processes(run_phase, [jobs[phase]], threads=threads)
-        in_processes(run_phase, [jobs[phase] for phase in RL_PHASES], at_once=2)
+                in_processes(run_phase, [(phase, config, folder, quiet, device, track)], threads=threads)
+        in_processes(
+            run_phase, [(phase, config, folder, quiet, device, track) for phase in RL_PHASES], at_once=len(RL_PHASES)
+        )
         in_processes(conclude, [(config, folder, quiet, device, peak_rss_mb())], threads=threads)
     else:
-        for job in jobs.values():
-            run_phase(*job)
+        for phase in PHASES:
+            run_phase(phase, config, folder, quiet, device, track)
         conclude(config, folder, quiet, device)
     return run.read_summary()
 
@@ -118,11 +126,12 @@ def reproduce(
     workers: int = 1,
     quiet: bool = False,
     device: str = "cpu",
+    track: Tracker | None = None,
 ) -> dict[str, Any]:
     """The experiment on every seed; writes and returns ``out/summary.json``.
 
     workers: seeds at the same time, one thread each. With one worker, pretraining and discovery have all threads, and
-    the two kinds of RL run side by side where there is more than one core.
+    the two kinds of RL run side by side where there is more than one core. track: see `training.tracking`.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
@@ -136,9 +145,9 @@ def reproduce(
     if workers == 1:
         apart = usable_cores() > 1
         for seeded, path in zip(configs, paths, strict=True):
-            reproduce_seed(seeded, path, quiet=quiet, apart=apart, device=device)
+            reproduce_seed(seeded, path, quiet=quiet, apart=apart, device=device, track=track)
     else:
-        jobs = [(seeded, path, quiet, device) for seeded, path in zip(configs, paths, strict=True)]
+        jobs = [(seeded, path, quiet, device, track) for seeded, path in zip(configs, paths, strict=True)]
         in_processes(_reproduce_alone, jobs, at_once=workers)
     runs = [RunFolder(path) for path in paths]
     summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
@@ -149,9 +158,9 @@ def reproduce(
     return summary
 
 
-def _reproduce_alone(config: ExperimentConfig, path: Path, quiet: bool, device: str) -> None:
+def _reproduce_alone(config: ExperimentConfig, path: Path, quiet: bool, device: str, track: Tracker | None) -> None:
     # quiet, because the bars of several processes would overwrite each other
-    summary = reproduce_seed(config, path, quiet=True, device=device)
+    summary = reproduce_seed(config, path, quiet=True, device=device, track=track)
     if not quiet:
         print(f"seed {config.seed}: finished in {summary['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
 

@@ -22,6 +22,7 @@ from metacontroller.recipes.config import ExperimentConfig, build_meta_controlle
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.seeding import stream_seed
+from metacontroller.training.tracking import Tracker, track_with
 
 
 def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> SteerableModel:
@@ -88,6 +89,8 @@ PHASES = tuple(RUN_PHASE)
 RL_PHASES = ("internal_rl", "raw_action_rl")
 
 
-def run_phase(phase: str, config: ExperimentConfig, folder: Path, quiet: bool, device: str) -> None:
-    """One phase, resumed if it was begun."""
-    RUN_PHASE[phase](config, RunFolder(folder), resume=True, quiet=quiet, device=device)
+def run_phase(
+    phase: str, config: ExperimentConfig, folder: Path, quiet: bool, device: str, track: Tracker | None = None
+) -> None:
+    """One phase, resumed if it was begun. track: see `training.tracking`."""
+    RUN_PHASE[phase](config, track_with(RunFolder(folder), track), resume=True, quiet=quiet, device=device)

@@ -24,7 +24,7 @@ class StudyConfig:
     alpha_warmup: tuple[int, int] = (700, 1200)
     """Updates (from, to) of the KL's linear warm-up, on variants of pretraining."""
     snapshots: tuple[int, ...] = (500, 1000)
-    """Updates of pretraining after which to discover on the base model."""
+    """Updates of pretraining after which to discover on the base model, where pretraining keeps a snapshot there."""
     weight_decays: tuple[float, ...] = (0.0,)
     """Weight decays of pretraining; a base model for each, to compare with the snapshot of as many updates."""
     state_loss_weights: tuple[float, ...] = (0.01,)
@@ -143,7 +143,7 @@ def _pretraining(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
     discovery = replace(_lasting(config.discover, study.discovery_steps), alpha_warmup=study.alpha_warmup)
     config = replace(config, discover=discovery, internal_rl=rl)
     made = []
-    for step in study.snapshots:
+    for step in (step for step in study.snapshots if step in config.pretrain.snapshots):
         name = f"pretraining-steps-{step}"
         made.append(Variant(name=name, group="pretraining", config=config, value=step, start=step))
     optimizer = replace(config.pretrain.optimizer, steps=study.pretraining_steps, decay_steps=0)  # as at a snapshot

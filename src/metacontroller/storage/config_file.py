@@ -1,4 +1,4 @@
-"""Plain JSON back into nested config dataclasses, with one-sentence errors that name the field."""
+"""Reading nested config dataclasses from JSON, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Config = TypeVar("Config")
 
 
 def from_plain(kind: type[Config], data: Any, where: str = "config") -> Config:
-    """Build the dataclass ``kind`` from the object that JSON made of it, nested ones and tuples included.
+    """Builds the dataclass ``kind``, with nested dataclasses and tuples, from a parsed JSON object.
 
-    The value of a field of type ``Any`` is taken as it is. UserError for an unknown field, a missing one that has no
-    default, or a value of another type.
+    The value of a field of type ``Any`` is not converted. where: name of the object, for errors. UserError for an
+    unknown field, a missing one without a default, or a value of the wrong type.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is {data!r}; expected an object with the fields of {kind.__name__}.")
@@ -74,6 +74,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def check_positive(config: Any, names: tuple[str, ...]) -> None:
+    """UserError unless the fields ``names`` are at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; expected at least 1.")

@@ -1,4 +1,4 @@
-"""The one atomic write, and JSON as we write and read it."""
+"""Atomic writes, and reading and writing JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metacontroller.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; move it there when the block ends well, else remove it."""
+    """Yield a temporary path beside `path`; it replaces `path` when the block succeeds, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,14 +48,14 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); mend or delete it.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); fix or delete it.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected; mend or delete it.")
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected; fix or delete it.")
     return value
 
 
 def plain(value: Any) -> Any:
-    """Turn what `json` does not know into what it does."""
+    """Convert a value for `json`, as its argument `default`; TypeError for types that have no JSON form."""
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Path):
@@ -66,5 +66,5 @@ def plain(value: Any) -> Any:
 
 
 def strict_json(value: Any) -> Any:
-    """Return `value` as strict JSON has it: NaN and infinities become None."""
+    """Return `value` as strict JSON allows it: NaN and infinities become None."""
     return json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)

@@ -1,4 +1,4 @@
-"""Saving a module with the arguments that made it: one safetensors file; loading runs no code of the file's author."""
+"""Saving a module and its constructor's arguments in one safetensors file; loading runs no code from the file."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from metacontroller.storage.files import replacing
 Module = TypeVar("Module", bound="Saveable")
 SAVE_FORMAT = "1"
 _HEADER = "metacontroller"
-"""The one key of the file's metadata: safetensors writes several in no order of theirs, and equal modules shall give
-equal files."""
+"""The only key of the file's metadata: with several, safetensors does not fix their order, and equal modules should
+give equal files."""
 
 
 class Saveable:
     """Mixin of an ``nn.Module``: ``save``, ``load``, ``init_and_load``. Call ``remember_arguments(locals())`` first in
     ``__init__``, right after ``super().__init__()``; arguments must be plain data (or dataclasses of plain data).
 
-    unsaved: submodules that are not part of what is saved.
+    unsaved: submodules that are not saved.
     """
 
     arguments: dict[str, Any]
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def remember_arguments(self, local: dict[str, Any]) -> None:
-        """Keeps the constructor's arguments for ``save``, as JSON gives them back."""
+        """Stores the constructor's arguments for ``save``, after a round trip through JSON."""
         plain = {name: _plain(value) for name, value in local.items() if name not in ("self", "__class__")}
         self.arguments = json.loads(json.dumps(plain))
 
     def save(self, path: str | Path) -> None:
-        """Writes weights and arguments to one file, replaced only when the new one is whole."""
+        """Writes weights and arguments to one file, atomically."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
         with replacing(Path(path)) as draft:
             save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
 
     def load(self, path: str | Path, strict: bool = True) -> None:
-        """Reads weights into this module; the file must come from a module of the same class.
+        """Reads weights into this module from a file of a module of the same class.
 
-        strict: whether names must match one to one; shapes must match in any case.
+        strict: whether names must match one to one; shapes must match in any case. UserError if the file does not fit.
         """
         tensors, _ = _read(path, type(self).__name__)
         _fill(self, tensors, path, strict)
 
     @classmethod
     def init_and_load(cls: type[Module], path: str | Path, strict: bool = True) -> Module:
-        """A new module with the arguments and weights of a file that ``save`` wrote."""
+        """A new module with the arguments and weights of a file that ``save`` wrote; UserError for another file."""
         tensors, arguments = _read(path, cls.__name__)
         module = cls(**arguments)
         _fill(module, tensors, path, strict)
@@ -87,7 +87,9 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); give a file that `save` wrote.") from None
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}); give a file that `save` wrote."
+        ) from None
     if header.get("format") != SAVE_FORMAT or header.get("class") != kind:
         raise UserError(
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "

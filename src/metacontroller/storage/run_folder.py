@@ -2,13 +2,13 @@
 
     config.json         the full configuration the run was started with
     summary.json        the run's results
-    analyses/NAME.json  what was measured later
-    metrics.jsonl       one JSON object a line: phase, step and the numbers logged there; only ever appended to
-    NAME.safetensors    a checkpoint: tensors, and in the file's metadata the JSON that belongs to them, with the
-                        seconds of work and the peak memory that it took
+    analyses/NAME.json  results of analyses
+    metrics.jsonl       one JSON object per line: phase, step and the metrics logged there; only appended to
+    NAME.safetensors    a checkpoint: tensors, and in the file's metadata JSON values such as the seconds of work and
+                        the peak memory so far
 
-Whole files are replaced atomically, so that a crash leaves either the old or the new one. Loading reads JSON and
-safetensors only: it never runs code from a file.
+Files other than metrics.jsonl are replaced atomically, so that a crash leaves either the old or the new one. Loading
+reads JSON and safetensors only: it never runs code from a file.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metada
 
 
 class RunFolder:
-    """One run's files under `path`; the folder is made by the first write."""
+    """The files of one run under `path`; the first write creates the folder."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._torn_line_dropped = False
         self._opened = time.monotonic()
-        self._started: dict[str, float] = {}  # by checkpoint name: when its work began, earlier sessions' included
+        self._started: dict[str, float] = {}  # by checkpoint name: start of its work, minus the time before a resume
         self._peak: dict[str, float] = {}
-        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # told of every line of metrics
+        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics
 
     # -- configuration and results ------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class RunFolder:
         if not path.exists():
             raise MissingFileError(
                 f"{self.path} has no config.json; name the folder of a run that has been started, or write the config "
-                f"of a run made from Python by RunFolder({str(self.path)!r}).write_config(config)."
+                f"of a run made from Python by RunFolder({str(self.path)!r}).write_config(to_json(config))."
             )
         return read_object(path)
 
@@ -75,7 +75,7 @@ class RunFolder:
         write_text(self.path / "analyses" / f"{name}.json", json.dumps(strict_json(dict(result)), indent=2) + "\n")
 
     def read_analysis(self, name: str) -> dict[str, Any]:
-        """Return analyses/NAME.json; empty if it has not been made."""
+        """Return analyses/NAME.json; empty if nothing has been written yet."""
         path = self.path / "analyses" / f"{name}.json"
         return read_object(path) if path.exists() else {}
 
@@ -83,6 +83,7 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
+        """The path of metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     def log_metrics(self, phase: str, step: int, **values: Any) -> None:
@@ -90,13 +91,16 @@ class RunFolder:
 
         Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
         """
-        numbers = {name: float(value) for name, value in values.items()}
-        self._append_metrics({"phase": phase, "step": step, **numbers})
+        scalars = {name: float(value) for name, value in values.items()}
+        self._append_metrics({"phase": phase, "step": step, **scalars})
         for listener in self.listeners:
-            listener(phase, step, numbers)
+            listener(phase, step, scalars)
 
     def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """Return the logged lines that stand, of one phase or of all; a last line that a crash cut short does not."""
+        """Return the logged lines of one phase or of all, without rewound ones and without an incomplete last line.
+
+        UserError for a line that is not valid.
+        """
         if not self.metrics_path.exists():
             return []
         complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
@@ -110,9 +114,9 @@ class RunFolder:
         return [line for line in lines if phase is None or line["phase"] == phase]
 
     def rewind_metrics(self, phase: str, step: int) -> None:
-        """Void the lines of `phase` beyond `step`: what was logged after the checkpoint that a run goes on from.
+        """Discard the lines of `phase` after `step`: those logged after the checkpoint from which a run resumes.
 
-        A line that says so is appended, rather than the file written anew: another process may be logging, too.
+        A line that marks this is appended; the file is not rewritten, because another process may be logging, too.
         """
         if any(line["step"] > step for line in self.read_metrics(phase)):
             self._append_metrics({"phase": phase, "step": step, "rewound": True})
@@ -125,12 +129,12 @@ class RunFolder:
             file.write(json.dumps(strict_json(line)) + "\n")
 
     def _drop_torn_line(self) -> None:
-        """Cut metrics.jsonl after its last whole line, so that the next line does not run on from half of one."""
+        """Cut metrics.jsonl after its last complete line, so that the next line does not continue an incomplete one."""
         if self.metrics_path.exists():
             content = self.metrics_path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self.metrics_path, whole)
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                os.truncate(self.metrics_path, complete)
         self._torn_line_dropped = True
 
     def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:
@@ -145,26 +149,26 @@ class RunFolder:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoint_path(self, name: str) -> Path:
-        """Return where checkpoint `name` is kept; ValueError unless it is a plain name."""
+        """Return the path of checkpoint `name`; UserError unless it is a plain name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise UserError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
         return self.path / f"{name}.safetensors"
 
     def has_checkpoint(self, name: str) -> bool:
-        """Tell whether checkpoint `name` exists."""
+        """Whether checkpoint `name` exists."""
         return self.checkpoint_path(name).exists()
 
     def begin(self, name: str, *, resume: bool) -> None:
-        """Begin the work that checkpoint `name` will hold: its seconds count from here.
+        """Start the work that checkpoint `name` will hold: its seconds count from here.
 
-        ValueError if the checkpoint exists and is not to be resumed, so that no finished work is lost.
+        UserError if the checkpoint exists and `resume` is false, so that no finished work is lost.
         """
         self.refuse_begun(name, resume=resume)
         self._started[name] = time.monotonic()
         self._peak.pop(name, None)
 
     def refuse_begun(self, name: str, *, resume: bool) -> None:
-        """Raise ValueError if checkpoint `name` exists and is not to be resumed."""
+        """UserError if checkpoint `name` exists and `resume` is false."""
         if self.has_checkpoint(name) and not resume:
             raise UserError(
                 f"{self.path} holds {name}.safetensors, a checkpoint of this phase; resume it (resume=True, --resume) "
@@ -172,10 +176,10 @@ class RunFolder:
             )
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write tensors and the JSON values `meta` into one file, replacing an older checkpoint of that name.
+        """Write tensors and the JSON values `meta` to one file, replacing an older checkpoint of that name.
 
-        `meta` is given two entries more: `seconds`, since the work began (see `begin`; else since this object was
-        made), those before the checkpoint that was loaded included; and `peak_rss_mb`, the most memory on the way.
+        Two entries are added to `meta`: `seconds` of work, since `begin` (or since this object was created) and before
+        the checkpoint that was loaded; and `peak_rss_mb`, the peak resident memory during that work.
         """
         path = self.checkpoint_path(name)
         seconds = time.monotonic() - self._started.get(name, self._opened)
@@ -191,9 +195,9 @@ class RunFolder:
     def load_checkpoint(
         self, name: str, device: str | torch.device = "cpu"
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors, meta) of a checkpoint; what is saved under its name from here on adds to its seconds.
+        """Return (tensors, meta) of a checkpoint; later saves under its name add to its seconds.
 
-        Raises MissingFileError if there is none, and ValueError if the file is no whole checkpoint of this format.
+        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format.
         """
         path = self.checkpoint_path(name)
         if not path.exists():
@@ -204,21 +208,21 @@ class RunFolder:
                 header = (file.metadata() or {}).get(_HEADER)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file; delete it and run the phase again.") from error
-        # Files written before every checkpoint held these say nothing of what they took.
+            raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
+        # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
         self._started[name] = time.monotonic() - meta["seconds"]
         self._peak[name] = meta["peak_rss_mb"]
         return tensors, meta
 
 
-# -- what goes into a checkpoint --------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def peak_rss_mb() -> float:
-    """The most memory this process has had resident, in MB; 0 where the system does not tell."""
+    """Peak resident memory of this process in MB; 0 where the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this figure is not inherited from the process that started us
+    if status.exists():  # unlike getrusage's, this value is not inherited from the parent process
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024

@@ -1,4 +1,4 @@
-"""What goes into a checkpoint: a module, its optimizer and its rng as named tensors."""
+"""The content of a checkpoint: a module, its optimizer and its rng as named tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Load what `module_tensors` returned; ValueError names the first missing, unexpected or misshapen tensor."""
+    """Load what `module_tensors` returned; UserError names the first missing, unexpected or misshapen tensor."""
     state = _under(prefix, tensors)
     expected = module.state_dict()
     for name in sorted(expected.keys() ^ state.keys()):
@@ -35,7 +35,7 @@ def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def optimizer_meta(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what belongs to `optimizer_tensors` and is not a tensor: the parameter groups' settings, for `meta`."""
+    """Return the optimizer's state that is not in `optimizer_tensors`, for `meta`: settings of the parameter groups."""
     content = optimizer.state_dict()
     return {"param_groups": content["param_groups"], "parameters_with_state": len(content["state"])}
 
@@ -43,7 +43,7 @@ def optimizer_meta(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
 ) -> None:
-    """Put back `optimizer_tensors` and `optimizer_meta`, so that training goes on exactly as if never interrupted."""
+    """Restore `optimizer_tensors` and `optimizer_meta`, so that training resumes exactly; UserError on a mismatch."""
     groups = [_with_tuples(group) for group in meta["param_groups"]]
     sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
     if sizes != expected:
@@ -69,7 +69,7 @@ def generator_tensor(generator: torch.Generator) -> Tensor:
 
 
 def load_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Put back a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
+    """Restore a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
     generator.set_state(state.cpu())
 
 
@@ -87,5 +87,5 @@ def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
 
 
 def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo JSON's turning of tuples into lists, for all but the list of parameters."""
+    """Convert lists back to the tuples that JSON cannot hold, except the list of parameters."""
     return {key: tuple(v) if isinstance(v, list) and key != "params" else v for key, v in group.items()}

@@ -1,1 +1,1 @@
-"""What the phases share: loop, optimizer, seeds, processes, progress."""
+"""Training, shared by the phases: loop, optimizer, seeds, processes, progress, trackers."""

@@ -1,10 +1,9 @@
-"""Training in several processes at once: each takes its share of every batch, and their gradients are added up.
+"""Data-parallel training in several processes: each takes its share of every batch, and gradients are all-reduced.
 
 Start them with ``torchrun --nproc-per-node N -m metacontroller.cli pretrain RUN ...`` (or ``accelerate launch``). In
-pretraining and discovery a batch is the same whatever the number of processes, random numbers included, and so are the
-losses, up to rounding: every process draws the whole batch and keeps its rows. In RL every process plays its share of
-the episodes with random numbers of its own, and the update is that of all of them. Only the first process writes files
-and shows progress.
+pretraining and discovery every process generates the whole batch and keeps its rows, so batches, noise and, up to
+rounding, losses do not depend on the number of processes. In RL every process plays its share of the episodes with an
+rng of its own, and the update uses the episodes of all. Only the first process writes files and shows progress.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from metacontroller.errors import UserError
 
 
 class Processes:
-    """The processes that train together. rank: of this one. count: of all, 1 where nothing was launched."""
+    """The processes that train together. rank: index of this one. count: their number, 1 without a launcher."""
 
     def __init__(self, device_type: str) -> None:
         self.rank, self.count = 0, 1
         if launched():
-            from accelerate import PartialState  # takes half a second to import, which one process need not wait for
+            from accelerate import PartialState  # slow to import, so only where it is needed
 
             self.state = PartialState(cpu=device_type == "cpu")
             self.rank, self.count = self.state.process_index, self.state.num_processes
@@ -36,7 +35,7 @@ class Processes:
         return self.rank == 0
 
     def rows(self, batch: int) -> Tensor | None:
-        """This process's rows of a batch, int64; None for all of them."""
+        """Indices of this process's rows of a batch, int64; None for all. UserError if there are too few rows."""
         if self.count == 1:
             return None
         if batch < self.count:
@@ -44,21 +43,24 @@ class Processes:
         return torch.arange(self.rank, batch, self.count)
 
     def share(self, batch: int, minibatches: int) -> int:
-        """How many of a batch's episodes this process plays, a multiple of ``minibatches``."""
+        """Episodes of a batch that this process plays; UserError unless they divide into ``minibatches``."""
         shares = self.count * minibatches
         if batch % shares:
             raise UserError(f"batch_size is {batch}; expected a multiple of {shares}, processes times minibatches.")
         return batch // self.count
 
     def own_generator(self, shared: torch.Generator) -> torch.Generator:
-        """Random numbers of this process alone; ``shared``, which goes on alike in all, where there is but one."""
+        """A generator of this process alone, seeded from ``shared``, whose state stays the same in all processes.
+
+        With one process it is ``shared`` itself.
+        """
         if self.count == 1:
             return shared
         seeds = torch.randint(2**62, (self.count,), generator=shared, device=shared.device)
         return torch.Generator(shared.device).manual_seed(int(seeds[self.rank]))
 
     def gather(self, values: Tensor) -> Tensor:
-        """(b,) of each process -> (count, b), the same in all."""
+        """values (b,) of each process -> (count, b), the same in all processes."""
         if self.count == 1:
             return values[None]
         from accelerate.utils import gather
@@ -72,12 +74,12 @@ class Processes:
         from accelerate.utils import reduce
 
         total = reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), "sum")
-        parts = total.split([tensor.numel() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        sums = total.split([tensor.numel() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
+        for tensor, value in zip(tensors, sums, strict=True):
+            tensor.copy_(value.view_as(tensor))
 
     def wait(self) -> None:
-        """Returns once every process is here."""
+        """Waits until every process has called this."""
         if self.count > 1:
             self.state.wait_for_everyone()
 
@@ -89,11 +91,11 @@ def launched() -> bool:
 
 @cache
 def processes(device_type: str) -> Processes:
-    """The processes that train together on devices of a type ("cpu", "cuda"); made once, before tensors are."""
+    """The processes that train together on a device type ("cpu", "cuda"); one object per type. Call before training."""
     return Processes(device_type)
 
 
 def leave() -> None:
-    """Ends the connection between processes, when each has done its work; a process that just exits may be aborted."""
+    """Closes the connection between processes; call at the end, since a process that exits without may be aborted."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the phases share: the loop of pretraining and discovery, streams of episodes, AdamW steps, exact resumption."""
+"""The training loop of pretraining and discovery, which can resume exactly."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from metacontroller.training.seeding import noise_generator
 
 
 class _Means:
-    """Means of metrics since the last time they were taken."""
+    """Running means of metrics."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds one step's scalars; nothing here waits for the device."""
+        """Adds one step's scalars, without synchronizing with the device."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.count += 1
 
     def take(self, workers: Processes) -> dict[str, float]:
-        """The means, added up over the processes; they start afresh."""
+        """Returns the means over the steps since the last call, summed over the processes, and resets them."""
         workers.all_reduce(list(self.sums.values()))
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
 
 
-Drawn = dict[str, Tensor]
-"""What a loss needs beside its batch, (b, ...) each: random numbers, views."""
+BatchExtras = dict[str, Tensor]
+"""Tensors (b, ...) that a loss needs in addition to its batch: noise, augmented states."""
 
-Draw = Callable[[Trajectories, torch.Generator], Drawn]
-LossFunction = Callable[[Trajectories, int, Drawn], tuple[Tensor, dict[str, Tensor]]]
+SampleExtras = Callable[[Trajectories, torch.Generator], BatchExtras]
+LossFunction = Callable[[Trajectories, int, BatchExtras], tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(
@@ -55,21 +55,22 @@ def train(
     run: RunFolder,
     *,
     seed: int,
-    draw: Draw | None = None,
+    sample_extras: SampleExtras | None = None,
     after: Callable[[int], None] | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> None:
     """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
-    ``loss_function(batch, step, drawn)`` returns the loss, a mean over real steps, and the metrics to log, of which
-    means over the log interval are kept. ``draw(batch, generator)`` makes ``drawn`` for each batch.
-    ``after(done)`` is called after every update, ``done`` of them so far. seed: of the episodes and, apart, of what is
-    drawn. Several processes share each batch, see `phases.parallel`.
-    Checkpoints go to ``run`` under the phase's name; with ``resume`` training goes on from the last one, bit for bit as
-    if it had never stopped. Only the first means logged after a checkpoint between two log points differ: they cover
-    the steps since the checkpoint. A finished phase is not trained again; without ``resume`` ValueError if ``run``
-    holds a checkpoint of the phase.
+    loss_function(batch, step, extras) -> the loss, a mean over real steps, and the metrics to log, whose means over the
+    log interval are written. sample_extras(batch, generator) -> ``extras`` of a batch. after(done): called after every
+    update with the number of updates so far. seed: of the episodes and, in a separate stream, of ``sample_extras``.
+    Several processes share each batch, see `training.distributed`.
+
+    Checkpoints go to ``run`` under the phase's name. With ``resume``, training continues from the last one, bit for bit
+    as if it had not stopped; only the first means logged afterwards may differ, since they cover the steps since the
+    checkpoint. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and
+    ``resume`` is false.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -95,9 +96,9 @@ def train(
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
             batch = stream.next().to(device)
-            drawn = draw(batch, learner.generator) if draw else {}
-            batch, drawn, share = _own_share(batch, drawn, workers)
-            loss, metrics = loss_function(batch, step, drawn)
+            extras = sample_extras(batch, learner.generator) if sample_extras else {}
+            batch, extras, share = _own_share(batch, extras, workers)
+            loss, metrics = loss_function(batch, step, extras)
             (share * loss).backward()
             learner.optimizer_step()
             means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
@@ -115,17 +116,19 @@ def train(
     workers.wait()
 
 
-def _own_share(batch: Trajectories, drawn: Drawn, workers: Processes) -> tuple[Trajectories, Drawn, Tensor | float]:
-    """This process's rows of a batch and of what was drawn for it, and their share of the batch's real steps.
+def _own_share(
+    batch: Trajectories, extras: BatchExtras, workers: Processes
+) -> tuple[Trajectories, BatchExtras, Tensor | float]:
+    """This process's rows of a batch and of its extras, and their share of the batch's real steps.
 
-    The rows keep the batch's T, so that what was drawn fits them whichever of its axes are time. Episodes of a batch
-    are of similar length: cutting to the longest of the rows would save next to nothing.
+    The rows keep the batch's T, so that the extras fit them whichever of their axes are time. Episodes of a batch are
+    of similar length: cutting to the longest of the rows would save next to nothing.
     """
     rows = workers.rows(batch.batch)
     if rows is None:
-        return batch, drawn, 1.0
+        return batch, extras, 1.0
     rows = rows.to(batch.lengths.device)
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    part = replace(batch, **{name: value[rows] for name, value in values.items() if value is not None})
-    own = {name: value[rows] for name, value in drawn.items()}
-    return part, own, part.lengths.sum() / batch.lengths.sum()
+    own = replace(batch, **{name: value[rows] for name, value in values.items() if value is not None})
+    own_extras = {name: value[rows] for name, value in extras.items()}
+    return own, own_extras, own.lengths.sum() / batch.lengths.sum()

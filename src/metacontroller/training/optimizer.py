@@ -24,12 +24,15 @@ from metacontroller.training.distributed import processes
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train."""
+    """AdamW with betas 0.9 and 0.999 (paper, table A3 and following) and how long to train.
+
+    UserError for values out of range.
+    """
 
     steps: int
-    """Updates."""
+    """Number of updates."""
     batch_size: int
-    """Episodes an update."""
+    """Episodes per update."""
     lr: float
     """Learning rate."""
     weight_decay: float = 0.03
@@ -37,7 +40,7 @@ class OptimizerConfig:
     decay_steps: int = 0
     """Updates at the end over which the learning rate falls linearly to zero; 0 keeps it constant (the paper)."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm (the paper is silent)."""
+    """Gradients are clipped to this norm (our choice; the paper gives none)."""
     log_every: int = 50
     """Updates from one line of metrics to the next."""
     checkpoint_every: int = 500
@@ -59,13 +62,13 @@ class OptimizerConfig:
 
 
 def linear_warmup(step: int, between: tuple[int, int]) -> float:
-    """How much of a linear rise between two steps is done at update number ``step``, counted from 0: 0 to 1."""
+    """Factor of a linear warm-up at update number ``step``, counted from 0: 0 before between[0], 1 from between[1]."""
     start, end = between
     return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
 
 
 class Learner:
-    """A module in training by AdamW, with the random numbers it uses; it knows its checkpoint."""
+    """A module in training with AdamW, its rng, and its checkpoints."""
 
     def __init__(
         self,
@@ -83,7 +86,10 @@ class Learner:
         self.processes = processes(parameters[0].device.type)
 
     def optimizer_step(self) -> Tensor:
-        """One step down the gradient gathered by ``backward`` since the last, which is clipped; returns its norm."""
+        """All-reduces and clips the accumulated gradients, takes one optimizer step, resets them; returns their norm.
+
+        The norm, a scalar, is that before clipping.
+        """
         self.processes.all_reduce([value.grad for value in self.parameters if value.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
@@ -91,7 +97,7 @@ class Learner:
         return norm
 
     def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the checkpoint of ``phase`` after update number ``step``, counted from 1, with ``more`` tensors."""
+        """Writes the checkpoint of ``phase`` after ``step`` updates, with ``more`` tensors; first process only."""
         if not self.processes.is_main:
             return
         tensors = {
@@ -103,7 +109,7 @@ class Learner:
         run.save_checkpoint(phase, tensors, {"step": step, "optimizer": optimizer_meta(self.optimizer)})
 
     def restore(self, run: RunFolder, phase: str) -> tuple[int, dict[str, Tensor]]:
-        """Goes back to the checkpoint of ``phase``; returns its step and tensors, 0 and none if there is none."""
+        """Loads the checkpoint of ``phase``; returns its step and tensors, or 0 and no tensors if there is none."""
         if not run.has_checkpoint(phase):
             return 0, {}
         tensors, meta = run.load_checkpoint(phase)

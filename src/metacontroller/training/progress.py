@@ -1,6 +1,6 @@
 """Progress of a long loop: a live bar on a terminal, an occasional line elsewhere, nothing when quiet.
 
-`announce` says in one line what is done where there are no steps to count.
+`announce` prints one line where there are no steps to count.
 
 with track(steps, "pretrain") as progress:
     for step in range(1, steps + 1):
@@ -24,12 +24,12 @@ from rich.console import Console
 def track(
     total: int, description: str, *, start: int = 0, quiet: bool = False, console: Console | None = None
 ) -> Progress:
-    """Return the progress display that fits: a bar on a terminal, plain lines elsewhere, none if `quiet`.
+    """Return a progress display: a bar on a terminal, plain lines elsewhere, none if `quiet`.
 
     A worker process writes plain lines on a terminal too: bars of several processes would overwrite each other.
 
-    `start` is the step that a resumed loop goes on from; it keeps the rate honest. Output goes to standard error unless
-    `console` says otherwise, so that results printed to standard output stay clean.
+    `start` is the step that a resumed loop continues from, so that the rate counts only new steps. Output goes to
+    standard error unless a `console` is given, so that results printed to standard output stay clean.
     """
     if quiet:
         return Progress(total, description, start=start)
@@ -40,18 +40,18 @@ def track(
 
 
 def announce(text: str, quiet: bool = False) -> None:
-    """Write one line to standard error that says what is done next; nothing if `quiet`."""
+    """Write one line about the next piece of work to standard error; nothing if `quiet`."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """A context manager that is told of each step; this one shows nothing, its subclasses do.
+    """A context manager whose `update` is called at each step; this class shows nothing, its subclasses do.
 
-    Metrics may be one-element tensors: they are read only when shown, so that a GPU is not waited for at every step.
+    Metrics may be one-element tensors: they are read only when shown, so that not every step synchronizes with a GPU.
     """
 
-    interval_s = float("inf")  # shortest time between two displays
+    interval_s = float("inf")  # shortest time between two displays, seconds
 
     def __init__(self, total: int, description: str, *, start: int = 0, clock: Callable[[], float] = time.monotonic):
         self.total = total
@@ -59,7 +59,7 @@ class Progress:
         self._start = start
         self._step = start
         self._metrics: dict[str, Any] = {}
-        self._unshown = True  # whether there is something that the last display did not have
+        self._unshown = True  # whether an update has not been shown yet
         self._clock = clock
         self._began = self._shown = clock()
 
@@ -74,7 +74,7 @@ class Progress:
             self._show()
 
     def update(self, step: int, **metrics: Any) -> None:
-        """Say that `step` steps of the total are done, and what was measured there."""
+        """Report that `step` steps of the total are done, and the metrics there."""
         self._step = step
         self._metrics.update(metrics)
         now = self._clock()
@@ -95,7 +95,7 @@ class Progress:
         return "  ".join([f"{self.rate:.3g}/s", *values])
 
     def _show(self) -> None:
-        """Show the present state; the base class has nowhere to show it."""
+        """Show the current state; the base class shows nothing."""
 
 
 class LineProgress(Progress):

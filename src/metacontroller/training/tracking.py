@@ -1,7 +1,7 @@
-"""Experiment trackers: every scalar that a run logs, sent to TensorBoard, Trackio or Weights & Biases too.
+"""Experiment trackers: also sends every scalar that a run logs to TensorBoard, Trackio or Weights & Biases.
 
 Off by default, and nothing leaves the machine: TensorBoard and Trackio write files, Weights & Biases runs offline
-unless its own settings (``WANDB_MODE``) say otherwise. metrics.jsonl stays what counts: trackers are told, never asked.
+unless its own settings (``WANDB_MODE``) change that. metrics.jsonl remains the record; trackers are never read.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from metacontroller.errors import UserError
 from metacontroller.storage.run_folder import RunFolder
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
-"""Where scalars go beside metrics.jsonl."""
+"""Where scalars go in addition to metrics.jsonl."""
 
 Log = Callable[[str, int, Mapping[str, float]], None]
 """``log(phase, step, values)``."""
 
 
 def track_with(run: RunFolder, tracker: Tracker | None) -> RunFolder:
-    """The same run folder, whose scalars go to a tracker too; as it is where none is asked for."""
+    """Returns the run folder after connecting it to a tracker, if one is given; UserError if it is not installed."""
     if tracker is not None:
         run.listeners.append({"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](run.path))
     return run
@@ -61,7 +61,7 @@ def _wandb(path: Path) -> Log:
 
 
 def _need(module: str, package: str) -> Any:
-    """A module of the extra ``track``."""
+    """Imports a module of the extra ``track``; UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -53,8 +53,8 @@ def test_distances_equal_networkx(seed):
         for place, color in enumerate(colors):
             for cell in set(range(25)) - set(objects[4:]):
                 expected = path_length(SMALL, objects, cell, color)
-                found = int(fields[grid, place, cell])
-                assert found == expected or (found >= UNREACHABLE and expected == float("inf"))
+                distance = int(fields[grid, place, cell])
+                assert distance == expected or (distance >= UNREACHABLE and expected == float("inf"))
 
 
 def test_distances_avoid_walls_and_other_colors(picture):
@@ -88,7 +88,7 @@ def test_replaying_the_actions_gives_the_states_and_success(table, config):
     trajectories = expert_trajectories(config, table, 40, generator=generator())
     walked = [tuple(task) for task in tasks_walked(trajectories)]
     assert set(walked) <= set(table)
-    assert len(set(walked)) > 8  # drawn from the whole table
+    assert len(set(walked)) > 8  # sampled from the whole table
     batch, tokens = replay(config, trajectories, layouts_of(config, trajectories), pad_tasks(walked))
     assert torch.equal(tokens, trajectories.states[:, 1:])
     assert torch.equal(batch.colors_done, batch.task_lengths)

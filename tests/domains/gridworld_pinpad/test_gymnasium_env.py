@@ -54,7 +54,7 @@ def test_reward_and_endings_are_apart():
     target, position = cells(observation)
     away = 0 if position < 4 else 1
     target_column, column = target % 4, position % 4
-    assert target_column != column  # so that going up or down never meets the color
+    assert target_column != column  # so that going up or down never enters the color
     for step in range(6):
         _, reward, terminated, truncated, _ = env.step(away)
         assert (reward, terminated, truncated) == (0.0, False, step == 5)

@@ -1,6 +1,6 @@
 """gridworld-pinpad: colored cells of a grid, to be visited in the order of a hidden task (arXiv 2512.20605, §4).
 
-Importing this registers the Gymnasium id, for ``gymnasium.make`` and ``make_vec``; it does not wait for PyTorch.
+Importing this registers the Gymnasium id, for ``gymnasium.make`` and ``make_vec``; it does not import PyTorch.
 """
 
 import gymnasium

@@ -43,7 +43,10 @@ View = Literal["absolute", "egocentric"]
 
 @dataclass(frozen=True, kw_only=True)
 class GridworldPinpadConfig:
-    """A grid, its tasks, its experts and how it is seen; the defaults are the paper's (§4, table A1)."""
+    """A grid, its tasks, experts and observations; the defaults are the paper's (§4, table A1).
+
+    UserError for values out of range and for impossible tasks.
+    """
 
     size: int = 7
     """G: cells along each side."""
@@ -58,17 +61,17 @@ class GridworldPinpadConfig:
     post_task: Task = A1_POST
     """The post-training task, which reinforcement learning must solve."""
     colors_per_subgoal: int = 2
-    """Colors of a task that make one of its subgoals, by which episodes are labelled and measured."""
+    """Consecutive colors of a task that form one subgoal, the unit of labels and metrics."""
     tie_break: TieBreak = "random"
-    """How experts choose among equally short paths: at random, as the paper's, or always alike."""
+    """How experts choose among equally short paths: at random (the paper), or always in the same order."""
     epsilon: float = 0.0
-    """Share of the experts' moves that are random, in pretraining."""
+    """Share of the experts' moves that are random, in demonstrations for pretraining."""
     discovery_epsilon: float = 0.0
-    """The same in discovery."""
+    """The same in demonstrations for discovery."""
     view: View = "absolute"
-    """How a model sees the grid: which object is in which cell (the paper), or where each lies from the agent."""
+    """What a model observes: the cell of each object (the paper), or its displacement from the agent."""
     reach: int | None = None
-    """Cells beyond which an egocentric view sees directions only; none: it sees everything."""
+    """Cells beyond which an egocentric view shows only the direction; none: no limit."""
 
     def __post_init__(self) -> None:
         check_tasks([*self.tasks, self.post_task], self.grid.num_colors)
@@ -79,7 +82,7 @@ class GridworldPinpadConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a probability between 0 and 1.")
         if self.view not in get_args(View):
             raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
-        _ = self.subgoals  # refuses tasks that are not made of whole subgoals
+        _ = self.subgoals  # raises for tasks that are not made of whole subgoals
 
     @property
     def grid(self) -> PinpadConfig:
@@ -90,7 +93,7 @@ class GridworldPinpadConfig:
 
     @property
     def subgoals(self) -> tuple[Task, ...]:
-        """The subgoals of all tasks, each as its colors; labels are places in this list."""
+        """The subgoals of all tasks, each as its colors; labels are indices of this tuple."""
         return subgoal_vocabulary([*self.tasks, self.post_task], self.colors_per_subgoal, self.num_colors)
 
 
@@ -133,19 +136,21 @@ class GridworldPinpad(Domain):
         task: Sequence[int] | Free | None = None,
         max_steps: int | None = None,
     ) -> PinpadBatch:
-        """n grids with layouts of their own; task: colors in order. Unlike the paper's, `FREE` walks do not end at a
-        visit."""
+        """n grids, each with its own random layout; task: colors in order.
+
+        Unlike in the paper, episodes without a task (`FREE`) do not end when a color is visited.
+        """
         config = self.config.grid if max_steps is None else replace(self.config.grid, max_steps=max_steps)
         if task is FREE:
             layouts = sample_layouts(config, n, generator, generator.device)
             return FreePinpadBatch(config, layouts, subgoals=self.subgoals)
         colors = self.config.post_task if task is None else tuple(task)  # type: ignore[arg-type]
         check_tasks([colors], config.num_colors)
-        subgoal_chunks(colors, self.config.colors_per_subgoal)  # refuses what is not made of whole subgoals
+        subgoal_chunks(colors, self.config.colors_per_subgoal)  # raises for tasks that are not made of whole subgoals
         return start_grids(config, colors, n, generator, self.subgoals)
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
-        """One of the eight symmetries of the square: colors stay what they are, directions and places do not."""
+        """One of the eight symmetries of the square per row: it changes directions and positions, but no colors."""
         return random_symmetry(self.config.size, states, generator)
 
     def seen_transitions(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The expert of gridworld-pinpad: exact shortest paths, solved for all grids at once, and episodes that follow them.
+"""The expert of gridworld-pinpad: exact shortest paths, computed for all grids at once, and episodes that follow them.
 
 Axes: b grid of the batch, k target, n cell, t time, o object, a action.
 """
@@ -29,12 +29,12 @@ from metacontroller.domains.pinpad_tasks import Task, check_tasks, pad_tasks, su
 from metacontroller.errors import UserError
 
 TieBreak = Literal["random", "fixed"]
-"""How the expert chooses among the moves that begin a shortest path, see `expert_trajectories`."""
+"""How the expert chooses among the first moves of shortest paths, see `expert_trajectories`."""
 
 TIE_BREAKS: tuple[str, ...] = get_args(TieBreak)
 
 UNREACHABLE = 16_000
-"""Distance given to cells from which the target cannot be reached; far above any path, far below int16's limit."""
+"""Distance of cells from which the target cannot be reached; far above any path, far below int16's limit."""
 
 
 def _nearest_neighbor(distance: Tensor) -> Tensor:
@@ -53,16 +53,16 @@ def distance_fields(config: PinpadConfig, layouts: Layouts, targets: Tensor) -> 
         layouts: b layouts.
         targets: int64 (b, k), colors.
 
-    A path may begin on another color, as it does after that color was visited, but never enters one. Walls and cells
+    A path may start on another color, as it does after that color was visited, but never enters one. Walls and cells
     without a path have a distance of at least `UNREACHABLE`. Exact: relaxation runs until nothing changes. It sweeps
-    over the grids row by row and column by column, forth and back, so that a distance travels through a whole grid in
-    one sweep; all grids and targets lie side by side in memory.
+    over the grids row by row and column by column in both directions, so that distances propagate through a whole grid
+    in one sweep; all grids and targets are contiguous in memory.
     """
     batch, num_targets = targets.shape
-    found = object_lookup(config, layouts).T.contiguous()[:, :, None]  # (n, b, 1)
-    target = found == targets
+    objects = object_lookup(config, layouts).T.contiguous()[:, :, None]  # (n, b, 1)
+    target = objects == targets
     grid = (config.size, config.size, batch * num_targets)
-    penalty = ((found >= 0) & ~target).to(torch.int16).mul_(UNREACHABLE).view(grid)
+    penalty = ((objects >= 0) & ~target).to(torch.int16).mul_(UNREACHABLE).view(grid)
     distance = torch.where(target, 0, UNREACHABLE).to(torch.int16).view(grid)
     before = torch.empty_like(distance)
     while not torch.equal(before, distance):
@@ -70,9 +70,9 @@ def distance_fields(config: PinpadConfig, layouts: Layouts, targets: Tensor) -> 
         for here, neighbor in sweeps(config.size):
             step = (distance[neighbor] + 1).maximum(penalty[here])
             torch.minimum(distance[here], step, out=distance[here])
-    # Other colors are closed to paths, yet a path may leave from one.
+    # No path may enter another color, but one may start there.
     departing = torch.minimum(distance, _nearest_neighbor(distance) + 1).view(-1, batch, num_targets)
-    fields = departing.masked_fill_(found >= config.num_colors, UNREACHABLE)
+    fields = departing.masked_fill_(objects >= config.num_colors, UNREACHABLE)
     return fields.permute(1, 2, 0).contiguous()
 
 
@@ -88,39 +88,39 @@ def expert_trajectories(
     subgoals: Sequence[Task] | None = None,
     device: torch.device | str = "cpu",
 ) -> Trajectories:
-    """Let the expert do n episodes, each on a fresh layout with a task drawn uniformly from the given ones.
+    """Return n episodes of the expert, each with a random layout and a task sampled uniformly from the given ones.
 
     Args:
         config: the grid's configuration.
-        tasks: the tasks to draw from.
+        tasks: the tasks to sample from.
         n: number of episodes.
         generator: source of all randomness; on `device`.
-        tie_break: "random" draws uniformly among the moves that begin a shortest path, the paper's stochastic
+        tie_break: "random" samples uniformly among the first moves of shortest paths, the paper's stochastic
             shortest-path expert; "fixed" always takes the first of them in the order up, down, left, right.
-        epsilon: probability that a move is instead drawn uniformly from those that enter no wrong color, nor a pocket
-            of cells from which the color pursued cannot be reached; moves that change nothing are among them.
-        layouts: n layouts to use in place of fresh ones.
+        epsilon: probability that a move is instead sampled uniformly from those that neither enter a wrong color nor
+            lead to a cell from which the next color cannot be reached; moves that change nothing are among them.
+        layouts: n layouts to use instead of random ones.
         subgoals: the vocabulary that labels refer to, see `subgoal_vocabulary`; by default every color of the grid.
         device: where to simulate; ignored when layouts are given, which stay where they are.
 
     Returns:
         States are tokens, int64 (b, t + 1, o + 1): the cells of the objects and of the agent. Episodes end on success,
         or at `config.max_steps`; t is the longest of them. Padding repeats the last state, with action 0 and
-        subgoal and segment -1. Elsewhere they are the index of the subgoal pursued, in the vocabulary, and its place in
-        the task.
+        subgoal and segment -1. Elsewhere these are the index of the current subgoal in the vocabulary, and its position
+        in the task.
 
     Raises:
-        ValueError: on a bad task, number, tie_break or epsilon, or on layouts that are infeasible or not n.
+        UserError: for an invalid task, n, tie_break or epsilon, or for layouts that are infeasible or not n.
     """
     _check_arguments(config, tasks, n, tie_break, epsilon, layouts)
     if layouts is None:
         layouts = sample_layouts(config, n, generator, device)
     device = layouts.agent.device
     padded, lengths = pad_tasks(tasks, device)
-    drawn = torch.randint(len(tasks), (n,), generator=generator, device=device)
-    batch = PinpadBatch(config, layouts, padded[drawn], lengths[drawn], subgoals=subgoals)
+    chosen = torch.randint(len(tasks), (n,), generator=generator, device=device)
+    batch = PinpadBatch(config, layouts, padded[chosen], lengths[chosen], subgoals=subgoals)
     for task in tasks:
-        subgoal_chunks(task, batch.colors_per_subgoal)  # refuses what is not made of whole subgoals
+        subgoal_chunks(task, batch.colors_per_subgoal)  # raises for tasks that are not made of whole subgoals
     policy = _ExpertPolicy(batch, tie_break, epsilon, generator)
     agents, actions, colors_done, ended = [batch.agent], [], [], []
     while not bool((stopped := batch.terminated | batch.truncated).all()):
@@ -144,7 +144,7 @@ def expert_trajectories(
 
 
 class _ExpertPolicy:
-    """Chooses the expert's moves for a batch of grids from the distances to every color."""
+    """Chooses the expert's moves in a batch of grids from the distances to every color."""
 
     def __init__(self, batch: PinpadBatch, tie_break: str, epsilon: float, generator: torch.Generator | None) -> None:
         config, device = batch.config, batch.agent.device
@@ -159,28 +159,28 @@ class _ExpertPolicy:
         self.fixed_preference = torch.arange(NUM_ACTIONS, 0, -1, device=device) / NUM_ACTIONS
 
     def act(self) -> Tensor:
-        """Return int64 (b,): one move per grid; of no meaning where the episode has ended."""
+        """Return int64 (b,): one move per grid, arbitrary where the episode has ended."""
         batch = self.batch
-        # No next color (-1) only in grids that have ended; any color will do there.
+        # Only grids that have ended have no next color (-1); any color will do there.
         target = batch.next_color().clamp(min=0)[:, None]
         here, num_colors = batch.agent[:, None], batch.config.num_colors
         ahead = self.moves[batch.agent]
-        found = self.lookup.gather(1, ahead)
-        ahead = torch.where(found >= num_colors, here, ahead)
-        # Other colors have distances too, as places to leave from, but may not be entered.
-        foreign = (found >= 0) & (found < num_colors) & (found != target) & (ahead != here)
-        distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(foreign, UNREACHABLE)
+        objects = self.lookup.gather(1, ahead)
+        ahead = torch.where(objects >= num_colors, here, ahead)
+        # Cells of other colors have distances too, since paths may start there, but may not be entered.
+        wrong = (objects >= 0) & (objects < num_colors) & (objects != target) & (ahead != here)
+        distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(wrong, UNREACHABLE)
         allowed = distance == distance.amin(dim=1, keepdim=True)
         if not self.random_ties and self.epsilon == 0:
             return (allowed * self.fixed_preference).argmax(dim=1)
         preference = torch.rand(ahead.shape, generator=self.generator, device=ahead.device)
         if self.epsilon > 0:
-            stray = torch.rand((len(batch), 1), generator=self.generator, device=ahead.device) < self.epsilon
-            allowed = torch.where(stray, distance < UNREACHABLE, allowed)
+            deviates = torch.rand((len(batch), 1), generator=self.generator, device=ahead.device) < self.epsilon
+            allowed = torch.where(deviates, distance < UNREACHABLE, allowed)
         else:
-            stray = torch.zeros_like(allowed[:, :1])
+            deviates = torch.zeros_like(allowed[:, :1])
         if not self.random_ties:
-            preference = torch.where(stray, preference, self.fixed_preference)
+            preference = torch.where(deviates, preference, self.fixed_preference)
         return torch.where(allowed, preference, -1.0).argmax(dim=1)
 
 

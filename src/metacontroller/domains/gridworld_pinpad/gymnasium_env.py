@@ -28,11 +28,13 @@ TaskSpec = str | Iterable[str | Sequence[int]]
 
 
 class _Episodes:
-    """What the two environments share: the configuration, the tasks, and how an episode begins."""
+    """Shared by the two environments: configuration, tasks, the start of an episode, observations and pictures."""
 
     def __init__(self, config: PinpadConfig, tasks: TaskSpec | None, task: str | Sequence[int] | None) -> None:
         if tasks is not None and task is not None:
-            raise UserError("both tasks and task were given: give tasks to draw from, or the one task to fix.")
+            raise UserError(
+                "both tasks and task were given: give tasks to sample from, or the one task of every episode."
+            )
         self.config = config
         self.tasks: tuple[Task, ...] = (
             read_tasks("A1" if tasks is None else tasks) if task is None else read_tasks([task])
@@ -42,12 +44,12 @@ class _Episodes:
         self.observation_space = spaces.Box(0.0, 1.0, (config.observation_size,), np.float32)
         self.action_space = spaces.Discrete(NUM_ACTIONS)
 
-    def begin(self, n: int, random: np.random.Generator) -> PinpadBatch:
-        """Return n fresh grids; all their randomness comes from the numpy generator."""
+    def start(self, n: int, random: np.random.Generator) -> PinpadBatch:
+        """Return n new grids; all their randomness comes from the numpy generator."""
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        drawn = torch.randint(len(self.tasks), (n,), generator=generator)
+        task = torch.randint(len(self.tasks), (n,), generator=generator)
         layouts = sample_layouts(self.config, n, generator)
-        return PinpadBatch(self.config, layouts, self.padded[drawn], self.lengths[drawn])
+        return PinpadBatch(self.config, layouts, self.padded[task], self.lengths[task])
 
     def observe(self, grids: PinpadBatch) -> np.ndarray:
         """Return the paper's observation vectors, float32 (grids, observation_size)."""
@@ -66,7 +68,7 @@ def _check_render_mode(render_mode: str | None, metadata: dict[str, Any]) -> Non
 
 def _started(grids: PinpadBatch | None) -> PinpadBatch:
     if grids is None:
-        raise RuntimeError("no episode has begun: call reset() before step() or render().")
+        raise RuntimeError("no episode has started: call reset() before step() or render().")
     return grids
 
 
@@ -75,7 +77,7 @@ class GridworldPinpadEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     World: a grid of ``size`` x ``size`` cells with ``num_colors`` colored cells, ``num_walls`` walls and the agent, all
     placed at random without overlap at each reset. Layouts in which some color cannot be reached from the start, or
-    from another color, without crossing a wall or another color are drawn again (our choice; the paper is silent).
+    from another color, without crossing a wall or another color are sampled again (our choice; the paper is silent).
 
     Action space: ``Discrete(4)``: 0 up, 1 down, 2 left, 3 right. Moving into a wall or off the grid changes nothing.
 
@@ -95,8 +97,8 @@ class GridworldPinpadEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     Args:
         size, num_colors, num_walls, max_steps: see `PinpadConfig`; the defaults are the paper's.
-        tasks: what to draw the task of an episode from: "A1" (the default) or "A2", the paper's tables, or a list.
-        task: the one task to do in every episode, such as "0-1-2-3", in place of `tasks`.
+        tasks: from which the task of an episode is sampled: "A1" (the default) or "A2", the paper's tables, or a list.
+        task: the one task of every episode, such as "0-1-2-3", instead of `tasks`.
         render_mode: None or "rgb_array".
     """
 
@@ -124,9 +126,9 @@ class GridworldPinpadEnv(gymnasium.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode on a new layout with a newly drawn task; the same seed gives the same episodes."""
+        """Start an episode with a random layout and task; the same seed gives the same episodes."""
         super().reset(seed=seed)
-        self._grids = self._episodes.begin(1, self.np_random)
+        self._grids = self._episodes.start(1, self.np_random)
         return self._episodes.observe(self._grids)[0], self._info(self._grids)
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -153,7 +155,7 @@ class GridworldPinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Spaces, rewards and endings are those of `GridworldPinpadEnv`, with a leading axis of ``num_envs``.
 
-    Autoreset is ``NEXT_STEP``: the step after a grid has ended ignores its action, gives reward 0 and begins a new
+    Autoreset is ``NEXT_STEP``: the step after a grid has ended ignores its action, gives reward 0 and starts a new
     episode on a new layout.
 
     Info, for evaluation only, with Gymnasium's masks ``_task`` and so on: ``task``, int64 (num_envs, longest task)
@@ -198,20 +200,20 @@ class GridworldPinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin an episode in every grid; one seed, an integer, settles the episodes of all of them."""
+        """Start an episode in every grid; one integer seed determines the episodes of all."""
         super().reset(seed=seed)
-        self._grids = self._episodes.begin(self.num_envs, self.np_random)
+        self._grids = self._episodes.start(self.num_envs, self.np_random)
         return self._episodes.observe(self._grids), self._info(self._grids)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Take one action per grid, integers (num_envs,) in 0..3; grids that ended before begin anew instead."""
+        """Take one action per grid, integers (num_envs,) in 0..3; grids that had ended start a new episode instead."""
         grids = _started(self._grids)
         chosen = torch.as_tensor(np.asarray(actions))
         check_actions(chosen, self.num_envs)
         ended = (grids.terminated | grids.truncated).nonzero().squeeze(1)
         rewards = grids.step(chosen.to(torch.int64))
         if len(ended):
-            grids.replace(ended, self._episodes.begin(len(ended), self.np_random))
+            grids.replace(ended, self._episodes.start(len(ended), self.np_random))
         return (
             self._episodes.observe(grids),
             rewards.numpy(),

@@ -1,4 +1,4 @@
-"""Pictures of a grid, in numpy alone."""
+"""Pictures of a grid, with numpy only."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def render_rgb(config: PinpadConfig, objects: Sequence[int], agent: int, cell_pi
         objects: cell of each color, then of each wall.
         agent: the agent's cell; drawn as a disc, so that the color under it stays visible.
         cell_pixels: side of a cell in pixels, at least 4.
+
+    UserError for a smaller cell or a wrong number of objects.
     """
     if cell_pixels < 4:
         raise UserError(f"cell_pixels is {cell_pixels}: a cell needs at least 4 pixels a side.")

@@ -1,10 +1,10 @@
-"""gridworld-pinpad as a batched simulator: thousands of grids step in a few tensor operations on any device.
+"""gridworld-pinpad as a batched simulator: thousands of grids step together in a few tensor operations on any device.
 
 Rules (arXiv 2512.20605): a grid of size x size cells holds colored cells, walls and one agent, which must visit the
 colors of a task in order. Cells are numbered ``row * size + column``; actions are 0 up, 1 down, 2 left, 3 right. Moving
 into a wall or off the grid changes nothing.
 
-Axes: b grid of the batch, o object (every color, then every wall), n cell, l place in a task, v subgoal of the
+Axes: b grid of the batch, o object (every color, then every wall), n cell, l position in a task, v subgoal of the
 vocabulary, u color of a subgoal.
 """
 
@@ -23,12 +23,12 @@ from metacontroller.domains.pinpad_tasks import Task, single_colors
 from metacontroller.errors import UserError
 
 NUM_ACTIONS = 4
-MAX_REDRAWS = 1000
+MAX_RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PinpadConfig:
-    """Size and content of a grid; the defaults are the paper's."""
+    """Size and content of a grid; the defaults are the paper's. UserError for values that do not fit together."""
 
     size: int = 7
     """G, cells along each side."""
@@ -68,7 +68,7 @@ class PinpadConfig:
 
 @dataclass
 class Layouts:
-    """Where everything is when an episode begins.
+    """Cells of all objects and of the agent at the start of an episode.
 
     Attributes:
         objects: int64 (b, o), the cell of each color and then of each wall; no two in the same cell.
@@ -95,7 +95,7 @@ class Layouts:
 
 
 def check_layouts(config: PinpadConfig, layouts: Layouts) -> None:
-    """Raise a ValueError unless the layouts fit the grid: shapes, cells within range, nothing on top of anything."""
+    """UserError unless the layouts fit the grid: shapes, cells within range, and no two things in one cell."""
     expected = (len(layouts.agent), config.num_objects)
     if layouts.agent.ndim != 1 or tuple(layouts.objects.shape) != expected:
         raise UserError(
@@ -127,18 +127,21 @@ def move_table(size: int, device: torch.device | str = "cpu") -> Tensor:
 def object_lookup(config: PinpadConfig, layouts: Layouts) -> Tensor:
     """Return int16 (b, n): the number of the object in each cell (colors first, then walls), -1 where there is none."""
     lookup = torch.full((len(layouts), config.num_cells), -1, dtype=torch.int16, device=layouts.agent.device)
-    numbers = torch.arange(config.num_objects, dtype=torch.int16, device=lookup.device)
-    return lookup.scatter_(1, layouts.objects, numbers.expand(len(layouts), -1))
+    indices = torch.arange(config.num_objects, dtype=torch.int16, device=lookup.device)
+    return lookup.scatter_(1, layouts.objects, indices.expand(len(layouts), -1))
 
 
-Place = tuple[int | slice, ...]
+Line = tuple[int | slice, ...]
 
 
 @cache
-def sweeps(size: int) -> list[tuple[Place, Place]]:
-    """Rows and columns of a grid (size, size, ...) each with the one before it: down, up, right, left."""
+def sweeps(size: int) -> list[tuple[Line, Line]]:
+    """Indices of the rows and columns of a grid (size, size, ...), each with those of the one before it.
+
+    Following them in order sweeps the grid down, up, right and left.
+    """
     everything = slice(None)
-    rows: list[tuple[Place, Place]] = [((i,), (i - 1,)) for i in range(1, size)]
+    rows: list[tuple[Line, Line]] = [((i,), (i - 1,)) for i in range(1, size)]
     rows += [((i,), (i + 1,)) for i in range(size - 2, -1, -1)]
     return rows + [((everything, *here), (everything, *neighbor)) for here, neighbor in rows]
 
@@ -163,7 +166,7 @@ def feasible(config: PinpadConfig, layouts: Layouts) -> Tensor:
     return touched.view(-1, batch).gather(0, layouts.objects[:, : config.num_colors].T).all(dim=0)
 
 
-def _draw_layouts(
+def _sample_any_layouts(
     config: PinpadConfig, n: int, generator: torch.Generator | None, device: torch.device | str
 ) -> Layouts:
     keys = torch.rand((n, config.num_cells), generator=generator, device=device)
@@ -174,24 +177,21 @@ def _draw_layouts(
 def sample_layouts(
     config: PinpadConfig, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Layouts:
-    """Draw n layouts uniformly at random, without overlap, from the feasible ones.
+    """Sample n layouts uniformly from the feasible ones, see `feasible`.
 
-    A layout is infeasible when some color cannot be reached from the start, or from another color, without crossing a
-    wall or another color; such layouts are drawn again. The paper does not say what it does with them: our choice.
-
-    Raises:
-        ValueError: if no feasible layout turns up, as on a grid that is nearly full.
+    Infeasible layouts are sampled again: our choice, the paper does not mention them. UserError if no feasible layout
+    is found, as on a grid that is nearly full.
     """
-    layouts = _draw_layouts(config, n, generator, device)
+    layouts = _sample_any_layouts(config, n, generator, device)
     bad = (~feasible(config, layouts)).nonzero().squeeze(1)
-    for _ in range(MAX_REDRAWS):
+    for _ in range(MAX_RESAMPLES):
         if len(bad) == 0:
             return layouts
-        redrawn = _draw_layouts(config, len(bad), generator, device)
-        layouts.objects[bad], layouts.agent[bad] = redrawn.objects, redrawn.agent
-        bad = bad[~feasible(config, redrawn)]
+        again = _sample_any_layouts(config, len(bad), generator, device)
+        layouts.objects[bad], layouts.agent[bad] = again.objects, again.agent
+        bad = bad[~feasible(config, again)]
     raise UserError(
-        f"no feasible layout was found in {MAX_REDRAWS} draws for size {config.size}, {config.num_colors} colors and "
+        f"no feasible layout was found in {MAX_RESAMPLES} tries for size {config.size}, {config.num_colors} colors and "
         f"{config.num_walls} walls: raise size or take fewer colors or walls."
     )
 
@@ -204,12 +204,12 @@ class PinpadBatch(BatchedEnv):
     episode with reward 1, visiting any other color than the next terminates it with reward 0. An episode that has
     not terminated is truncated after `PinpadConfig.max_steps` steps. A grid that has ended stays as it is.
 
-    Subgoals are what tasks are made of: single colors, or runs of as many colors each (`subgoal_vocabulary`). They
-    change no rule; `goal`, `subgoals_done` and `reached` tell of them.
+    Subgoals are the units of tasks: single colors, or runs of equally many colors (`subgoal_vocabulary`). They change
+    no rule, only what `goal`, `subgoals_done` and `reached` return.
 
     Attributes:
         config: the grid's configuration.
-        layouts: the layouts the episodes began with.
+        layouts: the layouts at the start of the episodes.
         tasks, task_lengths: int64 (b, l), padded with -1, and (b,).
         subgoals: the vocabulary, by default every color of the grid.
         agent: int64 (b,), the agent's cell.
@@ -255,47 +255,48 @@ class PinpadBatch(BatchedEnv):
 
     @property
     def colors_per_subgoal(self) -> int:
-        """Colors that make a subgoal."""
+        """Number of colors in a subgoal."""
         return len(self.subgoals[0])
 
     @property
     def success(self) -> Tensor:
-        """bool (b,): the task is done."""
+        """bool (b,): whether the task is done."""
         return self.colors_done == self.task_lengths
 
     @property
     def subgoals_done(self) -> Tensor:
-        """int64 (b,): whole subgoals of the task done so far."""
+        """int64 (b,): number of whole subgoals of the task done so far."""
         return self.colors_done // self.colors_per_subgoal
 
     def step(self, actions: Tensor) -> Tensor:
         """Apply one action per grid, int64 (b,) in 0..3, and return the rewards, float32 (b,).
 
-        Nothing here waits for the device, so the values of the actions are not looked at: see `check_actions`.
+        The values of the actions are not checked, since that would synchronize with the device: see `check_actions`.
+        UserError for a wrong shape.
         """
         if actions.shape != self.agent.shape:
             raise UserError(f"actions have shape {tuple(actions.shape)}: expected one per grid, ({len(self)},).")
         ahead = self._moves[actions * self.config.num_cells + self.agent]
-        found = self._lookup.gather(1, ahead[:, None]).squeeze(1)
+        objects = self._lookup.gather(1, ahead[:, None]).squeeze(1)
         ended = self.terminated | self.truncated
         if self._recent:
             visit, newer = self._visited >= 0, [*self._recent[1:], self._visited]
             self._recent = [torch.where(visit, *colors) for colors in zip(newer, self._recent, strict=True)]
-        agent = torch.where((found >= self.config.num_colors) | ended, self.agent, ahead)
-        self._visited = torch.where(agent != self.agent, found, -1)
+        agent = torch.where((objects >= self.config.num_colors) | ended, self.agent, ahead)
+        self._visited = torch.where(agent != self.agent, objects, -1)
         entered = self._visited >= 0
-        right = entered & (self._visited == self.next_color())
+        correct = entered & (self._visited == self.next_color())
         self.agent = agent
-        self.colors_done = self.colors_done + right
+        self.colors_done = self.colors_done + correct
         self.steps = self.steps + ~ended
-        success = right & (self.colors_done == self.task_lengths)
-        self.terminated = self.terminated | success | (entered & ~right)
+        success = correct & (self.colors_done == self.task_lengths)
+        self.terminated = self.terminated | success | (entered & ~correct)
         self.truncated = (self.steps >= self.config.max_steps) & ~self.terminated
         return success.to(torch.float32)
 
     @property
     def observation(self) -> Tensor:
-        """Tokens, as `observe_tokens`."""
+        """Tokens, see `observe_tokens`."""
         return self.observe_tokens()
 
     def observe_tokens(self) -> Tensor:
@@ -317,14 +318,14 @@ class PinpadBatch(BatchedEnv):
         return self._index_of(padded.unflatten(1, (-1, unit)))
 
     def goal(self) -> Tensor:
-        """Return int64 (b,): index of the subgoal asked for now, until all its colors are visited.
+        """Return int64 (b,): index of the current subgoal, until all its colors are visited.
 
         -1 once the task is done, and where the vocabulary lacks the subgoal.
         """
         return self.task_goals().gather(1, self.subgoals_done[:, None]).squeeze(1)
 
     def reached(self) -> Tensor:
-        """Return int64 (b,): index of the subgoal that the last step completed, whether asked for or not, else -1.
+        """Return int64 (b,): index of the subgoal that the last step completed, part of the task or not, else -1.
 
         A subgoal of one color is completed by visiting it, one of several when the last colors visited are its colors.
         """
@@ -342,24 +343,27 @@ class PinpadBatch(BatchedEnv):
             setattr(self, name, getattr(self, name)[rows])
         self._recent = [colors[rows] for colors in self._recent]
 
-    def replace(self, rows: Tensor, fresh: PinpadBatch) -> None:
-        """Put the grids of another batch in place of rows, int64 (k,): with the same subgoals, tasks as wide."""
-        if fresh.subgoals != self.subgoals:
-            raise UserError(f"the new grids have subgoals {fresh.subgoals}: expected {self.subgoals}, as here.")
-        if fresh.tasks.shape != (len(rows), self.tasks.shape[1]):
+    def replace(self, rows: Tensor, other: PinpadBatch) -> None:
+        """Replace the grids of rows, int64 (k,), by those of another batch.
+
+        UserError unless it has the same subgoals and tasks padded to the same length.
+        """
+        if other.subgoals != self.subgoals:
+            raise UserError(f"the new grids have subgoals {other.subgoals}: expected {self.subgoals}, as here.")
+        if other.tasks.shape != (len(rows), self.tasks.shape[1]):
             raise UserError(
-                f"the new grids have tasks of shape {tuple(fresh.tasks.shape)}: expected "
+                f"the new grids have tasks of shape {tuple(other.tasks.shape)}: expected "
                 f"({len(rows)}, {self.tasks.shape[1]}), one per replaced row and padded to this batch's width."
             )
-        old, new = self.layouts, fresh.layouts
+        old, new = self.layouts, other.layouts
         self.layouts = Layouts(old.objects.index_copy(0, rows, new.objects), old.agent.index_copy(0, rows, new.agent))
         for name in _ROW_FIELDS:
-            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(fresh, name)))
-        self._recent = [old.index_copy(0, rows, new) for old, new in zip(self._recent, fresh._recent, strict=True)]
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(other, name)))
+        self._recent = [old.index_copy(0, rows, new) for old, new in zip(self._recent, other._recent, strict=True)]
 
 
 class FreePinpadBatch(PinpadBatch):
-    """Grids to walk in without a task: visits end nothing, time alone does.
+    """Grids without a task: episodes end only at the time limit.
 
     config, layouts, subgoals: see `PinpadBatch`.
     """
@@ -370,12 +374,12 @@ class FreePinpadBatch(PinpadBatch):
 
     @property
     def success(self) -> Tensor:
-        """bool (b,): never, since there is nothing to do."""
+        """bool (b,): always false, since there is no task."""
         return torch.zeros_like(self.terminated)
 
     @property
     def subgoals_done(self) -> Tensor:
-        """int64 (b,): none of a task."""
+        """int64 (b,): always 0, since there is no task."""
         return torch.zeros_like(self.steps)
 
     def step(self, actions: Tensor) -> Tensor:
@@ -386,7 +390,7 @@ class FreePinpadBatch(PinpadBatch):
         return torch.zeros_like(rewards)
 
     def goal(self) -> Tensor:
-        """Return int64 (b,): -1, nothing is asked for."""
+        """Return int64 (b,): always -1, since there is no task."""
         return torch.full_like(self.steps, -1)
 
 
@@ -397,7 +401,7 @@ def start_grids(
     generator: torch.Generator,
     subgoals: Sequence[Task] | None = None,
 ) -> PinpadBatch:
-    """n grids with layouts drawn at random that ask for one task. subgoals: the vocabulary, see `PinpadBatch`."""
+    """Return n grids with random layouts and the same task. subgoals: the vocabulary, see `PinpadBatch`."""
     tasks = torch.tensor([task]).expand(n, -1).to(generator.device)
     lengths = torch.full((n,), len(task), device=generator.device)
     layouts = sample_layouts(config, n, generator, generator.device)
@@ -416,7 +420,7 @@ _ROW_FIELDS = (
     "_visited",
     "_next_colors",
 )
-"""The tensors of a `PinpadBatch` with one row per grid, its layouts and recent visits apart."""
+"""The tensors of a `PinpadBatch` with one row per grid, other than its layouts and recent visits."""
 
 
 def _check_task_tensors(config: PinpadConfig, batch: int, tasks: Tensor, task_lengths: Tensor) -> None:
@@ -440,7 +444,7 @@ def _check_subgoals(config: PinpadConfig, subgoals: tuple[Task, ...]) -> None:
 
 
 def check_actions(actions: Tensor, batch: int) -> None:
-    """Raise a ValueError unless the actions are one integer in 0..3 per grid."""
+    """UserError unless the actions are one integer in 0..3 per grid."""
     if actions.shape != (batch,) or actions.is_floating_point():
         raise UserError(
             f"actions have shape {tuple(actions.shape)} and type {actions.dtype}: expected ({batch},) integers."
@@ -451,10 +455,11 @@ def check_actions(actions: Tensor, batch: int) -> None:
 
 
 def tokens_to_onehot(config: PinpadConfig, tokens: Tensor) -> Tensor:
-    """Turn tokens, int64 (..., o + 1), into the paper's observation vector, float32 (..., size² (o + 1)).
+    """Convert tokens, int64 (..., o + 1), to the paper's observation vector, float32 (..., size² (o + 1)).
 
-    Order: one block of size² numbers per color, then per wall, then for the agent; within a block the cells in row
-    order. So the vector viewed as (o + 1, size, size) is an image with one channel per object.
+    Order: one block of size² entries per color, then per wall, then for the agent; within a block the cells in row
+    order. So the vector viewed as (o + 1, size, size) is an image with one channel per object. UserError for a wrong
+    number of tokens.
     """
     if tokens.shape[-1:] != (config.num_objects + 1,):
         raise UserError(
@@ -473,10 +478,10 @@ def _symmetry_table(size: int) -> Tensor:
 
 
 def random_symmetry(size: int, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Show each episode on a board turned and mirrored at random, one of the eight symmetries of the square.
+    """Apply a random symmetry of the square, one of eight, to each episode: rotations and reflections.
 
-    tokens int64 (b, t, o + 1), cells -> the same shape. Colors stay what they are; directions and places do not.
+    tokens int64 (b, t, o + 1), cells -> the same shape. Directions and positions change, colors do not.
     """
     table = _symmetry_table(size).to(tokens.device)
-    drawn = torch.randint(len(table), (len(tokens),), generator=generator, device=tokens.device)
-    return table[drawn][:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)
+    symmetry = torch.randint(len(table), (len(tokens),), generator=generator, device=tokens.device)
+    return table[symmetry][:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)

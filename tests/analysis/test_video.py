@@ -1,0 +1,64 @@
+"""Videos: as many frames as episodes showed, whole files, and errors before anything is played."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import imageio_ffmpeg
+import pytest
+
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.video import FRAMES_A_SECOND, LEAST_PIXELS, write_video
+from metacontroller.cli import main
+from metacontroller.domains.base import Domain
+from metacontroller.errors import UserError
+from metacontroller.recipes.config import load_run
+from metacontroller.storage.run_folder import RunFolder
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    folder = tmp_path_factory.mktemp("video") / "run"
+    assert main(["pretrain", str(folder), "--preset", "debug", "--quiet", *CPU]) == 0
+    assert main(["discover", str(folder), "--quiet", *CPU]) == 0
+    return load_run(RunFolder(folder), "cpu")
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+@pytest.mark.parametrize("policy", ["base", "prior"])
+def test_a_video_holds_every_step(run: LoadedRun, policy: Any, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"film{ending}"
+    write_video(run, policy, path, episodes=2, seed=3)
+    if ending == ".mp4":
+        frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        assert frames is not None
+        assert 2 * (2 + FRAMES_A_SECOND) <= frames <= 2 * (run.domain.spec().max_steps + 1 + FRAMES_A_SECOND)
+    else:  # which drops frames in which nothing moves
+        pictures = imageio.imread(path)
+        assert min(pictures.shape[1:3]) >= LEAST_PIXELS
+        assert (pictures[0] != pictures[-1]).any()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_films_and_measures(run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run.folder.path), "--policy", "base", "--episodes", "8", *CPU]
+    assert main([*words, "--video", str(tmp_path / "film.gif")]) == 0
+    assert "success" in capsys.readouterr().out
+    assert (tmp_path / "film.gif").stat().st_size > 0
+
+
+def test_what_cannot_be_filmed_is_said(run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"has the ending '\.avi'; expected one of \.mp4, \.gif"):
+        write_video(run, "base", tmp_path / "film.avi", seed=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(run.domain), "render", Domain.render)
+        with pytest.raises(UserError, match="draws no pictures, so there is nothing to film"):
+            write_video(run, "base", tmp_path / "film.gif", seed=0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"imageio is not installed; videos need it: pip install .*\[viz\]"):
+        write_video(run, "base", tmp_path / "film.gif", seed=0)
