@@ -9,6 +9,7 @@ rng of its own, and the update uses the episodes of all. Only the first process 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 
@@ -96,6 +97,15 @@ def processes(device_type: str) -> Processes:
 
 
 def leave() -> None:
-    """Closes the connection between processes; call at the end, since a process that exits without may be aborted."""
+    """Ends a process that a launcher started as one of several, with status 0; returns where there is but one.
+
+    The connection is closed and the process ends at once, without the interpreter's own exit: threads of the connection
+    outlive it now and then, and an exit that finds them aborts ("terminate called without an active exception").
+    """
+    if not launched():
+        return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
