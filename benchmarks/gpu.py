@@ -2,7 +2,7 @@
 
 (a) Parity: the same weights, data and noise on both devices; losses, gradients, the gate kernel, acting, the expert.
 (b) `roofline.py` on the device.
-(c) `metacontroller reproduce --preset paper`, for --minutes; the next call goes on from its last checkpoint.
+(c) `metacontroller reproduce --preset paper`, for --minutes; the next call resumes from its last checkpoint.
 
 Results, and what was not measured, go to --out: parity.json, roofline.json, run.json and README.md; the run itself to
 --run. Without a CUDA device --device cpu tries the script out, with --preset debug and few repeats.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.domains.gridworld_pinpad.expert import distance_fields
-from metacontroller.domains.gridworld_pinpad.simulator import Layouts, sample_layouts
+from metacontroller.domains.gridworld_pinpad.layouts import Layouts, sample_layouts
 from metacontroller.domains.registry import domain_of
 from metacontroller.kernels.gate import gate_scan
 from metacontroller.models.transformer import Transformer
@@ -151,7 +151,7 @@ def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:
 
 
 def go_on(run: Path, preset: str, device: torch.device, minutes: float) -> None:
-    """Reproduces the preset for so long; it is ended then, and goes on from its last checkpoint next time."""
+    """Reproduces the preset for so long; it is ended then, and resumes from its last checkpoint next time."""
     command = [sys.executable, "-m", "metacontroller.cli", "reproduce", "--preset", preset, "--out", str(run)]
     process = subprocess.Popen([*command, "--resume", "--device", device.type])
     try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metacontroller.domains.gridworld_pinpad.simulator import PinpadConfig, sample_layouts, tokens_to_onehot
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, sample_layouts, tokens_to_onehot
 from metacontroller.models.encoders import GridEncoder, VectorEncoder
 
 GRID = PinpadConfig(size=4, num_colors=3, num_walls=2)

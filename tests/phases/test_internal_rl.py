@@ -13,7 +13,8 @@ from torch import nn
 
 from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.domains.gridworld_pinpad.simulator import Layouts, PinpadBatch, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient
 from metacontroller.phases.internal_rl import internal_rl

@@ -1,4 +1,4 @@
-"""Sweeps: what is shared is made once, a failed job is reported and the rest go on, a killed sweep ends the same."""
+"""Sweeps: what is shared is made once, a failed job is reported and the rest run, a killed sweep ends the same."""
 
 from __future__ import annotations
 

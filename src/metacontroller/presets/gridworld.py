@@ -82,7 +82,7 @@ def laptop() -> ExperimentConfig:
         model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128),
         meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
         pretrain=PretrainConfig(
-            # a model that is surer of what follows is harder to lead elsewhere: longer, or to the end of a falling
+            # an overconfident model is harder to steer elsewhere: longer, or to the end of a falling
             # learning rate, is worse (docs/log.md, 24, 44)
             optimizer=OptimizerConfig(steps=2000, batch_size=256, lr=1e-3),
             snapshots=(125, 250, 500, 1000),

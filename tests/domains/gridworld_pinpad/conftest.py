@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from metacontroller.domains.gridworld_pinpad.simulator import Layouts, PinpadBatch, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.domains.pinpad_tasks import pad_tasks
 
 

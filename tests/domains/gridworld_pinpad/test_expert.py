@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, UNREACHABLE, distance_fields, expert_trajectories
-from metacontroller.domains.gridworld_pinpad.simulator import Layouts, PinpadBatch, PinpadConfig, sample_layouts
+from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig, sample_layouts
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.domains.pinpad_tasks import TABLE_A1, TABLE_A2, pad_tasks
 
 SMALL = PinpadConfig(size=5, num_colors=4, num_walls=4)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.rendering import AGENT, EMPTY, WALL, color_rgb, render_rgb
-from metacontroller.domains.gridworld_pinpad.simulator import PinpadConfig
 
 CONFIG = PinpadConfig(size=3, num_colors=2, num_walls=1)
 

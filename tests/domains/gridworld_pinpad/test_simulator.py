@@ -7,16 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metacontroller.domains.gridworld_pinpad.simulator import (
+from metacontroller.domains.gridworld_pinpad.layouts import (
     Layouts,
-    PinpadBatch,
     PinpadConfig,
-    check_actions,
     feasible,
     random_symmetry,
     sample_layouts,
     tokens_to_onehot,
 )
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, check_actions
 from metacontroller.domains.pinpad_tasks import pad_tasks
 
 UP, DOWN, LEFT, RIGHT = range(4)

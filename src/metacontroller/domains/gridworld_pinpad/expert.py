@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.gridworld_pinpad.simulator import (
-    NUM_ACTIONS,
+from metacontroller.domains.gridworld_pinpad.layouts import (
     Layouts,
-    PinpadBatch,
     PinpadConfig,
     check_layouts,
     feasible,
@@ -25,6 +23,7 @@ from metacontroller.domains.gridworld_pinpad.simulator import (
     sample_layouts,
     sweeps,
 )
+from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch
 from metacontroller.domains.pinpad_tasks import Task, check_tasks, pad_tasks, subgoal_chunks
 from metacontroller.errors import UserError
 

@@ -12,15 +12,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, sample_layouts, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
-from metacontroller.domains.gridworld_pinpad.simulator import (
-    NUM_ACTIONS,
-    PinpadBatch,
-    PinpadConfig,
-    check_actions,
-    sample_layouts,
-    tokens_to_onehot,
-)
+from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch, check_actions
 from metacontroller.domains.pinpad_tasks import Task, check_tasks, pad_tasks, read_tasks
 from metacontroller.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metacontroller.domains.gridworld_pinpad.simulator import PinpadConfig
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.errors import UserError
 
 EMPTY = (245, 245, 242)
