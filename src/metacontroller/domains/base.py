@@ -132,6 +132,18 @@ class Domain:
         """
         return None
 
+    def demonstrate(self, task: Any, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes of experts who do one task, as of ``reset``; UserError if the world has no experts to ask."""
+        raise UserError(f"the world {self.name} has no expert to ask; define demonstrate() of it.")
+
+    def restart(self, episodes: Trajectories) -> BatchedEnv:
+        """Labelled episodes at their first step, with the same tasks, to be played anew; UserError if it cannot be."""
+        raise UserError(f"the world {self.name} cannot start where an episode did; define restart() of it.")
+
+    def facts(self, episodes: Trajectories) -> dict[str, Tensor]:
+        """What a code might name besides the subgoal, by name, such as a place: (b, t) int64 from 0, -1 for nothing."""
+        return {}
+
     def render(self, states: Tensor) -> Tensor:
         """Pictures of the states (t, *obs) of one episode, uint8 (t, height, width, 3); UserError if there are none."""
         raise UserError(f"the world {self.name} has no pictures; choose a world that renders.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
-from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry, sample_layouts
+from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig, random_symmetry, sample_layouts
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, FreePinpadBatch, PinpadBatch, start_grids
 from metacontroller.domains.pinpad_tasks import (
@@ -109,16 +109,20 @@ class GridworldPinpad(Domain):
         return DomainSpec({"grid": grid}, {"num_discrete": NUM_ACTIONS}, config.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        epsilon = self.config.epsilon if split == "pretrain" else self.config.discovery_epsilon
+        return self._experts(self.config.tasks, n, generator, epsilon=epsilon)
+
+    def _experts(self, tasks: Sequence[Task], n: int, generator: torch.Generator, **options: Any) -> Trajectories:
         config = self.config
         return expert_trajectories(
             config.grid,
-            config.tasks,
+            tasks,
             n,
             generator=generator,
             tie_break=config.tie_break,
-            epsilon=config.epsilon if split == "pretrain" else config.discovery_epsilon,
             subgoals=self.subgoals,
             device=generator.device,
+            **options,
         )
 
     def reset(
@@ -145,6 +149,35 @@ class GridworldPinpad(Domain):
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """One of the eight symmetries of the square per row: it changes directions and positions, but no colors."""
         return random_symmetry(self.config.size, states, generator)
+
+    def demonstrate(self, task: Sequence[int] | None, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes of experts who make no random moves."""
+        return self._experts([self.config.post_task if task is None else tuple(task)], n, generator)
+
+    def restart(self, episodes: Trajectories) -> PinpadBatch:
+        """The same grids, tasks and starts; the task is what the episode got done, as its labels tell."""
+        assert episodes.subgoals is not None and episodes.segments is not None
+        colors = torch.tensor(self.subgoals, device=episodes.subgoals.device)
+        count = episodes.segments.amax(1) + 1
+        order = episodes.segments.new_full((episodes.batch, int(count.max()) + 1), -1)
+        order.scatter_(1, episodes.segments % order.shape[1], episodes.subgoals)  # padding goes to the last column
+        tasks = torch.where(order[:, :-1, None] >= 0, colors[order[:, :-1].clamp(min=0)], -1).flatten(1)
+        layouts = Layouts(episodes.states[:, 0, :-1], episodes.states[:, 0, -1])
+        lengths = count * colors.shape[1]
+        return PinpadBatch(self.config.grid, layouts, tasks, lengths, subgoals=self.subgoals)
+
+    def facts(self, episodes: Trajectories) -> dict[str, Tensor]:
+        """color: the first of the current subgoal. place, way: its cell, and its displacement from the agent. move: the
+        action taken."""
+        subgoals, size = episodes.subgoals, self.config.size
+        assert subgoals is not None
+        color = torch.tensor([colors[0] for colors in self.subgoals], device=subgoals.device)[subgoals.clamp(min=0)]
+        states = episodes.states[:, :-1]
+        place, agent = states.gather(2, color[..., None])[..., 0], states[..., -1]
+        down, right = (place // size - agent // size, place % size - agent % size)
+        way = (down + size - 1) * (2 * size - 1) + right + size - 1
+        named = {"color": color, "place": place, "way": way, "move": episodes.actions}
+        return {name: torch.where(subgoals >= 0, value, -1) for name, value in named.items()}
 
     def seen_transitions(self) -> Tensor:
         seen = torch.eye(len(self.subgoals), dtype=torch.bool)
