@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
 import torch
 
-from metacontroller.analysis.oracle import OracleCodes, oracle_codes, readable, recorded_proposal
-from metacontroller.control.discovery import DiscoveryOutput
+from metacontroller.analysis.gate import HeldOutGate
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.oracle import Oracle, OracleCodes, oracle_codes, readable, recorded_proposal
+from metacontroller.analysis.registry import run_analysis
+from metacontroller.baselines.compile import build_compile
+from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.presets.gridworld import debug
+from metacontroller.recipes.config import load_run
 
 
 def test_an_episode_started_anew_has_its_expert_s_task_and_is_solved_by_its_actions() -> None:
@@ -43,15 +53,11 @@ def test_facts_are_those_of_the_layout() -> None:
     assert all(bool((value[~episodes.mask()] == -1).all()) for value in facts.values())
 
 
-def output_of(mean: torch.Tensor, beta: torch.Tensor) -> DiscoveryOutput:
-    nothing = torch.zeros_like(beta)
-    return DiscoveryOutput(mean, mean, beta, beta, nothing, nothing.bool(), mean, torch.zeros_like(mean))
-
-
 def test_codes_are_taken_at_the_first_step_and_where_the_gate_opens_within_the_episode() -> None:
-    mean = torch.arange(10.0).view(2, 5, 1)
-    beta = torch.tensor([[0.0, 0.2, 0.5, 0.1, 0.9], [1.0, 0.0, 0.4, 0.0, 1.0]])
-    codes = oracle_codes(output_of(mean, beta), torch.tensor([5, 4]), 0.5)
+    code = torch.arange(10.0).view(2, 5, 1)
+    beta = torch.tensor([[1.0, 0.2, 0.5, 0.1, 0.9], [1.0, 0.0, 0.4, 0.0, 1.0]])
+    episodes = Trajectories(states=torch.zeros(2, 6), actions=torch.zeros(2, 5), lengths=torch.tensor([5, 4]))
+    codes = oracle_codes(HeldOutGate(beta, code, episodes, None), 0.5)
     assert codes.count.tolist() == [3, 1]
     assert codes.code[..., 0].tolist() == [[0.0, 2.0, 4.0], [5.0, 0.0, 0.0]]
 
@@ -70,3 +76,24 @@ def test_a_label_is_read_from_codes_that_name_it_and_not_from_noise() -> None:
     named = torch.nn.functional.one_hot(label, 4) + 0.1 * torch.randn(1000, 4, generator=rng)
     assert readable(named, label, 0) > 0.99
     assert readable(torch.randn(1000, 4, generator=rng), label, 0) < 0.35
+
+
+def test_the_analysis_of_a_run_that_has_learned_nothing(untrained: Callable[..., LoadedRun]) -> None:
+    results = run_analysis("oracle", untrained(), Oracle.Config(episodes=40))
+    assert 0 <= results["unseen"] <= results["unseen_subgoals"] <= 1
+    assert 0 <= results["seen"] <= results["seen_subgoals"] <= 1
+    assert results["nats"] == pytest.approx(sum(results["nats_by_dimension"]))
+    assert set(results["readable"]) == set(results["commonest"]) == {"subgoal", "color", "place", "way", "move"}
+    rows = dict(Oracle().rows([results]))
+    assert rows["readable: place"] == [results["readable"]["place"]]
+    assert "nats_by_dimension" not in rows
+
+
+def test_after_compile_the_codes_are_its_own(untrained: Callable[..., LoadedRun]) -> None:
+    config = replace(debug(), discovery="compile")
+    run = untrained(config)
+    segmentation = build_compile(config.compile, run.base, run.domain.spec().encoder, run.meta_controller.dim_latent, 0)
+    segmentation.save(run.folder.path / "compile.safetensors")
+    results = run_analysis("oracle", load_run(run.folder, "cpu"), Oracle.Config(episodes=20))
+    assert results["nats"] is results["dimensions_used"] is None
+    assert 0 <= results["unseen_subgoals"] <= 1

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.baselines.compile import boundary_probability
+from metacontroller.control.losses import gaussian_kl
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment, gate_report
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 class HeldOutGate(NamedTuple):
     """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
-    ``episodes`` of experts; in their padding anything finite."""
+    ``episodes`` of experts; in their padding anything finite. nats (b, t, n_z): KL of what the encoder proposes against
+    N(0, I), by dimension; None after CompILE."""
 
     beta: Tensor
     code: Tensor
     episodes: Trajectories
+    nats: Tensor | None
 
     @property
     def segments(self) -> Tensor:
@@ -53,36 +56,44 @@ class HeldOutGate(NamedTuple):
         return gate_report(self.beta, self.segments, self.episodes.lengths)
 
 
-@torch.no_grad()
 def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
-    """The gate that acts in a run, along so many held-out episodes: whatever says something about a run's gate reads it
-    here.
+    """The gate that acts in a run, along so many held-out demonstrations: whatever says something about a run's gate
+    reads it here."""
+    device = next(run.model.parameters()).device
+    held_out = run.domain.demonstrations("discover", episodes, torch.Generator().manual_seed(seed)).to(device)
+    return gate_along(run, held_out, seed)
+
+
+@torch.no_grad()
+def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate:
+    """The gate that acts in a run, along experts' episodes; seed: of the noise in codes.
 
     It is read as in discovery, where proposals see the whole episode. After CompILE, codes and boundaries are its own,
     the likeliest, and the gate is the causal one that learned to tell them from the past; the metacontroller's acausal
     encoder was never trained.
     """
     model, meta_controller, segmentation = run.model, run.meta_controller.eval(), run.segmentation
-    device = next(model.parameters()).device
-    generator, noise = torch.Generator().manual_seed(seed), noise_generator(seed, device)
-    held_out = run.domain.demonstrations("discover", episodes, generator).to(device)
-    betas, codes = [], []
-    for rows in torch.arange(episodes, device=device).split(MAX_BATCH):
+    device = held_out.actions.device
+    noise = noise_generator(seed, device)
+    betas, codes, nats = [], [], []
+    for rows in torch.arange(held_out.batch, device=device).split(MAX_BATCH):
         batch = held_out.index(rows)
+        left = held_out.steps - batch.steps
         if segmentation is None:
             gate_noise = meta_controller.sample_noise(batch.batch, batch.steps, noise)
             output = meta_controller.discover_episodes(
                 model, batch.states, batch.actions, batch.lengths, noise=gate_noise
             )
             beta, code = output.beta, output.z
+            kl = gaussian_kl(output.mean[..., None], output.log_std[..., None])
+            nats.append(F.pad(kl, (0, 0, 0, left)))
         else:
             code = segmentation(batch.states, batch.lengths).code_at()
             beta = boundary_probability(meta_controller, model.residual(batch.states, batch.actions), code)
-            beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
-        left = held_out.steps - batch.steps
+        beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
         betas.append(F.pad(beta, (0, left)))
         codes.append(F.pad(code, (0, 0, 0, left)))
-    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out)
+    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None)
 
 
 @analysis("gate", command="gate", figure="6, A3", file="gate_histogram")

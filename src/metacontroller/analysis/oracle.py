@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.analysis.gate import HeldOutGate, gate_along, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
-from metacontroller.control.discovery import DiscoveryOutput
-from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories, length_mask
-from metacontroller.domains.base import Domain
-from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import Proposal, rollout_abstract
 from metacontroller.storage.config_file import check_positive
 from metacontroller.training.seeding import noise_generator, stream_seed
@@ -40,21 +37,19 @@ class OracleCodes(NamedTuple):
     count: Tensor
 
 
-def oracle_codes(output: DiscoveryOutput, lengths: Tensor, threshold: float) -> OracleCodes:
-    """The mean code at each switch (beta >= threshold) and at the first step. lengths (b,)."""
-    switch = switches(output, lengths, threshold)
+def oracle_codes(gate: HeldOutGate, threshold: float) -> OracleCodes:
+    """The codes taken at the first step and where beta >= threshold."""
+    switch = switches(gate, threshold)
     order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
     count = switch.sum(1)
     chosen = order[:, : int(count.max())]
-    code = output.mean.gather(1, chosen[..., None].expand(-1, -1, output.mean.shape[-1]))
+    code = gate.code.gather(1, chosen[..., None].expand(-1, -1, gate.code.shape[-1]))
     return OracleCodes(code * length_mask(count, code.shape[1])[..., None], count)
 
 
-def switches(output: DiscoveryOutput, lengths: Tensor, threshold: float) -> Tensor:
-    """(b, t) bool: real steps at which a code is taken. lengths (b,)."""
-    switch = output.beta >= threshold
-    switch[:, 0] = True
-    return switch & length_mask(lengths, switch.shape[1])
+def switches(gate: HeldOutGate, threshold: float) -> Tensor:
+    """(b, t) bool: real steps at which a code is taken."""
+    return (gate.beta >= threshold) & gate.episodes.mask()
 
 
 def recorded_proposal(codes: OracleCodes) -> Proposal:
@@ -70,30 +65,18 @@ def recorded_proposal(codes: OracleCodes) -> Proposal:
 
 
 @torch.no_grad()
-def oracle_success(
-    model: SteerableModel,
-    meta_controller: MetaController,
-    domain: Domain,
-    expert: Trajectories,
-    generator: torch.Generator,
-) -> tuple[float, float]:
-    """Share of an expert's episodes that are solved again, from the same starts, with the codes read from them, and the
-    mean share of subgoals done."""
-    output = encoded(model, meta_controller, expert, generator)
-    codes = oracle_codes(output, expert.lengths, meta_controller.gate_config.threshold)
-    proposal = recorded_proposal(codes)
-    rollout = rollout_abstract(model, meta_controller, domain.restart(expert), proposal, generator)
-    assert expert.segments is not None
-    wanted = expert.segments.amax(1) + 1
-    return float(rollout.success.double().mean()), float((rollout.subgoals_done / wanted).double().mean())
+def oracle_success(run: LoadedRun, experts: Trajectories, seed: int) -> tuple[float, float]:
+    """Share of experts' episodes that are solved once more, from the same starts, with the codes read from them.
 
-
-def encoded(
-    model: SteerableModel, meta_controller: MetaController, episodes: Trajectories, generator: torch.Generator
-) -> DiscoveryOutput:
-    """`discover_episodes` on experts' episodes, with noise from the generator."""
-    noise = meta_controller.sample_noise(episodes.batch, episodes.steps, generator)
-    return meta_controller.discover_episodes(model, episodes.states, episodes.actions, episodes.lengths, noise=noise)
+    Also the mean share of subgoals done. seed: of the noise in codes and of the actions.
+    """
+    meta_controller, generator = run.meta_controller, noise_generator(seed, torch.device(run.device))
+    codes = oracle_codes(gate_along(run, experts, seed), meta_controller.gate_config.threshold)
+    env = run.domain.restart(experts)
+    rollout = rollout_abstract(run.model.eval(), meta_controller, env, recorded_proposal(codes), generator)
+    assert experts.segments is not None
+    asked = experts.segments.amax(1) + 1
+    return float(rollout.success.double().mean()), float((rollout.subgoals_done / asked).double().mean())
 
 
 def readable(codes: Tensor, labels: Tensor, seed: int) -> float:
@@ -114,25 +97,20 @@ def readable(codes: Tensor, labels: Tensor, seed: int) -> float:
         return float((reader(x[half:]).argmax(-1) == labels[half:]).double().mean())
 
 
-@torch.no_grad()
 def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
-    """Of the codes at the switches of held-out demonstrations: nats a code, by dimension and in all, and what can be
-    read from them beside the share of the commonest answer."""
-    generator = torch.Generator(run.device).manual_seed(seed)
-    batch = run.domain.demonstrations("discover", episodes, generator)
-    output = encoded(run.model, run.meta_controller, batch, generator)
-    switch = switches(output, batch.lengths, run.meta_controller.gate_config.threshold)
-    mean, log_std = output.mean[switch], output.log_std[switch]
-    nats = (0.5 * (mean**2 + (2 * log_std).exp() - 1) - log_std).mean(0)
-    noisy = torch.randn(mean.shape, generator=generator, device=mean.device) * log_std.exp() + mean
+    """Of the codes at the switches of held-out demonstrations: nats a code, by dimension and in all (None after
+    CompILE), and what can be read from them, beside the share of the commonest answer."""
+    gate = held_out_gate(run, episodes, seed)
+    switch = switches(gate, run.meta_controller.gate_config.threshold)
+    nats = None if gate.nats is None else gate.nats[switch].mean(0)
+    batch, code = gate.episodes, gate.code[switch]
     assert batch.subgoals is not None
-    named = {"subgoal": batch.subgoals, **run.domain.facts(batch)}
-    labels = {name: value[switch] for name, value in named.items()}
+    labels = {name: value[switch] for name, value in {"subgoal": batch.subgoals, **run.domain.facts(batch)}.items()}
     return {
-        "nats": float(nats.sum()),
-        "nats_by_dimension": nats.tolist(),
-        "dimensions_used": int((nats >= USED_NATS).sum()),
-        "readable": {name: readable(noisy, label, seed) for name, label in labels.items()},
+        "nats": None if nats is None else float(nats.sum()),
+        "nats_by_dimension": None if nats is None else nats.tolist(),
+        "dimensions_used": None if nats is None else int((nats >= USED_NATS).sum()),
+        "readable": {name: readable(code, label, seed) for name, label in labels.items()},
         "commonest": {name: float(torch.bincount(label).max() / len(label)) for name, label in labels.items()},
     }
 
@@ -152,16 +130,15 @@ class Oracle(Analysis):
             check_positive(self, ("episodes",))
 
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
-        model, meta_controller, domain = run.model.eval(), run.meta_controller.eval(), run.domain
         seed = stream_seed(run.seed, "analyse")
-        results: Results = {}
-        generator = noise_generator(seed, run.device)
+        generator = noise_generator(seed, torch.device(run.device))
         experts = {
-            "seen": domain.demonstrations("discover", config.episodes, generator),
-            "unseen": domain.demonstrate(None, config.episodes, generator),
+            "seen": run.domain.demonstrations("discover", config.episodes, generator),
+            "unseen": run.domain.demonstrate(None, config.episodes, generator),
         }
-        for name, expert in experts.items():
-            reached = oracle_success(model, meta_controller, domain, expert, generator)
+        results: Results = {}
+        for name, episodes in experts.items():
+            reached = oracle_success(run, episodes, seed)
             results |= dict(zip((name, f"{name}_subgoals"), reached, strict=True))
         return {**results, **what_codes_say(run, config.episodes, seed), "episodes": config.episodes}
 

@@ -156,7 +156,8 @@ class GridworldPinpad(Domain):
 
     def restart(self, episodes: Trajectories) -> PinpadBatch:
         """The same grids, tasks and starts; the task is what the episode got done, as its labels tell."""
-        assert episodes.subgoals is not None and episodes.segments is not None
+        assert episodes.subgoals is not None
+        assert episodes.segments is not None
         colors = torch.tensor(self.subgoals, device=episodes.subgoals.device)
         count = episodes.segments.amax(1) + 1
         order = episodes.segments.new_full((episodes.batch, int(count.max()) + 1), -1)
