@@ -84,6 +84,11 @@ def test_the_summary_has_a_value_for_each_seed(finished: Path) -> None:
         "prior_success",
         "raw_initial_success",
         "unseen_transition_share",
+        "probe_accuracy",
+        "supervised_success",
+        "oracle_seen",
+        "oracle_unseen",
+        "code_nats",
         "seconds",
     ):
         assert len(summary[name]) == 1
@@ -292,6 +297,10 @@ def test_it_says_what_runs_until_its_end(
         "evaluate: transitions that training never shows",
         *(f"evaluate: success of {policy}" for policy in ("internal-rl", "raw", "prior", "base")),
         "evaluate: the gate against subgoals",
+        *(
+            f"evaluate: {link}"
+            for link in ("linear probe of the subgoal", "supervised controllers", "codes of experts")
+        ),
         "figures of the run",
         "figures of all seeds",
     ]

@@ -50,24 +50,31 @@ def probe_layers(
     episodes: int,
     seed: int,
     lr: float = 1e-3,
+    controlled_only: bool = False,
     quiet: bool = False,
 ) -> ProbeResult:
     """Trains one linear map a layer on labelled episodes of ``generate`` and judges it on ``episodes`` others.
 
     The model is frozen. subgoals: how many there are. steps, batch_size, lr: of AdamW (the paper: 8k, 512, 1e-3).
+    controlled_only: at the controlled layer alone.
     """
     device = next(model.parameters()).device
     model.eval()
     stream = EpisodeStream(generate, batch_size, seed, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        probes = nn.ModuleList(nn.Linear(model.dim, subgoals) for _ in range(model.depth + 1)).to(device)
+        probes = nn.ModuleList(nn.Linear(model.dim, subgoals) for _ in range(1 if controlled_only else model.depth + 1))
+    probes = probes.to(device)
+
+    def read(batch: Trajectories) -> list[Tensor]:
+        return _probed(model, probes, batch, controlled_only)
+
     optimizer = torch.optim.AdamW(probes.parameters(), lr=lr, fused=True)
     with track(steps, "probe", quiet=quiet) as progress:
         for step in range(steps):
             batch = stream.next()
             labels, mask = labelled(batch)
-            loss = torch.stack([masked_mean(-_log_prob(x, labels), mask) for x in _probed(model, probes, batch)]).sum()
+            loss = torch.stack([masked_mean(-_log_prob(x, labels), mask) for x in read(batch)]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -78,7 +85,7 @@ def probe_layers(
     assert held_out.segments is not None
     first = mask & (held_out.segments == 0)
     with torch.no_grad():
-        right = [(logits.argmax(-1) == labels).float() for logits in _probed(model, probes, held_out)]
+        right = [(logits.argmax(-1) == labels).float() for logits in read(held_out)]
     return ProbeResult(
         accuracy=[float(masked_mean(value, mask)) for value in right],
         at_start=[float(masked_mean(value, first)) for value in right],
@@ -94,10 +101,13 @@ def labelled(batch: Trajectories) -> tuple[Tensor, Tensor]:
     return batch.subgoals.clamp(min=0), batch.mask()
 
 
-def _probed(model: SteerableModel, probes: nn.ModuleList, batch: Trajectories) -> list[Tensor]:
+def _probed(model: SteerableModel, probes: nn.ModuleList, batch: Trajectories, controlled_only: bool) -> list[Tensor]:
     """Each layer's logits (b, t, g)."""
     with torch.no_grad():
-        residuals = model.residuals(batch.states, batch.actions)
+        if controlled_only:
+            residuals = [model.residual(batch.states, batch.actions)]
+        else:
+            residuals = model.residuals(batch.states, batch.actions)
     return [probe(residual) for probe, residual in zip(probes, residuals, strict=True)]
 
 

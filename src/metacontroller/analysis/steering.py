@@ -65,15 +65,16 @@ def steer_layers(
     seed: int,
     rank: int = 16,
     lr: float = 1e-3,
+    controlled_only: bool = False,
     quiet: bool = False,
 ) -> SteeringResult:
     """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``, and
     plays the post-training task with them in ``episodes`` held-out episodes.
 
-    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). The model is left as it is; UserError for one that
-    cannot be split at every layer.
+    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). controlled_only: at the controlled layer alone. The
+    model is left as it is; UserError for one that has to be split at every layer and cannot be.
     """
-    if type(model).resplit is SteerableModel.resplit:
+    if not controlled_only and type(model).resplit is SteerableModel.resplit:
         raise UserError(
             f"steering trains controllers at every layer, but a {type(model).__name__} can be steered at one only; "
             "leave this analysis out."
@@ -81,12 +82,14 @@ def steer_layers(
     losses, successes = [], []
     split = copy.deepcopy(model).eval()
     subgoals = len(domain.spec().subgoals)
-    with track(steps * (model.depth + 1), "steer", quiet=quiet) as progress:
-        for layer in range(model.depth + 1):
-            split.resplit(layer)
+    layers: Sequence[int | None] = (None,) if controlled_only else range(model.depth + 1)
+    with track(steps * len(layers), "steer", quiet=quiet) as progress:
+        for index, layer in enumerate(layers):
+            if layer is not None:
+                split.resplit(layer)
 
-            def update(step: int, loss: float, layer: int = layer) -> None:
-                progress.update(layer * steps + step, layer=layer, loss=loss)
+            def update(step: int, loss: float, index: int = index) -> None:
+                progress.update(index * steps + step, layer=index, loss=loss)
 
             controllers, loss = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
             losses.append(loss)

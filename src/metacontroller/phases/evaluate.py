@@ -35,8 +35,11 @@ class EvaluateConfig:
     walk_steps: int | None = None
     """Steps within which a fixed code may reach a subgoal, twice as many for two; none: half of the longest episode."""
 
+    link_updates: int = 1000
+    """Updates of the linear probe and of the supervised controllers that a summary reports."""
+
     def __post_init__(self) -> None:
-        check_positive(self, ("episodes", "codes", "layouts_per_code"))
+        check_positive(self, ("episodes", "codes", "layouts_per_code", "link_updates"))
         if self.walk_steps is not None:
             check_positive(self, ("walk_steps",))
 

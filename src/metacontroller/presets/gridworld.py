@@ -57,7 +57,7 @@ def debug() -> ExperimentConfig:
         compile=CompileConfig(optimizer=optimizer, alpha_warmup=(2, 8)),
         internal_rl=rl,
         raw_action_rl=rl,
-        evaluate=EvaluateConfig(episodes=64, codes=4, layouts_per_code=16, walk_steps=20),
+        evaluate=EvaluateConfig(episodes=64, codes=4, layouts_per_code=16, walk_steps=20, link_updates=5),
     )
     return with_seed(config, 0)
 

@@ -10,7 +10,10 @@ import torch
 from metacontroller.analysis.codes import code_meaning, unseen_transition_share
 from metacontroller.analysis.gate import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.oracle import Oracle
+from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
+from metacontroller.analysis.steering import steer_layers
 from metacontroller.phases.evaluate import Policy
 from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
@@ -30,6 +33,34 @@ def _gate_figures(run: LoadedRun, seed: int, episodes: int) -> dict[str, float |
     if not run.subgoals:
         return dict.fromkeys(GATE_FIGURES)
     return {**held_out_gate(run, episodes, seed).figures()}
+
+
+def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
+    """Each link between demonstrations and internal RL, so that a weak one shows.
+
+    probe_accuracy: of the subgoal, linear, at the controlled layer. supervised_success: of supervised controllers
+    there, chained on the post-training task. oracle_seen, oracle_unseen: success with the codes of experts, on tasks of
+    the demonstrations and on the post-training task. code_nats, code_dimensions: of a code. code_readable: accuracy of
+    what is read from codes. None where the world has no labels, or no experts to ask.
+    """
+    names = ("probe_accuracy", "supervised_success", "oracle_seen", "oracle_unseen", "code_nats", "code_dimensions")
+    found: dict[str, Any] = dict.fromkeys((*names, "code_readable"))
+    if not run.subgoals:
+        return found
+    source, seed = run.demonstrations(), stream_seed(run.seed, "analyse")
+    small = {"steps": run.settings.link_updates, "batch_size": 128, "lr": 3e-3, "episodes": 1024, "seed": seed}
+    announce("evaluate: linear probe of the subgoal", quiet)
+    probed = probe_layers(run.base, source, subgoals=len(run.subgoals), controlled_only=True, quiet=True, **small)
+    found["probe_accuracy"] = probed.accuracy[0]
+    announce("evaluate: supervised controllers", quiet)
+    steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **small)
+    found["supervised_success"] = steered.success[0]
+    if run.domain.offers("restart"):
+        announce("evaluate: codes of experts", quiet)
+        oracle = Oracle().measure(run, Oracle.Config(), quiet=True)
+        found |= {"oracle_seen": oracle["seen"], "oracle_unseen": oracle["unseen"], "code_nats": oracle["nats"]}
+        found |= {"code_dimensions": oracle["dimensions_used"], "code_readable": oracle["readable"]}
+    return found
 
 
 def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
@@ -65,6 +96,7 @@ def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
         **rates,
         **_gate_figures(run, seed, episodes),
         "code_subgoal_bits": bits,
+        **links(run, quiet),
         "unseen_transition_share": None if unseen is None or math.isnan(unseen) else unseen,
         "code_subgoal_share": share,
         "task": run.domain.format_task(),

@@ -172,7 +172,7 @@ def combined_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     return {
         "seeds": [run["seed"] for run in runs],
-        **{name: [run[name] for run in runs] for name in RESULTS},
+        **{name: [run.get(name) for run in runs] for name in RESULTS},
         **{name: runs[0][name] for name in ("task", "subgoals", "episodes")},
         "seconds": [run["seconds"] for run in runs],
         "phase_seconds": [run["phase_seconds"] for run in runs],

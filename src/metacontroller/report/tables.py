@@ -18,6 +18,12 @@ RESULTS = {
     "gate_binary_fraction": "gate: share of β outside (0.1, 0.9)",
     "code_subgoal_bits": "a fixed code tells of the subgoal reached, bits",
     "unseen_transition_share": "base model: unseen among transitions",
+    "probe_accuracy": "linear probe of the subgoal: accuracy",
+    "supervised_success": "supervised controllers, chained: success",
+    "oracle_seen": "codes of experts, seen tasks: success",
+    "oracle_unseen": "codes of experts, post-training task: success",
+    "code_nats": "a code costs, nats",
+    "code_dimensions": "dimensions of the code in use",
 }
 """The measures of a run, and how the table names them."""
 
