@@ -222,7 +222,8 @@ class TokenEncoder(nn.Module):
         if tokens.shape[-1] != len(self.offsets) or tokens.dtype != torch.int64:
             raise UserError(
                 f"state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
-                f"(..., {len(self.offsets)}): {len(self.sizes)} entries and {len(self.condition_sizes)} of the condition."
+                f"(..., {len(self.offsets)}): {len(self.sizes)} entries, then {len(self.condition_sizes)} of the "
+                "condition."
             )
 
 

@@ -61,7 +61,7 @@ class CategoricalReadout(nn.Module):
 
 
 class CategoriesReadout(nn.Module):
-    """Independent softmaxes over the entries of an observation of categories; sizes: choices of each. For states only."""
+    """Independent softmaxes over the entries of an observation, for states only; sizes: choices of each entry."""
 
     def __init__(self, dim: int, sizes: list[int]) -> None:
         super().__init__()

@@ -25,9 +25,7 @@ from metacontroller.training.optimizer import OptimizerConfig
 def debug() -> ExperimentConfig:
     """Every phase in seconds in a small room; learns nothing worth having."""
     config = gridworld.debug()
-    domain = BabyAIConfig(
-        room_size=6, max_steps=24, tasks=((0, 1), (1, 0)), post_task=(0,), episodes=200, workers=1
-    )
+    domain = BabyAIConfig(room_size=6, max_steps=48, post_task=(0,), episodes=200, workers=1)
     return with_seed(replace(config, domain=domain), 0)
 
 

@@ -21,8 +21,9 @@ from metacontroller.domains.babyai.observation import (
 LEFT, RIGHT, FORWARD, PICKUP, DROP = range(5)
 """The actions, numbered as minigrid's; its other two, toggle and done, have no use here and are left out."""
 NUM_ACTIONS = 5
-ROW_ARRAYS = tuple(
-    "_tasks _mission _cells _carried _place _direction _ended _truncated _success _steps _done _reached".split()
+ROW_ARRAYS = (
+    *("_tasks", "_mission", "_cells", "_carried", "_place", "_direction"),
+    *("_ended", "_truncated", "_success", "_steps", "_done", "_reached"),
 )
 
 

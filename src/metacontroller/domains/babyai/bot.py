@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from minigrid.utils.baby_ai_bot import BabyAIBot
 
-from metacontroller.domains.babyai.batch import FORWARD
+from metacontroller.domains.babyai.batch import FORWARD, NUM_ACTIONS
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.babyai.observation import (
     EMPTY,
@@ -77,15 +77,17 @@ def play(room: Room, seed: int, *, epsilon: float, mission_length: int) -> Episo
     action, ended, truncated, reward = None, False, False, 0.0
     while not (ended or truncated):
         try:
-            action = int(bot.replan(action))
+            suggested = bot.replan(action)
         except AssertionError:
-            return None  # the bot has no plan any more
+            return None  # the bot knows no way any more
+        if suggested is None or suggested >= NUM_ACTIONS:
+            return None  # it takes the mission for done
+        action = int(suggested)
         segments.append(bot.segment())
         if action <= FORWARD and noise.random() < epsilon:
             action = int(noise.integers(FORWARD + 1))
-        _, reward, ended, truncated, _ = room.step(action)
+        _, earned, ended, truncated, _ = room.step(action)
+        reward = float(earned)
         actions.append(action)
         states.append(observe())
-    if not reward > 0:
-        return None
-    return Episode(np.stack(states), np.array(actions), np.array(segments))
+    return None if reward <= 0 else Episode(np.stack(states), np.array(actions), np.array(segments))

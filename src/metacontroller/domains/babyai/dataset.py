@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,13 @@ def generate(recipe: Recipe, episodes: int, workers: int = 1) -> Trajectories:
         made = [_chunk(chunk) for chunk in chunks]
     else:  # not forked: a process that runs threads of PyTorch must not be
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            made = list(pool.map(_chunk, chunks))
+            try:
+                made = list(pool.map(_chunk, chunks))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a process that makes demonstrations ended early; if a script of yours asked for them, start its "
+                    "work under if __name__ == '__main__', or set workers to 1."
+                ) from error
     return _pad([episode for part in made for episode in part], recipe)
 
 
@@ -80,9 +87,7 @@ def by_difficulty(episodes: Trajectories) -> Trajectories:
 def _chunk(chunk: tuple[Recipe, int, int]) -> list[tuple[int, Episode]]:
     """(task, episode) of the episodes start .. start + count - 1."""
     recipe, start, count = chunk
-    rooms = [
-        Room(recipe.objects, task, size=recipe.room_size, max_steps=recipe.max_steps) for task in recipe.tasks
-    ]
+    rooms = [Room(recipe.objects, task, size=recipe.room_size, max_steps=recipe.max_steps) for task in recipe.tasks]
     return [_episode(recipe, rooms, number) for number in range(start, start + count)]
 
 

@@ -26,7 +26,8 @@ from metacontroller.domains.pinpad_tasks import (
 )
 from metacontroller.errors import UserError
 
-NUM_ACTIONS = 5  # left, right, forward, pick up, drop
+NUM_ACTIONS = 5
+"""Left, right, forward, pick up, drop; as in the part that needs minigrid."""
 TOLD = "told:"
 """Prefix of a task on the command line whose mission is shown."""
 
@@ -96,8 +97,8 @@ class BabyAI(Domain):
     config: BabyAIConfig
 
     def spec(self) -> DomainSpec:
-        encoder = observation.encoder_options(self.config.mission_length)
-        return DomainSpec({"tokens": encoder}, {"num_discrete": NUM_ACTIONS}, self.config.max_steps, self.config.objects)
+        config, encoder = self.config, observation.encoder_options(self.config.mission_length)
+        return DomainSpec({"tokens": encoder}, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes drawn from those on disk, with replacement; each phase has a dataset of its own."""
@@ -203,7 +204,7 @@ def _minigrid() -> Any:
     try:
         from metacontroller.domains.babyai import engine
     except ModuleNotFoundError as error:
-        if error.name != "minigrid":
+        if (error.name or "").partition(".")[0] != "minigrid":
             raise
-        raise UserError("BabyAI needs minigrid; install it with pip install 'metacontroller-rl[babyai]'.") from error
+        raise UserError("minigrid is not installed; install it by: pip install 'metacontroller-rl[babyai]'.") from error
     return engine

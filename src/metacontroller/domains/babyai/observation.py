@@ -1,8 +1,8 @@
-"""What a model reads of a BabyAI room: symbols of the partial view, the agent's direction, and the words of the mission.
+"""What a model reads of a BabyAI room: symbols of the partial view, the agent's direction, the words of the mission.
 
-Axes: b rows, w width and height of the room. One observation is `VIEW_CELLS` symbols, the direction, and a word for each
-place of the mission. A symbol stands for one (type, color) of minigrid's encoding; objects of one room have no other
-state, so that nothing of the 7 x 7 x 3 view is lost.
+Axes: b rows, w width and height of the room. One observation is `VIEW_CELLS` symbols, the direction, and a word for
+each place of the mission. A symbol stands for one (type, color) of minigrid's encoding; what lies in one room has no
+other state, so that nothing of the 7 x 7 x 3 view is lost.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ COLORS = ("red", "green", "blue", "purple", "yellow", "grey")
 NUM_SYMBOLS = 3 + len(KINDS) * len(COLORS)
 FIRST_KIND = 5  # minigrid's number of the first of KINDS
 
-WORDS = tuple(
-    "go to the a open pick up put next object box ball key door red green blue purple yellow grey then after you and "
-    "on your left right in front of behind".split()
+WORDS = (
+    *("go", "to", "the", "a", "open", "pick", "up", "put", "next", "object", "box", "ball", "key", "door"),
+    *("red", "green", "blue", "purple", "yellow", "grey", "then", "after", "you", "and"),
+    *("on", "your", "left", "right", "in", "front", "of", "behind"),
 )
 """The words of BabyAI's missions; 0 stands for none, 1 for the first of them."""
 
