@@ -39,7 +39,7 @@ def laptop() -> ExperimentConfig:
             domain=BabyAIConfig(),
             model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=256),
             meta_controller=MetaControllerConfig(dim_latent=3, policy_hidden=64),
-            pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=4000, batch_size=128, lr=1e-3), snapshots=(1000,)),
+            pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=2000, batch_size=128, lr=1e-3), snapshots=(1000,)),
             internal_rl=rl,
             raw_action_rl=rl,
         ),

@@ -24,7 +24,14 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^```shell\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     lines = [line for line in block.splitlines() if line.startswith("metacontroller ")]
-    assert {line.split()[1] for line in lines} >= {"pretrain", "discover", "internal-rl", "evaluate", "gate", "episodes"}
+    assert {line.split()[1] for line in lines} >= {
+        "pretrain",
+        "discover",
+        "internal-rl",
+        "evaluate",
+        "gate",
+        "episodes",
+    }
     for line in lines:
         words = shlex.split(line.replace("babyai-laptop", "babyai-debug"))[1:]
         assert main([*words, "--device", "cpu"]) == 0, line
