@@ -8,9 +8,11 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, sample_layouts, tokens_to_onehot
-from metacontroller.models.encoders import GridEncoder, VectorEncoder
+from metacontroller.models.encoders import GridEncoder, TokenEncoder, VectorEncoder
+from metacontroller.models.transformer import Transformer
 
 GRID = PinpadConfig(size=4, num_colors=3, num_walls=2)
 DIM = 6
@@ -103,3 +105,68 @@ def test_impossible_grids_are_refused(change: dict[str, Any], message: str, monk
     options: dict[str, Any] = {"size": 4, "num_colors": 3, "num_walls": 2, "view": "absolute"} | change
     with pytest.raises(ValueError, match=message):
         GridEncoder(DIM, **options)
+
+
+# -- categories with a condition --------------------------------------------------------------------------------------
+
+SIZES, CONDITION = [3, 2, 4], [5, 5]
+
+
+def category_tokens(batch: int = 3, steps: int = 4) -> Tensor:
+    """(batch, steps, 5) random categories, the condition included."""
+    return torch.stack([torch.randint(size, (batch, steps)) for size in [*SIZES, *CONDITION]], -1)
+
+
+def token_encoder() -> TokenEncoder:
+    return TokenEncoder(DIM, sizes=SIZES, condition=CONDITION).double()
+
+
+def test_categories_are_the_linear_map_of_their_one_hots() -> None:
+    encoder, tokens = token_encoder(), category_tokens()
+    parts = [one_hot(part, size) for part, size in zip(tokens.unbind(-1), [*SIZES, *CONDITION], strict=True)]
+    expected = torch.cat(parts, -1).double() @ encoder.table
+    torch.testing.assert_close(encoder(tokens), expected)
+    (fast,) = torch.autograd.grad(encoder(tokens).square().sum(), encoder.table)
+    (slow,) = torch.autograd.grad((torch.cat(parts, -1).double() @ encoder.table).square().sum(), encoder.table)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_the_condition_reaches_both_bodies_but_is_no_target() -> None:
+    sizes = {"sizes": SIZES, "condition": CONDITION}
+    model = Transformer(
+        8,
+        action_embed_readout={"num_discrete": 3},
+        state_embed_readout={"tokens": sizes},
+        lower_body={"depth": 1, "heads": 2},
+        upper_body={"depth": 1, "heads": 2},
+    )
+    told = category_tokens()
+    hidden = told.clone()
+    hidden[..., len(SIZES) :] = 0
+    told[..., len(SIZES) :] = 1
+    below, above = (model.lower(model.embed(states)) for states in (told, hidden))
+    assert not torch.allclose(below, above)
+    assert not torch.allclose(model.upper(below), model.upper(above))
+    assert torch.equal(model.encoder.targets(told), model.encoder.targets(hidden))
+    losses = model.behavior_cloning_loss(told, torch.zeros(3, 4, dtype=torch.long))
+    assert losses.state.isfinite()
+    assert losses.state > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tokens: tokens.float(), r"dtype torch.float32; expected int64 \(\.\.\., 5\): 3 entries, then 2 of"),
+        (lambda tokens: tokens[..., :4], r"shape \(3, 4, 4\)"),
+        (lambda tokens: tokens + torch.tensor([0, 2, 0, 0, 0]), r"entry 1 of a state is out of range; expected 0\.\.1"),
+        (lambda tokens: tokens - torch.tensor([0, 0, 0, 0, 5]), r"entry 4 of a state is out of range; expected 0\.\.4"),
+    ],
+)
+def test_what_is_no_category_is_refused(change: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        token_encoder().check(change(category_tokens()))
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected numbers of categories, at least 1"):
+        TokenEncoder(DIM, sizes=[3, 0])

@@ -12,6 +12,7 @@ from metacontroller.models.readouts import (
     MAX_LOG_STD,
     MIN_LOG_STD,
     CategoricalReadout,
+    CategoriesReadout,
     GaussianReadout,
     clamp_with_inward_gradient,
     gaussian_log_prob,
@@ -139,3 +140,13 @@ def test_only_a_readout_that_embeds_has_an_embedding(options: dict[str, int]) ->
 def test_the_option_chooses_the_readout() -> None:
     assert isinstance(make_readout(6, "action_embed_readout", {"num_discrete": 4}), CategoricalReadout)
     assert isinstance(make_readout(6, "action_embed_readout", {"num_continuous": 4}), GaussianReadout)
+
+
+def test_categories_log_prob_is_the_sum_of_its_entries() -> None:
+    readout = CategoriesReadout(6, [3, 2, 4]).double()
+    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
+    values = torch.stack([torch.randint(size, (2, 5)) for size in readout.sizes], -1)
+    logits = readout(hidden)
+    parts = zip(logits.split(readout.sizes, -1), values.unbind(-1), strict=True)
+    expected = torch.stack([Categorical(logits=part).log_prob(value) for part, value in parts]).sum(0)
+    torch.testing.assert_close(readout.log_prob(logits, values), expected)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
+from metacontroller.models.readouts import CategoricalReadout, CategoriesReadout, GaussianReadout
 
 
 class VectorEncoder(nn.Module):
@@ -170,16 +170,78 @@ def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
     return tokens
 
 
-Encoder = VectorEncoder | GridEncoder
+class TokenEncoder(nn.Module):
+    """A learned embedding of each entry of an observation of categories, and of the condition behind them; their sum.
+
+    sizes: number of categories of each entry. condition: the same of the entries behind them that do not change within
+    an episode, such as the words of an instruction; zeros if it is hidden. The condition is part of each observation,
+    so that acting needs no further argument: it enters the first residual at every step, which carries it through both
+    bodies. The state loss predicts the entries, not the condition. UserError for sizes below 1.
+    """
+
+    offsets: Tensor
+    limits: Tensor
+
+    def __init__(self, dim: int, *, sizes: list[int], condition: list[int] | None = None) -> None:
+        super().__init__()
+        self.sizes, self.condition_sizes = list(sizes), list(condition or [])
+        every = torch.tensor([*self.sizes, *self.condition_sizes])
+        if not self.sizes or int(every.min()) < 1:
+            raise UserError(f"sizes are {sizes} and condition {condition}; expected numbers of categories, at least 1.")
+        self.register_buffer("limits", every, persistent=False)
+        self.register_buffer("offsets", every.cumsum(0) - every, persistent=False)
+        self.table = nn.Parameter(torch.randn(int(every.sum()), dim) * dim**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (b, t, entries + condition) int64 -> (b, t, n)."""
+        self._check_shape(tokens)
+        rows = (tokens + self.offsets).flatten(0, -2)
+        return F.embedding_bag(rows, self.table, mode="sum").unflatten(0, tokens.shape[:-1])
+
+    def state_readout(self, dim: int) -> CategoriesReadout:
+        """The readout that predicts all entries of the next observation from a residual of width ``dim``."""
+        return CategoriesReadout(dim, self.sizes)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """The targets of ``state_readout`` in tokens (b, t, entries + condition): the entries, (b, t, entries)."""
+        return tokens[..., : len(self.sizes)]
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """Converts one observation of an environment to one state, without batch and time axes."""
+        return torch.as_tensor(observation, dtype=torch.int64)
+
+    def check(self, tokens: Tensor) -> None:
+        """UserError unless the tokens are categories; synchronizes with the device."""
+        self._check_shape(tokens)
+        wrong = ((tokens < 0) | (tokens >= self.limits)).flatten(0, -2).any(0).nonzero()
+        if len(wrong):
+            entry = int(wrong[0])
+            raise UserError(f"entry {entry} of a state is out of range; expected 0..{int(self.limits[entry]) - 1}.")
+
+    def _check_shape(self, tokens: Tensor) -> None:
+        if tokens.shape[-1] != len(self.offsets) or tokens.dtype != torch.int64:
+            raise UserError(
+                f"state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
+                f"(..., {len(self.offsets)}): {len(self.sizes)} entries, then {len(self.condition_sizes)} of the "
+                "condition."
+            )
+
+
+Encoder = VectorEncoder | GridEncoder | TokenEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
-    """The encoder for ``dict(num_continuous = ...)`` or ``dict(grid = dict(...))``; UserError for other options."""
+    """The encoder for ``dict(num_continuous = ...)``, ``dict(grid = dict(...))`` or ``dict(tokens = dict(...))``.
+
+    UserError for other options.
+    """
     if set(options) == {"grid"}:
         return GridEncoder(dim, **options["grid"])
+    if set(options) == {"tokens"}:
+        return TokenEncoder(dim, **options["tokens"])
     if set(options) == {"num_continuous"}:
         return VectorEncoder(options["num_continuous"], dim)
     raise UserError(
-        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors or "
-        "dict(grid = dict(...)) for grid tokens."
+        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, "
+        "dict(grid = dict(...)) for grid tokens or dict(tokens = dict(...)) for categories."
     )

@@ -17,7 +17,7 @@ from metacontroller.data.trajectories import check_lengths, length_mask, masked_
 from metacontroller.errors import UserError
 from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.encoders import Encoder
-from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
+from metacontroller.models.readouts import CategoricalReadout, CategoriesReadout, GaussianReadout
 from metacontroller.storage.module_file import Saveable
 
 
@@ -48,7 +48,7 @@ class SteerableModel(Saveable, nn.Module):
     dim: int
     encoder: Encoder
     action_readout: CategoricalReadout | GaussianReadout
-    state_readout: CategoricalReadout | GaussianReadout
+    state_readout: CategoricalReadout | CategoriesReadout | GaussianReadout
 
     @property
     def depth(self) -> int:

@@ -60,6 +60,28 @@ class CategoricalReadout(nn.Module):
             raise UserError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
 
 
+class CategoriesReadout(nn.Module):
+    """Independent softmaxes over the entries of an observation, for states only; sizes: choices of each entry."""
+
+    def __init__(self, dim: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.linear = nn.Linear(dim, sum(sizes))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (b, t, n) -> logits (b, t, sum of sizes), entry by entry."""
+        return self.linear(hidden)
+
+    def log_prob(self, logits: Tensor, values: Tensor) -> Tensor:
+        """Log-probability of each observation, values (b, t, entries) int64 -> (b, t): summed over its entries."""
+        parts = logits.split(self.sizes, -1)
+        chosen = [
+            part.gather(-1, value[..., None])[..., 0] - part.logsumexp(-1)
+            for part, value in zip(parts, values.unbind(-1), strict=True)
+        ]
+        return torch.stack(chosen).sum(0)
+
+
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
 """Limits of a `GaussianReadout`'s log standard deviation."""
 

@@ -1,0 +1,121 @@
+"""The bot's episodes on disk: made once, by several processes, and read by all phases and runs of the same room."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.babyai.bot import Episode, play
+from metacontroller.domains.babyai.level import Room
+from metacontroller.errors import UserError
+
+CHUNK = 250
+"""Episodes that a process makes at a time."""
+ATTEMPTS = 100
+"""Seeds that are tried for one episode; the bot fails in a few of a hundred."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that the bot's episodes depend on. objects: (kind, color). tasks: indices of objects, one task an episode."""
+
+    objects: tuple[tuple[str, str], ...]
+    tasks: tuple[tuple[int, ...], ...]
+    room_size: int
+    max_steps: int
+    epsilon: float
+    mission_length: int
+    seed: int
+
+    def folder(self, episodes: int) -> str:
+        """A name that no other recipe or number of episodes has."""
+        text = json.dumps([FORMAT, sorted(vars(self).items()), episodes])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+FORMAT = 1
+"""Counts up when the same recipe gives other episodes."""
+
+
+def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int) -> TrajectoryStore:
+    """The store of so many episodes under ``root``, written first if it is not there; the easiest episodes come first.
+
+    An episode is as difficult as it is long. workers: processes, 0 for one a core; the episodes do not depend on them.
+    """
+    path = root / recipe.folder(episodes)
+    if (path / "store.json").is_file():
+        return TrajectoryStore(path)
+    return TrajectoryStore.write(path, by_difficulty(generate(recipe, episodes, workers)))
+
+
+def generate(recipe: Recipe, episodes: int, workers: int = 1) -> Trajectories:
+    """Successful episodes of the bot; each has its own seed and a random task of the recipe. states: uint8."""
+    starts = range(0, episodes, CHUNK)
+    chunks = [(recipe, start, min(CHUNK, episodes - start)) for start in starts]
+    workers = min(workers or os.cpu_count() or 1, len(chunks))
+    if workers == 1:
+        made = [_chunk(chunk) for chunk in chunks]
+    else:  # not forked: a process that runs threads of PyTorch must not be
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            try:
+                made = list(pool.map(_chunk, chunks))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a process that makes demonstrations ended early; if a script of yours asked for them, start its "
+                    "work under if __name__ == '__main__', or set workers to 1."
+                ) from error
+    return _pad([episode for part in made for episode in part], recipe)
+
+
+def by_difficulty(episodes: Trajectories) -> Trajectories:
+    """The same episodes, the shortest first."""
+    return episodes.index(torch.argsort(episodes.lengths, stable=True))
+
+
+def _chunk(chunk: tuple[Recipe, int, int]) -> list[tuple[int, Episode]]:
+    """(task, episode) of the episodes start .. start + count - 1."""
+    recipe, start, count = chunk
+    rooms = [Room(recipe.objects, task, size=recipe.room_size, max_steps=recipe.max_steps) for task in recipe.tasks]
+    return [_episode(recipe, rooms, number) for number in range(start, start + count)]
+
+
+def _episode(recipe: Recipe, rooms: Sequence[Room], number: int) -> tuple[int, Episode]:
+    random = np.random.default_rng([recipe.seed, number])
+    task = int(random.integers(len(rooms)))
+    for _ in range(ATTEMPTS):
+        seed = int(random.integers(2**31))
+        episode = play(rooms[task], seed, epsilon=recipe.epsilon, mission_length=recipe.mission_length)
+        if episode is not None:
+            return task, episode
+    raise UserError(
+        f"the bot failed {ATTEMPTS} times at task {'-'.join(map(str, recipe.tasks[task]))}; raise max_steps "
+        f"({recipe.max_steps}) or lower epsilon ({recipe.epsilon})."
+    )
+
+
+def _pad(made: Sequence[tuple[int, Episode]], recipe: Recipe) -> Trajectories:
+    lengths = np.array([len(episode.actions) for _, episode in made])
+    longest = int(lengths.max())
+    first = made[0][1].states
+    states = np.zeros((len(made), longest + 1, first.shape[1]), np.uint8)
+    actions, segments = np.zeros((len(made), longest), np.int64), np.full((len(made), longest), -1)
+    subgoals = segments.copy()
+    for row, (task, episode) in enumerate(made):
+        end = lengths[row]
+        states[row, : end + 1], states[row, end + 1 :] = episode.states, episode.states[-1]
+        actions[row, :end], segments[row, :end] = episode.actions, episode.segments
+        subgoals[row, :end] = np.array(recipe.tasks[task])[episode.segments]
+    arrays = {"states": states, "actions": actions, "lengths": lengths, "subgoals": subgoals, "segments": segments}
+    return Trajectories(**{name: torch.from_numpy(array) for name, array in arrays.items()})

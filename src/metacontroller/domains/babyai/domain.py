@@ -1,0 +1,210 @@
+"""BabyAI as a world: its config, the bot's demonstrations, its episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.babyai import observation
+from metacontroller.domains.base import FREE, BatchedEnv, Domain, DomainSpec, Free, Split
+from metacontroller.domains.pinpad_tasks import (
+    A2_POST,
+    TABLE_A2,
+    Task,
+    check_tasks,
+    format_task,
+    parse_task,
+    transitions,
+)
+from metacontroller.errors import UserError
+
+NUM_ACTIONS = 5
+"""Left, right, forward, pick up, drop; as in the part that needs minigrid."""
+TOLD = "told:"
+"""Prefix of a task on the command line whose mission is shown."""
+
+
+class Told(NamedTuple):
+    """A task whose mission is shown to the model."""
+
+    task: Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class BabyAIConfig:
+    """The room, its tasks, the bot and what the model is told. UserError for values out of range."""
+
+    room_size: int = 8
+    """Cells along each side of the room, with its walls; BabyAI's are 8."""
+    objects: tuple[str, ...] = ("red ball", "green key", "blue box", "yellow ball")
+    """The objects in every room, each a color and a kind (key, ball or box)."""
+    max_steps: int = 64
+    """Steps after which an episode is truncated."""
+    tasks: tuple[Task, ...] = TABLE_A2
+    """Tasks of the demonstrations, each as the numbers of objects to pick up in order, such as 0-1-2."""
+    post_task: Task = A2_POST
+    """The post-training task, which reinforcement learning must solve; its mission is never shown."""
+    mission_share: float = 0.5
+    """Share of the episodes for pretraining in which the model is shown the mission; discovery never is."""
+    epsilon: float = 0.1
+    """Share of the bot's moves that are random, in demonstrations for pretraining."""
+    discovery_epsilon: float = 0.0
+    """The same in demonstrations for discovery."""
+    episodes: int = 20_000
+    """Demonstrations on disk for each of the two phases."""
+    easiest: float = 1.0
+    """Share of them in use, the easiest first; an episode is as difficult as the bot's is long."""
+    dataset: str = "datasets/babyai"
+    """Folder of the demonstrations on disk. They are made when they are first asked for."""
+    dataset_seed: int = 0
+    """From which the rooms of the demonstrations derive."""
+    workers: int = 0
+    """Processes that make demonstrations; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        observation.names_of(self.objects)
+        check_tasks([*self.tasks, self.post_task], len(self.objects))
+        if len(set(self.objects)) < len(self.objects):
+            raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
+        for name, low in (("room_size", 5), ("max_steps", 1), ("episodes", 1), ("workers", 0), ("dataset_seed", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {low}.")
+        for name in ("mission_share", "epsilon", "discovery_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
+        if not 0 < self.easiest <= 1:
+            raise UserError(f"easiest is {self.easiest}; expected a share above 0, at most 1.")
+
+    @property
+    def mission_length(self) -> int:
+        """Words of the longest mission: "pick up the red ball" for each object, joined by "then"."""
+        return 6 * max(map(len, [*self.tasks, self.post_task])) - 1
+
+
+class BabyAI(Domain):
+    """A room with a few objects, to be picked up in the order of a mission, which may be hidden."""
+
+    name = "babyai"
+    Config = BabyAIConfig
+    config: BabyAIConfig
+
+    def spec(self) -> DomainSpec:
+        config, encoder = self.config, observation.encoder_options(self.config.mission_length)
+        return DomainSpec({"tokens": encoder}, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
+
+    def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes drawn from those on disk, with replacement; each phase has a dataset of its own."""
+        store = _open(self.config, split)
+        device, easiest = generator.device, max(1, round(self.config.easiest * len(store)))
+        rows = torch.randint(easiest, (n,), generator=generator, device=device)
+        share = self.config.mission_share if split == "pretrain" else 0.0
+        shown = torch.rand(n, generator=generator, device=device) < share
+        return _as_read(store.read(rows.cpu()).to(device), shown)
+
+    def demonstrate(self, task: Any, n: int, generator: torch.Generator) -> Trajectories:
+        """n new episodes of the bot without random moves; the mission is shown if the task is `Told`."""
+        told, colors = self._task(task)
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        minigrid = _minigrid()
+        made = minigrid.generate(_recipe(self.config, (colors,), 0.0, seed), n)
+        shown = torch.full((n,), told, device=generator.device)
+        return _as_read(made.to(generator.device), shown)
+
+    def reset(
+        self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
+    ) -> BatchedEnv:
+        """n rooms, each its own. task: numbers of objects in order, or `Told` of them."""
+        told, colors = self._task(task)
+        minigrid, config = _minigrid(), self.config
+        objects, limit = observation.names_of(config.objects), max_steps or config.max_steps
+        seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device).tolist()
+        rooms = [minigrid.Room(objects, colors, size=config.room_size, max_steps=limit) for _ in seeds]
+        for room, seed in zip(rooms, seeds, strict=True):
+            room.reset(seed=seed)
+        return minigrid.RoomBatch(
+            rooms, mission_length=config.mission_length, show_mission=told, device=generator.device
+        )
+
+    def _task(self, task: Sequence[int] | Told | Free | None) -> tuple[bool, Task]:
+        """Whether the mission is shown, and the objects in order, () for `FREE`; UserError for unknown objects."""
+        if task is FREE:
+            return False, ()
+        told = isinstance(task, Told)
+        objects = self.config.post_task if task is None else tuple(task.task if told else task)  # type: ignore
+        check_tasks([objects], len(self.config.objects))
+        if told and 6 * len(objects) - 1 > self.config.mission_length:
+            raise UserError(f"task {format_task(objects)} is told in more words than the model reads; shorten it.")
+        return told, objects
+
+    def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
+        """One of the eight symmetries of the room per row: it changes left, right and direction, but no object."""
+        return observation.random_symmetry(states, generator)
+
+    def seen_transitions(self) -> Tensor:
+        seen = torch.eye(len(self.config.objects), dtype=torch.bool)
+        for first, second in transitions(self.config.tasks):
+            seen[first, second] = True
+        return seen
+
+    def render(self, states: Tensor) -> Tensor:
+        """The partial views, as minigrid draws them."""
+        views = observation.symbols_image(states[..., : observation.VIEW_CELLS].cpu().numpy())
+        return torch.from_numpy(np.stack([_minigrid().draw(view) for view in views]))
+
+    def parse_task(self, text: str) -> Any:
+        """0-1-2, or told:0-1-2 for a task whose mission is shown."""
+        return Told(parse_task(text.removeprefix(TOLD))) if text.startswith(TOLD) else parse_task(text)
+
+    def format_task(self, task: Any = None) -> str:
+        if task is FREE:
+            return "free"
+        told, objects = self._task(task)
+        return f"{TOLD if told else ''}{format_task(objects)}"
+
+
+def _as_read(episodes: Trajectories, shown: Tensor) -> Trajectories:
+    """Episodes as the model reads them: int64, without the mission unless it is shown (n,) bool."""
+    states = episodes.states.long()
+    states[..., observation.VIEW_CELLS + 1 :] *= shown[:, None, None]
+    return Trajectories(**{**vars(episodes), "states": states})
+
+
+def _recipe(config: BabyAIConfig, tasks: tuple[Task, ...], epsilon: float, seed: int) -> Any:
+    return _minigrid().Recipe(
+        objects=tuple(observation.names_of(config.objects)),
+        tasks=tasks,
+        room_size=config.room_size,
+        max_steps=config.max_steps,
+        epsilon=epsilon,
+        mission_length=config.mission_length,
+        seed=seed,
+    )
+
+
+@cache
+def _open(config: BabyAIConfig, split: Split) -> Any:
+    """The dataset of one phase; those of the two phases hold different rooms."""
+    first = split == "pretrain"
+    epsilon = config.epsilon if first else config.discovery_epsilon
+    recipe = _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
+    return _minigrid().open_dataset(recipe, config.episodes, Path(config.dataset), config.workers)
+
+
+@cache
+def _minigrid() -> Any:
+    """The part of this world that plays minigrid; UserError if that is not installed."""
+    try:
+        from metacontroller.domains.babyai import engine
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "minigrid":
+            raise
+        raise UserError("minigrid is not installed; install it by: pip install 'metacontroller-rl[babyai]'.") from error
+    return engine
