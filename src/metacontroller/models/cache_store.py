@@ -21,17 +21,17 @@ HEADROOM = 16  # steps that a batch's cache has room for before it must grow
 class AttentionStore:
     """Keys and values of ``batch`` rows, each with its own number of steps."""
 
-    def __init__(self, body: AttentionBody, batch: int) -> None:
+    def __init__(self, body: AttentionBody, batch: int, device: torch.device) -> None:
         empty = body.empty_cache(batch, HEADROOM)
         self.body = body
         self.keys = [torch.zeros_like(keys) for keys in empty.keys]  # (capacity, b, h, d); finite where nothing is
         self.values = [torch.zeros_like(values) for values in empty.values]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=empty.keys[0].device if empty.keys else None)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
 
     def take(self, rows: Tensor) -> AttentionCache:
         """A copy of rows (m,) as the cache of one batch: their last steps are aligned, and shorter rows are padded."""
         lengths = self.lengths[rows]
-        longest = int(lengths.max()) if len(rows) else 0
+        longest = _longest(lengths)
         cache = self.body.empty_cache(len(rows), longest + HEADROOM)
         cache.length = longest
         if longest == 0:
@@ -48,7 +48,7 @@ class AttentionStore:
 
     def put(self, rows: Tensor, cache: AttentionCache, at: Tensor, steps: int) -> None:
         """Appends the last ``steps`` steps of the batch's rows ``at`` (m,) to the store's ``rows`` (m,)."""
-        self._grow(int(self.lengths[rows].max()) + steps)
+        self._grow(_longest(self.lengths[rows]) + steps)
         time = self.lengths[rows] + torch.arange(steps, device=rows.device)[:, None]
         index = (time * len(self.lengths) + rows).flatten()
         for stored, buffers in ((self.keys, cache.keys), (self.values, cache.values)):
@@ -93,6 +93,10 @@ class HawkStore:
             values[rows] = 0.0
 
 
+def _longest(lengths: Tensor) -> int:
+    return int(lengths.max()) if len(lengths) else 0
+
+
 BodyStore = AttentionStore | HawkStore
 
 
@@ -109,6 +113,6 @@ class ModelStore:
         self.upper.restart(rows)
 
 
-def make_body_store(body: AttentionBody | HawkBody, batch: int) -> BodyStore:
+def make_body_store(body: AttentionBody | HawkBody, batch: int, device: torch.device) -> BodyStore:
     """The store for one body."""
-    return AttentionStore(body, batch) if isinstance(body, AttentionBody) else HawkStore(body, batch)
+    return AttentionStore(body, batch, device) if isinstance(body, AttentionBody) else HawkStore(body, batch)

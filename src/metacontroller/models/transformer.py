@@ -127,7 +127,9 @@ class Transformer(SteerableModel):
 
     def cache_store(self, batch: int) -> ModelStore:
         """Caches of ``batch`` episodes that do not step together, before their first steps."""
-        return ModelStore(make_body_store(self.lower_body, batch), make_body_store(self.upper_body, batch))
+        device = self.norm.weight.device
+        lower, upper = (make_body_store(body, batch, device) for body in (self.lower_body, self.upper_body))
+        return ModelStore(lower, upper)
 
     def resplit(self, lower_depth: int) -> None:
         """Moves the controlled layer, in place, to after block ``lower_depth`` of all; 0 is the input embedding.
