@@ -180,7 +180,9 @@ def main() -> None:
         base = statistics.median(found["rollout"])
         for name, rates in found.items():
             rate = statistics.median(rates)
-            rows.append({"codes": codes, "what": name, "steps_per_second": rate, "of_rollout": rate / base, "all": rates})
+            rows.append(
+                {"codes": codes, "what": name, "steps_per_second": rate, "of_rollout": rate / base, "all": rates}
+            )
             print(f"{codes:>12} {name:<18} {rate:>9,.0f} steps/s, {rate / base:6.1%} of the rollout")
     report = {
         "machine": platform.machine(),

@@ -92,9 +92,9 @@ class SteerableModel(Saveable, nn.Module):
         """Caches of ``batch`` episodes that do not step together, before their first steps.
 
         It has the attributes ``lower`` and ``upper``, each with methods ``take(rows)``, which returns a copy of rows
-        (m,) as a cache of one batch, and ``put(rows, cache, at, steps)``, which stores the batch's rows ``at`` (m,),
-        taken ``steps`` steps ago, as ``rows`` (m,); and a method ``restart(rows)``: a new episode. UserError if the
-        model has none.
+        (m,) as the cache of one batch, with a method ``keep`` of its own; and ``put(rows, cache, at, steps)``, which
+        stores the batch's rows ``at`` (m,), taken ``steps`` steps ago, as ``rows`` (m,). Its method ``restart(rows)``
+        begins new episodes. UserError if the model has none.
         """
         raise UserError(
             f"a {type(self).__name__} has no cache for episodes that do not step together; define cache_store() of it."

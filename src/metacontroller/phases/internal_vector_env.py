@@ -46,6 +46,39 @@ class _Rows:
     residual: Tensor
     history: Tensor
 
+    def put(self, rows: Tensor, state: ControlState, residual: Tensor, history: Tensor) -> None:
+        """Writes what else there is of ``rows`` (m,) besides environment and caches."""
+        for name, value in vars(state).items():
+            getattr(self.state, name)[rows] = value
+        self.residual[rows], self.history[rows] = residual, history
+
+
+class _Batch:
+    """Rows that hold their codes and step together: a copy of all at first, from which those that are done leave.
+
+    rows (m,): which they are. taken: steps since they were taken out. The rest is as in `_Rows`.
+    """
+
+    def __init__(self, home: _Rows) -> None:
+        self.rows = torch.arange(len(home.residual), device=home.residual.device)
+        self.env = _taken(home.env, self.rows)
+        self.lower, self.upper = home.caches.lower.take(self.rows), home.caches.upper.take(self.rows)
+        self.state, self.residual, self.history = home.state, home.residual, home.history
+        self.taken = 0
+
+    def put_back(self, home: _Rows, done: Tensor) -> None:
+        """Stores the rows where done (m,) bool is true, and drops them here."""
+        at, kept = done.nonzero().squeeze(1), survivors(~done, exact=True)
+        rows = self.rows[at]
+        home.caches.lower.put(rows, self.lower, at, self.taken)
+        home.caches.upper.put(rows, self.upper, at, self.taken)
+        home.env.replace(rows, _taken(self.env, at))
+        home.put(rows, self.state.index(at), self.residual[at], self.history[at])
+        for part in (self.env.select, self.lower.keep, self.upper.keep):
+            part(kept)
+        self.rows, self.state = self.rows[kept], self.state.index(kept)
+        self.residual, self.history = self.residual[kept], self.history[kept]
+
 
 class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """`InternalEnv` many times over: ``InternalVectorEnv(domain, model, meta_controller, 256)``.
@@ -155,47 +188,33 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _hold(self, home: _Rows, codes: Tensor, rewards: Tensor) -> np.ndarray:
         """Holds codes (b, n_z) until every row is done; adds to rewards (b,), returns the steps taken (b,)."""
-        rows = torch.arange(self.num_envs, device=self._device)
-        steps, taken = torch.zeros_like(rows), 0
-        lower, upper = home.caches.lower.take(rows), home.caches.upper.take(rows)
-        env, residual, readout = _taken(home.env, rows), home.residual, self.model.action_readout
-        state = self.meta_controller.integrate(home.state, home.history, rows >= 0, codes)
-        home.residual, home.history = torch.empty_like(home.residual), torch.empty_like(home.history)
-        while len(rows):
-            steered = self.meta_controller.steer(residual, state.z)
-            action = readout.sample(readout(self.model.upper(steered[:, None], upper)), self._generator)
-            rewards[rows] += env.step(action[:, 0])
-            taken += 1
-            residual = self.model.lower(self.model.embed(env.observation[:, None], action), lower)[:, 0]
-            beta, history = self.meta_controller.observe(residual, state)
-            waits = (beta >= self.meta_controller.gate_config.threshold) | env.terminated | env.truncated
-            if bool(waits.any()):
-                at = waits.nonzero().squeeze(1)
-                done = rows[at]
-                steps[done] = taken
-                home.caches.lower.put(done, lower, at, taken)
-                home.caches.upper.put(done, upper, at, taken)
-                home.env.replace(done, _taken(env, at))
-                home.residual[done], home.history[done] = residual[at], history[at]
-                _put(home.state, done, state.index(at))
-                kept = survivors(~waits, exact=True)
-                env.select(kept)
-                lower.keep(kept)
-                upper.keep(kept)
-                rows, residual, history, state = rows[kept], residual[kept], history[kept], state.index(kept)
-            state = self.meta_controller.integrate(state, history, rows < 0, state.z)
-        return steps.cpu().numpy()
+        steering, readout = self.meta_controller, self.model.action_readout
+        batch, steps = _Batch(home), np.zeros(self.num_envs, np.int64)
+        everywhere = torch.ones_like(batch.rows, dtype=torch.bool)
+        batch.state = steering.integrate(batch.state, batch.history, everywhere, codes)
+        while True:
+            steered = steering.steer(batch.residual, batch.state.z)
+            action = readout.sample(readout(self.model.upper(steered[:, None], batch.upper)), self._generator)
+            rewards[batch.rows] += batch.env.step(action[:, 0])
+            states = batch.env.observation[:, None]
+            batch.residual = self.model.lower(self.model.embed(states, action), batch.lower)[:, 0]
+            batch.taken += 1
+            beta, batch.history = steering.observe(batch.residual, batch.state)
+            done = (beta >= steering.gate_config.threshold) | batch.env.terminated | batch.env.truncated
+            if bool(done.any()):
+                steps[batch.rows[done].cpu().numpy()] = batch.taken
+                batch.put_back(home, done)
+            if not len(batch.rows):
+                return steps
+            nowhere = torch.zeros_like(batch.rows, dtype=torch.bool)
+            batch.state = steering.integrate(batch.state, batch.history, nowhere, batch.state.z)
 
     def _begin(self) -> _Rows:
         """New episodes in every row, after their first observations."""
         state, weight = self._initial_state(self.num_envs), self.meta_controller.norm.weight
-        home = _Rows(
-            env=self._episodes(self.num_envs),
-            caches=self.model.cache_store(self.num_envs),
-            state=state,
-            residual=weight.new_zeros(self.num_envs, self.model.dim),
-            history=torch.zeros_like(state.history),
-        )
+        residual, history = weight.new_zeros(self.num_envs, self.model.dim), torch.zeros_like(state.history)
+        caches = self.model.cache_store(self.num_envs)
+        home = _Rows(self._episodes(self.num_envs), caches, state, residual, history)
         self._look(home, torch.arange(self.num_envs, device=self._device))
         return home
 
@@ -217,18 +236,16 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rows = ended.nonzero().squeeze(1)
         home.env.replace(rows, self._episodes(len(rows)))
         home.caches.restart(rows)
-        _put(home.state, rows, self._initial_state(len(rows)))
         self._look(home, rows)
         return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
 
     def _look(self, home: _Rows, rows: Tensor) -> None:
         """Reads the first observation of the episodes ``rows`` (m,)."""
-        lower = home.caches.lower.take(rows)
-        observation = home.env.observation[rows]
-        residual = self.model.lower(self.model.embed(observation[:, None]), lower)[:, 0]
+        state, lower = self._initial_state(len(rows)), home.caches.lower.take(rows)
+        residual = self.model.lower(self.model.embed(home.env.observation[rows][:, None]), lower)[:, 0]
         home.caches.lower.put(rows, lower, torch.arange(len(rows), device=rows.device), 1)
-        _, history = self.meta_controller.observe(residual, home.state.index(rows))
-        home.residual[rows], home.history[rows] = residual, history
+        _, history = self.meta_controller.observe(residual, state)
+        home.put(rows, state, residual, history)
 
     def _initial_state(self, n: int) -> ControlState:
         state = self.meta_controller.initial_state(n)
@@ -247,12 +264,6 @@ def _taken(env: _ReplaceableEnv, rows: Tensor) -> _ReplaceableEnv:
     taken = copy(env)
     taken.select(rows)
     return taken
-
-
-def _put(state: ControlState, rows: Tensor, other: ControlState) -> None:
-    """Writes another state's episodes into ``rows`` (m,) of a state."""
-    for name, value in vars(other).items():
-        getattr(state, name)[rows] = value
 
 
 def _masked(values: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
