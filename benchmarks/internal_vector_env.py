@@ -3,8 +3,9 @@
 The batched rollout of the phase, `InternalVectorEnv` with as many rows, the same for Stable-Baselines3 if it is
 installed, and copies of `InternalEnv` stepped in turn, as its libraries step them. Codes are the prior's or those of
 the run's policy; its cost is counted everywhere. The rollout plays every episode to its end, so its last steps are of
-few rows; the vector environment begins new ones, and its waiting is for the slowest row of each step. Rounds alternate;
-prints medians and writes JSON.
+few rows; the vector environment begins new ones, and its waiting is for the slowest row of each step. Seconds are those
+of this process on a core, so that other work on the machine counts less. Rounds alternate; prints medians and writes
+JSON.
 
     python benchmarks/internal_vector_env.py [RUN] [--rows 256] [--rounds 5] [--output FILE.json]
 
@@ -74,30 +75,30 @@ class Codes:
 
 def rollout_rate(run: Any, meta_controller: MetaController, rows: int, seconds: float, prior: bool) -> float:
     """Inner steps a second of batches of episodes."""
-    generator, steps, start = torch.Generator().manual_seed(0), 0, time.perf_counter()
+    generator, steps, start = torch.Generator().manual_seed(0), 0, time.process_time()
     propose = (prior_proposal if prior else policy_proposal)(meta_controller, generator)
-    while time.perf_counter() - start < seconds:
+    while time.process_time() - start < seconds:
         env = run.domain.reset(rows, generator)
         steps += int(rollout_abstract(run.model, meta_controller, env, propose, generator).steps.sum())
-    return steps / (time.perf_counter() - start)
+    return steps / (time.process_time() - start)
 
 
 def vector_rate(run: Any, meta_controller: MetaController, rows: int, seconds: float, prior: bool) -> float:
     """The same of the vector environment, after steps in which its rows spread over their episodes."""
     env, codes = InternalVectorEnv(run.domain, run.model, meta_controller, rows), Codes(meta_controller, rows, prior)
     residual, _ = env.reset(seed=0)
-    ended, steps, start = np.ones(rows, bool), 0, time.perf_counter()
+    ended, steps, start = np.ones(rows, bool), 0, time.process_time()
     for count in range(LIMIT):
         if count == 5:
-            steps, start = 0, time.perf_counter()
+            steps, start = 0, time.process_time()
         residual, _, terminated, truncated, info = env.step(codes(residual, ended))
         ended = terminated | truncated
         steps += int(info["steps"].sum())
         if ended.any():
             steps += int(info["final_info"]["steps"][ended].sum())
-        if count > 5 and time.perf_counter() - start > seconds:
+        if count > 5 and time.process_time() - start > seconds:
             break
-    return steps / (time.perf_counter() - start)
+    return steps / (time.process_time() - start)
 
 
 def adapter_rate(run: Any, meta_controller: MetaController, rows: int, seconds: float, prior: bool) -> float | None:
@@ -111,15 +112,15 @@ def adapter_rate(run: Any, meta_controller: MetaController, rows: int, seconds: 
     env = StableBaselinesEnv(InternalVectorEnv(run.domain, run.model, meta_controller, rows))
     codes = Codes(meta_controller, rows, prior)
     env.seed(0)
-    residual, ended, steps, start = env.reset(), np.ones(rows, bool), 0, time.perf_counter()
+    residual, ended, steps, start = env.reset(), np.ones(rows, bool), 0, time.process_time()
     for count in range(LIMIT):
         if count == 5:
-            steps, start = 0, time.perf_counter()
+            steps, start = 0, time.process_time()
         residual, _, ended, infos = env.step(codes(np.asarray(residual), ended))
         steps += sum(info["steps"] for info in infos)
-        if count > 5 and time.perf_counter() - start > seconds:
+        if count > 5 and time.process_time() - start > seconds:
             break
-    return steps / (time.perf_counter() - start)
+    return steps / (time.process_time() - start)
 
 
 def copies_rate(run: Any, meta_controller: MetaController, rows: int, seconds: float, prior: bool) -> float:
@@ -132,8 +133,8 @@ def copies_rate(run: Any, meta_controller: MetaController, rows: int, seconds: f
     envs = [InternalEnv(env, run.model, meta_controller, encode_observation=lambda seen: seen) for env in inner]
     codes = Codes(meta_controller, rows, prior)
     residual = np.stack([env.reset(seed=row)[0] for row, env in enumerate(envs)])
-    ended, steps, start = np.ones(rows, bool), 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    ended, steps, start = np.ones(rows, bool), 0, time.process_time()
+    while time.process_time() - start < seconds:
         began, ended = ended, np.zeros(rows, bool)
         for row, (env, code) in enumerate(zip(envs, codes(residual, began), strict=True)):
             residual[row], _, terminated, truncated, info = env.step(code)
@@ -141,7 +142,7 @@ def copies_rate(run: Any, meta_controller: MetaController, rows: int, seconds: f
             ended[row] = terminated or truncated
             if ended[row]:
                 residual[row] = env.reset()[0]
-    return steps / (time.perf_counter() - start)
+    return steps / (time.process_time() - start)
 
 
 def main() -> None:

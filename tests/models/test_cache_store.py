@@ -34,7 +34,8 @@ def test_rows_that_step_in_changing_company_equal_whole_episodes(body: dict[str,
     model = make_model(**body)
     states = torch.randn(ROWS, STEPS, 2, dtype=torch.float64)
     expected = model.upper(model.lower(model.embed(states)))
-    store, generator = model.cache_store(ROWS), torch.Generator().manual_seed(0)
+    store: Any = model.cache_store(ROWS)
+    generator = torch.Generator().manual_seed(0)
     at = torch.zeros(ROWS, dtype=torch.long)
     seen: list[list[torch.Tensor]] = [[] for _ in range(ROWS)]
     while bool((at < STEPS).any()):
@@ -62,7 +63,8 @@ def test_rows_that_step_in_changing_company_equal_whole_episodes(body: dict[str,
 def test_a_row_begins_again_beside_another_that_goes_on(body: dict[str, Any]) -> None:
     model = make_model(**body)
     states = torch.randn(2, 6, 2, dtype=torch.float64)
-    store, both = model.cache_store(2), torch.arange(2)
+    store: Any = model.cache_store(2)
+    both = torch.arange(2)
     cache = store.lower.take(both)
     for step in range(3):
         model.lower(model.embed(states[:, step : step + 1]), cache)

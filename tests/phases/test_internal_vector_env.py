@@ -16,7 +16,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch import Tensor
 
 from metacontroller import InternalEnv, InternalVectorEnv, MetaController, Transformer
-from metacontroller.domains.base import BatchedEnv, Domain
+from metacontroller.domains.base import Domain
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.domains.gridworld_pinpad.layouts import Layouts
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
@@ -44,29 +44,19 @@ class NotedWorld(GridworldPinpad):
         return env
 
 
-class OneByOne(BatchedEnv):
+class OneByOne:
     """A batch of grids without ``replace``, so that it is played row by row."""
 
     def __init__(self, grids: PinpadBatch) -> None:
         self.grids = grids
 
+    def __len__(self) -> int:
+        return len(self.grids)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("replace", "grids"):
             raise AttributeError(name)
         return getattr(self.grids, name)
-
-    def __len__(self) -> int:
-        return len(self.grids)
-
-    def step(self, actions: Tensor) -> Tensor:
-        return self.grids.step(actions)
-
-    def select(self, rows: Tensor) -> None:
-        self.grids.select(rows)
-
-
-for _name in ("observation", "terminated", "truncated", "success", "steps", "subgoals_done"):
-    setattr(OneByOne, _name, property(lambda self, name=_name: getattr(self.grids, name)))
 
 
 class OneByOneWorld(NotedWorld):

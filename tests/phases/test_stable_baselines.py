@@ -43,6 +43,10 @@ def make_env(*, warped: bool = False) -> InternalVectorEnv:
     return InternalVectorEnv(GridworldPinpad(CONFIG), model.eval(), steering.eval(), ROWS, warped=warped)
 
 
+def step(env: StableBaselinesEnv, actions: np.ndarray) -> Any:
+    return env.step(actions)
+
+
 def test_it_says_what_the_inner_environment_says_in_their_words() -> None:
     inner, env = make_env(), StableBaselinesEnv(make_env())
     env.seed(3)
@@ -52,7 +56,7 @@ def test_it_says_what_the_inner_environment_says_in_their_words() -> None:
     for _ in range(12):
         actions = inner.sample_prior()
         observation, rewards, terminated, truncated, info = inner.step(actions)
-        found, gains, dones, infos = env.step(actions)
+        found, gains, dones, infos = step(env, actions)
         np.testing.assert_array_equal(found, observation)
         np.testing.assert_array_equal(gains, rewards)
         np.testing.assert_array_equal(dones, terminated | truncated)
@@ -88,7 +92,8 @@ def test_their_algorithms_run_and_bootstrap_where_an_episode_is_cut() -> None:
     before = [value.clone() for value in env.env.model.parameters()]
     learner.learn(160)
     assert learner.num_timesteps == 160
-    assert len(learner.ep_success_buffer) == 0 or 0 <= np.mean(learner.ep_success_buffer) <= 1
+    success: Any = learner.ep_success_buffer
+    assert len(success) > 0
     assert all(torch.equal(old, new) for old, new in zip(before, env.env.model.parameters(), strict=True))
     sac = SAC("MlpPolicy", StableBaselinesEnv(make_env(warped=True)), learning_starts=20, buffer_size=500, device="cpu")
     sac.learn(60)
