@@ -10,7 +10,11 @@ import torch
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
 
-ROWS, STEPS = 5, 40  # more steps than a store has room for at first
+ROWS, STEPS = 5, 40  # more steps than stores and batches have room for at first
+
+
+BODIES = [{"heads": 2}, {"kind": "hawk", "heads": 2}, {"heads": 2, "depth": 0}]
+NAMES = ["attention", "hawk", "steered at the embedding"]
 
 
 def make_model(**body: Any) -> Transformer:
@@ -19,7 +23,7 @@ def make_model(**body: Any) -> Transformer:
         action_embed_readout={"num_discrete": 3},
         state_embed_readout={"num_continuous": 2},
         lower_body={"depth": 2, **body},
-        upper_body={"depth": 1, **body},
+        upper_body={**body, "depth": 1},
         condition_on_actions=False,
     ).double()
     for name, parameter in model.named_parameters():
@@ -28,7 +32,7 @@ def make_model(**body: Any) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("body", [{"heads": 2}, {"kind": "hawk", "heads": 2}], ids=["attention", "hawk"])
+@pytest.mark.parametrize("body", BODIES, ids=NAMES)
 @torch.no_grad()
 def test_rows_that_step_in_changing_company_equal_whole_episodes(body: dict[str, Any]) -> None:
     model = make_model(**body)
@@ -58,11 +62,11 @@ def test_rows_that_step_in_changing_company_equal_whole_episodes(body: dict[str,
     torch.testing.assert_close(torch.stack([torch.stack(row) for row in seen]), expected)
 
 
-@pytest.mark.parametrize("body", [{"heads": 2}, {"kind": "hawk", "heads": 2}], ids=["attention", "hawk"])
+@pytest.mark.parametrize("body", BODIES, ids=NAMES)
 @torch.no_grad()
 def test_a_row_begins_again_beside_another_that_goes_on(body: dict[str, Any]) -> None:
     model = make_model(**body)
-    states = torch.randn(2, 6, 2, dtype=torch.float64)
+    states = torch.randn(2, STEPS, 2, dtype=torch.float64)
     store: Any = model.cache_store(2)
     both = torch.arange(2)
     cache = store.lower.take(both)
@@ -71,7 +75,7 @@ def test_a_row_begins_again_beside_another_that_goes_on(body: dict[str, Any]) ->
     store.lower.put(both, cache, both, 3)
     store.restart(torch.tensor([1]))
     cache = store.lower.take(both)
-    found = torch.cat([model.lower(model.embed(states[:, step : step + 1]), cache) for step in range(3, 6)], 1)
+    found = torch.cat([model.lower(model.embed(states[:, step : step + 1]), cache) for step in range(3, STEPS)], 1)
     torch.testing.assert_close(found[0], model.lower(model.embed(states))[0, 3:])
     torch.testing.assert_close(found[1], model.lower(model.embed(states[:, 3:]))[1])
 

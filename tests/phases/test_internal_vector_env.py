@@ -182,13 +182,13 @@ def test_every_row_equals_an_internal_env_with_the_same_episodes_and_codes(
 
 
 def joined_single_starts(started: list[Tensor], results: Any) -> list[Tensor]:
-    """What a row-by-row world started, without the batches it was first asked for, joined by step."""
+    """What a row-by-row world started, without the batch it was first asked for, joined by step."""
     counts = [ROWS, *(int((terminated | truncated).sum()) for _, _, terminated, truncated, _ in results)]
-    joined = []
+    starts, joined = started[1:], []
     for count in filter(None, counts):
-        joined.append(torch.cat(started[1 : 1 + count]))
-        started = started[1 + count :]
-    assert not started
+        joined.append(torch.cat(starts[:count]))
+        starts = starts[count:]
+    assert not starts
     return joined
 
 

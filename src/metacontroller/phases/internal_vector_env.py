@@ -143,6 +143,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device)
         self._rows: _Rows | None = None
+        self._by_row = False  # whether the world's batches were found to have no `replace`
 
     @torch.no_grad()
     @weights_cast_once()
@@ -253,9 +254,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return state
 
     def _episodes(self, n: int) -> _ReplaceableEnv:
-        env = self.domain.reset(n, self._generator, task=self.task)
-        if hasattr(env, "replace"):
-            return env  # pyright: ignore[reportReturnType]
+        if not self._by_row:
+            env = self.domain.reset(n, self._generator, task=self.task)
+            if hasattr(env, "replace"):
+                return env  # pyright: ignore[reportReturnType]
+            self._by_row = True
         return SingleRows([self.domain.reset(1, self._generator, task=self.task) for _ in range(n)])
 
 
