@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from metacontroller.control.metacontroller import MetaController
     from metacontroller.models.transformer import Transformer
     from metacontroller.phases.internal_env import InternalEnv
+    from metacontroller.phases.internal_vector_env import InternalVectorEnv
 
-__all__ = ["InternalEnv", "MetaController", "Transformer", "__version__"]
+__all__ = ["InternalEnv", "InternalVectorEnv", "MetaController", "Transformer", "__version__"]
 
 _MODULES = {
     "InternalEnv": "phases.internal_env",
+    "InternalVectorEnv": "phases.internal_vector_env",
     "MetaController": "control.metacontroller",
     "Transformer": "models.transformer",
 }

@@ -51,6 +51,9 @@ class BatchedEnv(Protocol):
 
     observation (b, *obs): the current one. terminated, truncated (b,) bool: never both. success (b,) bool: defined by
     the world, not by the return. steps, subgoals_done (b,) int64: steps taken, whole subgoals of the task done.
+
+    Optional: ``replace(rows, other)``, which puts the episodes of another batch in the place of ``rows``, int64 (m,).
+    With it `InternalVectorEnv` is fast; then ``select`` must leave shallow copies of the batch as they are.
     """
 
     observation: Tensor

@@ -22,13 +22,15 @@ class AttentionCache:
 
     keys, values: per block (capacity, b, h, d); time comes first, so that writing a step and reading all steps so far
     are contiguous. bias: per block (capacity, 1, h), the position bias at distances capacity - 1 to 0. length: steps
-    already written, the same for every row.
+    already written, the same for every row. padding (capacity, b, 1), if rows did not begin together: -inf at steps
+    before a row's first, else 0; read only where one step is taken.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     bias: list[Tensor]
     length: int = 0
+    padding: Tensor | None = None
 
     def keep(self, rows: Tensor) -> None:
         """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied."""
@@ -38,6 +40,7 @@ class AttentionCache:
                 used = buffer[: self.length]
                 used.index_copy_(1, moved, used.index_select(1, rows[moved]))
                 buffers[block] = buffer[:, : len(rows)]
+        self.padding = None if self.padding is None else self.padding[:, rows]
 
 
 class RelativePositionBias(nn.Module):
@@ -144,6 +147,8 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
         keys[now], values[now] = k.detach(), v.detach()
         scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
+        if cache.padding is not None:
+            scores += cache.padding[: now + 1]
         mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)
         x = x + self.to_out(mixed.flatten(1))
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
@@ -213,6 +218,8 @@ class AttentionBody(nn.Module):
             cache.bias = self._step_bias(capacity)
             cache.keys = [F.pad(keys, extra) for keys in cache.keys]
             cache.values = [F.pad(values, extra) for values in cache.values]
+            if cache.padding is not None:
+                cache.padding = F.pad(cache.padding, extra[2:])
 
 
 def variance_scaling_(weight: Tensor, scale: float = 0.1) -> None:

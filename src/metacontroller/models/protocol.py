@@ -41,8 +41,8 @@ class SteerableModel(Saveable, nn.Module):
     """A causal sequence model of expert actions, split at the controlled layer; what phases and analyses use.
 
     A subclass sets ``dim`` (n_e), ``encoder``, ``action_readout`` and ``state_readout``, and defines ``depth``,
-    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` is optional. It is a base class, not
-    a protocol, because the losses are the same for all models and are defined here.
+    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` and ``cache_store`` are optional. It
+    is a base class, not a protocol, because the losses are the same for all models and are defined here.
     """
 
     dim: int
@@ -87,6 +87,18 @@ class SteerableModel(Saveable, nn.Module):
         UserError if the model cannot.
         """
         raise UserError(f"a {type(self).__name__} is controlled at one layer only; it cannot be split elsewhere.")
+
+    def cache_store(self, batch: int) -> Any:
+        """Caches of ``batch`` episodes that do not step together, before their first steps.
+
+        It has the attributes ``lower`` and ``upper``, each with methods ``take(rows)``, which returns a copy of rows
+        (m,) as the cache of one batch, with a method ``keep`` of its own; and ``put(rows, cache, at, steps)``, which
+        stores the batch's rows ``at`` (m,), taken ``steps`` steps ago, as ``rows`` (m,). Its method ``restart(rows)``
+        begins new episodes. UserError if the model has none.
+        """
+        raise UserError(
+            f"a {type(self).__name__} has no cache for episodes that do not step together; define cache_store() of it."
+        )
 
     # the same for all models
 

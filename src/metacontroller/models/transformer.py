@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
+from metacontroller.models.cache_store import ModelStore, make_body_store
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.hawk import HawkBody, HawkCache
 from metacontroller.models.precision import Precision, check_precision, products
@@ -124,6 +125,12 @@ class Transformer(SteerableModel):
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
         """Empty caches for ``batch`` episodes that step together; capacity: steps before they have to grow."""
         return ModelCache(self.lower_body.empty_cache(batch, capacity), self.upper_body.empty_cache(batch, capacity))
+
+    def cache_store(self, batch: int) -> ModelStore:
+        """Caches of ``batch`` episodes that do not step together, before their first steps."""
+        device = self.norm.weight.device
+        lower, upper = (make_body_store(body, batch, device) for body in (self.lower_body, self.upper_body))
+        return ModelStore(lower, upper)
 
     def resplit(self, lower_depth: int) -> None:
         """Moves the controlled layer, in place, to after block ``lower_depth`` of all; 0 is the input embedding.

@@ -211,16 +211,16 @@ def _all_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 
 
-def survivors(alive: Tensor) -> Tensor:
+def survivors(alive: Tensor, *, exact: bool = False) -> Tensor:
     """The rows to keep when those of alive (b,) bool are still running, int64 (m,).
 
     All running rows are among them. The last running rows take the indices of finished ones among the first m, so that
-    few rows move. Above `MANY_ROWS` running rows a few finished ones are kept, so that m is a multiple of `ROW_STEP`:
-    the first matrix product of each new size is slow.
+    few rows move. Unless ``exact``, above `MANY_ROWS` running rows a few finished ones are kept, so that m is a
+    multiple of `ROW_STEP`: the first matrix product of each new size is slow.
     """
     running = alive.nonzero().squeeze(1)
     count = len(running)
-    if count > MANY_ROWS:
+    if count > MANY_ROWS and not exact:
         count = min(len(alive), -(-count // ROW_STEP) * ROW_STEP)
     rows = torch.arange(count, device=alive.device)
     moved = running[running >= count]
