@@ -85,6 +85,11 @@ class Trajectories:
         }
         return replace(self, **selected)
 
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same episodes on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
     def sample(self, n: int, generator: torch.Generator) -> Trajectories:
         """n of the episodes, drawn with replacement, on the generator's device: a `data.batching.Generate`."""
         rows = torch.randint(self.batch, (n,), generator=generator, device=generator.device)

@@ -35,8 +35,9 @@ class DomainSpec:
     """What a model has to know about a world.
 
     encoder: options of the state encoder, ``state_embed_readout`` of `Transformer`: ``{"num_continuous": 107}`` for
-    vectors, ``{"grid": {...}}`` for grids. action: ``{"num_discrete": 4}`` or ``{"num_continuous": 8}``. max_steps:
-    length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
+    vectors, ``{"num_discrete": [5, 5]}`` for choices, ``{"image": [64, 64, 3]}``, ``{"grid": {...}}``.
+    action: ``{"num_discrete": 4}``, ``{"num_discrete": [3, 2]}`` for several at once, or ``{"num_continuous": 8}``.
+    max_steps: length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
     """
 
     encoder: dict[str, Any]
@@ -51,6 +52,7 @@ class BatchedEnv(Protocol):
 
     observation (b, *obs): the current one. terminated, truncated (b,) bool: never both. success (b,) bool: defined by
     the world, not by the return. steps, subgoals_done (b,) int64: steps taken, whole subgoals of the task done.
+    Optional: lost (b,) bool, whether an exception of the world ended the episode, which is truncated then.
     """
 
     observation: Tensor

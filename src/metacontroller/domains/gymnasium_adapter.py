@@ -38,18 +38,20 @@ def environment_id(name: str) -> str:
     Packages register their environments when they are imported. If the ID alone is not known, the installed packages
     that build on Gymnasium are imported, those first whose name is part of the ID. UserError if none knows it.
     """
-    if _known(name):
+    reason = _unknown(name)
+    if reason is None:
         return name
     for module in [] if ":" in name else _modules_on_gymnasium(name):
-        if _known(f"{module}:{name}"):
+        if _unknown(f"{module}:{name}") is None:
             return f"{module}:{name}"
     raise UserError(
-        f"env {name!r} is no environment of Gymnasium's or of an installed package; install the package that has it, "
-        "or write module:ID where importing a module of yours registers it."
+        f"env {name!r} is no environment of Gymnasium's or of an installed package ({reason}); install the package "
+        "that has it, or write module:ID where importing a module of yours registers it."
     )
 
 
-def _known(name: str) -> bool:
+def _unknown(name: str) -> str | None:
+    """What Gymnasium has against an ID; None if it knows it."""
     module, _, known = name.rpartition(":")
     try:
         with warnings.catch_warnings():
@@ -57,9 +59,9 @@ def _known(name: str) -> bool:
             if module:
                 importlib.import_module(module)
             gymnasium.spec(known)
-    except (ImportError, gymnasium.error.Error):
-        return False
-    return True
+    except (ImportError, gymnasium.error.Error) as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def _modules_on_gymnasium(name: str) -> list[str]:

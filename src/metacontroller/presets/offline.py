@@ -20,18 +20,18 @@ from metacontroller.training.optimizer import OptimizerConfig
 
 
 def laptop() -> ExperimentConfig:
-    """Minutes on two cores for episodes of about a hundred steps, most of them in the environment."""
-    rl = InternalRLConfig(episodes=16_384, batch_size=256, lr=1e-3, update_epochs=4)
+    """Minutes on two cores for episodes of a few dozen steps; an environment of Python's own speed takes the most."""
+    rl = InternalRLConfig(episodes=8192, batch_size=128, lr=1e-3, update_epochs=4)
     config = ExperimentConfig(
         domain=OfflineConfig(),
-        model=ModelConfig(dim=128, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128),
+        model=ModelConfig(dim=64, lower_depth=1, upper_depth=2, heads=4, mlp_dim=128),
         meta_controller=MetaControllerConfig(dim_latent=4, policy_hidden=64),
-        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=1500, batch_size=64, lr=1e-3)),
+        pretrain=PretrainConfig(optimizer=OptimizerConfig(steps=1000, batch_size=32, lr=2e-3)),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=2000, batch_size=64, lr=2e-3, decay_steps=500),
+            optimizer=OptimizerConfig(steps=1500, batch_size=32, lr=2e-3, decay_steps=400),
             alpha=0.01,
             alpha_start=0.0,  # codes must mean something before they cost something
-            alpha_warmup=(500, 1000),
+            alpha_warmup=(400, 800),
         ),
         internal_rl=rl,
         raw_action_rl=rl,

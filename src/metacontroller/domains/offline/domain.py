@@ -34,7 +34,7 @@ class OfflineConfig:
     termination."""
     workers: int = 0
     """Processes in which the environments step; 0: the one that trains."""
-    window: int = 256
+    window: int = 128
     """Of longer episodes only so many steps are read at once, from a step drawn at random."""
 
     def __post_init__(self) -> None:
