@@ -16,7 +16,9 @@ EXPERTS, SCRIPT = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.
 WORLDS = re.findall(r"^```shell\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SMALLER = {"--episodes": "6", "--workers": "1"}
 """Of `collect`."""
-DEBUG = "--preset offline-debug --quiet --config.internal-rl.episodes 8 --config.evaluate.episodes 4 --config.domain.max-steps 8"
+SIZES = {"internal-rl.episodes": 8, "evaluate.episodes": 4, "domain.max-steps": 8}
+DEBUG = " ".join(["--preset offline-debug --quiet", *(f"--config.{name} {size}" for name, size in SIZES.items())])
+"""Of `pretrain`, for all phases."""
 
 
 def commands(block: str) -> list[list[str]]:
