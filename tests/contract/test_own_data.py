@@ -68,6 +68,9 @@ def test_without_an_environment_all_but_acting_works(
         assert "acting needs an environment" in capsys.readouterr().err
     assert main(["probe", "runs/mine"]) == 2
     assert "probes needs the subgoal of each step" in capsys.readouterr().err
+    assert main(["pretrain", "runs/other", "--dataset", "misspelt"]) == 2
+    assert "misspelt" in capsys.readouterr().err  # also where Minari is not installed
+    assert not Path("runs/other").exists()
     assert main(["pretrain", "runs/other", "--env", "CartPole-v1"]) == 2
     assert "give --dataset ID" in capsys.readouterr().err
     assert main(["pretrain", "runs/other", "--dataset", "data/mine", "--preset", "laptop"]) == 2

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
+from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
@@ -51,6 +52,7 @@ class Pretrain(Tracked):
         config = self.config if self.dataset is None and self.env is None else self._with_data()
         config = chosen_config(config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
+        domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
         workers.wait()  # until all have seen what was there before
         if workers.is_main:
             open_folder(run, config, resume=self.resume, option="folder")

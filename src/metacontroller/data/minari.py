@@ -32,7 +32,7 @@ def open_minari(dataset: Any) -> Any:
     """
     if not isinstance(dataset, str):
         return dataset
-    minari = _minari()
+    minari = _minari(f"dataset {dataset!r} is no folder and no package.module:function; as the ID of Minari's it needs")
     if dataset not in minari.list_local_datasets():
         known = ", ".join(minari.list_local_datasets()) or "none"
         raise UserError(
@@ -75,7 +75,7 @@ def write_minari(
     options: further ones of `minari.create_dataset_from_buffers`, such as env and author. Images are stored without
     loss. UserError for episodes without rewards.
     """
-    minari = _minari()
+    minari = _minari("writing a Minari dataset needs")
     from minari.data_collector import EpisodeBuffer
 
     buffers = []
@@ -101,12 +101,10 @@ def write_minari(
         )
 
 
-def _minari() -> Any:
+def _minari(need: str) -> Any:
+    """The package; need: what for, as the beginning of a sentence."""
     try:
         import minari
     except ImportError as error:
-        raise UserError(
-            "minari is not installed; a dataset that is neither a folder nor package.module:function needs it: "
-            "pip install 'metacontroller-rl[data]'."
-        ) from error
+        raise UserError(f"{need} minari, which is not installed: pip install 'metacontroller-rl[data]'.") from error
     return minari

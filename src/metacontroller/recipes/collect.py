@@ -185,7 +185,7 @@ def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, at
 
 
 def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
-    """One episode: the fields of `Trajectories` that it has, and success and lost."""
+    """One episode: success and lost, and unless it is lost the fields of `Trajectories`."""
     env.reset(seed=seed, options={"max_steps": MAX_STEPS})
     env.action_space.seed(seed)
     observations, actions, rewards = [env.last], [], []
@@ -194,6 +194,8 @@ def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
         rewards.append(env.step(action)[1])
         observations.append(env.last)
         actions.append(action)
+    if env.flags["lost"]:
+        return dict(env.flags)
     space, seen = env.env.observation_space, readable(env.env.observation_space)
     return {
         "states": encode_observations(seen, stack(seen, [without_text(space, value) for value in observations])),
