@@ -122,7 +122,8 @@ def test_boxes_are_clipped_and_text_is_dropped() -> None:
 
 
 def test_rows_are_selected_in_any_order() -> None:
-    batch = batch_of("adapter/Walk-v0", 3)
+    batch = batch_of("adapter/Walk-v0", 4)
+    batch.select(torch.tensor([1, 2, 3]))
     play(batch, [0], [1], [2])
     batch.select(torch.tensor([2, 0]))
     assert (len(batch), batch.observation.tolist()) == (2, [[4], [2]])

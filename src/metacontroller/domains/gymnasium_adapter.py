@@ -9,6 +9,7 @@ import importlib
 import sys
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -144,6 +145,8 @@ class Guard(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if self.flags["lost"]:
+            with suppress(Exception):  # it may be broken
+                self.env.close()
             self.env = make_environment(self.maker.name)
         self.flags = dict.fromkeys(FLAGS, False)
         self.returned, self.steps, self.reported = 0.0, 0, False
@@ -181,7 +184,7 @@ class Guard(gymnasium.Env):
         self.env.close()
 
     def _lose(self, error: Exception) -> None:
-        self.flags |= {"truncated": True, "lost": True}
+        self.flags |= {"truncated": True, "success": False, "lost": True}
         print(
             f"metacontroller: {self.maker.name} raised {type(error).__name__}: {error}; its episode ends here.",
             file=sys.stderr,
@@ -306,7 +309,7 @@ class GymnasiumBatch:
         """seed: of row 0; row i has the next but i. max_steps: after which an episode is truncated."""
         self.envs, self.device = rows, device
         self.rows = np.arange(rows.count)
-        self.taken: np.ndarray | None = None
+        self.taken: np.ndarray | None = None  # (n, ...), last actions of the environment
         self.steps = torch.zeros(rows.count, dtype=torch.int64, device=device)
         self.subgoals_done = torch.zeros_like(self.steps)
         self._show(rows.reset(seed, max_steps))
@@ -318,7 +321,7 @@ class GymnasiumBatch:
         running = ~(self.terminated | self.truncated)
         chosen = self._environment_actions(actions)
         if self.taken is None:
-            self.taken = chosen
+            self.taken = np.repeat(chosen[:1], self.envs.count, 0)
         self.taken[self.rows] = chosen
         values = self.envs.step(self.taken)
         self.steps = self.steps + running

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,11 +189,11 @@ def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
     """One episode: success and lost, and unless it is lost the fields of `Trajectories`."""
     env.reset(seed=seed, options={"max_steps": MAX_STEPS})
     env.action_space.seed(seed)
-    observations, actions, rewards = [env.last], [], []
+    observations, actions, rewards = [deepcopy(env.last)], [], []  # environments may write into what they returned
     while not env.ended:
-        action = policy(env.last, env.env)
+        action = deepcopy(policy(env.last, env.env))
         rewards.append(env.step(action)[1])
-        observations.append(env.last)
+        observations.append(deepcopy(env.last))
         actions.append(action)
     if env.flags["lost"]:
         return dict(env.flags)
