@@ -120,6 +120,9 @@ class Domain:
 
     # optional methods
 
+    def check_acting(self) -> None:
+        """UserError if the world has demonstrations only, and no episodes to act in."""
+
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """Symmetry augmentation: states (n, t, *obs) under a random symmetry of the world, one per row; same shape.
 

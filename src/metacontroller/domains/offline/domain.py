@@ -77,14 +77,17 @@ class Offline(Domain):
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
     ) -> GymnasiumBatch:
         """n episodes of the environment, which has one task; UserError without an environment, and for another task."""
+        self.check_acting()
+        if task is not None:
+            raise UserError(f"the environment {self.config.env} has one task, not {task!r}; leave the task out.")
+        return self._environments.reset(n, generator, max_steps or self._limit())
+
+    def check_acting(self) -> None:
         if self.config.env is None:
             raise UserError(
                 "acting needs an environment and the run has a dataset only; start it with --dataset "
                 f"{self.config.dataset} --env ID, a Gymnasium ID."
             )
-        if task is not None:
-            raise UserError(f"the environment {self.config.env} has one task, not {task!r}; leave the task out.")
-        return self._environments.reset(n, generator, max_steps or self._limit())
 
     @cached_property
     def _environments(self) -> GymnasiumEnvironments:
