@@ -69,6 +69,9 @@ COMMANDS = {
         "episodes",
         "Held-out episodes of experts with gate, codes and pictures, for the report's player (Fig. 6).",
     ),
+    "collect": Command(
+        "data", "Collect", "Play a policy of yours in a Gymnasium environment and keep the episodes as a dataset."
+    ),
     "reproduce": Command(
         "experiment",
         "Reproduce",
@@ -87,7 +90,7 @@ COMMANDS = {
     "report": Command(
         "experiment",
         "Report",
-        "One HTML file on finished reproductions, with all figures and a trajectory player; it needs no network.",
+        "One HTML file on runs or finished reproductions, with figures and a trajectory player; it needs no network.",
     ),
 }
 
@@ -123,15 +126,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: list[str]) -> Any:
     """The command to run. If the first word names none, argparse shows the help asked for or what is wrong, and ends.
 
-    --preset is looked for first: it decides the defaults of all --config options.
+    --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
     """
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:
         kind = COMMANDS[_overview().parse_args(argv[:1]).command].load()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", nargs="?")
-    preset = early.parse_known_args(argv)[0].preset
-    default = kind.at_preset(preset) if hasattr(kind, "at_preset") else None
+    early.add_argument("--dataset", nargs="?")
+    words = early.parse_known_args(argv)[0]
+    if words.dataset is not None and words.preset is None and hasattr(kind, "preset_of_data"):
+        words.preset = kind.preset_of_data()
+    default = kind.at_preset(words.preset) if hasattr(kind, "at_preset") else None
     return tyro.cli(
         kind, args=argv[1:], prog=f"metacontroller {argv[0]}", default=default, config=(FlagCreatePairsOff,)
     )

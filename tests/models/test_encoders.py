@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, sample_layouts, tokens_to_onehot
+from metacontroller.models import encoders
 from metacontroller.models.encoders import GridEncoder, TokenEncoder, VectorEncoder
 from metacontroller.models.transformer import Transformer
 
@@ -170,3 +172,46 @@ def test_what_is_no_category_is_refused(change: Any, sentence: str) -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="expected numbers of categories, at least 1"):
         TokenEncoder(DIM, sizes=[3, 0])
+
+
+# -- your own data ----------------------------------------------------------------------------------------------------
+
+
+def test_vectors_are_normalized_within_limits() -> None:
+    encoder = encoders.make_encoder(DIM, {"num_continuous": 2, "mean": [5.0, 0.0], "std": [2.0, 1e-3]})
+    plain = VectorEncoder(2, DIM)
+    plain.linear.load_state_dict(encoder.linear.state_dict())
+    torch.testing.assert_close(encoder(torch.tensor([[[9.0, 1.0]]])), plain(torch.tensor([[[2.0, 10.0]]])))
+    assert encoder.state_readout(DIM).std is not None
+
+
+def test_choices_are_a_sum_of_embeddings() -> None:
+    encoder = encoders.make_encoder(DIM, {"num_discrete": [5, 3]})
+    states = torch.tensor([[[4, 0], [1, 2]]])
+    expected = torch.stack([encoder.table[4] + encoder.table[5], encoder.table[1] + encoder.table[7]])
+    torch.testing.assert_close(encoder(states)[0], expected)
+    assert encoder.state_readout(DIM)(torch.randn(1, 2, DIM)).shape == (1, 2, 8)
+    assert encoder.from_observation(np.int64(3)).tolist() == [3]
+    with pytest.raises(ValueError, match="out of range"):
+        encoder.check(torch.tensor([[[4, 3]]]))
+
+
+@pytest.mark.parametrize("shape", [[7, 7, 3], [40, 33, 3], [4, 84, 84], [20, 30]])
+def test_images_of_any_layout_are_read(shape: list[int]) -> None:
+    encoder = encoders.make_encoder(DIM, {"image": shape})
+    states = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    assert encoder(states).shape == (2, 3, DIM)
+    targets, readout = encoder.targets(states), encoder.state_readout(DIM)
+    assert targets.shape == (2, 3, readout.num_continuous)
+    assert float(targets.min()) >= 0
+    assert float(targets.max()) <= 1
+    torch.testing.assert_close(encoder(states)[1, 2:], encoder(states[1:, 2:])[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="expected uint8"):
+        encoder.check(states.float())
+
+
+def test_a_color_moved_to_another_axis_is_the_same_image() -> None:
+    last, first = (encoders.make_encoder(DIM, {"image": shape}) for shape in ([20, 16, 3], [3, 20, 16]))
+    first.load_state_dict(last.state_dict())
+    states = torch.randint(0, 256, (1, 2, 20, 16, 3), dtype=torch.uint8)
+    torch.testing.assert_close(last(states), first(states.movedim(-1, 2)))

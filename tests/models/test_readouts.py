@@ -12,8 +12,8 @@ from metacontroller.models.readouts import (
     MAX_LOG_STD,
     MIN_LOG_STD,
     CategoricalReadout,
-    CategoriesReadout,
     GaussianReadout,
+    MultiCategoricalReadout,
     clamp_with_inward_gradient,
     gaussian_log_prob,
     make_readout,
@@ -142,11 +142,53 @@ def test_the_option_chooses_the_readout() -> None:
     assert isinstance(make_readout(6, "action_embed_readout", {"num_continuous": 4}), GaussianReadout)
 
 
-def test_categories_log_prob_is_the_sum_of_its_entries() -> None:
-    readout = CategoriesReadout(6, [3, 2, 4]).double()
-    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
-    values = torch.stack([torch.randint(size, (2, 5)) for size in readout.sizes], -1)
-    logits = readout(hidden)
-    parts = zip(logits.split(readout.sizes, -1), values.unbind(-1), strict=True)
-    expected = torch.stack([Categorical(logits=part).log_prob(value) for part, value in parts]).sum(0)
+# -- several choices, and data in units of their own ------------------------------------------------------------------
+
+
+def test_several_choices_are_independent_softmaxes() -> None:
+    readout = MultiCategoricalReadout(6, [3, 2, 4]).double()
+    values = torch.stack([torch.randint(0, n, (3, 5)) for n in (3, 2, 4)], -1)
+    logits = readout(torch.randn(3, 5, 6, dtype=torch.float64))
+    blocks = zip(logits.split([3, 2, 4], -1), values.unbind(-1), strict=True)
+    expected = torch.stack([Categorical(logits=block).log_prob(value) for block, value in blocks]).sum(0)
     torch.testing.assert_close(readout.log_prob(logits, values), expected)
+
+
+def test_several_choices_are_sampled_by_their_shares() -> None:
+    readout = MultiCategoricalReadout(6, [3, 2])
+    shares = [torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.9, 0.1])]
+    samples = readout.sample(torch.cat(shares).log().expand(1, 20_000, 5), torch.Generator().manual_seed(0))
+    for share, values in zip(shares, samples[0].unbind(-1), strict=True):
+        torch.testing.assert_close(values.bincount() / 20_000, share, atol=0.015, rtol=0)
+
+
+def test_several_choices_are_checked_and_embedded() -> None:
+    readout = make_readout(6, "action", {"num_discrete": [3, 2]}, embeds=True)
+    assert isinstance(readout, MultiCategoricalReadout)
+    values = torch.tensor([[[2, 1]]])
+    readout.check(values, (1, 1))
+    torch.testing.assert_close(readout.embed(values)[0, 0], readout.embedding.weight[2] + readout.embedding.weight[4])
+    with pytest.raises(ValueError, match="out of range"):
+        readout.check(torch.tensor([[[2, 2]]]), (1, 1))
+    with pytest.raises(ValueError, match=r"expected torch.int64 \(1, 1, 2\)"):
+        readout.check(torch.tensor([[2]]), (1, 1))
+
+
+def test_statistics_change_the_units_and_nothing_else() -> None:
+    plain = GaussianReadout(6, 2, embeds=True)
+    scaled = GaussianReadout(6, 2, embeds=True, mean=[100.0, -3.0], std=[50.0, 0.01])
+    scaled.load_state_dict(plain.state_dict())  # statistics are no weights
+    mean, std = torch.tensor([100.0, -3.0]), torch.tensor([50.0, 0.01])
+    hidden, values = torch.randn(3, 5, 6), torch.randn(3, 5, 2)
+    raw = mean + std * values
+    torch.testing.assert_close(scaled.embed(raw), plain.embed(values), atol=1e-3, rtol=1e-3)
+    expected = plain.log_prob(plain(hidden), values) - std.log().sum()
+    torch.testing.assert_close(scaled.log_prob(scaled(hidden), raw), expected, atol=1e-3, rtol=1e-3)
+    one, other = (readout.sample(readout(hidden), torch.Generator().manual_seed(1)) for readout in (plain, scaled))
+    torch.testing.assert_close(other, mean + std * one)
+
+
+@pytest.mark.parametrize("statistics", [{"mean": [1.0], "std": [1.0]}, {"mean": [1.0, 2.0], "std": [1.0, 0.0]}])
+def test_statistics_that_do_not_fit_are_refused(statistics: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        GaussianReadout(6, 2, **statistics)

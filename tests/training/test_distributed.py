@@ -137,6 +137,7 @@ def test_shares_of_an_update_add_up_to_the_whole() -> None:
         success=torch.ones(6, dtype=torch.bool),
         steps=lengths,
         subgoals_done=lengths,
+        lost=None,
         residual=torch.randn(6, steps, 3).double(),
         code=torch.randn(6, steps, 2).double(),
         log_prob=torch.randn(6, steps).double(),

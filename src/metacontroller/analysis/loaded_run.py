@@ -100,6 +100,7 @@ class LoadedRun:
 
     def evaluate(self, policy: Policy, *, task: Any = None, episodes: int, seed: int) -> dict[str, Any]:
         """`phases.evaluate` with the model and metacontroller of that policy; task as of `Domain.reset`."""
+        self.domain.check_acting()  # before a file is missed that nothing could have made
         if policy in ("base", "raw"):
             model, meta_controller = self.base if policy == "base" else self.raw_model, None
         else:

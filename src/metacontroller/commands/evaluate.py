@@ -15,7 +15,7 @@ from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
 from metacontroller.recipes.measure import discovery_figures
-from metacontroller.report.tables import evaluation_table
+from metacontroller.report.tables import evaluation_name, evaluation_table
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.seeding import stream_seed
 
@@ -49,7 +49,8 @@ class Evaluate:
         print_results(results, self.run, evaluation_table, as_json=self.json)
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
-        """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too."""
+        """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too. The report reads
+        what is measured on the post-training task."""
         loaded = load_run(run, device_name(self.device))
         seed = stream_seed(loaded.seed if self.seed is None else self.seed, "evaluate")
         task = None if self.task is None else loaded.domain.parse_task(self.task)
@@ -57,6 +58,8 @@ class Evaluate:
         if self.video is not None:
             write_video(loaded, self.policy, self.video, task=task, seed=seed)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
-        if self.policy in ("base", "raw"):
-            return result
-        return {**result, **discovery_figures(loaded, seed, max(episodes, loaded.settings.episodes))}
+        if self.policy not in ("base", "raw"):
+            result |= discovery_figures(loaded, seed, max(episodes, loaded.settings.episodes))
+        if task is None:
+            run.write_analysis(evaluation_name(self.policy), result)
+        return result

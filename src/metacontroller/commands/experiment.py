@@ -20,6 +20,7 @@ from metacontroller.commands.options import (
     seed_folders,
 )
 from metacontroller.errors import UserError
+from metacontroller.phases.artefacts import META_CONTROLLER, artefact_path
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder
 from metacontroller.recipes.jobs import Engine
 from metacontroller.recipes.reproduce import reproduce, show_episodes
@@ -179,10 +180,10 @@ class Sweep(Training):
 
 @dataclass(kw_only=True)
 class Report:
-    """One HTML file on finished reproductions, with all figures and a trajectory player; it needs no network."""
+    """One HTML file on runs or finished reproductions, with figures and a trajectory player; it needs no network."""
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of reproductions."""
+    """Folders of runs or of reproductions."""
     out: Path = Path("report.html")
     """File to write."""
     device: Device = "auto"
@@ -190,8 +191,10 @@ class Report:
 
     def __call__(self) -> None:
         if not self.runs:
-            raise UserError("no folder was named; give that of a reproduction.")
-        for folder in self.runs:
-            for seed in RunFolder(folder).read_summary().get("seeds", [])[:1]:
-                show_episodes(load_run(RunFolder(folder / f"seed-{seed}"), device_name(self.device)))
+            raise UserError("no folder was named; give that of a run or of a reproduction.")
+        for folder in map(RunFolder, self.runs):
+            seeds = folder.read_summary().get("seeds", [])
+            first = RunFolder(folder.path / f"seed-{seeds[0]}") if seeds else folder
+            if artefact_path(first, META_CONTROLLER).exists():
+                show_episodes(load_run(first, device_name(self.device)))
         print(write_report(self.runs, self.out))

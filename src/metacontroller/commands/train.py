@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
 
+from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
+from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
@@ -24,6 +26,11 @@ class Pretrain(Tracked):
     """Folder to make, or with --resume to continue in."""
     preset: str | None = None
     """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
+    dataset: str | None = None
+    """Learn from data of yours: a folder that `collect` wrote, package.module:function, or the ID of a Minari dataset
+    on this machine. The preset is then one for such data unless given."""
+    env: str | None = None
+    """Gymnasium ID of the environment in which the later phases act, beside --dataset."""
     seed: int | None = None
     """From which all randomness derives."""
     config: ExperimentConfig = field(default_factory=preset_config)
@@ -34,11 +41,18 @@ class Pretrain(Tracked):
         """The defaults of all options."""
         return cls(run=tyro.MISSING, config=preset_config(preset))
 
+    @staticmethod
+    def preset_of_data() -> str:
+        """The preset where a dataset is named and no preset."""
+        return presets.OWN_DATA
+
     def __call__(self) -> None:
         run, device = RunFolder(self.run), device_name(self.device)
         workers = processes(device)
-        config = chosen_config(self.config, self.preset, run, self.resume)
+        config = self.config if self.dataset is None and self.env is None else self._with_data()
+        config = chosen_config(config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
+        domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
         workers.wait()  # until all have seen what was there before
         if workers.is_main:
             open_folder(run, config, resume=self.resume, option="folder")
@@ -50,6 +64,21 @@ class Pretrain(Tracked):
                 "resume it, or choose another folder."
             )
         run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+
+    def _with_data(self) -> ExperimentConfig:
+        """The config with the dataset and the environment asked for."""
+        if self.dataset is None:
+            raise UserError(
+                f"--env {self.env} stands beside no dataset; give --dataset ID, which the model learns from."
+            )
+        domain = self.config.domain
+        if not {"dataset", "env"} <= {part.name for part in fields(domain)}:
+            raise UserError(
+                f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
+            )
+        folder = Path(self.dataset)
+        name = str(folder.resolve()) if folder.is_dir() else self.dataset  # later phases may start elsewhere
+        return replace(self.config, domain=replace(domain, dataset=name, env=self.env or domain.env))
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,16 @@
 """Behaviour data."""
 
 from metacontroller.data.batching import length_sorted_batches
-from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.datasets import Dataset, load_dataset
+from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories, length_mask
 
-__all__ = ["Trajectories", "TrajectoryStore", "length_mask", "length_sorted_batches"]
+__all__ = [
+    "Dataset",
+    "Episodes",
+    "Trajectories",
+    "TrajectoryStore",
+    "length_mask",
+    "length_sorted_batches",
+    "load_dataset",
+]

@@ -5,12 +5,22 @@ Axes: b episodes, t steps. A sequence holds T actions and T + 1 states: ``o_1, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from metacontroller.data.minari import minari_episodes, open_minari
 from metacontroller.errors import UserError
+
+PER_EPISODE = ("lengths", "terminated", "truncated")
+"""Fields with one entry an episode; the others have one a step, ``states`` one more."""
+
+PADDING = {"subgoals": -1, "segments": -1}
+"""What fills the steps beyond an episode's end, where that is not 0; states repeat their last entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +32,8 @@ class Trajectories:
     lengths: (b,) int64, number of actions of each episode, 1 <= length <= T.
     subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding).
     segments: (b, T) int64 or None, index of that subgoal in its task (-1 in the padding).
+    rewards: (b, T) or None; zeros in the padding. terminated, truncated: (b,) bool or None, how each episode ended.
+    Training reads neither; a dataset keeps them.
     Subgoals and segments are labels for evaluation only. UserError for shapes that do not fit, and for lengths out of
     range; the latter are checked on the CPU only, because reading them from another device would synchronize with it.
     """
@@ -31,6 +43,9 @@ class Trajectories:
     lengths: Tensor
     subgoals: Tensor | None = None
     segments: Tensor | None = None
+    rewards: Tensor | None = None
+    terminated: Tensor | None = None
+    truncated: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, steps = self.actions.shape[:2]
@@ -62,10 +77,9 @@ class Trajectories:
     def index(self, rows: Tensor) -> Trajectories:
         """The episodes with indices ``rows`` (m,), cut to the longest of them."""
         steps = int(self.lengths[rows].max())
-        cut = {"states": steps + 1, "actions": steps, "subgoals": steps, "segments": steps}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         selected = {
-            name: value[rows, : cut[name]] if name in cut else value[rows]
+            name: value[rows] if name in PER_EPISODE else value[rows, : steps + (name == "states")]
             for name, value in values.items()
             if value is not None
         }
@@ -75,6 +89,71 @@ class Trajectories:
         """The same episodes on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+    def sample(self, n: int, generator: torch.Generator) -> Trajectories:
+        """n of the episodes, drawn with replacement, on the generator's device: a `data.batching.Generate`."""
+        rows = torch.randint(self.batch, (n,), generator=generator, device=generator.device)
+        return self.index(rows.to(self.lengths.device)).to(generator.device)
+
+    @classmethod
+    def from_episodes(cls, episodes: Iterable[Mapping[str, Any]]) -> Trajectories:
+        """Episodes of any lengths, each a mapping of a field's name to an array or tensor, padded.
+
+        ``states`` (t + 1, ...) and ``actions`` (t, ...) are needed, ``subgoals``, ``segments``, ``rewards`` (t,),
+        ``terminated`` and ``truncated`` (a bool each) are kept. UserError for other names, and for episodes that do not
+        fit together.
+        """
+        rows = [{name: torch.as_tensor(np.asarray(value)) for name, value in row.items()} for row in episodes]
+        if not rows:
+            raise UserError("from_episodes was given no episode; give at least one.")
+        known = {field.name for field in fields(cls)} - {"lengths"}
+        names = rows[0].keys()
+        for index, row in enumerate(rows):
+            _check_episode(row, index, names, known)
+        lengths = torch.tensor([len(row["actions"]) for row in rows])
+        steps = int(lengths.max())
+        padded = {name: torch.stack([_padded(name, row[name], steps) for row in rows]) for name in names}
+        return cls(lengths=lengths, **padded)
+
+    @classmethod
+    def from_minari(cls, dataset: Any) -> Trajectories:
+        """All episodes of a `minari.MinariDataset`, or of the local one with that ID; see `data.minari`."""
+        return cls.from_episodes(minari_episodes(open_minari(dataset)))
+
+    def episodes(self) -> Iterator[dict[str, Tensor]]:
+        """The episodes one by one, without padding, as ``from_episodes`` takes them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
+        held = {name: value for name, value in values.items() if value is not None}
+        for row, steps in enumerate(self.lengths.tolist()):
+            yield {
+                name: value[row] if name in PER_EPISODE else value[row, : steps + (name == "states")]
+                for name, value in held.items()
+            }
+
+
+def _check_episode(row: Mapping[str, Tensor], index: int, names: Any, known: set[str]) -> None:
+    if not {"states", "actions"} <= row.keys() or not row.keys() <= known or row.keys() != names:
+        raise UserError(
+            f"episode {index} has the fields {sorted(row)} and episode 0 {sorted(names)}; expected the same, with "
+            f"states and actions, of {', '.join(sorted(known))}."
+        )
+    steps = len(row["actions"])
+    for name, value in row.items():
+        expected = steps + (name == "states")
+        if name not in PER_EPISODE and (steps == 0 or len(value) != expected):
+            raise UserError(
+                f"episode {index} has {len(value)} {name} and {steps} actions; expected at least one action, one state "
+                "more, and as many of the rest."
+            )
+
+
+def _padded(name: str, value: Tensor, steps: int) -> Tensor:
+    """The values of an episode for ``steps`` steps."""
+    if name in PER_EPISODE:
+        return value
+    missing = steps + (name == "states") - len(value)
+    last = value[-1:] if name == "states" else torch.full_like(value[:1], PADDING.get(name, 0))
+    return torch.cat([value, last.expand(missing, *value.shape[1:])])
 
 
 def length_mask(lengths: Tensor, steps: int) -> Tensor:

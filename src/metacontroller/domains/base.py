@@ -35,8 +35,9 @@ class DomainSpec:
     """What a model has to know about a world.
 
     encoder: options of the state encoder, ``state_embed_readout`` of `Transformer`: ``{"num_continuous": 107}`` for
-    vectors, ``{"grid": {...}}`` for grids. action: ``{"num_discrete": 4}`` or ``{"num_continuous": 8}``. max_steps:
-    length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
+    vectors, ``{"num_discrete": [5, 5]}`` for choices, ``{"image": [64, 64, 3]}``, ``{"grid": {...}}``.
+    action: ``{"num_discrete": 4}``, ``{"num_discrete": [3, 2]}`` for several at once, or ``{"num_continuous": 8}``.
+    max_steps: length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
     """
 
     encoder: dict[str, Any]
@@ -54,6 +55,7 @@ class BatchedEnv(Protocol):
 
     Optional: ``replace(rows, other)``, which puts the episodes of another batch in the place of ``rows``, int64 (m,).
     With it `InternalVectorEnv` is fast; then ``select`` must leave shallow copies of the batch as they are.
+    Optional: lost (b,) bool, whether an exception of the world ended the episode, which is truncated then.
     """
 
     observation: Tensor
@@ -120,6 +122,9 @@ class Domain:
         raise NotImplementedError
 
     # optional methods
+
+    def check_acting(self) -> None:
+        """UserError if the world has demonstrations only, and no episodes to act in."""
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """Symmetry augmentation: states (n, t, *obs) under a random symmetry of the world, one per row; same shape.

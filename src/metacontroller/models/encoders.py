@@ -6,6 +6,7 @@ agent's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,27 +14,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.models.readouts import CategoricalReadout, CategoriesReadout, GaussianReadout
+from metacontroller.models.readouts import (
+    CategoricalReadout,
+    GaussianReadout,
+    MultiCategoricalReadout,
+    block_starts,
+    register_statistics,
+)
+
+NORMALIZED_LIMIT = 10.0
+"""Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
 
 
 class VectorEncoder(nn.Module):
-    """A linear map of a vector observation, which is cast to the weights' floating-point type."""
+    """A linear map of a vector observation, which is cast to the weights' floating-point type.
 
-    def __init__(self, dim_state: int, dim: int) -> None:
+    mean, std (dim_state,): statistics of the data, by which the vector is normalized first, within ±10 (our choice).
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self, dim_state: int, dim: int, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         if dim_state < 1:
             raise UserError(f"num_continuous is {dim_state}; expected at least 1.")
         self.dim_state = dim_state
+        self.statistics = {"mean": mean, "std": std}
+        register_statistics(self, dim_state, mean, std)
         self.linear = nn.Linear(dim_state, dim)
 
     def forward(self, states: Tensor) -> Tensor:
         """states (b, t, dim_state) float -> (b, t, n)."""
         self._check_shape(states)
-        return self.linear(states.to(self.linear.weight.dtype))
+        states = states.to(self.linear.weight.dtype)
+        if self.mean is not None and self.std is not None:
+            states = ((states - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)
+        return self.linear(states)
 
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next observation from a residual of width ``dim``."""
-        return GaussianReadout(dim, self.dim_state)
+        return GaussianReadout(dim, self.dim_state, **self.statistics)
 
     def targets(self, states: Tensor) -> Tensor:
         """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves."""
@@ -198,9 +221,9 @@ class TokenEncoder(nn.Module):
         rows = (tokens + self.offsets).flatten(0, -2)
         return F.embedding_bag(rows, self.table, mode="sum").unflatten(0, tokens.shape[:-1])
 
-    def state_readout(self, dim: int) -> CategoriesReadout:
+    def state_readout(self, dim: int) -> MultiCategoricalReadout:
         """The readout that predicts all entries of the next observation from a residual of width ``dim``."""
-        return CategoriesReadout(dim, self.sizes)
+        return MultiCategoricalReadout(dim, self.sizes)
 
     def targets(self, tokens: Tensor) -> Tensor:
         """The targets of ``state_readout`` in tokens (b, t, entries + condition): the entries, (b, t, entries)."""
@@ -227,21 +250,143 @@ class TokenEncoder(nn.Module):
             )
 
 
-Encoder = VectorEncoder | GridEncoder | TokenEncoder
+class ChoiceEncoder(nn.Module):
+    """A sum of embeddings, one of each of k choices. num_discrete: values of each."""
+
+    offsets: Tensor
+
+    def __init__(self, dim: int, num_discrete: Sequence[int]) -> None:
+        super().__init__()
+        if not num_discrete or min(num_discrete) < 1:
+            raise UserError(f"num_discrete is {list(num_discrete)}; expected at least one number, each at least 1.")
+        self.num_discrete = tuple(num_discrete)
+        self.register_buffer("offsets", block_starts(self.num_discrete), persistent=False)
+        self.table = nn.Parameter(torch.randn(sum(num_discrete), dim) * dim**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, k) int64 -> (b, t, n)."""
+        self._check_shape(states)
+        return F.embedding_bag((states + self.offsets).flatten(0, -2), self.table, mode="sum").unflatten(
+            0, states.shape[:-1]
+        )
+
+    def state_readout(self, dim: int) -> MultiCategoricalReadout:
+        """The readout that predicts the next observation from a residual of width ``dim``."""
+        return MultiCategoricalReadout(dim, self.num_discrete)
+
+    def targets(self, states: Tensor) -> Tensor:
+        """The targets of ``state_readout`` in states (b, t, k): the states themselves."""
+        return states
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """Converts one observation of an environment to one state, without batch and time axes."""
+        return torch.as_tensor(observation, dtype=torch.int64).reshape(-1)
+
+    def check(self, states: Tensor) -> None:
+        """UserError unless every choice is one of its values; synchronizes with the device."""
+        self._check_shape(states)
+        if not bool(((states >= 0) & (states < states.new_tensor(self.num_discrete))).all()):
+            raise UserError(f"state is out of range; expected 0 to below {list(self.num_discrete)} each.")
+
+    def _check_shape(self, states: Tensor) -> None:
+        if states.shape[-1] != len(self.num_discrete) or states.dtype != torch.int64:
+            raise UserError(
+                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected int64 "
+                f"(..., {len(self.num_discrete)}): one number for each choice."
+            )
+
+
+MAX_CHANNELS = 64
+MAX_SIDE = 8
+"""Side to which an image is halved before a linear map reads it, and of the picture that the state loss predicts."""
+
+
+class ImageEncoder(nn.Module):
+    """A small convolutional network over uint8 images: convolutions of stride 2 until no side is longer than 8.
+
+    shape: of one image, (height, width), (height, width, channels) or (channels, height, width); of its first and last
+    axis the shorter one are the channels. UserError for other shapes.
+    """
+
+    def __init__(self, dim: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise UserError(f"image is {list(shape)}; expected (height, width), with channels first or last.")
+        self.shape = tuple(shape)
+        self.channels_first = len(shape) == 3 and shape[0] < shape[2]
+        channels, *sides = self._channels_first(torch.zeros(self.shape)).shape
+        self.pooled = [min(side, MAX_SIDE) for side in sides]
+        self.pooled_size = channels * self.pooled[0] * self.pooled[1]
+        layers: list[nn.Module] = []
+        width, stride = 16, 1 if max(sides) <= MAX_SIDE else 2
+        while not layers or max(sides) > MAX_SIDE:
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.ReLU()]
+            sides = [-(-side // stride) for side in sides]
+            channels, width = width, min(2 * width, MAX_CHANNELS)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * sides[0] * sides[1], dim))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, *shape) uint8 -> (b, t, n)."""
+        self._check_shape(states)
+        return self.body(self._scaled(states.flatten(0, 1))).unflatten(0, states.shape[:2])
+
+    def state_readout(self, dim: int) -> GaussianReadout:
+        """The readout that predicts the next image, averaged over a grid of at most 8 x 8 fields."""
+        return GaussianReadout(dim, self.pooled_size)
+
+    def targets(self, states: Tensor) -> Tensor:
+        """The targets of ``state_readout`` in states (b, t, *shape): means of fields, from 0 to 1, side by side."""
+        pooled = F.adaptive_avg_pool2d(self._scaled(states.flatten(0, 1)), self.pooled)
+        return pooled.flatten(1).unflatten(0, states.shape[:2])
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """Converts one image to one state, without batch and time axes."""
+        return torch.as_tensor(observation, dtype=torch.uint8)
+
+    def check(self, states: Tensor) -> None:
+        """UserError unless the states are images of the right shape."""
+        self._check_shape(states)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """(m, *shape) uint8 -> (m, channels, height, width), from 0 to 1."""
+        weight = self.body[-1].weight
+        return self._channels_first(images).to(weight.dtype) / 255
+
+    def _channels_first(self, images: Tensor) -> Tensor:
+        if len(self.shape) == 2:
+            return images.unsqueeze(-3)
+        return images if self.channels_first else images.movedim(-1, -3)
+
+    def _check_shape(self, states: Tensor) -> None:
+        if states.shape[2:] != self.shape or states.dtype != torch.uint8:
+            raise UserError(
+                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected uint8 (b, t, "
+                f"{', '.join(map(str, self.shape))}): images."
+            )
+
+
+Encoder = VectorEncoder | ChoiceEncoder | TokenEncoder | ImageEncoder | GridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
-    """The encoder for ``dict(num_continuous = ...)``, ``dict(grid = dict(...))`` or ``dict(tokens = dict(...))``.
+    """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
+    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])`` or ``dict(grid = dict(...))``.
 
     UserError for other options.
     """
     if set(options) == {"grid"}:
         return GridEncoder(dim, **options["grid"])
+    if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
+        statistics = {name: options[name] for name in ("mean", "std") if name in options}
+        return VectorEncoder(options["num_continuous"], dim, **statistics)
+    if set(options) == {"num_discrete"} and not isinstance(options["num_discrete"], int):
+        return ChoiceEncoder(dim, options["num_discrete"])
     if set(options) == {"tokens"}:
         return TokenEncoder(dim, **options["tokens"])
-    if set(options) == {"num_continuous"}:
-        return VectorEncoder(options["num_continuous"], dim)
+    if set(options) == {"image"}:
+        return ImageEncoder(dim, options["image"])
     raise UserError(
-        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, "
-        "dict(grid = dict(...)) for grid tokens or dict(tokens = dict(...)) for categories."
+        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
+        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images "
+        "or dict(grid = dict(...)) for grid tokens."
     )

@@ -17,7 +17,7 @@ from metacontroller.data.trajectories import check_lengths, length_mask, masked_
 from metacontroller.errors import UserError
 from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.encoders import Encoder
-from metacontroller.models.readouts import CategoricalReadout, CategoriesReadout, GaussianReadout
+from metacontroller.models.readouts import Readout
 from metacontroller.storage.module_file import Saveable
 
 
@@ -47,8 +47,8 @@ class SteerableModel(Saveable, nn.Module):
 
     dim: int
     encoder: Encoder
-    action_readout: CategoricalReadout | GaussianReadout
-    state_readout: CategoricalReadout | CategoriesReadout | GaussianReadout
+    action_readout: Readout
+    state_readout: Readout
 
     @property
     def depth(self) -> int:

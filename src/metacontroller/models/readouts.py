@@ -1,4 +1,4 @@
-"""Embeddings and readouts of actions and states: categorical and Gaussian (paper §1).
+"""Embeddings and readouts of actions and states: one choice, several, and Gaussian (paper §1).
 
 A readout maps the last residual to the parameters of a distribution, and computes log-probabilities and samples of it.
 A readout of actions can also embed past actions; states are embedded by encoders.
@@ -8,6 +8,7 @@ Axes: b batch, t steps, n model width, a action or state size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,9 +46,7 @@ class CategoricalReadout(nn.Module):
 
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One sample per step, (b, t) int64, by the Gumbel-max trick, which does not synchronize with the device."""
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
-        gumbel = -torch.log((-torch.log(uniform.clamp_min(1e-20))).clamp_min(1e-20))
-        return (logits.float() + gumbel).argmax(-1)
+        return (logits.float() + gumbel_noise(logits, generator)).argmax(-1)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
         """UserError unless ``values`` are int64 of shape ``steps`` (b, t), within 0..num_discrete-1."""
@@ -60,26 +59,63 @@ class CategoricalReadout(nn.Module):
             raise UserError(f"actions range over {low}..{high}; each must lie in 0..{self.num_discrete - 1}.")
 
 
-class CategoriesReadout(nn.Module):
-    """Independent softmaxes over the entries of an observation, for states only; sizes: choices of each entry."""
+def gumbel_noise(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise of the shape of logits, float32."""
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
+    return -torch.log((-torch.log(uniform.clamp_min(1e-20))).clamp_min(1e-20))
 
-    def __init__(self, dim: int, sizes: list[int]) -> None:
+
+class MultiCategoricalReadout(nn.Module):
+    """Several choices at once, each a softmax of its own. num_discrete: values of each of the k choices.
+
+    embeds: whether it also embeds past actions. UserError for numbers below 1.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, dim: int, num_discrete: Sequence[int], *, embeds: bool = False) -> None:
         super().__init__()
-        self.sizes = list(sizes)
-        self.linear = nn.Linear(dim, sum(sizes))
+        if not num_discrete or min(num_discrete) < 1:
+            raise UserError(f"num_discrete is {list(num_discrete)}; expected at least one number, each at least 1.")
+        self.num_discrete = tuple(num_discrete)
+        self.linear = nn.Linear(dim, sum(num_discrete))
+        self.register_buffer("offsets", block_starts(self.num_discrete), persistent=False)
+        if embeds:
+            self.embedding = nn.Embedding(sum(num_discrete), dim)
+            nn.init.normal_(self.embedding.weight, std=dim**-0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (b, t, n) -> logits (b, t, sum of sizes), entry by entry."""
+        """hidden (b, t, n) -> logits (b, t, sum of num_discrete), choice after choice."""
         return self.linear(hidden)
 
+    def embed(self, values: Tensor) -> Tensor:
+        """values (b, t, k) int64 -> (b, t, n)."""
+        return self.embedding(values + self.offsets).sum(-2)
+
     def log_prob(self, logits: Tensor, values: Tensor) -> Tensor:
-        """Log-probability of each observation, values (b, t, entries) int64 -> (b, t): summed over its entries."""
-        parts = logits.split(self.sizes, -1)
-        chosen = [
-            part.gather(-1, value[..., None])[..., 0] - part.logsumexp(-1)
-            for part, value in zip(parts, values.unbind(-1), strict=True)
-        ]
-        return torch.stack(chosen).sum(0)
+        """Joint log-probability of each step's choices, (b, t)."""
+        normalized = [block.log_softmax(-1) for block in logits.split(self.num_discrete, -1)]
+        return torch.cat(normalized, -1).gather(-1, values + self.offsets).sum(-1)
+
+    def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One sample per step, (b, t, k) int64, by the Gumbel-max trick."""
+        perturbed = logits.float() + gumbel_noise(logits, generator)
+        return torch.stack([block.argmax(-1) for block in perturbed.split(self.num_discrete, -1)], -1)
+
+    def check(self, values: Tensor, steps: tuple[int, int]) -> None:
+        """UserError unless ``values`` are int64 of shape (*steps, k), each below its number of values."""
+        expected = (*steps, len(self.num_discrete))
+        if values.shape != expected or values.dtype != torch.int64:
+            raise UserError(
+                f"actions have shape {tuple(values.shape)} and dtype {values.dtype}; expected torch.int64 {expected}."
+            )
+        if not bool(((values >= 0) & (values < values.new_tensor(self.num_discrete))).all()):
+            raise UserError(f"actions are out of range; expected 0 to below {list(self.num_discrete)} each.")
+
+
+def block_starts(sizes: Sequence[int]) -> Tensor:
+    """Where each of several blocks that lie one after the other begins, (k,) int64."""
+    return torch.tensor([0, *sizes[:-1]]).cumsum(0)
 
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
@@ -92,13 +128,27 @@ class GaussianReadout(nn.Module):
     The log standard deviation is clamped to `MIN_LOG_STD`..`MAX_LOG_STD` (our choice; the paper has no limits). Without
     a limit, the likelihood of values that the model predicts exactly grows without bound. With it, the loss of a value
     is at least MIN_LOG_STD + log(2 pi) / 2. embeds: whether it also embeds past actions.
+    mean, std (a,): of the data; then the limits, and the embedding, are those of standardized values. Parameters,
+    values and samples are in the data's own units in any case.
     """
 
-    def __init__(self, dim: int, num_continuous: int, *, embeds: bool = False) -> None:
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_continuous: int,
+        *,
+        embeds: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if num_continuous < 1:
             raise UserError(f"num_continuous is {num_continuous}; expected at least 1.")
         self.num_continuous = num_continuous
+        register_statistics(self, num_continuous, mean, std)
         self.linear = nn.Linear(dim, 2 * num_continuous)
         if embeds:
             self.embedding = nn.Linear(num_continuous, dim)
@@ -106,11 +156,17 @@ class GaussianReadout(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation within its limits."""
         mean, log_std = self.linear(hidden).chunk(2, -1)
-        return torch.cat([mean, clamp_with_inward_gradient(log_std, MIN_LOG_STD, MAX_LOG_STD)], -1)
+        log_std = clamp_with_inward_gradient(log_std, MIN_LOG_STD, MAX_LOG_STD)
+        if self.mean is not None and self.std is not None:
+            mean, log_std = self.mean + self.std * mean, log_std + self.std.log()
+        return torch.cat([mean, log_std], -1)
 
     def embed(self, values: Tensor) -> Tensor:
         """values (b, t, a) -> (b, t, n); values are cast to the weights' floating-point type."""
-        return self.embedding(values.to(self.embedding.weight.dtype))
+        values = values.to(self.embedding.weight.dtype)
+        if self.mean is not None and self.std is not None:
+            values = (values - self.mean) / self.std
+        return self.embedding(values)
 
     def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
         """Log-density of each value, summed over its entries, (b, t)."""
@@ -130,6 +186,24 @@ class GaussianReadout(nn.Module):
             )
         if not bool(torch.isfinite(values).all()):
             raise UserError("actions hold NaN or infinite values; clean the data before training.")
+
+
+def register_statistics(
+    module: nn.Module, size: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Gives a module the buffers ``mean`` and ``std`` (size,), None without statistics.
+
+    They are saved with the module's arguments. UserError for wrong sizes, and for standard deviations that are not
+    positive.
+    """
+    values = {"mean": mean, "std": std}
+    for name, numbers in values.items():
+        if (numbers is None) != (mean is None) or (numbers is not None and len(numbers) != size):
+            raise UserError(f"{name} is {numbers!r}; expected {size} numbers, for mean and std both or neither.")
+        tensor = None if numbers is None else torch.tensor(numbers, dtype=torch.get_default_dtype())
+        module.register_buffer(name, tensor, persistent=False)
+    if std is not None and not min(std) > 0:
+        raise UserError(f"std holds {min(std)}; expected positive numbers.")
 
 
 def clamp_with_inward_gradient(values: Tensor, low: float, high: float) -> Tensor:
@@ -172,12 +246,16 @@ def gaussian_log_prob(params: Tensor, values: Tensor) -> Tensor:
     return -0.5 * ((values - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
-def make_readout(
-    dim: int, name: str, options: dict[str, Any], *, embeds: bool = False
-) -> CategoricalReadout | GaussianReadout:
-    """The readout for ``dict(num_discrete = ...)`` or ``dict(num_continuous = ...)``; UserError for other options."""
+Readout = CategoricalReadout | MultiCategoricalReadout | GaussianReadout
+
+
+def make_readout(dim: int, name: str, options: dict[str, Any], *, embeds: bool = False) -> Readout:
+    """The readout for ``dict(num_discrete = ...)``, a number or a list of them for several choices at once, or
+    ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be; UserError for other options."""
     if set(options) == {"num_discrete"}:
-        return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
-    if set(options) == {"num_continuous"}:
-        return GaussianReadout(dim, options["num_continuous"], embeds=embeds)
+        number = options["num_discrete"]
+        kind = CategoricalReadout if isinstance(number, int) else MultiCategoricalReadout
+        return kind(dim, number, embeds=embeds)
+    if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
+        return GaussianReadout(dim, **options, embeds=embeds)
     raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

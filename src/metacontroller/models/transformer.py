@@ -57,9 +57,11 @@ class ModelCache:
 class Transformer(SteerableModel):
     """A causal sequence model of expert actions, split at the controlled layer.
 
-    dim: n_e. action_embed_readout: dict(num_discrete=...) or dict(num_continuous=...).
-    state_embed_readout: dict(num_continuous=...) for vectors, dict(grid=dict(size=, num_colors=, num_walls=, view=))
-    for grid tokens, or dict(tokens=dict(sizes=, condition=)) for categories.
+    dim: n_e. action_embed_readout: dict(num_discrete=...), a list for several choices at once, or
+    dict(num_continuous=...). state_embed_readout: dict(num_continuous=...) for vectors, dict(num_discrete=[...]) for
+    choices, dict(tokens=dict(sizes=, condition=)) for categories with a condition, dict(image=[...]) for uint8 images,
+    or dict(grid=dict(size=, num_colors=, num_walls=, view=)) for grid tokens. With dict(num_continuous=..., mean=[...],
+    std=[...]) vectors and actions are normalized.
     lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=) of attention, or
     dict(kind="hawk", depth=, width=, heads=, mlp_dim=); the residual between them is steered.
     condition_on_actions: whether the model also reads past actions; the paper's does not (D.1).

@@ -59,6 +59,7 @@ def evaluate(
     Returns success (share of episodes that the environment reports as solved) and its binomial standard error
     success_se; mean_return and its standard error return_se (None for a single episode); the means subgoals (of the
     task done), steps and decisions (abstract actions; None for raw actions); and policy, task and episodes as given.
+    Where an environment can raise, lost is the number of episodes that ended so, unsolved.
     UserError for ``episodes`` below 1 or a missing metacontroller.
     """
     if episodes < 1:
@@ -68,6 +69,7 @@ def evaluate(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
     kept: dict[str, list[Tensor]] = {name: [] for name in ("success", "mean_return", "subgoals", "steps", "decisions")}
+    lost: dict[str, int] = {}
     for size in batch_sizes(episodes):
         env = domain.reset(size, generator, task=task)
         if policy in ("base", "raw"):
@@ -81,6 +83,8 @@ def evaluate(
         kept["mean_return"].append(rollout.returns)
         kept["subgoals"].append(rollout.subgoals_done)
         kept["steps"].append(rollout.steps)
+        if rollout.lost is not None:
+            lost["lost"] = lost.get("lost", 0) + int(rollout.lost.sum())
     means = {name: float(torch.cat(values).double().mean()) if values else None for name, values in kept.items()}
     success = means["success"] or 0.0
     spread = float(torch.cat(kept["mean_return"]).double().std()) if episodes > 1 else None
@@ -91,6 +95,7 @@ def evaluate(
         **means,
         "success_se": math.sqrt(success * (1 - success) / episodes),
         "return_se": None if spread is None else spread / math.sqrt(episodes),
+        **lost,
     }
 
 

@@ -165,6 +165,8 @@ def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
     }
     if isinstance(rollout, AbstractRollout):
         means["decisions"] = rollout.lengths.float().mean()
+    if rollout.lost is not None:
+        means["lost"] = rollout.lost.float().mean()
     means = {name: mean / workers.count for name, mean in means.items()}
     workers.all_reduce(list(means.values()))
     return means

@@ -35,13 +35,14 @@ class Rollout:
     """What all rollouts have, (b,) each.
 
     returns: undiscounted. success: bool, as the environment reports it. steps: of the environment. subgoals_done: of
-    the task.
+    the task. lost: bool, whether an exception of the environment ended the episode; None where that cannot happen.
     """
 
     returns: Tensor
     success: Tensor
     steps: Tensor
     subgoals_done: Tensor
+    lost: Tensor | None
 
     @property
     def decisions(self) -> Tensor:
@@ -51,9 +52,9 @@ class Rollout:
     def index(self: AnyRollout, rows: Tensor) -> AnyRollout:
         """The episodes with indices ``rows`` (m,), cut to the longest of them."""
         longest = int(self.decisions[rows].max())
-        return type(self)(
-            **{name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in vars(self).items()}
-        )
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        cut = {name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in held.items()}
+        return type(self)(**{**vars(self), **cut})
 
 
 @dataclass
@@ -229,17 +230,22 @@ def survivors(alive: Tensor, *, exact: bool = False) -> Tensor:
 
 
 class _Outcome:
-    """How each episode ended: returns, success, steps, subgoals_done, all (b,)."""
+    """How each episode ended: the fields of `Rollout`, (b,) each."""
 
     def __init__(self, rows: Tensor) -> None:
         self.returns = torch.zeros(len(rows), device=rows.device)
         self.success = torch.zeros_like(rows, dtype=torch.bool)
         self.steps, self.subgoals_done = torch.zeros_like(rows), torch.zeros_like(rows)
+        self.lost: Tensor | None = None
 
     def close(self, rows: Tensor, env: BatchedEnv) -> None:
         """Records the current state of the episodes ``rows``; a later record of an episode replaces an earlier one."""
         self.success[rows] = env.success
         self.steps[rows], self.subgoals_done[rows] = env.steps, env.subgoals_done
+        lost = getattr(env, "lost", None)
+        if lost is not None:
+            self.lost = torch.zeros_like(self.success) if self.lost is None else self.lost
+            self.lost[rows] = lost
 
 
 class _Decisions:

@@ -2,14 +2,13 @@
 
 A module of this package has ``PRESETS``, its functions by name, and may have ``STUDIES``, a `StudyConfig` for some of
 them. The function ``laptop`` of the module ``gridworld`` is the preset ``gridworld-laptop``; a name without a dash is
-one of that module, so that ``laptop`` means the same. ``package.module:function`` names a function of yours.
+one of that module, so that ``laptop`` means the same, or another module, whose ``laptop`` is meant.
+``package.module:function`` names a function of yours.
 """
 
 from __future__ import annotations
 
-import os
 import pkgutil
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -18,12 +17,16 @@ from typing import Any
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, with_seed
 from metacontroller.recipes.variants import StudyConfig
+from metacontroller.storage.user_function import import_user_module
 
 COMMON = "gridworld"
 """The module whose presets may be named without it."""
 
 DEFAULT = "gridworld-laptop"
 """The preset of commands that are given none."""
+
+OWN_DATA = "offline"
+"""The preset of commands that are given a dataset and no preset."""
 
 
 def preset(name: str) -> ExperimentConfig:
@@ -61,35 +64,16 @@ def _module(name: str) -> ModuleType:
 def _find(name: str) -> tuple[ModuleType, str]:
     """The module of a preset and its name there."""
     if ":" in name:
-        path, _, function = name.partition(":")
-        return _import(name, path), function
+        function = name.partition(":")[2]
+        return import_user_module("preset", name), function
     module, dash, function = name.partition("-")
     if not dash:
-        module, function = COMMON, name
+        module, function = (name, "laptop") if name in _modules() else (COMMON, name)
     if module in _modules() and function in _module(module).PRESETS:
         return _module(module), function
     raise UserError(
         f"preset {name!r} is unknown; known are {', '.join(preset_names())}, and package.module:function for your own."
     )
-
-
-def _import(name: str, path: str) -> ModuleType:
-    """A module of the user's, from the current folder too."""
-    known = all(part.isidentifier() for part in path.split("."))
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = import_module(path) if known else None
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise UserError(f"preset {name!r} needs the module {error.name}, which is not installed.") from error
-        module = None
-    if module is None:
-        raise UserError(
-            f"preset {name!r} names no module that can be imported; write package.module:function, and install the "
-            "package or start in its folder."
-        )
-    return module
 
 
 def _function(name: str, module: ModuleType, function: str) -> Callable[[], Any]:

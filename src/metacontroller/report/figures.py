@@ -103,6 +103,21 @@ def success_figure(runs: Sequence[RunFolder], task: str) -> Figure:
     return figure
 
 
+def return_figure(run: RunFolder) -> Figure:
+    """Mean return against episodes, of both kinds of RL, of one run."""
+    figure = figure_of_size(5.6, 3.6)
+    ax = figure.subplots()
+    for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
+        if lines := run.read_metrics(phase):
+            ax.plot(_column(lines, "episodes"), _column(lines, "return"), color=color, label=label)
+    ax.set(xlabel="episodes", ylabel="return", xlim=(0, None), title="Mean return of a batch")
+    if ax.lines:
+        ax.legend(frameon=False)
+    else:
+        say_not_measured(ax)
+    return figure
+
+
 def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label: str, color: str) -> float:
     """Draws success against episodes, one list of logged lines a seed; returns the highest value of any."""
     shared = min(len(lines) for lines in logged)

@@ -16,7 +16,7 @@ from metacontroller.errors import UserError
 from metacontroller.report import figures
 from metacontroller.report.figures import NOT_MEASURED
 from metacontroller.report.study_figures import BASELINES, CONTROLS, study_figures
-from metacontroller.report.tables import variant_rows
+from metacontroller.report.tables import POLICIES, evaluation_name, variant_rows
 from metacontroller.storage.files import write_text
 from metacontroller.storage.run_folder import RunFolder
 
@@ -67,21 +67,26 @@ PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[An
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes the report on reproductions, one folder each, to the file ``out``; replaced only when it is whole.
+    """Writes the report on reproductions or runs, one folder each, to the file ``out``; replaced only when it is whole.
 
-    UserError for a folder that is no finished reproduction.
+    UserError for a folder that is neither a finished reproduction nor a run.
     """
     figures.require_matplotlib()
     parts, players = [], []
     for path in paths:
         folder = RunFolder(path)
         summary = folder.read_summary()
-        if not summary.get("seeds"):
+        if summary.get("seeds"):
+            runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
+            parts.append(_section(folder, summary, runs))
+        elif folder.read_metrics():
+            runs = [folder]
+            parts.append(_run_section(folder))
+        else:
             raise UserError(
-                f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first."
+                f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first, or name a "
+                "run."
             )
-        runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
-        parts.append(_section(folder, summary, runs))
         if episodes := runs[0].read_analysis("episodes"):
             players.append(episodes)
     page = resources.files("metacontroller.report").joinpath("report.html").read_text(encoding="utf-8")
@@ -128,6 +133,49 @@ def _section(folder: RunFolder, summary: dict[str, Any], runs: list[RunFolder]) 
     shown = html.escape(json.dumps(first.read_config(), indent=2))
     lines.append(f"<details><summary>Configuration, first seed</summary><pre>{shown}</pre></details>")
     return "\n".join(lines)
+
+
+def _run_section(run: RunFolder) -> str:
+    """One run that was made phase by phase: what `evaluate` has measured of it, its figures, its episodes."""
+    name, evaluated = run.path.name, {policy: run.read_analysis(evaluation_name(policy)) for policy in POLICIES}
+    task = next((results["task"] for results in evaluated.values() if results), "post-training task")
+    lines = [f"<h2>{html.escape(name)}</h2>", "<table><tr><th>who acts</th>"]
+    lines.append(
+        "".join(f"<th>{title}</th>" for title in ("success", "return", "steps", "decisions", "episodes", "lost"))
+    )
+    lines.append("</tr>")
+    for policy, label in POLICIES.items():
+        cells = _evaluation_cells(evaluated[policy]) if evaluated[policy] else [NOT_MEASURED] + [""] * 5
+        lines.append(f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    lines.append("</table><p>± one standard error of the mean over held-out episodes.</p>")
+    episodes = run.read_analysis("episodes")
+    drawn = {
+        "Success against episodes": figures.success_figure([run], task),
+        "Return against episodes": figures.return_figure(run),
+        "Gate in episodes of the data": figures.gate_figure(episodes),
+        "Losses": figures.losses_figure(run),
+    }
+    for caption, figure in drawn.items():
+        lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
+    lines.append("<h3>Episodes of the data, as the metacontroller sees them</h3>")
+    lines.append(_player(name) if episodes else f"<p>{NOT_MEASURED}</p>")
+    shown = html.escape(json.dumps(run.read_config(), indent=2))
+    lines.append(f"<details><summary>Configuration</summary><pre>{shown}</pre></details>")
+    return "\n".join(lines)
+
+
+def _evaluation_cells(results: dict[str, Any]) -> list[str]:
+    """Success, return, steps, decisions, episodes and lost ones of an evaluation."""
+    decisions, lost = results["decisions"], results.get("lost")
+    spread = "" if results["return_se"] is None else f" ± {results['return_se']:.2g}"
+    return [
+        f"{results['success']:.3f} ± {results['success_se']:.2g}",
+        f"{results['mean_return']:.4g}{spread}",
+        f"{results['steps']:.1f}",
+        "" if decisions is None else f"{decisions:.1f}",
+        str(results["episodes"]),
+        "" if lost is None else str(lost),
+    ]
 
 
 def _spread(values: list[Any]) -> str:

@@ -31,6 +31,20 @@ MEASURES = ("internal_rl_success", "gate_recall", "gate_precision", "gate_binary
 """Those by which the runs of a sweep are compared."""
 
 
+POLICIES = {
+    "internal-rl": "internal RL",
+    "prior": "codes from the prior",
+    "raw": "raw-action RL",
+    "base": "base model unsteered",
+}
+"""Who acted in an evaluation, and how tables name it."""
+
+
+def evaluation_name(policy: str) -> str:
+    """The name under which a run folder holds the evaluation of a policy."""
+    return f"evaluation-{policy}"
+
+
 def results_table(summary: Mapping[str, Any]) -> Table:
     """Medians and ranges over seeds."""
     seeds = len(summary["seeds"])

@@ -1,0 +1,131 @@
+"""Datasets by name: episodes with the spaces of their observations and actions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, write_minari
+from metacontroller.data.spaces import model_dtype, space_from_json, space_to_json
+from metacontroller.data.store import Episodes, TrajectoryStore
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
+from metacontroller.storage.user_function import import_user_function
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Episodes as a model reads them (`data.spaces`), and the spaces that they came from.
+
+    env: the Gymnasium ID of the environment where they were recorded, if that is known. stated: whether the spaces came
+    with the episodes; else they are the smallest ones that hold them.
+    """
+
+    episodes: Episodes
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    env: str | None = None
+    stated: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest episode."""
+        return int(self.episodes.lengths.max())
+
+    def read(self, rows: np.ndarray, **options: Any) -> Trajectories:
+        """Episodes as of `Episodes.read`, with states and actions of the types that models read."""
+        episodes = self.episodes.read(rows, **options)
+        types = {np.uint8: torch.uint8, np.int64: torch.int64, np.float32: torch.float32}
+        states = episodes.states.to(types[model_dtype(self.observation_space)])  # type: ignore[index]
+        actions = episodes.actions.to(torch.float32 if isinstance(self.action_space, spaces.Box) else torch.int64)
+        return replace(episodes, states=states, actions=actions)
+
+    def meta(self) -> dict[str, Any]:
+        """What a store keeps beside the episodes, for `dataset_of_store`."""
+        return space_meta(self.observation_space, self.action_space, self.env)
+
+    def write(self, path: str | Path) -> TrajectoryStore:
+        """As a folder, which `load_dataset` reads."""
+        return TrajectoryStore.join(path, [self.episodes], self.meta())
+
+    def write_minari(self, dataset_id: str, **options: Any) -> Any:
+        """As a Minari dataset, see `data.minari.write_minari`."""
+        rows = (self.episodes.read(np.array([row])) for row in range(len(self.episodes)))
+        unpadded = (next(row.episodes()) for row in rows)
+        return write_minari(dataset_id, unpadded, self.observation_space, self.action_space, **options)
+
+
+def space_meta(observation_space: spaces.Space, action_space: spaces.Space, env: str | None) -> dict[str, Any]:
+    """The spaces as JSON, for the meta of a store."""
+    return {
+        "observation_space": space_to_json(observation_space),
+        "action_space": space_to_json(action_space),
+        "env": env,
+    }
+
+
+def load_dataset(name: str) -> Dataset:
+    """A dataset by its ID: a folder of ours, a function as package.module:function, or a dataset of Minari's.
+
+    The function takes no arguments and returns a `Dataset`, or `Trajectories`, whose spaces are then read from the
+    data. UserError if there is no such dataset.
+    """
+    if Path(name).is_dir():
+        return dataset_of_store(TrajectoryStore(name))
+    if ":" in name:
+        made = import_user_function("dataset", name)()
+        if isinstance(made, Dataset):
+            return made
+        if isinstance(made, Trajectories):
+            return dataset_of(Episodes.of(made), {})
+        raise UserError(f"dataset {name!r} returned a {type(made).__name__}; expected a Dataset or Trajectories.")
+    return read_minari(name)
+
+
+def read_minari(name: Any) -> Dataset:
+    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps."""
+    dataset, columns = open_minari(name), {}
+    for episode in minari_episodes(dataset):
+        for field, value in {**episode, "lengths": len(episode["actions"])}.items():
+            columns.setdefault(field, []).append(np.atleast_1d(value))
+    if not columns:
+        raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
+    arrays = {field: np.concatenate(values) for field, values in columns.items()}
+    return Dataset(Episodes(arrays), *minari_spaces(dataset))
+
+
+def dataset_of_store(store: TrajectoryStore) -> Dataset:
+    """A folder's episodes with the spaces in its header, or with those that the data show."""
+    return dataset_of(store, store.meta)
+
+
+def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
+    """Episodes with the spaces that ``meta`` holds, or that the data show."""
+    if "observation_space" in meta:
+        known = (space_from_json(meta[name]) for name in ("observation_space", "action_space"))
+        return Dataset(episodes, *known, meta.get("env"))
+    shown = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
+    return Dataset(episodes, *shown, stated=False)
+
+
+def _shown(name: str, array: np.ndarray) -> spaces.Space:
+    """The smallest space that holds an array's rows: of whole numbers from 0, of images, or of any numbers.
+
+    Whole numbers in vectors of more than one entry are choices in actions, and numbers in states.
+    """
+    if array.dtype == np.uint8 and array.ndim > 2:
+        return spaces.Box(0, 255, array.shape[1:], np.uint8)
+    whole = np.issubdtype(array.dtype, np.integer)
+    if whole and array.min() >= 0 and (name == "actions" or array.ndim == 1 or array.shape[1] == 1):
+        most = np.maximum(np.asarray(array).reshape(len(array), -1).max(0), 1) + 1
+        return spaces.Discrete(int(most[0])) if len(most) == 1 else spaces.MultiDiscrete(most)
+    if array.ndim < 2:
+        raise UserError(f"{name} of the dataset have one number a step, of type {array.dtype}; give them an axis more.")
+    dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float32)
+    return spaces.Box(-np.inf, np.inf, array.shape[1:], dtype.type)

@@ -1,0 +1,238 @@
+"""Gymnasium's spaces as arrays that a model reads, and back.
+
+Axes: t steps (or rows), k choices, d entries of a vector. An observation becomes one of three:
+
+    Discrete, MultiDiscrete, MultiBinary   (t, k) int64, choices counted from 0
+    Box of uint8 with two or three axes    (t, *shape) uint8, an image
+    other Box, Dict, Tuple                 (t, d), as Gymnasium's own flatten
+
+and an action (t,) or (t, k) int64, or (t, d) of a Box. Parts of a Dict or Tuple that hold text are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from metacontroller.errors import UserError
+
+MIN_IMAGE_SIDE = 8
+"""Of a uint8 Box with two axes, below which it is a vector."""
+
+
+def readable(space: spaces.Space) -> spaces.Space:
+    """The space without the parts that hold text; UserError if a model can read none or not all of the rest."""
+    kept = _without_text(space)
+    if kept is None:
+        raise UserError(f"the observation space {space} holds nothing but text; choose an environment with numbers.")
+    _check_parts(kept)
+    return kept
+
+
+def without_text(space: spaces.Space, value: Any) -> Any:
+    """One value, or several side by side, of ``space`` as one of ``readable(space)``."""
+    if isinstance(space, spaces.Dict):
+        return {key: without_text(part, value[key]) for key, part in space.items() if _without_text(part) is not None}
+    if isinstance(space, spaces.Tuple):
+        parts = [(part, entry) for part, entry in zip(space, value, strict=True) if _without_text(part) is not None]
+        return tuple(without_text(part, entry) for part, entry in parts)
+    return value
+
+
+def stack(space: spaces.Space, values: Sequence[Any]) -> Any:
+    """Values of a readable space side by side, as `encode_observations` takes them."""
+    if isinstance(space, spaces.Dict):
+        return {key: stack(part, [value[key] for value in values]) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(stack(part, [value[index] for value in values]) for index, part in enumerate(space))
+    return np.stack([np.asarray(value) for value in values])
+
+
+def encoder_options(space: spaces.Space) -> dict[str, Any]:
+    """Options of the state encoder for a readable space, without statistics of normalisation."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return {"num_discrete": choices(space)}
+    if is_image(space):
+        assert space.shape is not None
+        return {"image": list(space.shape)}
+    return {"num_continuous": spaces.flatdim(space)}
+
+
+def action_options(space: spaces.Space) -> dict[str, Any]:
+    """Options of the action readout; UserError for other spaces than Discrete, MultiDiscrete, MultiBinary and Box."""
+    if isinstance(space, spaces.Discrete):
+        return {"num_discrete": int(space.n)}
+    if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
+        return {"num_discrete": choices(space)}
+    if isinstance(space, spaces.Box):
+        return {"num_continuous": spaces.flatdim(space)}
+    raise UserError(f"the action space is {space}; expected Discrete, MultiDiscrete, MultiBinary or Box.")
+
+
+def model_dtype(space: spaces.Space) -> type[np.generic]:
+    """The type in which a model reads observations of a readable space."""
+    if is_image(space):
+        return np.uint8
+    return np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) else np.float32
+
+
+def choices(space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) -> list[int]:
+    """Number of values of each choice, k in all."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec.flatten().tolist()
+    return [2] * spaces.flatdim(space)
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether a space holds images: uint8 with three axes, or with two long ones."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= MIN_IMAGE_SIDE)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def encode_observations(space: spaces.Space, values: Any) -> np.ndarray:
+    """Values of a readable space, t side by side, as one array; for Dict and Tuple a structure of such values."""
+    if is_image(space):
+        return np.asarray(values)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return _indices(space, values).reshape(len(values), -1)
+    return _flatten(space, values)
+
+
+def decode_observations(space: spaces.Space, array: np.ndarray) -> Any:
+    """The inverse of `encode_observations`."""
+    if is_image(space):
+        return array
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return _values(space, array)
+    if isinstance(space, spaces.Box):
+        return array.reshape(len(array), *space.shape)
+    return _unflatten(space, array)
+
+
+def encode_actions(space: spaces.Space, values: Any) -> np.ndarray:
+    """t values of an action space side by side, as the model's actions."""
+    if isinstance(space, spaces.Box):
+        return np.asarray(values).reshape(len(values), -1)
+    indices = _indices(space, values)
+    return indices if isinstance(space, spaces.Discrete) else indices.reshape(len(values), -1)
+
+
+def decode_actions(space: spaces.Space, array: np.ndarray) -> np.ndarray:
+    """The inverse of `encode_actions`."""
+    return array.reshape(len(array), *space.shape) if isinstance(space, spaces.Box) else _values(space, array)
+
+
+def _indices(space: Any, values: Any) -> np.ndarray:
+    """Choices counted from 0, int64."""
+    return np.asarray(values).astype(np.int64) - getattr(space, "start", 0)
+
+
+def _values(space: Any, indices: np.ndarray) -> np.ndarray:
+    return (indices.reshape(len(indices), *space.shape) + getattr(space, "start", 0)).astype(space.dtype)
+
+
+def _flatten(space: spaces.Space, values: Any) -> np.ndarray:
+    """`gymnasium.spaces.flatten` of t values at once; a Box keeps the type of its data."""
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([_flatten(part, values[key]) for key, part in space.items()], 1)
+    if isinstance(space, spaces.Tuple):
+        return np.concatenate([_flatten(part, value) for part, value in zip(space, values, strict=True)], 1)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        indices = _indices(space, values).reshape(len(values), -1)
+        blocks = [np.eye(n, dtype=space.dtype)[indices[:, i]] for i, n in enumerate(choices(space))]
+        return np.concatenate(blocks, 1)
+    return np.asarray(values).reshape(len(values), -1)
+
+
+def _unflatten(space: spaces.Space, array: np.ndarray) -> Any:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = list(space.items()) if isinstance(space, spaces.Dict) else list(enumerate(space))
+        ends = np.cumsum([spaces.flatdim(part) for _, part in parts])[:-1]
+        blocks = np.split(array, ends, 1)
+        values = {key: _unflatten(part, block) for (key, part), block in zip(parts, blocks, strict=True)}
+        return values if isinstance(space, spaces.Dict) else tuple(values.values())
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        blocks = np.split(array, np.cumsum(choices(space))[:-1], 1)
+        return _values(space, np.stack([block.argmax(1) for block in blocks], 1))
+    return array.reshape(len(array), *(space.shape or ())).astype(space.dtype)
+
+
+def _without_text(space: spaces.Space) -> spaces.Space | None:
+    """None for text, and for spaces of other packages, which hold text as a rule."""
+    if isinstance(space, spaces.Dict):
+        parts = {key: kept for key, part in space.items() if (kept := _without_text(part)) is not None}
+        return spaces.Dict(parts) if parts else None
+    if isinstance(space, spaces.Tuple):
+        kept = [kept for part in space if (kept := _without_text(part)) is not None]
+        return spaces.Tuple(kept) if kept else None
+    is_text = isinstance(space, spaces.Text) or not type(space).__module__.startswith("gymnasium.")
+    return None if is_text else space
+
+
+def _check_parts(space: spaces.Space) -> None:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for part in space.values() if isinstance(space, spaces.Dict) else space:
+            _check_parts(part)
+    elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise UserError(
+            f"the observation space holds {space}; expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict and "
+            "Tuple of those; wrap the environment or convert the data."
+        )
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def space_to_json(space: spaces.Space) -> dict[str, Any]:
+    """A readable space as JSON, for `space_from_json`."""
+    kind = type(space).__name__
+    if isinstance(space, spaces.Dict):
+        return {"type": kind, "spaces": {key: space_to_json(part) for key, part in space.items()}}
+    if isinstance(space, spaces.Tuple):
+        return {"type": kind, "spaces": [space_to_json(part) for part in space]}
+    if isinstance(space, spaces.Box):
+        low, high = (_short(bound) for bound in (space.low, space.high))
+        return {"type": kind, "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Discrete):
+        return {"type": kind, "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        start, dtype = space.start.tolist(), str(space.dtype)
+        return {"type": kind, "nvec": space.nvec.tolist(), "start": start, "dtype": dtype}
+    assert isinstance(space, spaces.MultiBinary)
+    return {"type": kind, "n": list(space.shape)}
+
+
+def space_from_json(data: dict[str, Any]) -> spaces.Space:
+    """The space that `space_to_json` wrote; UserError for anything else."""
+    kind, options = data.get("type"), {name: value for name, value in data.items() if name != "type"}
+    if kind == "Dict":
+        return spaces.Dict({key: space_from_json(part) for key, part in options["spaces"].items()})
+    if kind == "Tuple":
+        return spaces.Tuple([space_from_json(part) for part in options["spaces"]])
+    if kind == "Box":
+        shape, dtype = options["shape"], np.dtype(options["dtype"])
+        low, high = (np.broadcast_to(np.array(options[name], dtype), shape) for name in ("low", "high"))
+        return spaces.Box(low, high, shape, dtype.type)
+    if kind == "Discrete":
+        return spaces.Discrete(**options)
+    if kind == "MultiDiscrete":
+        nvec, start, dtype = np.array(options["nvec"]), np.array(options["start"]), np.dtype(options["dtype"])
+        return spaces.MultiDiscrete(nvec, dtype.type, start=start)
+    if kind == "MultiBinary":
+        shape = options["n"]
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
+    raise UserError(f"a space has the type {kind!r}; expected one that this version writes; write the data anew.")
+
+
+def _short(bound: np.ndarray) -> Any:
+    """One number where all are alike."""
+    return bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()

@@ -1,0 +1,370 @@
+"""Any Gymnasium environment as a `BatchedEnv`, by Gymnasium's own vector environments, without autoreset.
+
+Axes: b rows that a rollout still plays, n environments that step together; n stays, b falls.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch import Tensor
+
+from metacontroller.data.spaces import decode_actions, encode_observations, model_dtype, readable, without_text
+from metacontroller.errors import UserError
+
+FLAGS = ("terminated", "truncated", "success", "lost")
+OWN_PACKAGE = "metacontroller-rl"
+
+
+# -- one environment --------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def environment_id(name: str) -> str:
+    """A Gymnasium ID as ``module:ID`` where a package has to be imported for Gymnasium to know it.
+
+    Packages register their environments when they are imported. If the ID alone is not known, the installed packages
+    that build on Gymnasium are imported, those first whose name is part of the ID. UserError if none knows it.
+    """
+    reason = _unknown(name)
+    if reason is None:
+        return name
+    for module in [] if ":" in name else _modules_on_gymnasium(name):
+        if _unknown(f"{module}:{name}") is None:
+            return f"{module}:{name}"
+    raise UserError(
+        f"env {name!r} is no environment of Gymnasium's or of an installed package ({reason}); install the package "
+        "that has it, or write module:ID where importing a module of yours registers it."
+    )
+
+
+def _unknown(name: str) -> str | None:
+    """What Gymnasium has against an ID; None if it knows it."""
+    module, _, known = name.rpartition(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
+            if module:
+                importlib.import_module(module)
+            gymnasium.spec(known)
+    except (ImportError, gymnasium.error.Error) as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _modules_on_gymnasium(name: str) -> list[str]:
+    """Modules of the installed packages that need Gymnasium; first those whose name is part of the environment's."""
+    packages = []
+    for distribution in metadata.distributions():
+        package = distribution.metadata["Name"] or ""
+        needs = [need.partition(";") for need in distribution.requires or []]
+        if package != OWN_PACKAGE and any(
+            need.startswith("gymnasium") and "extra" not in mark for need, _, mark in needs
+        ):
+            packages.append(package.replace("-", "_"))
+    return sorted(set(packages), key=lambda package: (package.lower() not in name.lower(), package))
+
+
+class EnvironmentFacts(NamedTuple):
+    """Spaces, those of observations as far as a model reads them, and the time limit, None if there is none."""
+
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    max_steps: int | None
+
+
+@lru_cache
+def environment_facts(name: str) -> EnvironmentFacts:
+    """What one environment says of itself; UserError if it cannot be made."""
+    env = make_environment(name)
+    try:
+        limit = None if env.spec is None else env.spec.max_episode_steps
+        own = getattr(env.unwrapped, "max_steps", None)
+        limits = [int(steps) for steps in (limit, own) if isinstance(steps, int | np.integer) and steps > 0]
+        return EnvironmentFacts(readable(env.observation_space), env.action_space, min(limits, default=None))
+    finally:
+        env.close()
+
+
+def make_environment(name: str) -> gymnasium.Env:
+    """A new environment of that ID; UserError if it cannot be made."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gymnasium.make(environment_id(name), disable_env_checker=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"env {name!r} cannot be made: {type(error).__name__}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class GuardedEnvironment:
+    """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`."""
+
+    name: str
+    success_return: float | None = None
+
+    def __call__(self) -> Guard:
+        return Guard(self)
+
+
+class Guard(gymnasium.Env):
+    """An environment that can step beside others that have ended, and that outlives its own exceptions.
+
+    Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
+    episode has ended it ignores actions, with reward 0. An exception in ``step``, or in any ``reset`` but the first,
+    ends the episode as truncated and lost; the next ``reset`` makes a new environment. ``options["max_steps"]`` of
+    ``reset``: a time limit.
+
+    Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
+    whether the return is at least that; without, whether the episode terminated with a positive reward.
+    """
+
+    def __init__(self, maker: GuardedEnvironment) -> None:
+        self.maker, self.env = maker, make_environment(maker.name)
+        self.action_space = self.env.action_space
+        inner = readable(self.env.observation_space)
+        self.observation_space = spaces.Dict({"observation": inner, **{flag: spaces.Discrete(2) for flag in FLAGS}})
+        self.flags = dict.fromkeys(FLAGS, False)
+        self.last: Any = None  # observation, as the environment gave it
+        self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self.flags["lost"]:
+            with suppress(Exception):  # it may be broken
+                self.env.close()
+            self.env = make_environment(self.maker.name)
+        self.flags = dict.fromkeys(FLAGS, False)
+        self.returned, self.steps, self.reported = 0.0, 0, False
+        self.max_steps = (options or {}).get("max_steps") or sys.maxsize
+        try:
+            self.last, _ = self.env.reset(seed=seed)
+        except Exception as error:
+            if self.last is None:
+                raise
+            self._lose(error)
+        return self._observed(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Never ends for the vector environment: what has ended stands in the observation."""
+        if self.ended:
+            return self._observed(), 0.0, False, False, {}
+        try:
+            self.last, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            self._lose(error)
+            return self._observed(), 0.0, False, False, {}
+        reward = float(reward)
+        self.returned, self.steps = self.returned + reward, self.steps + 1
+        truncated = (truncated or self.steps >= self.max_steps) and not terminated
+        self.flags |= {"terminated": bool(terminated), "truncated": bool(truncated)}
+        self.flags["success"] = self._success(info, reward)
+        return self._observed(), reward, False, False, {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode has."""
+        return self.flags["terminated"] or self.flags["truncated"]
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _lose(self, error: Exception) -> None:
+        self.flags |= {"truncated": True, "success": False, "lost": True}
+        print(
+            f"metacontroller: {self.maker.name} raised {type(error).__name__}: {error}; its episode ends here.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _success(self, info: dict[str, Any], reward: float) -> bool:
+        for name in ("success", "is_success"):
+            if name in info:
+                self.reported = True
+                return bool(np.all(info[name]))
+        if self.reported:
+            return self.flags["success"]
+        if self.maker.success_return is not None:
+            return self.returned >= self.maker.success_return
+        return self.flags["terminated"] and reward > 0
+
+    def _observed(self) -> dict[str, Any]:
+        observation = without_text(self.env.observation_space, self.last)
+        return {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
+
+
+# -- many -------------------------------------------------------------------------------------------------------------
+
+
+class Block(gymnasium.Env):
+    """Several environments that step together in one process, as one for Gymnasium's worker processes.
+
+    Its observation is theirs side by side, with "reward" (m,) beside it.
+    """
+
+    def __init__(self, maker: GuardedEnvironment, count: int) -> None:
+        self.envs = SyncVectorEnv([maker] * count, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+        self.action_space = self.envs.action_space
+        reward = spaces.Box(-np.inf, np.inf, (count,), np.float64)
+        self.observation_space = spaces.Dict({"reward": reward, **self.envs.observation_space})  # type: ignore[arg-type]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, _ = self.envs.reset(seed=seed, options=options)
+        return {"reward": np.zeros(self.envs.num_envs), **observation}, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, *_ = self.envs.step(action)
+        return {"reward": np.array(reward), **observation}, 0.0, False, False, {}
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+@dataclass(frozen=True)
+class MakeBlock:
+    """Makes a block in a worker process."""
+
+    maker: GuardedEnvironment
+    count: int
+
+    def __call__(self) -> Block:
+        return Block(self.maker, self.count)
+
+
+class EnvironmentRows:
+    """n guarded environments, in this process or shared out among worker processes.
+
+    reset and step return "observation" (n, ...) as `data.spaces` encodes it, "reward" (n,) and the flags (n,).
+    The number of processes does not change what an environment does: row i has the seed ``seed`` + i.
+    """
+
+    def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
+        facts = environment_facts(maker.name)
+        self.observation_space, self.action_space = facts.observation_space, facts.action_space
+        self.dtype = model_dtype(facts.observation_space)
+        self.workers, self.count = min(workers, count), count
+        if not self.workers:
+            self.block = Block(maker, count)
+            return
+        self.share = -(-count // self.workers)  # the last worker may have a few more than are asked for
+        blocks = [MakeBlock(maker, self.share)] * self.workers
+        self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+        weakref.finalize(self, self.envs.close, terminate=True)
+
+    def reset(self, seed: int, max_steps: int) -> dict[str, np.ndarray]:
+        options = {"max_steps": max_steps}
+        if not self.workers:
+            return self._joined(self.block.reset(seed=seed, options=options)[0])
+        seeds = [seed + worker * self.share for worker in range(self.workers)]
+        return self._joined(self.envs.reset(seed=seeds, options=options)[0])
+
+    def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """actions (n, ...): of the environment."""
+        if not self.workers:
+            return self._joined(self.block.step(actions)[0])
+        missing = self.workers * self.share - len(actions)
+        actions = np.concatenate([actions, np.repeat(actions[:1], missing, 0)])
+        return self._joined(self.envs.step(actions.reshape(self.workers, self.share, *actions.shape[1:]))[0])
+
+    def _joined(self, values: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The worker processes' rows one after the other."""
+        if self.workers:
+            values = _without_first_axis(values)
+        encoded = {name: np.asarray(value)[: self.count] for name, value in values.items() if name != "observation"}
+        observation = encode_observations(self.observation_space, values["observation"])[: self.count]
+        return {"observation": observation.astype(self.dtype), **encoded}
+
+
+def _without_first_axis(values: Any) -> Any:
+    """Arrays (workers, share, ...) in a structure of Dict and Tuple -> (workers x share, ...)."""
+    if isinstance(values, dict):
+        return {name: _without_first_axis(value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_without_first_axis(value) for value in values)
+    return values.reshape(-1, *values.shape[2:])
+
+
+class GymnasiumBatch:
+    """b episodes of a Gymnasium environment that step together: its `BatchedEnv`.
+
+    Actions of a Box are clipped to its bounds. lost (b,) bool: an exception of the environment ended the episode, which
+    counts as truncated and not solved.
+    """
+
+    def __init__(self, rows: EnvironmentRows, seed: int, max_steps: int, device: torch.device) -> None:
+        """seed: of row 0; row i has the next but i. max_steps: after which an episode is truncated."""
+        self.envs, self.device = rows, device
+        self.rows = np.arange(rows.count)
+        self.taken: np.ndarray | None = None  # (n, ...), last actions of the environment
+        self.steps = torch.zeros(rows.count, dtype=torch.int64, device=device)
+        self.subgoals_done = torch.zeros_like(self.steps)
+        self._show(rows.reset(seed, max_steps))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def step(self, actions: Tensor) -> Tensor:
+        running = ~(self.terminated | self.truncated)
+        chosen = self._environment_actions(actions)
+        if self.taken is None:
+            self.taken = np.repeat(chosen[:1], self.envs.count, 0)
+        self.taken[self.rows] = chosen
+        values = self.envs.step(self.taken)
+        self.steps = self.steps + running
+        self._show(values)
+        return torch.from_numpy(values["reward"][self.rows]).float().to(self.device)
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = self.rows[rows.cpu().numpy()]
+        for name in ("observation", "steps", "subgoals_done", *FLAGS):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def goal(self) -> Tensor:
+        return torch.full_like(self.steps, -1)
+
+    def reached(self) -> Tensor:
+        return torch.full_like(self.steps, -1)
+
+    def _show(self, values: dict[str, np.ndarray]) -> None:
+        self.observation = torch.from_numpy(values["observation"][self.rows]).to(self.device)
+        for name in FLAGS:
+            setattr(self, name, torch.from_numpy(values[name][self.rows] > 0).to(self.device))
+
+    def _environment_actions(self, actions: Tensor) -> np.ndarray:
+        space, values = self.envs.action_space, actions.cpu().numpy()
+        if isinstance(space, spaces.Box):
+            shaped = values.reshape(len(values), *space.shape)
+            return np.clip(shaped, space.low, space.high).astype(space.dtype)
+        return decode_actions(space, values)
+
+
+class GymnasiumEnvironments:
+    """Batches of episodes of one environment. Environments are made once for each size of batch and used again."""
+
+    def __init__(self, name: str, *, success_return: float | None = None, workers: int = 0) -> None:
+        """workers: processes in which the environments step; 0: this one. success_return: see `Guard`."""
+        self.maker, self.workers = GuardedEnvironment(environment_id(name), success_return), workers
+        self.free: dict[int, list[EnvironmentRows]] = {}
+
+    def reset(self, n: int, generator: torch.Generator, max_steps: int) -> GymnasiumBatch:
+        """n new episodes, whose seeds are drawn from the generator."""
+        free = self.free.setdefault(n, [])
+        rows = free.pop() if free else EnvironmentRows(self.maker, n, self.workers)
+        seed = int(torch.randint(2**31 - n, (1,), generator=generator, device=generator.device))
+        batch = GymnasiumBatch(rows, seed, max_steps, generator.device)
+        weakref.finalize(batch, free.append, rows)  # nobody steps in them any more
+        return batch

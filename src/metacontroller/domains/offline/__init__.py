@@ -1,0 +1,1 @@
+"""Your own dataset as a world, with an environment or without."""

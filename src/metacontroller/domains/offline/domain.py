@@ -1,0 +1,157 @@
+"""Your own dataset as a world: spaces, lengths and statistics are read from the data; the environment is optional."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from metacontroller.data.datasets import Dataset, load_dataset
+from metacontroller.data.spaces import action_options, encoder_options
+from metacontroller.data.statistics import normalization
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.base import Domain, DomainSpec, Split
+from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig:
+    """A dataset, and an environment to act in. UserError for values out of range."""
+
+    dataset: str | None = None
+    """The demonstrations: a Minari dataset's ID, a folder that `collect` wrote, or package.module:function."""
+    env: str | None = None
+    """Gymnasium ID of the environment; none: nothing can act, the rest works."""
+    max_steps: int | None = None
+    """Steps after which an episode is truncated; none: the environment's limit, or the longest episode of the data."""
+    success_return: float | None = None
+    """Where the environment's info says nothing of success: the return that counts as one; none: a positive reward at
+    termination."""
+    workers: int = 0
+    """Processes in which the environments step; 0: the one that trains."""
+    window: int = 128
+    """Of longer episodes only so many steps are read at once, from a step drawn at random."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 1), ("workers", 0), ("window", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}; expected at least {least}.")
+
+
+class Offline(Domain):
+    """Episodes of a dataset, and those of a Gymnasium environment if there is one."""
+
+    name = "offline"
+    Config = OfflineConfig
+    config: OfflineConfig
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The demonstrations; UserError without any, or if the environment's spaces are not those of the data."""
+        if self.config.dataset is None:
+            raise UserError("no dataset was named; start the run with --dataset ID.")
+        dataset = _load(self.config.dataset, _modified(self.config.dataset))
+        return dataset if self.config.env is None else _fitted(dataset, self.config.env)
+
+    def spec(self) -> DomainSpec:
+        dataset = self.dataset
+        observations, actions = encoder_options(dataset.observation_space), action_options(dataset.action_space)
+        options = _with_statistics(self.config.dataset, _modified(self.config.dataset), observations, actions)
+        return DomainSpec(*options, self._limit())
+
+    def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes, drawn with replacement. Subgoals are left out: their names are not known."""
+        seed, count = torch.randint(2**62, (), generator=generator, device=generator.device), len(self.dataset.episodes)
+        rng = np.random.default_rng(int(seed))
+        episodes = self.dataset.read(rng.integers(count, size=n), longest=self.config.window, rng=rng)
+        kept = Trajectories(states=episodes.states, actions=episodes.actions, lengths=episodes.lengths)
+        return kept.to(generator.device)
+
+    def reset(
+        self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
+    ) -> GymnasiumBatch:
+        """n episodes of the environment, which has one task; UserError without an environment, and for another task."""
+        self.check_acting()
+        if task is not None:
+            raise UserError(f"the environment {self.config.env} has one task, not {task!r}; leave the task out.")
+        return self._environments.reset(n, generator, max_steps or self._limit())
+
+    def check_acting(self) -> None:
+        if self.config.env is None:
+            raise UserError(
+                "acting needs an environment and the run has a dataset only; start it with --dataset "
+                f"{self.config.dataset} --env ID, a Gymnasium ID."
+            )
+
+    @cached_property
+    def _environments(self) -> GymnasiumEnvironments:
+        assert self.config.env is not None
+        return GymnasiumEnvironments(
+            self.config.env, success_return=self.config.success_return, workers=self.config.workers
+        )
+
+    def _limit(self) -> int:
+        """The time limit of episodes."""
+        own = None if self.config.env is None else environment_facts(self.config.env).max_steps
+        return self.config.max_steps or own or self.dataset.longest
+
+
+def _modified(name: str | None) -> int:
+    """When a folder was last written; 0 for other datasets."""
+    header = Path(name or "") / "store.json"
+    return header.stat().st_mtime_ns if header.is_file() else 0
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, modified: int) -> Dataset:
+    return load_dataset(name)
+
+
+@lru_cache(maxsize=4)
+def _statistics(name: str, modified: int, field: str) -> dict[str, list[float]]:
+    return normalization(_load(name, modified).episodes.arrays[field])
+
+
+def _with_statistics(
+    name: str | None, modified: int, observations: dict[str, Any], actions: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of encoder and readout; vectors with their mean and standard deviation in the data."""
+    assert name is not None
+    fields = {"states": observations, "actions": actions}
+    states, acts = (
+        {**options, **(_statistics(name, modified, field) if "num_continuous" in options else {})}
+        for field, options in fields.items()
+    )
+    return states, acts
+
+
+def _fitted(dataset: Dataset, env: str) -> Dataset:
+    """The data with the environment's spaces, whose bounds may differ; UserError if they do not fit.
+
+    Spaces that did not come with the data may have seen too few choices.
+    """
+    facts = environment_facts(env)
+    pairs = {
+        "observations": (encoder_options(dataset.observation_space), encoder_options(facts.observation_space)),
+        "actions": (action_options(dataset.action_space), action_options(facts.action_space)),
+    }
+    for what, (data, world) in pairs.items():
+        if data != world and (dataset.stated or not _within(data, world)):
+            raise UserError(
+                f"the data have {what} {data} but env {env!r} has {world}; name the environment they are from."
+            )
+    return replace(dataset, observation_space=facts.observation_space, action_space=facts.action_space)
+
+
+def _within(data: dict[str, Any], world: dict[str, Any]) -> bool:
+    """Whether both are as many choices, none of which has more values in the data."""
+    if data.keys() != {"num_discrete"} or world.keys() != {"num_discrete"}:
+        return False
+    fewer, more = (np.atleast_1d(options["num_discrete"]) for options in (data, world))
+    return len(fewer) == len(more) and bool((fewer <= more).all())

@@ -1,0 +1,210 @@
+"""Episodes of a policy of the user's in a Gymnasium environment, as a dataset on disk.
+
+    OUT/collect.json           what was asked for, until the dataset is whole
+    OUT/parts/part-00000 ...   episodes already played, up to `PART` attempts each; removed when the dataset is whole
+    OUT/store.json, *.npy      the dataset (`TrajectoryStore`)
+
+Attempt number i has the seed i of a sequence that the config's seed begins, so the episodes are the same for any number
+of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metacontroller.data.datasets import space_meta
+from metacontroller.data.spaces import encode_actions, encode_observations, readable, stack, without_text
+from metacontroller.data.store import Episodes, TrajectoryStore
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.gymnasium_adapter import Guard, GuardedEnvironment, environment_facts, environment_id
+from metacontroller.errors import UserError
+from metacontroller.recipes.jobs import in_processes
+from metacontroller.storage.config_file import check_positive
+from metacontroller.storage.files import plain, read_object, write_text
+from metacontroller.storage.user_function import import_user_function
+from metacontroller.training.progress import track
+
+PART = 64
+"""Attempts in one part: what an interrupt can cost."""
+
+MOST_ATTEMPTS = 50
+"""Attempts for each episode asked for before the policy, or the environment, is said to fail."""
+
+MAX_STEPS = 100_000
+"""Steps after which an episode of an environment without a time limit is truncated."""
+
+FIELDS = ("states", "actions", "rewards", "terminated", "truncated")
+"""Of `Trajectories`, what is recorded."""
+
+Policy = Callable[[Any, Any], Any]
+"""(observation, environment) -> action."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What is asked for. UserError for values out of range."""
+
+    env: str
+    """Gymnasium ID."""
+    policy: str
+    """package.module:function, a `Policy`."""
+    episodes: int
+    """Episodes to keep."""
+    only_successes: bool = False
+    """Keep only episodes that succeed."""
+    success_return: float | None = None
+    """See `Guard`."""
+    seed: int = 0
+    """From which each episode's seed derives."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("episodes",))
+
+
+def collect(
+    config: CollectConfig, out: Path, *, workers: int = 1, resume: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Plays the episodes and writes the dataset to ``out``.
+
+    Returns counts over the episodes that were played for it: kept, played, lost (to exceptions of the environment) and
+    steps (of those kept), and of those kept success, mean_return and its standard error return_se.
+    UserError for a folder of something else, for one that is begun without ``resume``, and for a policy that hardly
+    ever succeeds where only successes are kept.
+    """
+    if workers < 1:
+        raise UserError(f"workers is {workers}; expected at least 1.")
+    import_user_function("policy", config.policy)
+    environment_facts(config.env)
+    _open(config, out, resume)
+    if not (out / "store.json").exists():
+        if workers == 1:
+            _play_parts(config, out, 0, 1, quiet)
+        else:
+            in_processes(_play_parts, [(config, out, rank, workers, quiet) for rank in range(workers)], at_once=workers)
+        _join(config, out)
+    return TrajectoryStore(out).meta["collected"]
+
+
+def _open(config: CollectConfig, out: Path, resume: bool) -> None:
+    request, whole = out / "collect.json", out / "store.json"
+    if not request.exists() and not whole.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} holds files of something else; choose another --out.")
+        write_text(request, json.dumps(plain(config), indent=2))
+        return
+    if not resume:
+        raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
+    asked = read_object(whole).get("asked") if whole.exists() else read_object(request)
+    if asked != plain(config):
+        raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
+
+
+def _join(config: CollectConfig, out: Path) -> None:
+    """Writes the first episodes of all parts as one dataset, which replaces the parts."""
+    parts = [(read_object(path), path.with_suffix("")) for path in _finished(out)]
+    kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
+    returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
+    facts = environment_facts(config.env)
+    collected = {
+        "kept": len(returns),
+        "played": sum(part["played"] for part, _ in parts),
+        "lost": sum(part["lost"] for part, _ in parts),
+        "steps": int(lengths.sum()),
+        "success": float(success.mean()),
+        "mean_return": float(returns.mean()),
+        "return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))) if len(returns) > 1 else None,
+    }
+    meta = {
+        **space_meta(facts.observation_space, facts.action_space, environment_id(config.env)),
+        "asked": plain(config),
+        "collected": collected,
+    }
+    stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
+    TrajectoryStore.join(out, stores, meta, most=config.episodes)
+
+
+# -- playing ----------------------------------------------------------------------------------------------------------
+
+
+def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet: bool) -> None:
+    """One worker's parts: every so many, until all workers together have kept enough."""
+    policy = import_user_function("policy", config.policy)
+    env = GuardedEnvironment(environment_id(config.env), config.success_return)()
+    size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
+    with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
+        for index in itertools.count(rank, workers):
+            kept = sum(len(read_object(path)["lengths"]) for path in _finished(out))
+            progress.update(min(kept, config.episodes))
+            if kept >= config.episodes:
+                break
+            if index * size > MOST_ATTEMPTS * (config.episodes + PART * workers):
+                raise UserError(
+                    f"{kept} of about {index * size} episodes were kept and {config.episodes} are asked for; mend the "
+                    f"policy {config.policy} or the environment, state --success-return, or leave out "
+                    "--only-successes."
+                )
+            if not _part(out, index).exists():
+                _play_part(config, env, policy, _part(out, index), range(index * size, (index + 1) * size))
+    env.close()
+
+
+def _part(out: Path, index: int) -> Path:
+    """What a part says of itself; its episodes stand beside it, in a folder."""
+    return out / "parts" / f"part-{index:05}.json"
+
+
+def _finished(out: Path) -> list[Path]:
+    """The parts from the first up to the first that is missing, which other workers may have overtaken."""
+    return list(itertools.takewhile(Path.exists, (_part(out, index) for index in itertools.count())))
+
+
+def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, attempts: range) -> None:
+    """Plays some attempts and writes those that are kept."""
+    played = [_play(env, policy, _seed(config.seed, attempt)) for attempt in attempts]
+    whole = [episode for episode in played if not episode["lost"]]
+    kept = [episode for episode in whole if episode["success"] or not config.only_successes]
+    if kept:
+        rows = ({name: episode[name] for name in FIELDS} for episode in kept)
+        TrajectoryStore.write(path.with_suffix(""), Trajectories.from_episodes(rows))
+    report = {
+        "played": len(played),
+        "lost": len(played) - len(whole),
+        "returns": [float(episode["rewards"].sum()) for episode in kept],
+        "success": [episode["success"] for episode in kept],
+        "lengths": [len(episode["rewards"]) for episode in kept],
+    }
+    write_text(path, json.dumps(report))
+
+
+def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
+    """One episode: success and lost, and unless it is lost the fields of `Trajectories`."""
+    env.reset(seed=seed, options={"max_steps": MAX_STEPS})
+    env.action_space.seed(seed)
+    observations, actions, rewards = [deepcopy(env.last)], [], []  # environments may write into what they returned
+    while not env.ended:
+        action = deepcopy(policy(env.last, env.env))
+        rewards.append(env.step(action)[1])
+        observations.append(deepcopy(env.last))
+        actions.append(action)
+    if env.flags["lost"]:
+        return dict(env.flags)
+    space, seen = env.env.observation_space, readable(env.env.observation_space)
+    return {
+        "states": encode_observations(seen, stack(seen, [without_text(space, value) for value in observations])),
+        "actions": encode_actions(env.action_space, actions),
+        "rewards": np.array(rewards),
+        **env.flags,
+    }
+
+
+def _seed(seed: int, attempt: int) -> int:
+    return int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0] >> 1)

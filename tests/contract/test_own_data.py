@@ -1,0 +1,77 @@
+"""docs/own-data.md: its commands run at debug sizes, each world from its policy to its report."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from metacontroller.cli import main
+from metacontroller.storage.run_folder import RunFolder
+
+PAGE = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
+EXPERTS, SCRIPT = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+WORLDS = re.findall(r"^```shell\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+SMALLER = {"--episodes": "6", "--workers": "1"}
+"""Of `collect`."""
+SIZES = {"internal-rl.episodes": 8, "evaluate.episodes": 4, "domain.max-steps": 8}
+DEBUG = " ".join(["--preset offline-debug --quiet", *(f"--config.{name} {size}" for name, size in SIZES.items())])
+"""Of `pretrain`, for all phases."""
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each line, at debug sizes."""
+    lines = []
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "collect":
+            words = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)] + ["--quiet"]
+        elif words[0] == "pretrain":
+            words += DEBUG.split()
+        lines.append(words)
+    return lines
+
+
+@pytest.mark.parametrize("block", WORLDS, ids=lambda block: block.split("--env ")[1].split()[0])
+def test_a_world_of_others_from_policy_to_report(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if "MiniGrid" in block:
+        pytest.importorskip("minigrid", reason="needs the extra babyai")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experts.py").write_text(EXPERTS, encoding="utf-8")
+    for words in commands(block):
+        assert main([*words, *([] if words[0] == "collect" else ["--device", "cpu"])]) == 0, words
+    (run,) = (tmp_path / "runs").iterdir()
+    evaluated = RunFolder(run).read_analysis("evaluation-internal-rl")
+    assert (evaluated["episodes"], evaluated["lost"]) == (4, 0)
+    page = (tmp_path / f"{run.name}.html").read_text()
+    assert "internal RL" in page
+    assert "± one standard error" in page
+    assert "6 episodes kept" in capsys.readouterr().out
+
+
+def test_without_an_environment_all_but_acting_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(SCRIPT, "own-data.md", "exec"), {})
+    debug = [*DEBUG.split(), "--device", "cpu"]
+    assert main(["pretrain", "runs/mine", "--dataset", "data/mine", *debug]) == 0
+    assert main(["discover", "runs/mine", "--quiet"]) == 0
+    assert main(["report", "runs/mine", "--out", "mine.html"]) == 0
+    capsys.readouterr()
+    for command in ("internal-rl", "evaluate"):
+        assert main([command, "runs/mine"]) == 2
+        assert "acting needs an environment" in capsys.readouterr().err
+    assert main(["probe", "runs/mine"]) == 2
+    assert "probes needs the subgoal of each step" in capsys.readouterr().err
+    assert main(["pretrain", "runs/other", "--dataset", "misspelt"]) == 2
+    assert "misspelt" in capsys.readouterr().err  # also where Minari is not installed
+    assert not Path("runs/other").exists()
+    assert main(["pretrain", "runs/other", "--env", "CartPole-v1"]) == 2
+    assert "give --dataset ID" in capsys.readouterr().err
+    assert main(["pretrain", "runs/other", "--dataset", "data/mine", "--preset", "laptop"]) == 2
+    assert "does not fit the preset" in capsys.readouterr().err

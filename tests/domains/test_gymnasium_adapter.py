@@ -1,0 +1,159 @@
+"""Gymnasium environments as batches: endings, success, actions, time limits, exceptions, worker processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from metacontroller.domains.base import BatchedEnv
+from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.errors import UserError
+
+
+class Walk(gymnasium.Env):
+    """From 0 by actions 5, 6, 7 (steps of -1, 0, 1); 3 ends it with reward 1, and -3 with an exception."""
+
+    def __init__(self, tells: bool = False) -> None:
+        self.tells = tells
+        self.observation_space = spaces.Discrete(7, start=-3)
+        self.action_space = spaces.Discrete(3, start=5)
+        self.broken = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        assert not self.broken, "an environment that raised was used again"
+        self.place = 0
+        return self.place, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.place != 3, "an environment that had ended was stepped"
+        self.place += int(action) - 6
+        if self.place == -3:
+            self.broken = True
+            raise ValueError("fell off")
+        done = self.place == 3
+        return self.place, float(done), done, False, {"is_success": self.place == 2} if self.tells else {}
+
+
+class Push(gymnasium.Env):
+    """Two forces within (0, 10) and (-1, 1); the return is their sum, and nothing ever ends."""
+
+    observation_space = spaces.Dict({"x": spaces.Box(-np.inf, np.inf, (2,), np.float64), "text": spaces.Text(9)})
+    action_space = spaces.Box(np.array([0, -1], np.float32), np.array([10, 1], np.float32))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return {"x": self.np_random.normal(size=2), "text": "push"}, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        return {"x": np.asarray(action, np.float64), "text": "push"}, float(action.sum()), False, False, {}
+
+
+gymnasium.register("adapter/Walk-v0", Walk)
+gymnasium.register("adapter/TellingWalk-v0", Walk, kwargs={"tells": True})
+gymnasium.register("adapter/Push-v0", Push)
+
+
+def batch_of(name: str, n: int, max_steps: int = 100, **options: Any) -> GymnasiumBatch:
+    return GymnasiumEnvironments(name, **options).reset(n, torch.Generator().manual_seed(0), max_steps)
+
+
+def play(batch: GymnasiumBatch, *columns: list[Any]) -> torch.Tensor:
+    """Takes one action after the other in every row; the rewards (b, t)."""
+    return torch.stack([batch.step(torch.tensor(actions)) for actions in zip(*columns, strict=True)], 1)
+
+
+def test_rows_end_by_themselves_and_then_ignore_actions() -> None:
+    batch = batch_of("adapter/Walk-v0", 2)
+    assert isinstance(batch, BatchedEnv)
+    assert batch.observation.tolist() == [[3], [3]]  # counted from 0
+    rewards = play(batch, [2, 2, 2, 0, 0], [1, 1, 1, 2, 2])
+    assert rewards.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
+    assert batch.observation.tolist() == [[6], [5]]
+    assert batch.steps.tolist() == [3, 5]
+    assert batch.terminated.tolist() == batch.success.tolist() == [True, False]
+    assert batch.truncated.tolist() == batch.lost.tolist() == [False, False]
+    assert batch.goal().tolist() == batch.reached().tolist() == [-1, -1]
+
+
+def test_an_exception_costs_its_episode_alone(capsys: pytest.CaptureFixture) -> None:
+    environments, generator = GymnasiumEnvironments("adapter/Walk-v0"), torch.Generator().manual_seed(0)
+    batch = environments.reset(2, generator, 100)
+    rewards = play(batch, [0, 0, 0, 2, 2], [2, 2, 2, 2, 2])
+    assert rewards.sum(1).tolist() == [0, 1]
+    assert (batch.truncated.tolist(), batch.lost.tolist(), batch.success.tolist()) == (
+        [True, False],
+        [True, False],
+        [False, True],
+    )
+    assert "ValueError: fell off" in capsys.readouterr().err
+    rows = batch.envs
+    del batch
+    again = environments.reset(2, generator, 100)
+    assert again.envs is rows  # the same environments, but for the one that broke
+    assert again.lost.tolist() == [False, False]
+
+
+def test_a_time_limit_truncates() -> None:
+    batch = batch_of("adapter/Walk-v0", 1, max_steps=2)
+    play(batch, [1, 1, 2])
+    assert (batch.steps.tolist(), batch.truncated.tolist(), batch.observation.tolist()) == ([2], [True], [[3]])
+
+
+def test_success_is_what_the_info_says_or_a_rule() -> None:
+    told = batch_of("adapter/TellingWalk-v0", 2)
+    play(told, [2, 2, 1], [2, 2, 2])
+    assert told.success.tolist() == [True, False]  # in the last info
+    ruled = batch_of("adapter/Push-v0", 2, max_steps=2, success_return=3.0)
+    play(ruled, [[1.0, 0.0]] * 2, [[2.0, 0.0]] * 2)
+    assert ruled.success.tolist() == [False, True]
+
+
+def test_boxes_are_clipped_and_text_is_dropped() -> None:
+    batch = batch_of("adapter/Push-v0", 1)
+    assert (batch.observation.shape, batch.observation.dtype) == ((1, 2), torch.float32)
+    assert play(batch, [[-5.0, 7.0]]).item() == 1.0
+    assert batch.observation.tolist() == [[0.0, 1.0]]
+
+
+def test_rows_are_selected_in_any_order() -> None:
+    batch = batch_of("adapter/Walk-v0", 4)
+    batch.select(torch.tensor([1, 2, 3]))
+    play(batch, [0], [1], [2])
+    batch.select(torch.tensor([2, 0]))
+    assert (len(batch), batch.observation.tolist()) == (2, [[4], [2]])
+    batch.step(torch.tensor([2, 1]))
+    assert batch.observation.tolist() == [[5], [2]]
+
+
+def test_worker_processes_change_nothing() -> None:
+    generator = torch.Generator()
+    runs = []
+    for workers in (0, 2):
+        batch = GymnasiumEnvironments("Pendulum-v1", workers=workers).reset(3, generator.manual_seed(5), 4)
+        rewards = torch.stack([batch.step(torch.full((3, 1), force)) for force in (0.5, -9.0, 1.0, 2.0, 1.0)])
+        runs.append((rewards, batch.observation, batch.truncated))
+    assert len({tuple(row) for row in runs[0][1].tolist()}) == 3  # each row has a seed of its own
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_an_environment_says_of_itself() -> None:
+    facts = environment_facts("CartPole-v1")
+    assert (facts.observation_space.shape, facts.action_space, facts.max_steps) == ((4,), spaces.Discrete(2), 500)
+
+
+def test_a_package_that_registers_when_imported_is_found() -> None:
+    pytest.importorskip("minigrid", reason="needs the extra babyai")
+    assert environment_facts("MiniGrid-Empty-5x5-v0").max_steps == 100
+
+
+@pytest.mark.parametrize("name", ["Nothing-v0", "no_such_module:Nothing-v0", "CartPole-v99"])
+def test_an_unknown_environment_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"env '{name}' is no environment"):
+        environment_facts(name)

@@ -1,0 +1,125 @@
+"""Collecting episodes of a policy: seeds, successes, exceptions, resuming."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from metacontroller.data.datasets import load_dataset
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.errors import UserError
+from metacontroller.recipes import collect as module
+from metacontroller.recipes.collect import CollectConfig, collect
+
+
+class Guess(gymnasium.Env):
+    """A number below 5; an action that equals it is paid. 4 is an exception."""
+
+    observation_space = spaces.Discrete(5)
+    action_space = spaces.Discrete(5)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.number = int(self.np_random.integers(5))
+        return self.number, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.number == 4:
+            raise RuntimeError("four")
+        return self.number, float(action == self.number), True, False, {}
+
+
+gymnasium.register("collect/Guess-v0", Guess)
+
+
+def small_or_wrong(observation: Any, env: Any) -> Any:
+    return min(int(observation), 2)
+
+
+def wrong(observation: Any, env: Any) -> Any:
+    return (int(observation) + 1) % 4
+
+
+CONFIG = CollectConfig(env="collect/Guess-v0", policy=f"{__name__}:small_or_wrong", episodes=90)
+
+
+def test_as_many_episodes_as_asked_for_are_kept(tmp_path: Path) -> None:
+    done = collect(CONFIG, tmp_path / "data", quiet=True)
+    dataset = load_dataset(str(tmp_path / "data"))
+    assert len(dataset.episodes) == done["kept"] == 90
+    assert done["played"] == 45 * 3  # in parts of equal size
+    assert done["lost"] > 0
+    episodes = dataset.episodes.read(np.arange(90))
+    assert set(episodes.states.flatten().tolist()) == {0, 1, 2, 3}  # those that raised are left out
+    assert episodes.rewards is not None
+    assert done["success"] == pytest.approx(float(episodes.rewards.mean()))
+    assert (dataset.env, dataset.action_space) == ("collect/Guess-v0", spaces.Discrete(5))
+    assert not (tmp_path / "data" / "parts").exists()
+
+
+def test_successes_alone_are_kept_if_asked(tmp_path: Path) -> None:
+    done = collect(replace(CONFIG, only_successes=True), tmp_path / "data", quiet=True)
+    assert (done["kept"], done["success"]) == (90, 1.0)
+    states = TrajectoryStore(tmp_path / "data").read(np.arange(90)).states
+    assert set(states.flatten().tolist()) == {0, 1, 2}
+
+
+def test_a_policy_that_never_succeeds_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ATTEMPTS", 1)
+    config = replace(CONFIG, policy=f"{__name__}:wrong", only_successes=True, episodes=3)
+    with pytest.raises(UserError, match=r"0 of about \d+ episodes were kept and 3 are asked for"):
+        collect(config, tmp_path / "data", quiet=True)
+
+
+def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect(CONFIG, tmp_path / "whole", quiet=True)
+    play_part, played = module._play_part, []
+
+    def interrupted(*arguments: Any) -> None:
+        if len(played) == 1:
+            raise KeyboardInterrupt
+        played.append(arguments[-1])
+        play_part(*arguments)
+
+    monkeypatch.setattr(module, "_play_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(CONFIG, tmp_path / "data", quiet=True)
+    monkeypatch.setattr(module, "_play_part", lambda *arguments: (played.append(arguments[-1]), play_part(*arguments)))
+    with pytest.raises(UserError, match="add --resume"):
+        collect(CONFIG, tmp_path / "data", quiet=True)
+    with pytest.raises(UserError, match="was started with other options"):
+        collect(replace(CONFIG, seed=1), tmp_path / "data", resume=True, quiet=True)
+    assert collect(CONFIG, tmp_path / "data", resume=True, quiet=True) == whole
+    assert [part.start for part in played] == [0, 45, 90]
+    one, other = (TrajectoryStore(tmp_path / name).read(np.arange(90)) for name in ("whole", "data"))
+    assert torch.equal(one.states, other.states)
+    assert collect(CONFIG, tmp_path / "data", resume=True, quiet=True) == whole  # finished: nothing is played
+    assert len(played) == 3
+
+
+def test_worker_processes_play_the_same_episodes(tmp_path: Path) -> None:
+    config = CollectConfig(env="CartPole-v1", policy=f"{__name__}:at_random", episodes=80)
+    stores = []
+    for workers in (1, 2):
+        collect(config, tmp_path / str(workers), workers=workers, quiet=True)
+        stores.append(TrajectoryStore(tmp_path / str(workers)).read(np.arange(80)))
+    assert torch.equal(stores[0].states, stores[1].states)
+    assert torch.equal(stores[0].lengths, stores[1].lengths)
+
+
+def at_random(observation: Any, env: Any) -> Any:
+    return env.np_random.integers(2)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files of something else"):
+        collect(CONFIG, tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
