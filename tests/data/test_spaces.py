@@ -66,7 +66,8 @@ def test_vectors_are_those_of_gymnasium(space: spaces.Space) -> None:
     space.seed(0)
     values = [space.sample() for _ in range(7)]
     np.testing.assert_array_equal(
-        encode_observations(space, stack(space, values)), np.stack([spaces.flatten(space, value) for value in values])
+        encode_observations(space, stack(space, values)),
+        np.stack([np.asarray(spaces.flatten(space, value)) for value in values]),
     )
 
 

@@ -54,9 +54,9 @@ class Push(gymnasium.Env):
         return {"x": np.asarray(action, np.float64), "text": "push"}, float(action.sum()), False, False, {}
 
 
-gymnasium.register("adapter/Walk-v0", Walk)
-gymnasium.register("adapter/TellingWalk-v0", Walk, kwargs={"tells": True})
-gymnasium.register("adapter/Push-v0", Push)
+gymnasium.register("adapter/Walk-v0", Walk)  # type: ignore[arg-type]
+gymnasium.register("adapter/TellingWalk-v0", Walk, kwargs={"tells": True})  # type: ignore[arg-type]
+gymnasium.register("adapter/Push-v0", Push)  # type: ignore[arg-type]
 
 
 def batch_of(name: str, n: int, max_steps: int = 100, **options: Any) -> GymnasiumBatch:

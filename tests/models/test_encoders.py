@@ -179,6 +179,7 @@ def test_sizes_below_one_are_refused() -> None:
 
 def test_vectors_are_normalized_within_limits() -> None:
     encoder = encoders.make_encoder(DIM, {"num_continuous": 2, "mean": [5.0, 0.0], "std": [2.0, 1e-3]})
+    assert isinstance(encoder, VectorEncoder)
     plain = VectorEncoder(2, DIM)
     plain.linear.load_state_dict(encoder.linear.state_dict())
     torch.testing.assert_close(encoder(torch.tensor([[[9.0, 1.0]]])), plain(torch.tensor([[[2.0, 10.0]]])))
@@ -187,6 +188,7 @@ def test_vectors_are_normalized_within_limits() -> None:
 
 def test_choices_are_a_sum_of_embeddings() -> None:
     encoder = encoders.make_encoder(DIM, {"num_discrete": [5, 3]})
+    assert isinstance(encoder, encoders.ChoiceEncoder)
     states = torch.tensor([[[4, 0], [1, 2]]])
     expected = torch.stack([encoder.table[4] + encoder.table[5], encoder.table[1] + encoder.table[7]])
     torch.testing.assert_close(encoder(states)[0], expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,6 @@ def test_statistics_change_the_units_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("statistics", [{"mean": [1.0], "std": [1.0]}, {"mean": [1.0, 2.0], "std": [1.0, 0.0]}])
-def test_statistics_that_do_not_fit_are_refused(statistics: dict[str, list[float]]) -> None:
+def test_statistics_that_do_not_fit_are_refused(statistics: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         GaussianReadout(6, 2, **statistics)

@@ -36,7 +36,7 @@ class Guess(gymnasium.Env):
         return self.number, float(action == self.number), True, False, {}
 
 
-gymnasium.register("collect/Guess-v0", Guess)
+gymnasium.register("collect/Guess-v0", Guess)  # type: ignore[arg-type]
 
 
 def small_or_wrong(observation: Any, env: Any) -> Any:

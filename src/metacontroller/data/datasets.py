@@ -108,10 +108,12 @@ def dataset_of_store(store: TrajectoryStore) -> Dataset:
 def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
     """Episodes with the spaces that ``meta`` holds, or that the data show."""
     if "observation_space" in meta:
-        known = (space_from_json(meta[name]) for name in ("observation_space", "action_space"))
-        return Dataset(episodes, *known, meta.get("env"))
-    shown = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
-    return Dataset(episodes, *shown, stated=False)
+        observation_space, action_space = (
+            space_from_json(meta[name]) for name in ("observation_space", "action_space")
+        )
+        return Dataset(episodes, observation_space, action_space, meta.get("env"))
+    observed, taken = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
+    return Dataset(episodes, observed, taken, stated=False)
 
 
 def _shown(name: str, array: np.ndarray) -> spaces.Space:

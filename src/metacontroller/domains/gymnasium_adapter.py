@@ -269,7 +269,7 @@ class EnvironmentRows:
         options = {"max_steps": max_steps}
         if not self.workers:
             return self._joined(self.block.reset(seed=seed, options=options)[0])
-        seeds = [seed + worker * self.share for worker in range(self.workers)]
+        seeds: list[int | None] = [seed + worker * self.share for worker in range(self.workers)]
         return self._joined(self.envs.reset(seed=seeds, options=options)[0])
 
     def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
@@ -304,6 +304,12 @@ class GymnasiumBatch:
     Actions of a Box are clipped to its bounds. lost (b,) bool: an exception of the environment ended the episode, which
     counts as truncated and not solved.
     """
+
+    observation: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+    lost: Tensor
 
     def __init__(self, rows: EnvironmentRows, seed: int, max_steps: int, device: torch.device) -> None:
         """seed: of row 0; row i has the next but i. max_steps: after which an episode is truncated."""

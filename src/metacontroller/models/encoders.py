@@ -56,7 +56,7 @@ class VectorEncoder(nn.Module):
 
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next observation from a residual of width ``dim``."""
-        return GaussianReadout(dim, self.dim_state, **self.statistics)
+        return GaussianReadout(dim, self.dim_state, mean=self.statistics["mean"], std=self.statistics["std"])
 
     def targets(self, states: Tensor) -> Tensor:
         """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves."""
@@ -336,7 +336,7 @@ class ImageEncoder(nn.Module):
 
     def targets(self, states: Tensor) -> Tensor:
         """The targets of ``state_readout`` in states (b, t, *shape): means of fields, from 0 to 1, side by side."""
-        pooled = F.adaptive_avg_pool2d(self._scaled(states.flatten(0, 1)), self.pooled)
+        pooled = F.adaptive_avg_pool2d(self._scaled(states.flatten(0, 1)), (self.pooled[0], self.pooled[1]))
         return pooled.flatten(1).unflatten(0, states.shape[:2])
 
     def from_observation(self, observation: Any) -> Tensor:
@@ -349,8 +349,8 @@ class ImageEncoder(nn.Module):
 
     def _scaled(self, images: Tensor) -> Tensor:
         """(m, *shape) uint8 -> (m, channels, height, width), from 0 to 1."""
-        weight = self.body[-1].weight
-        return self._channels_first(images).to(weight.dtype) / 255
+        dtype = next(self.body.parameters()).dtype
+        return self._channels_first(images).to(dtype) / 255
 
     def _channels_first(self, images: Tensor) -> Tensor:
         if len(self.shape) == 2:

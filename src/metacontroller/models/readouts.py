@@ -254,8 +254,9 @@ def make_readout(dim: int, name: str, options: dict[str, Any], *, embeds: bool =
     ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be; UserError for other options."""
     if set(options) == {"num_discrete"}:
         number = options["num_discrete"]
-        kind = CategoricalReadout if isinstance(number, int) else MultiCategoricalReadout
-        return kind(dim, number, embeds=embeds)
+        if isinstance(number, int):
+            return CategoricalReadout(dim, number, embeds=embeds)
+        return MultiCategoricalReadout(dim, number, embeds=embeds)
     if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
         return GaussianReadout(dim, **options, embeds=embeds)
     raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

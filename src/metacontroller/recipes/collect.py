@@ -196,7 +196,7 @@ def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
         observations.append(deepcopy(env.last))
         actions.append(action)
     if env.flags["lost"]:
-        return dict(env.flags)
+        return {**env.flags}
     space, seen = env.env.observation_space, readable(env.env.observation_space)
     return {
         "states": encode_observations(seen, stack(seen, [without_text(space, value) for value in observations])),

@@ -57,8 +57,11 @@ def test_statistics_are_kept_in_the_checkpoint(folder: str, tmp_path: Path) -> N
     model = build_model(config)
     model.save(tmp_path / "model.safetensors")
     loaded = config.model.Model.init_and_load(tmp_path / "model.safetensors")
-    assert torch.equal(loaded.encoder.mean, model.encoder.mean)
-    assert float(loaded.encoder.mean.mean()) > 2
+    kept, expected = loaded.encoder.mean, model.encoder.mean
+    assert isinstance(kept, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    assert torch.equal(kept, expected)
+    assert float(kept.mean()) > 2
     states, actions = trajectories().states.float(), trajectories().actions
     assert torch.equal(loaded.residual(states, actions), model.residual(states, actions))
 
