@@ -50,6 +50,7 @@ def test_ours_are_all_there() -> None:
         "episodes": "episodes",
         "gate": "gate",
         "injection": "inject",
+        "oracle": "oracle",
         "probes": "probe",
         "steering": "steer",
     }

@@ -117,7 +117,10 @@ def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
 
 @analysis("oracle", command="oracle", figure="none")
 class Oracle(Analysis):
-    """Codes read from experts' episodes: what they reach when played again, and what they say."""
+    """Codes read from experts' episodes: what they reach when played again, and what they say.
+
+    seen, unseen and the shares of subgoals done are None where a world has no ``demonstrate`` or ``restart``.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -132,14 +135,14 @@ class Oracle(Analysis):
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
         seed = stream_seed(run.seed, "analyse")
         generator = noise_generator(seed, torch.device(run.device))
-        experts = {
-            "seen": run.domain.demonstrations("discover", config.episodes, generator),
-            "unseen": run.domain.demonstrate(None, config.episodes, generator),
-        }
-        results: Results = {}
-        for name, episodes in experts.items():
-            reached = oracle_success(run, episodes, seed)
-            results |= dict(zip((name, f"{name}_subgoals"), reached, strict=True))
+        results: Results = dict.fromkeys(("seen", "seen_subgoals", "unseen", "unseen_subgoals"))
+        if run.domain.offers("demonstrate") and run.domain.offers("restart"):
+            experts = {
+                "seen": run.domain.demonstrations("discover", config.episodes, generator),
+                "unseen": run.domain.demonstrate(None, config.episodes, generator),
+            }
+            for name, episodes in experts.items():
+                results[name], results[f"{name}_subgoals"] = oracle_success(run, episodes, seed)
         return {**results, **what_codes_say(run, config.episodes, seed), "episodes": config.episodes}
 
     def rows(self, results: Sequence[Results]) -> Rows:

@@ -55,12 +55,10 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     announce("evaluate: supervised controllers", quiet)
     steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **small)
     found["supervised_success"] = steered.success[0]
-    if run.domain.offers("restart"):
-        announce("evaluate: codes of experts", quiet)
-        oracle = Oracle().measure(run, Oracle.Config(), quiet=True)
-        found |= {"oracle_seen": oracle["seen"], "oracle_unseen": oracle["unseen"], "code_nats": oracle["nats"]}
-        found |= {"code_dimensions": oracle["dimensions_used"], "code_readable": oracle["readable"]}
-    return found
+    announce("evaluate: codes of experts", quiet)
+    oracle = Oracle().measure(run, Oracle.Config(), quiet=True)
+    found |= {"oracle_seen": oracle["seen"], "oracle_unseen": oracle["unseen"], "code_nats": oracle["nats"]}
+    return found | {"code_dimensions": oracle["dimensions_used"], "code_readable": oracle["readable"]}
 
 
 def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
