@@ -41,6 +41,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--algorithm", "ppo"], ["--algorithm", "sac"], ["--copies", "2"]])
 def test_it_trains_and_writes_its_curve(
     options: list[str], script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch

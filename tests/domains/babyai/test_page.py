@@ -20,6 +20,7 @@ from metacontroller.storage.run_folder import RunFolder
 PAGE = Path(__file__).parents[3] / "docs" / "babyai.md"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("minigrid", reason="the extra babyai is not installed")
     monkeypatch.chdir(tmp_path)
