@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import load_run
+from metacontroller.recipes.measure import links
 
 
 def test_an_episode_started_anew_has_its_expert_s_task_and_is_solved_by_its_actions() -> None:
@@ -97,3 +100,19 @@ def test_after_compile_the_codes_are_its_own(untrained: Callable[..., LoadedRun]
     results = run_analysis("oracle", load_run(run.folder, "cpu"), Oracle.Config(episodes=20))
     assert results["nats"] is results["dimensions_used"] is None
     assert 0 <= results["unseen_subgoals"] <= 1
+
+
+def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
+    untrained: Callable[..., LoadedRun],
+) -> None:
+    class Silent(GridworldPinpad):
+        def reset(self, *arguments: Any, **options: Any) -> PinpadBatch:
+            env = super().reset(*arguments, **options)
+            env.goal = lambda: torch.full_like(env.steps, -1)  # type: ignore[method-assign]
+            return env
+
+    run = untrained()
+    told, silent = links(run, True), links(replace(run, domain=Silent(run.domain.config)), True)
+    assert told["supervised_success"] is not None
+    assert silent["supervised_success"] is None
+    assert silent["probe_accuracy"] == told["probe_accuracy"]

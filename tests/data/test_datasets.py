@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -141,45 +140,9 @@ def test_statistics_are_those_of_the_whole_array() -> None:
 
 @pytest.fixture
 def local_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A place for datasets, and the options to write there: Minari's own storage, or one in memory."""
+    """A place for datasets, and the options to write there."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    try:
-        import h5py  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        return {"data_format": "hdf5"}
-    from minari.dataset import _storages
-    from minari.dataset.minari_storage import MinariStorage
-
-    class Storage(MinariStorage):
-        FORMAT = "memory"
-        kept: dict[str, list[Any]] = {}  # noqa: RUF012 (of all datasets, by folder)
-
-        @classmethod
-        def _create(cls, data_path: Any, *arguments: Any, **options: Any) -> Any:
-            cls.kept[os.fspath(data_path)] = []
-            return cls(data_path, *arguments, **options)
-
-        def update_episodes(self, episodes: Any) -> None:
-            kept = self.kept[os.fspath(self.data_path)]
-            kept += episodes
-            steps = sum(len(buffer.rewards) for buffer in kept)
-            self.update_metadata({"total_episodes": len(kept), "total_steps": steps})
-
-        def get_episodes(self, episode_indices: Any) -> Any:
-            for index in episode_indices:
-                buffer = self.kept[os.fspath(self.data_path)][index]
-                fields = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
-                yield {"id": index, **{name: getattr(buffer, name) for name in fields}}
-
-        def update_episode_metadata(self, metadatas: Any, episode_indices: Any = None) -> None: ...
-
-        def get_episode_metadata(self, episode_indices: Any) -> Any:
-            return []
-
-    monkeypatch.setitem(_storages._registry, "memory", lambda: Storage)
-    return {"data_format": "memory"}
+    return {"data_format": "hdf5"}
 
 
 MINARI_SPACES = [

@@ -188,7 +188,7 @@ def test_vectors_are_normalized_within_limits() -> None:
 
 def test_choices_are_a_sum_of_embeddings() -> None:
     encoder = encoders.make_encoder(DIM, {"num_discrete": [5, 3]})
-    assert isinstance(encoder, encoders.ChoiceEncoder)
+    assert isinstance(encoder, TokenEncoder)
     states = torch.tensor([[[4, 0], [1, 2]]])
     expected = torch.stack([encoder.table[4] + encoder.table[5], encoder.table[1] + encoder.table[7]])
     torch.testing.assert_close(encoder(states)[0], expected)

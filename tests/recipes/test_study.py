@@ -96,9 +96,10 @@ def test_there_are_no_variants_of_snapshots_that_are_not_kept() -> None:
 
 
 def test_an_analysis_takes_from_the_study_what_begins_with_its_command() -> None:
-    study_config = dataclasses.replace(StudyConfig(), probe_steps=7, gate_episodes=9)
+    study_config = dataclasses.replace(StudyConfig(), probe_steps=7, gate_episodes=9, oracle_episodes=5)
     assert analysis_config("probes", study_config).steps == 7
     assert analysis_config("gate", study_config).episodes == 9
+    assert analysis_config("oracle", study_config).episodes == 5
     assert analysis_config("episodes", study_config).episodes == 8
 
 

@@ -134,6 +134,11 @@ def _train(
     return controllers, float(torch.stack(last).mean())
 
 
+def tells_goals(domain: Domain, seed: int) -> bool:
+    """Whether an episode of the post-training task tells which subgoal it asks for."""
+    return bool((domain.reset(1, torch.Generator().manual_seed(seed)).goal() >= 0).any())
+
+
 @torch.no_grad()
 @weights_cast_once()
 def play_chained(
@@ -143,7 +148,7 @@ def play_chained(
     the subgoal that the task asks for. UserError where the world does not tell which that is."""
     generator = noise_generator(seed, next(model.parameters()).device)  # a stream apart from the training episodes
     env = domain.reset(episodes, generator)
-    if not bool((env.goal() >= 0).any()):
+    if not tells_goals(domain, seed):
         raise UserError(
             f"steering follows the subgoal that a task asks for, which the world {domain.name} does not tell; define "
             "goal() of its episodes."

@@ -18,7 +18,6 @@ from metacontroller.models.readouts import (
     CategoricalReadout,
     GaussianReadout,
     MultiCategoricalReadout,
-    block_starts,
     register_statistics,
 )
 
@@ -196,16 +195,17 @@ def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
 class TokenEncoder(nn.Module):
     """A learned embedding of each entry of an observation of categories, and of the condition behind them; their sum.
 
-    sizes: number of categories of each entry. condition: the same of the entries behind them that do not change within
-    an episode, such as the words of an instruction; zeros if it is hidden. The condition is part of each observation,
-    so that acting needs no further argument: it enters the first residual at every step, which carries it through both
-    bodies. The state loss predicts the entries, not the condition. UserError for sizes below 1.
+    sizes: number of categories of each entry; an observation may be a number if there is one. condition: the same of
+    the entries behind them that do not change within an episode, such as the words of an instruction; zeros if it is
+    hidden. The condition is part of each observation, so that acting needs no further argument: it enters the first
+    residual at every step, which carries it through both bodies. The state loss predicts the entries, not the
+    condition. UserError for sizes below 1.
     """
 
     offsets: Tensor
     limits: Tensor
 
-    def __init__(self, dim: int, *, sizes: list[int], condition: list[int] | None = None) -> None:
+    def __init__(self, dim: int, *, sizes: Sequence[int], condition: Sequence[int] | None = None) -> None:
         super().__init__()
         self.sizes, self.condition_sizes = list(sizes), list(condition or [])
         every = torch.tensor([*self.sizes, *self.condition_sizes])
@@ -231,7 +231,7 @@ class TokenEncoder(nn.Module):
 
     def from_observation(self, observation: Any) -> Tensor:
         """Converts one observation of an environment to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.int64)
+        return torch.as_tensor(observation, dtype=torch.int64).reshape(-1)
 
     def check(self, tokens: Tensor) -> None:
         """UserError unless the tokens are categories; synchronizes with the device."""
@@ -247,52 +247,6 @@ class TokenEncoder(nn.Module):
                 f"state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
                 f"(..., {len(self.offsets)}): {len(self.sizes)} entries, then {len(self.condition_sizes)} of the "
                 "condition."
-            )
-
-
-class ChoiceEncoder(nn.Module):
-    """A sum of embeddings, one of each of k choices. num_discrete: values of each."""
-
-    offsets: Tensor
-
-    def __init__(self, dim: int, num_discrete: Sequence[int]) -> None:
-        super().__init__()
-        if not num_discrete or min(num_discrete) < 1:
-            raise UserError(f"num_discrete is {list(num_discrete)}; expected at least one number, each at least 1.")
-        self.num_discrete = tuple(num_discrete)
-        self.register_buffer("offsets", block_starts(self.num_discrete), persistent=False)
-        self.table = nn.Parameter(torch.randn(sum(num_discrete), dim) * dim**-0.5)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """states (b, t, k) int64 -> (b, t, n)."""
-        self._check_shape(states)
-        return F.embedding_bag((states + self.offsets).flatten(0, -2), self.table, mode="sum").unflatten(
-            0, states.shape[:-1]
-        )
-
-    def state_readout(self, dim: int) -> MultiCategoricalReadout:
-        """The readout that predicts the next observation from a residual of width ``dim``."""
-        return MultiCategoricalReadout(dim, self.num_discrete)
-
-    def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, k): the states themselves."""
-        return states
-
-    def from_observation(self, observation: Any) -> Tensor:
-        """Converts one observation of an environment to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.int64).reshape(-1)
-
-    def check(self, states: Tensor) -> None:
-        """UserError unless every choice is one of its values; synchronizes with the device."""
-        self._check_shape(states)
-        if not bool(((states >= 0) & (states < states.new_tensor(self.num_discrete))).all()):
-            raise UserError(f"state is out of range; expected 0 to below {list(self.num_discrete)} each.")
-
-    def _check_shape(self, states: Tensor) -> None:
-        if states.shape[-1] != len(self.num_discrete) or states.dtype != torch.int64:
-            raise UserError(
-                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected int64 "
-                f"(..., {len(self.num_discrete)}): one number for each choice."
             )
 
 
@@ -365,7 +319,7 @@ class ImageEncoder(nn.Module):
             )
 
 
-Encoder = VectorEncoder | ChoiceEncoder | TokenEncoder | ImageEncoder | GridEncoder
+Encoder = VectorEncoder | TokenEncoder | ImageEncoder | GridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
@@ -380,7 +334,7 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         statistics = {name: options[name] for name in ("mean", "std") if name in options}
         return VectorEncoder(options["num_continuous"], dim, **statistics)
     if set(options) == {"num_discrete"} and not isinstance(options["num_discrete"], int):
-        return ChoiceEncoder(dim, options["num_discrete"])
+        return TokenEncoder(dim, sizes=options["num_discrete"])
     if set(options) == {"tokens"}:
         return TokenEncoder(dim, **options["tokens"])
     if set(options) == {"image"}:

@@ -220,6 +220,7 @@ STUDIES = {
         steer_episodes=64,
         inject_walks=16,
         gate_episodes=64,
+        oracle_episodes=64,
     ),
     "laptop": StudyConfig(),
     "quick": StudyConfig(),
@@ -243,6 +244,7 @@ STUDIES = {
         steer_episodes=4096,
         inject_walks=4096,
         gate_episodes=4096,
+        oracle_episodes=4096,
     ),
 }
 """How much of everything `metacontroller figures` does, by preset."""

@@ -13,10 +13,12 @@ from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle
 from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
-from metacontroller.analysis.steering import steer_layers
+from metacontroller.analysis.steering import steer_layers, tells_goals
 from metacontroller.phases.evaluate import Policy
 from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
+
+LINK_EPISODES = 1024  # held-out episodes for a link, where a success rate has more
 
 GATE_FIGURES = ("gate_recall", "gate_precision", "gate_binary_fraction")
 
@@ -41,22 +43,24 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     probe_accuracy: of the subgoal, linear, at the controlled layer. supervised_success: of supervised controllers
     there, chained on the post-training task. oracle_seen, oracle_unseen: success with the codes of experts, on tasks of
     the demonstrations and on the post-training task. code_nats, code_dimensions: of a code. code_readable: accuracy of
-    what is read from codes. None where the world has no labels, or no experts to ask.
+    what is read from codes. None where the world has no labels, no experts to ask or no goals to follow.
     """
     names = ("probe_accuracy", "supervised_success", "oracle_seen", "oracle_unseen", "code_nats", "code_dimensions")
     found: dict[str, Any] = dict.fromkeys((*names, "code_readable"))
     if not run.subgoals:
         return found
     source, seed = run.demonstrations(), stream_seed(run.seed, "analyse")
-    small = {"steps": run.settings.link_updates, "batch_size": 128, "lr": 3e-3, "episodes": 1024, "seed": seed}
+    episodes = min(LINK_EPISODES, run.settings.episodes)
+    small = {"steps": run.settings.link_updates, "batch_size": 128, "lr": 3e-3, "episodes": episodes, "seed": seed}
     announce("evaluate: linear probe of the subgoal", quiet)
     probed = probe_layers(run.base, source, subgoals=len(run.subgoals), controlled_only=True, quiet=True, **small)
     found["probe_accuracy"] = probed.accuracy[0]
-    announce("evaluate: supervised controllers", quiet)
-    steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **small)
-    found["supervised_success"] = steered.success[0]
+    if tells_goals(run.domain, seed):
+        announce("evaluate: supervised controllers", quiet)
+        steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **small)
+        found["supervised_success"] = steered.success[0]
     announce("evaluate: codes of experts", quiet)
-    oracle = Oracle().measure(run, Oracle.Config(), quiet=True)
+    oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)
     found |= {"oracle_seen": oracle["seen"], "oracle_unseen": oracle["unseen"], "code_nats": oracle["nats"]}
     return found | {"code_dimensions": oracle["dimensions_used"], "code_readable": oracle["readable"]}
 

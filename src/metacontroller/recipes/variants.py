@@ -53,6 +53,8 @@ class StudyConfig:
     """Walks for each subgoal, free and with its code forced."""
     gate_episodes: int = 2048
     """Held-out episodes to judge the gate by."""
+    oracle_episodes: int = 1024
+    """Held-out episodes of each kind to play experts' codes in."""
 
 
 Group = Literal["baseline", "rate", "pretraining", "control"]
