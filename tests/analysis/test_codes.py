@@ -147,6 +147,10 @@ def test_codes_that_change_nothing_are_reached_as_often_as_free_walks_reach_them
     assert 0.3 < injected.free < 0.5  # one of two others; some walks reach no second color
     for share in (injected.forced, injected.free_unseen, injected.forced_unseen):
         assert share == pytest.approx(injected.free, abs=0.05)
+    for first, row in enumerate(injected.by_transition):
+        assert math.isnan(row[first])
+        others = [share for second, share in enumerate(row) if second != first]
+        assert others == pytest.approx([injected.free] * 2, abs=0.09)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +166,10 @@ def test_where_nothing_is_unseen_or_nobody_knows_the_rest_is_measured(world: Gri
 
 def test_the_analysis_of_injection_is_strict_json(untrained: Callable[..., LoadedRun]) -> None:
     results = run_analysis("injection", untrained(), Injection.Config(walks=8))
-    assert set(results) == {"free", "forced", "free_unseen", "forced_unseen", "walks"}
+    numbers = ["free", "forced", "free_unseen", "forced_unseen", "walks"]
+    assert set(results) == {*numbers, "by_transition"}
     json.dumps(results, allow_nan=False)
-    assert [name for name, _ in Injection().rows([results])] == list(results)
+    assert [name for name, _ in Injection().rows([results])] == numbers
     with pytest.raises(ValueError, match="walks is 0; expected at least 1"):
         Injection.Config(walks=0)
 

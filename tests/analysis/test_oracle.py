@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from metacontroller.analysis.gate import HeldOutGate
+from metacontroller.analysis import oracle as module
+from metacontroller.analysis.gate import HeldOutGate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.oracle import Oracle, OracleCodes, oracle_codes, readable, recorded_proposal
+from metacontroller.analysis.oracle import Oracle, OracleCodes, named_success, oracle_codes, readable, recorded_proposal
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
 from metacontroller.data.trajectories import Trajectories
@@ -92,6 +93,26 @@ def test_the_analysis_of_a_run_that_has_learned_nothing(untrained: Callable[...,
     assert "nats_by_dimension" not in rows
 
 
+def test_named_codes_are_the_means_over_switches_with_that_label(
+    untrained: Callable[..., LoadedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kept = untrained(), []
+    monkeypatch.setattr(module, "play_chained", lambda model, steer, *_: kept.append(steer) or 0.25)
+    assert named_success(run, 64, 7) == 0.25
+    gate = held_out_gate(run, 64, 7)
+    residual = torch.randn(3, run.base.dim, generator=torch.Generator().manual_seed(0))
+    assert gate.episodes.subgoals is not None
+    for subgoal in range(len(run.subgoals)):
+        codes = [
+            gate.code[row, step]
+            for row, length in enumerate(gate.episodes.lengths.tolist())
+            for step in range(length)
+            if gate.beta[row, step] >= 0.5 and gate.episodes.subgoals[row, step] == subgoal
+        ]
+        expected = run.meta_controller.steer(residual, torch.stack(codes).mean(0).expand(3, -1))
+        torch.testing.assert_close(kept[0](residual, torch.full((3,), subgoal)), expected)
+
+
 def test_after_compile_the_codes_are_its_own(untrained: Callable[..., LoadedRun]) -> None:
     config = replace(debug(), discovery="compile")
     run = untrained(config)
@@ -115,4 +136,5 @@ def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
     told, silent = links(run, True), links(replace(run, domain=Silent(run.domain.config)), True)
     assert told["supervised_success"] is not None
     assert silent["supervised_success"] is None
+    assert silent["named_success"] is None
     assert silent["probe_accuracy"] == told["probe_accuracy"]

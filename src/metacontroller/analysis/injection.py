@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 class InjectionResult(NamedTuple):
     """Share of walks whose second subgoal is the one named: free, or with its code forced after the first subgoal; over
     all transitions, and over those that demonstrations never show (nan if there are none, or if the world does not tell
-    which they are)."""
+    which they are). by_transition: the forced share from each first subgoal (row) to each other one (column), nan where
+    no walk counts."""
 
     free: float
     forced: float
     free_unseen: float
     forced_unseen: float
+    by_transition: list[list[float]]
 
 
 @torch.no_grad()
@@ -64,6 +66,7 @@ def injected_codes(
     seen = seen.to(generator.device)
     everywhere: dict[bool, list[Tensor]] = {False: [], True: []}
     unseen: dict[bool, list[Tensor]] = {False: [], True: []}
+    columns = []
     for subgoal in range(subgoals):
         favourite = meaning.codes[meaning.share[:, subgoal + 1].argmax()]
         for forced in (False, True):
@@ -72,7 +75,14 @@ def injected_codes(
             counted = (first >= 0) & (first != subgoal)
             everywhere[forced].append((second == subgoal)[counted])
             unseen[forced].append((second == subgoal)[counted & ~seen[first, subgoal]])
-    return InjectionResult(*(_share(reached[forced]) for reached in (everywhere, unseen) for forced in (False, True)))
+        columns.append([_share([(second == subgoal)[counted & (first == row)]]) for row in range(subgoals)])
+    return InjectionResult(
+        free=_share(everywhere[False]),
+        forced=_share(everywhere[True]),
+        free_unseen=_share(unseen[False]),
+        forced_unseen=_share(unseen[True]),
+        by_transition=[list(row) for row in zip(*columns, strict=True)],
+    )
 
 
 def _share(reached: list[Tensor]) -> float:
@@ -106,7 +116,8 @@ class Injection(Analysis):
             walk_steps=run.walk_steps,
             generator=generator,
         )
-        return {**injected._asdict(), "walks": config.walks}
+        shares = [[None if math.isnan(share) else share for share in row] for row in injected.by_transition]
+        return {**injected._asdict(), "by_transition": shares, "walks": config.walks}
 
     def draw(self, results: Sequence[Results]) -> Figure:
         return injection_figure(results)

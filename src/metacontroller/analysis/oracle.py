@@ -1,13 +1,16 @@
 """Oracle codes: those that the acausal encoder reads from an expert's episode, played again in the same episode.
 
-What they reach bounds what any policy over codes can reach: on tasks of the demonstrations, and on the post-training
-task. Beside it stands what the codes say: how many nats, in which dimensions, and what can be read from them.
+On tasks of the demonstrations that tells whether codes can be followed. On the post-training task it also asks the
+encoder to name a subgoal where training never showed it, which it may not (docs/log.md, 62), though a policy can find
+the code. So codes are also played by name: the mean code of each subgoal, chained in the order of that task. Beside it
+stands what the codes say: how many nats, in which dimensions, and what can be read from them.
 
 Axes: b episodes, k codes of an episode, t steps, m codes of all episodes, n_z code, c classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +22,7 @@ from torch.nn import functional as F
 from metacontroller.analysis.gate import HeldOutGate, gate_along, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.analysis.steering import play_chained, tells_goals
 from metacontroller.data.trajectories import Trajectories, length_mask
 from metacontroller.phases.rollout import Proposal, rollout_abstract
 from metacontroller.storage.config_file import check_positive
@@ -79,6 +83,26 @@ def oracle_success(run: LoadedRun, experts: Trajectories, seed: int) -> tuple[fl
     return float(rollout.success.double().mean()), float((rollout.subgoals_done / asked).double().mean())
 
 
+@torch.no_grad()
+def named_success(run: LoadedRun, episodes: int, seed: int) -> float:
+    """Success on the post-training task when each step is steered by the mean code of the subgoal asked for, mean over
+    the switches of held-out demonstrations. nan if some subgoal has no code. UserError as of `play_chained`."""
+    gate = held_out_gate(run, episodes, seed)
+    switch = switches(gate, run.meta_controller.gate_config.threshold)
+    assert gate.episodes.subgoals is not None
+    code, named = gate.code[switch], gate.episodes.subgoals[switch]
+    mean = torch.stack([code[named == subgoal].mean(0) for subgoal in range(len(run.subgoals))])
+    if not bool(mean.isfinite().all()):
+        return math.nan
+    return play_chained(
+        run.model.eval(),
+        lambda residual, goal: run.meta_controller.steer(residual, mean[goal]),
+        run.domain,
+        episodes,
+        seed,
+    )
+
+
 def readable(codes: Tensor, labels: Tensor, seed: int) -> float:
     """How well a small network reads a label from a code: accuracy on the second half of codes (m, n_z), after training
     on the first. labels (m,) int64 from 0."""
@@ -119,7 +143,8 @@ def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
 class Oracle(Analysis):
     """Codes read from experts' episodes: what they reach when played again, and what they say.
 
-    seen, unseen and the shares of subgoals done are None where a world has no ``demonstrate`` or ``restart``.
+    seen, unseen and the shares of subgoals done are None where a world has no ``demonstrate`` or ``restart``; named,
+    the success of subgoals' mean codes, where it does not tell which subgoal is asked for.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -143,6 +168,8 @@ class Oracle(Analysis):
             }
             for name, episodes in experts.items():
                 results[name], results[f"{name}_subgoals"] = oracle_success(run, episodes, seed)
+        told = tells_goals(run.domain, seed)
+        results["named"] = named_success(run, config.episodes, seed) if told else None
         return {**results, **what_codes_say(run, config.episodes, seed), "episodes": config.episodes}
 
     def rows(self, results: Sequence[Results]) -> Rows:

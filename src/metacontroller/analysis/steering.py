@@ -142,10 +142,11 @@ def tells_goals(domain: Domain, seed: int) -> bool:
 @torch.no_grad()
 @weights_cast_once()
 def play_chained(
-    model: SteerableModel, controllers: SupervisedControllers, domain: Domain, episodes: int, seed: int
+    model: SteerableModel, steer: Callable[[Tensor, Tensor], Tensor], domain: Domain, episodes: int, seed: int
 ) -> float:
-    """Share of held-out episodes in which the post-training task is done when each step is steered by the controller of
-    the subgoal that the task asks for. UserError where the world does not tell which that is."""
+    """Share of held-out episodes in which the post-training task is done when each step is steered towards the subgoal
+    that the task asks for. steer: residual (b, n_e), subgoal (b,) -> steered residual, such as `SupervisedControllers`.
+    UserError where the world does not tell which subgoal that is."""
     generator = noise_generator(seed, next(model.parameters()).device)  # a stream apart from the training episodes
     env = domain.reset(episodes, generator)
     if not tells_goals(domain, seed):
@@ -156,7 +157,7 @@ def play_chained(
     actor, done = Actor(model, env, generator), 0
     while len(env):
         residual, before = actor.look(), env.success.clone()
-        actor.act(controllers(residual, env.goal().clamp(min=0)))
+        actor.act(steer(residual, env.goal().clamp(min=0)))
         done += int((env.success & ~before).sum())  # finished episodes may stay on for a while
         actor.keep(survivors(~(env.terminated | env.truncated)))
     return done / episodes

@@ -41,12 +41,13 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     """Each link between demonstrations and internal RL, so that a weak one shows.
 
     probe_accuracy: of the subgoal, linear, at the controlled layer. supervised_success: of supervised controllers
-    there, chained on the post-training task. oracle_seen, oracle_unseen: success with the codes of experts, on tasks of
-    the demonstrations and on the post-training task. code_nats, code_dimensions: of a code. code_readable: accuracy of
-    what is read from codes. None where the world has no labels, no experts to ask or no goals to follow.
+    there, chained on the post-training task. named_success: of subgoals' mean codes, chained likewise. oracle_seen,
+    oracle_unseen: success with the codes of experts, on tasks of the demonstrations and on the post-training task.
+    code_nats, code_dimensions: of a code. code_readable: accuracy of what is read from codes. None where the world has
+    no labels, no experts to ask or no goals to follow.
     """
-    names = ("probe_accuracy", "supervised_success", "oracle_seen", "oracle_unseen", "code_nats", "code_dimensions")
-    found: dict[str, Any] = dict.fromkeys((*names, "code_readable"))
+    names = ("probe_accuracy", "supervised_success", "named_success", "oracle_seen", "oracle_unseen")
+    found: dict[str, Any] = dict.fromkeys((*names, "code_nats", "code_dimensions", "code_readable"))
     if not run.subgoals:
         return found
     source, seed = run.demonstrations(), stream_seed(run.seed, "analyse")
@@ -62,6 +63,8 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     announce("evaluate: codes of experts", quiet)
     oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)
     found |= {"oracle_seen": oracle["seen"], "oracle_unseen": oracle["unseen"], "code_nats": oracle["nats"]}
+    named = oracle["named"]
+    found["named_success"] = None if named is None or math.isnan(named) else named
     return found | {"code_dimensions": oracle["dimensions_used"], "code_readable": oracle["readable"]}
 
 

@@ -20,6 +20,7 @@ RESULTS = {
     "unseen_transition_share": "base model: unseen among transitions",
     "probe_accuracy": "linear probe of the subgoal: accuracy",
     "supervised_success": "supervised controllers, chained: success",
+    "named_success": "mean codes of subgoals, chained: success",
     "oracle_seen": "codes of experts, seen tasks: success",
     "oracle_unseen": "codes of experts, post-training task: success",
     "code_nats": "a code costs, nats",
