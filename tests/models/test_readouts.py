@@ -176,15 +176,15 @@ def test_several_choices_are_checked_and_embedded() -> None:
 
 
 def test_statistics_change_the_units_and_nothing_else() -> None:
-    plain = GaussianReadout(6, 2, embeds=True)
-    scaled = GaussianReadout(6, 2, embeds=True, mean=[100.0, -3.0], std=[50.0, 0.01])
+    plain = GaussianReadout(6, 2, embeds=True).double()
+    scaled = GaussianReadout(6, 2, embeds=True, mean=[100.0, -3.0], std=[50.0, 0.01]).double()
     scaled.load_state_dict(plain.state_dict())  # statistics are no weights
-    mean, std = torch.tensor([100.0, -3.0]), torch.tensor([50.0, 0.01])
-    hidden, values = torch.randn(3, 5, 6), torch.randn(3, 5, 2)
+    mean, std = torch.tensor([[100.0, -3.0], [50.0, 0.01]], dtype=torch.float64)
+    hidden, values = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
     raw = mean + std * values
-    torch.testing.assert_close(scaled.embed(raw), plain.embed(values), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scaled.embed(raw), plain.embed(values))
     expected = plain.log_prob(plain(hidden), values) - std.log().sum()
-    torch.testing.assert_close(scaled.log_prob(scaled(hidden), raw), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scaled.log_prob(scaled(hidden), raw), expected)
     one, other = (readout.sample(readout(hidden), torch.Generator().manual_seed(1)) for readout in (plain, scaled))
     torch.testing.assert_close(other, mean + std * one)
 
