@@ -68,6 +68,17 @@ def test_a_variant_changes_what_its_name_says() -> None:
     assert starts["compile"] == starts["forced-switching"] == starts["rate-cotrained-0.1"] == "base"
 
 
+def test_baselines_have_the_alphas_that_were_searched_for_them() -> None:
+    config, plain = laptop(), variants(laptop(), StudyConfig())
+    own = variants(config, StudyConfig(forced_alpha=0.5, cotrained_alpha=0.25))
+    found = {name: differences(plain[name].config, variant.config) for name, variant in own.items()}
+    changed = {name for name, fields in found.items() if fields == {"discover.alpha"}}
+    assert changed == {name for name in own if "cotrained-from" in name} | {"forced-switching"}
+    assert not any(found[name] for name in own if name not in changed)
+    assert own["forced-switching"].config.discover.alpha == 0.5
+    assert own["cotrained-from-scratch"].config.discover.alpha == 0.25
+
+
 def test_the_variants_of_every_preset_can_be_made() -> None:
     for preset, config in (("debug", debug()), ("laptop", laptop())):
         settings = STUDIES[preset]

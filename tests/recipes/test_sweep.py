@@ -17,7 +17,7 @@ import pytest
 from metacontroller.cli import main
 from metacontroller.presets.gridworld import debug, laptop
 from metacontroller.recipes.config import ExperimentConfig, with_seed
-from metacontroller.recipes.sweep import SweepJob, job_config, sweep
+from metacontroller.recipes.sweep import SweepJob, job_config, own_alpha, sweep
 from metacontroller.storage.run_folder import RunFolder
 
 GRID: dict[str, Any] = {"seeds": [0, 1], "alphas": [0.1, 0.3], "lrs": [1e-3, 3e-3]}
@@ -59,6 +59,14 @@ def test_a_job_has_its_own_values() -> None:
     assert config.pretrain == with_seed(laptop(), 3).pretrain
     constant = dataclasses.replace(debug(), discover=dataclasses.replace(debug().discover, alpha=0.3, alpha_start=0.3))
     assert job_config(constant, SweepJob(0, 0.5)).discover.alpha_start == 0.5
+
+
+def test_alpha_is_that_of_compile_where_compile_discovers() -> None:
+    config = dataclasses.replace(laptop(), discovery="compile")
+    swept = job_config(config, SweepJob(0, 0.5))
+    assert (swept.compile.alpha_code, swept.compile.alpha_boundary) == (0.5, 0.5)
+    assert swept.discover == job_config(config, SweepJob(0)).discover
+    assert own_alpha(config) == config.compile.alpha_code != own_alpha(laptop()) == laptop().discover.alpha
 
 
 def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path, whole: Path) -> None:

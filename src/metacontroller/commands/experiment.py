@@ -25,7 +25,7 @@ from metacontroller.recipes.config import ExperimentConfig, load_run, open_folde
 from metacontroller.recipes.jobs import Engine
 from metacontroller.recipes.reproduce import reproduce, show_episodes
 from metacontroller.recipes.study import study
-from metacontroller.recipes.sweep import sweep
+from metacontroller.recipes.sweep import own_alpha, sweep
 from metacontroller.recipes.variants import StudyConfig
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
 from metacontroller.report.figures import require_matplotlib
@@ -137,7 +137,7 @@ class Sweep(Training):
     seeds: list[int] = field(default_factory=lambda: [0])
     """One base model for each."""
     alphas: list[float] | None = None
-    """Weights of the KL, a metacontroller for each; the preset's unless given."""
+    """Weights of the KL, a metacontroller for each; the preset's unless given. CompILE's two weights are both this."""
     lrs: list[float] | None = None
     """Learning rates of internal RL; the preset's unless given."""
     engine: Engine = "processes"
@@ -162,7 +162,7 @@ class Sweep(Training):
             config,
             self.out,
             seeds=self.seeds,
-            alphas=[config.discover.alpha] if self.alphas is None else self.alphas,
+            alphas=[own_alpha(config)] if self.alphas is None else self.alphas,
             lrs=[config.internal_rl.lr] if self.lrs is None else self.lrs,
             engine=self.engine,
             workers=self.workers,

@@ -61,15 +61,26 @@ class SweepJob:
 
 
 def job_config(config: ExperimentConfig, job: SweepJob) -> ExperimentConfig:
-    """The sweep's config with the job's values; without a linear warm-up, alpha starts as it ends."""
+    """The sweep's config with the job's values; without a linear warm-up, alpha starts as it ends.
+
+    CompILE's two weights, of its codes and of its boundaries, are both alpha.
+    """
     config = with_seed(config, job.seed)
-    if job.alpha is not None:
+    if job.alpha is not None and config.discovery == "compile":
+        weights = replace(config.compile, alpha_code=job.alpha, alpha_boundary=job.alpha)
+        config = replace(config, compile=weights)
+    elif job.alpha is not None:
         warms_up = config.discover.alpha_start != config.discover.alpha
         start = config.discover.alpha_start if warms_up else job.alpha
         config = replace(config, discover=replace(config.discover, alpha=job.alpha, alpha_start=start))
     if job.lr is not None:
         config = replace(config, internal_rl=replace(config.internal_rl, lr=job.lr))
     return config
+
+
+def own_alpha(config: ExperimentConfig) -> float:
+    """The weight of the KL that a config has without a sweep."""
+    return config.compile.alpha_code if config.discovery == "compile" else config.discover.alpha
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ from metacontroller.recipes.config import ExperimentConfig
 class StudyConfig:
     """How much of everything. What begins with the command of an analysis is an option of that analysis."""
 
+    forced_alpha: float | None = None
+    """Weight of the KL where switching is forced, searched for that baseline; the reproduction's unless given."""
+    cotrained_alpha: float | None = None
+    """Weight of the KL of the co-trained baselines, likewise. CompILE's are in its own config."""
     alphas: tuple[float, ...] = (0.001, 0.004, 0.02, 0.1)
     """Weights of the KL, one for each point of the rate-distortion curves."""
     rate_steps: int = 2400
@@ -82,14 +86,21 @@ def _lasting(config: DiscoverConfig, steps: int) -> DiscoverConfig:
 
 def variants(config: ExperimentConfig, study: StudyConfig) -> dict[str, Variant]:
     """All variants by name, in the order in which they are run."""
-    made = [*_baselines(config), *_rate_distortion(config, study), *_pretraining(config, study), *_controls(config)]
+    made = [*_baselines(config, study), *_rate_distortion(config, study), *_pretraining(config, study)]
+    made += _controls(config, study)
     return {variant.name: variant for variant in made}
 
 
-def _baselines(config: ExperimentConfig) -> list[Variant]:
+def _weighed(config: ExperimentConfig, alpha: float | None) -> ExperimentConfig:
+    """Discovery with this weight of the KL at the end of its warm-up, or as it is."""
+    return config if alpha is None else replace(config, discover=replace(config.discover, alpha=alpha))
+
+
+def _baselines(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
     """The paper's baselines beside raw-action RL, which the reproduction has (Fig. 8)."""
     forced = replace(config, meta_controller=replace(config.meta_controller, gate=GateConfig(mode="forced")))
-    cotrained = _cotrained(config)
+    forced = _weighed(forced, study.forced_alpha)
+    cotrained = _weighed(_cotrained(config), study.cotrained_alpha)
     joint = replace(
         cotrained.discover.optimizer, steps=max(config.pretrain.optimizer.steps, config.discover.optimizer.steps)
     )
@@ -108,12 +119,12 @@ def _cotrained(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, discover=replace(config.discover, optimizer=optimizer, train_model=True))
 
 
-def _controls(config: ExperimentConfig) -> list[Variant]:
+def _controls(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
     """Where the sequence embedder sees episodes under symmetry augmentation: without it, as in the paper, the base
     frozen and co-trained. They tell what the augmentation does for each."""
     if not config.discover.symmetry_augmentation:
         return []
-    compared = (Variant(name="frozen", group="control", config=config), *_baselines(config))
+    compared = (Variant(name="frozen", group="control", config=config), *_baselines(config, study))
     return [
         replace(
             variant,
