@@ -176,6 +176,30 @@ def test_updates_in_chunks_are_updates_of_the_whole(kind: str, tmp_path: Path, m
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_updates_on_a_batch_end_at_the_target_kl(kind: str, tmp_path: Path) -> None:
+    once = InternalRLConfig(episodes=64, batch_size=64, lr=1e-2)
+    several = replace(once, update_epochs=5)
+    configs = {
+        "once": once,
+        "nearest": replace(several, target_kl=1e-9),
+        "all": several,
+        "farthest": replace(several, target_kl=1e9),
+    }
+    lines = {name: learn(tmp_path / name, kind, config)[0] for name, config in configs.items()}
+    names = {"internal": "internal_rl_policy", "raw": "raw_action_model"}
+    weights = {name: load_file(tmp_path / name / f"{names[kind]}.safetensors") for name in configs}
+
+    def equal(one: str, other: str) -> bool:
+        return all(torch.equal(weights[one][key], weights[other][key]) for key in weights[one])
+
+    assert equal("once", "nearest")
+    assert equal("all", "farthest")
+    assert not equal("once", "all")
+    assert lines["once"]["grad_norm"] == lines["nearest"]["grad_norm"]  # of the last step that was taken
+    assert lines["nearest"]["approx_kl"] > 1e-9
+
+
 def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     # a very narrow policy, whose density at the zeros of the padding overflows
     steering = make_steering()
@@ -199,6 +223,7 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     [
         ({"episodes": 0}, "episodes is 0; expected at least 1"),
         ({"update_epochs": 0}, "update_epochs is 0; expected at least 1"),
+        ({"target_kl": 0.0}, "target_kl is 0.0; expected a number above 0"),
         ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),
     ],
 )

@@ -1,12 +1,12 @@
 """Phase 3, internal RL: reinforcement learning over abstract actions (C.5, algorithms 1-3).
 
 The frozen model, gate and controller together with the task are the environment; the policy pi(z | e) acts in it only
-at switches. One update: a batch of new episodes, advantages (R - mean) / (std + delta), and a few update epochs of the
-clipped surrogate over the stored residuals, which do not run the frozen model again. Several processes share each
-batch, see `training.distributed`.
+at switches. One update: a batch of new episodes, advantages (R - mean) / (std + delta), and some update epochs of the
+clipped surrogate over the stored residuals, which do not run the frozen model again; with ``target_kl`` they end sooner.
+Several processes share each batch, see `training.distributed`.
 
 Metrics: ``success``, the share of the batch's episodes that the environment reports as solved, and their mean
-``return``; ``episodes`` so far; ``decisions``, ``steps`` and ``subgoals_done`` per episode; of the last optimizer step
+``return``; ``episodes`` so far; ``decisions``, ``steps`` and ``subgoals_done`` per episode; of the last minibatch
 ``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` between the policy that acted and the updated one,
 ``clip_fraction``, the share of decisions whose ratio is clipped, and ``grad_norm`` before clipping.
 """

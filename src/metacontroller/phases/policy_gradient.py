@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,9 @@ class InternalRLConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
     update_epochs: int = 1
-    """Update epochs over each batch."""
+    """Update epochs over each batch, at most."""
+    target_kl: float | None = None
+    """The updates on a batch end when approx_kl is beyond this, in nats per decision; None: after all epochs."""
     minibatches: int = 1
     """Minibatches of a batch, one optimizer step each."""
     eps_clip: float = 0.2
@@ -56,6 +58,8 @@ class InternalRLConfig:
         for name in ("episodes", "batch_size", "update_epochs", "minibatches", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise UserError(f"target_kl is {self.target_kl}; expected a number above 0, or none.")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 
@@ -116,17 +120,24 @@ def reinforce(
             advantages = trajectory_advantages(workers.gather(rollout.returns).view(-1), config.delta)
             advantage = advantages.view(workers.count, -1)[workers.rank]
             # if all returns of a batch are equal, there is no advantage and so no gradient
-            for _ in range(config.update_epochs if bool(advantages.any()) else 0):
-                order = torch.randperm(episodes, generator=rng, device=rng.device)
-                for rows in order.chunk(config.minibatches):
-                    metrics |= _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
-                    metrics["grad_norm"] = learner.optimizer_step()
+            for rows in _minibatches(config, episodes, rng) if bool(advantages.any()) else ():
+                metrics |= _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
+                if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
+                    learner.optimizer.zero_grad()
+                    break
+                metrics["grad_norm"] = learner.optimizer_step()
             if workers.is_main:
                 run.log_metrics(phase, done, **metrics)
             progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
             if done % config.checkpoint_every == 0 or done == config.updates:
                 learner.save(run, phase, done)
     workers.wait()
+
+
+def _minibatches(config: InternalRLConfig, episodes: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """The rows of each optimizer step: every update epoch has all episodes once, in an order of its own."""
+    for _ in range(config.update_epochs):
+        yield from torch.randperm(episodes, generator=rng, device=rng.device).chunk(config.minibatches)
 
 
 def _surrogate_in_chunks(
