@@ -123,7 +123,7 @@ def reinforce(
                     metrics["grad_norm"] = learner.optimizer_step()
             if workers.is_main:
                 run.log_metrics(phase, done, **metrics)
-            progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
+            progress.update(done, **{name: metrics[name] for name in ("success", "return", "episodes")})
             if done % config.checkpoint_every == 0 or done == config.updates:
                 learner.save(run, phase, done)
     workers.wait()
