@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from minigrid.envs.babyai.core.roomgrid_level import RoomGridLevel
 from minigrid.utils.baby_ai_bot import BabyAIBot
 from torch import Tensor
 
+from metacontroller import InternalVectorEnv
 from metacontroller.domains import babyai
 from metacontroller.domains.babyai import domain as domain_module
 from metacontroller.domains.babyai import observation
@@ -24,6 +27,8 @@ from metacontroller.domains.babyai.dataset import Recipe, generate
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig, Told
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.base import FREE, BatchedEnv
+from metacontroller.presets import preset
+from metacontroller.recipes.config import build_meta_controller, build_model
 
 OBJECTS = tuple(observation.names_of(BabyAIConfig().objects))
 LENGTH = BabyAIConfig().mission_length
@@ -162,6 +167,52 @@ def test_rows_are_kept_in_the_order_asked_for() -> None:
     batch.step(torch.tensor([LEFT, LEFT]))
     assert len(batch) == 2
     assert torch.equal(batch.observation[:, observation.VIEW_CELLS], (before[[4, 1], observation.VIEW_CELLS] - 1) % 4)
+
+
+def test_rows_are_replaced_one_by_one() -> None:
+    batch, other = RoomBatch(rooms(4), mission_length=LENGTH), RoomBatch(rooms(6)[4:], mission_length=LENGTH)
+    actions = torch.full((4,), FORWARD)
+    batch.step(actions)
+    taken = copy(batch)
+    taken.select(torch.tensor([0, 3]))
+    taken.step(torch.tensor([LEFT, PICKUP]))
+    before = batch.observation
+    kept = before.clone()
+    batch.replace(torch.tensor([3, 1]), other)
+    assert torch.equal(before, kept)  # what was read does not change
+    assert torch.equal(batch.observation, torch.stack([kept[0], other.observation[1], kept[2], other.observation[0]]))
+    assert batch.steps.tolist() == [1, 0, 1, 0]
+    batch.replace(torch.tensor([0]), one_of(taken, 0))
+    batch.step(actions)
+    for row, room in enumerate(batch.rooms):
+        truth = RoomGridLevel.gen_obs(room)
+        seen = batch.observation[row, : observation.VIEW_CELLS].numpy()
+        assert np.array_equal(seen, observation.image_symbols(truth["image"]).ravel())
+        assert int(batch.steps[row]) == room.step_count
+
+
+def one_of(batch: RoomBatch, row: int) -> RoomBatch:
+    chosen = copy(batch)
+    chosen.select(torch.tensor([row]))
+    return chosen
+
+
+def test_internal_rl_as_a_vector_environment_plays_all_rooms_together(tmp_path: Path) -> None:
+    config = preset("babyai-debug")
+    config = replace(config, domain=small(tmp_path, post_task=(0,), max_steps=9))
+    domain = BabyAI(config.domain)
+    envs = InternalVectorEnv(domain, build_model(config), build_meta_controller(config), 5)
+    envs.reset(seed=0)
+    counts: set[int] = set()
+    for _ in range(12):
+        *_, terminated, truncated, info = envs.step(envs.sample_prior())
+        for row in (terminated | truncated).nonzero()[0]:
+            counts.add(int(info["final_info"]["episode_steps"][row]))
+    assert isinstance(envs._rows.env, RoomBatch)  # type: ignore[union-attr]
+    assert max(counts) == 9
+    copied = pickle.loads(pickle.dumps(envs))  # noqa: S301
+    codes = envs.sample_prior()
+    np.testing.assert_array_equal(envs.step(codes)[0], copied.step(codes)[0])
 
 
 # -- the bot ----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,18 @@ class RoomBatch:
             setattr(self, name, getattr(self, name)[index])
         self._observe()
 
+    def replace(self, rows: Tensor, other: RoomBatch) -> None:
+        """Puts the rooms of another batch, whose tasks are as long, in the place of ``rows``, int64 (m,)."""
+        index = rows.cpu().numpy()
+        self.rooms = list(self.rooms)
+        for row, room in zip(index.tolist(), other.rooms, strict=True):
+            self.rooms[row] = room
+        for name in ROW_ARRAYS:
+            values = getattr(self, name).copy()
+            values[index] = getattr(other, name)
+            setattr(self, name, values)
+        self.observation = self.observation.index_copy(0, rows, other.observation)
+
     @property
     def terminated(self) -> Tensor:
         return self._tensor(self._ended)
