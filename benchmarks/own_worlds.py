@@ -98,7 +98,7 @@ def rooms_facts(episodes: Trajectories) -> dict[str, Tensor]:
 
 
 def pendulum_facts(episodes: Trajectories) -> dict[str, Tensor]:
-    """The pendulum's state where the code is taken, which the observation shows, and the torque that the expert gives."""
+    """The pendulum's state where the code is taken, which the model sees, and the torque that the expert gives."""
     cos, sin, speed = episodes.states[:, 0].double().unbind(-1)
     return {
         "height, seen": cos[:, None],
@@ -166,7 +166,9 @@ def print_world(name: str, found: dict[str, Any]) -> None:
     print(row.format("", "success", "return", "steps", "decisions"))
     spread = "" if experts["return_se"] is None else f" ± {experts['return_se']:.2g}"
     steps = experts["steps"] / experts["kept"]
-    print(row.format("experts", f"{experts['success']:.3f}", f"{experts['mean_return']:.4g}{spread}", f"{steps:.1f}", ""))
+    print(
+        row.format("experts", f"{experts['success']:.3f}", f"{experts['mean_return']:.4g}{spread}", f"{steps:.1f}", "")
+    )
     for policy, says in POLICIES.items():
         if policy in found["evaluations"]:
             one = found["evaluations"][policy]
@@ -174,8 +176,9 @@ def print_world(name: str, found: dict[str, Any]) -> None:
             gained = f"{one['mean_return']:.4g} ± {one['return_se']:.2g}"
             print(row.format(says, f"{one['success']:.3f}", gained, f"{one['steps']:.1f}", decisions))
     later = codes["nats_of_later_codes"]
-    print(f"  codes an episode {codes['codes_per_episode']:.2f}; nats of the first {codes['nats_of_first_code']:.2f}", end="")
-    print("" if later is None else f", of a later one {later:.2f}")
+    rest = "" if later is None else f", of a later one {later:.2f}"
+    first, many = codes["nats_of_first_code"], codes["codes_per_episode"]
+    print(f"  codes an episode {many:.2f}; nats of the first {first:.2f}{rest}")
     for fact, share in codes["explained"].items():
         print(f"  the first code explains {'nothing, it never varies' if share is None else f'{share:.2f}'} of: {fact}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,12 @@ def test_internal_rl_plays_in_worker_processes_and_ends_them(tmp_path: Path) -> 
         run = RunFolder(tmp_path / str(workers))
         settings = InternalRLConfig(episodes=12, batch_size=6, lr=1e-3)
         internal_rl(
-            settings, copy.deepcopy(model), copy.deepcopy(steering), lambda n, rng: environments.reset(n, rng, 5), run, quiet=True
+            settings,
+            copy.deepcopy(model),
+            copy.deepcopy(steering),
+            partial(environments.reset, max_steps=5),
+            run,
+            quiet=True,
         )
         logs.append([line["return"] for line in run.read_metrics("internal_rl")])
         assert len(set(multiprocessing.active_children()) - before) == workers

@@ -23,6 +23,8 @@ from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
 GRID = PinpadConfig(size=4, num_colors=2, num_walls=1, max_steps=12)
 TASK = (0, 1, 0)
 CODE = 3
+LOW, HIGH = [[-0.1, -9.0], [0.0, 2.0]], [[0.1, 9.0], [1.0, 3.0]]
+BOUNDED = spaces.Box(np.array(LOW, np.float32), np.array(HIGH, np.float32))
 
 
 def make_model(gate: Any = None, **options: Any) -> tuple[Transformer, MetaController]:
@@ -216,7 +218,7 @@ def test_gaussian_actions_are_clipped_to_the_environments_bounds() -> None:
         (spaces.MultiDiscrete([2, 3], start=[1, -1]), {"num_discrete": [2, 3]}),
         (spaces.MultiDiscrete([[2, 3], [4, 2]]), {"num_discrete": [2, 3, 4, 2]}),
         (spaces.MultiBinary(2), {"num_discrete": [2, 2]}),
-        (spaces.Box(np.float32([[-0.1, -9], [0, 2]]), np.float32([[0.1, 9], [1, 3]])), {"num_continuous": 4}),
+        (BOUNDED, {"num_continuous": 4}),
     ],
     ids=lambda value: str(value).partition("\n")[0],
 )

@@ -84,8 +84,8 @@ class Pretrain(Tracked):
         before, after = (domain_of(one.domain).spec() for one in (config, changed))
         if (before.encoder, before.action) != (after.encoder, after.action):
             raise UserError(
-                f"the model in {run.path} has the actions {before.action} and env {self.env!r} {after.action}; pretrain "
-                "anew with --dataset and --env, in another folder."
+                f"the model in {run.path} has the actions {before.action} and env {self.env!r} {after.action}; "
+                "pretrain anew with --dataset and --env, in another folder."
             )
         if write:
             run.write_config(to_json(changed))

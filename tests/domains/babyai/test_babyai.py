@@ -20,13 +20,14 @@ from torch import Tensor
 from metacontroller import InternalVectorEnv
 from metacontroller.domains import babyai
 from metacontroller.domains.babyai import domain as domain_module
-from metacontroller.domains.babyai import observation
+from metacontroller.domains.babyai import engine, observation
 from metacontroller.domains.babyai.batch import DROP, FORWARD, LEFT, PICKUP, RoomBatch
 from metacontroller.domains.babyai.bot import RoomBot
 from metacontroller.domains.babyai.dataset import Recipe, generate
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig, Told
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.base import FREE, BatchedEnv
+from metacontroller.phases.rollout import prior_proposal, rollout_abstract
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_meta_controller, build_model
 
@@ -110,6 +111,45 @@ def test_episodes_are_minigrids() -> None:
     assert torch.equal(batch.subgoals_done[batch.success], torch.full((int(batch.success.sum()),), 3))
     assert torch.equal(batch.goal()[batch.success], torch.full((int(batch.success.sum()),), -1))
     assert batch.steps.tolist() == [room.step_count for room in single]
+
+
+def test_pictures_are_minigrids() -> None:
+    """Along random walks that also move objects, what minigrid draws of what the agent sees."""
+    count, random = 4, random_state()
+    batch = RoomBatch(rooms(count, task=(), max_steps=40), mission_length=LENGTH, tiles=engine.tiles())
+    carried = 0
+    for _ in range(40):
+        for row, room in enumerate(batch.rooms):
+            truth = room.get_pov_render(observation.TILE)
+            seen = batch.observation[row, : observation.PIXELS].view(observation.PICTURE).numpy()
+            assert np.array_equal(seen, truth)
+            assert batch.observation[row, observation.PIXELS] == room.agent_dir
+            carried += room.carrying is not None
+        batch.step(torch.randint(5, (count,), generator=random))
+    assert carried > 3
+    assert batch.observation.dtype == torch.uint8
+
+
+def test_a_world_of_pictures_says_what_one_of_symbols_does(tmp_path: Path) -> None:
+    config = preset("babyai-debug")
+    worlds = {view: BabyAI(small(tmp_path, view=view)) for view in ("symbols", "rgb")}
+    episodes = {view: world.demonstrations("pretrain", 6, random_state()) for view, world in worlds.items()}
+    symbols, seen = episodes["symbols"].states, episodes["rgb"].states
+    assert torch.equal(seen[..., observation.PIXELS :].long(), symbols[..., observation.VIEW_CELLS :])
+    drawn = observation.pictures(symbols[..., : observation.VIEW_CELLS].numpy(), engine.tiles())
+    assert np.array_equal(worlds["rgb"].render(seen[0]).numpy(), drawn[0])
+    mirrored = {view: world.augment(episodes[view].states, random_state(5)) for view, world in worlds.items()}
+    expected = observation.with_pictures(mirrored["symbols"].numpy(), engine.tiles())
+    assert np.array_equal(mirrored["rgb"].numpy(), expected)
+    assert not torch.equal(mirrored["rgb"], seen)
+    config = replace(config, domain=worlds["rgb"].config)
+    model, steering = build_model(config), build_meta_controller(config)
+    batch = episodes["rgb"]
+    model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths).action.backward()
+    assert all(value.grad is not None for value in model.encoder.parameters())
+    env = worlds["rgb"].reset(3, random_state(), max_steps=5)
+    rollout = rollout_abstract(model.eval(), steering.eval(), env, prior_proposal(steering, random_state()))
+    assert rollout.steps.max() == 5
 
 
 def walk_to(batch: RoomBatch, target: int) -> None:

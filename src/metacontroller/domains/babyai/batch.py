@@ -16,6 +16,7 @@ from metacontroller.domains.babyai.observation import (
     mission_words,
     object_symbol,
     view_symbols,
+    with_pictures,
 )
 
 LEFT, RIGHT, FORWARD, PICKUP, DROP = range(5)
@@ -41,10 +42,12 @@ class RoomBatch:
         *,
         mission_length: int,
         show_mission: bool = False,
+        tiles: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``."""
-        self.rooms, self.device = list(rooms), device
+        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``. tiles:
+        those of which pictures are made in place of symbols, as of `engine.tiles`."""
+        self.rooms, self.tiles, self.device = list(rooms), tiles, device
         count, longest = len(self.rooms), max(len(room.task) for room in self.rooms)
         tasks = [[*room.task, *[-1] * (longest + 1 - len(room.task))] for room in self.rooms]
         self._tasks = np.array(tasks)
@@ -98,6 +101,8 @@ class RoomBatch:
     def _observe(self) -> None:
         view = view_symbols(self._cells, self._place, self._direction, self._symbols[self._carried])
         observation = np.concatenate([view, self._direction[:, None], self._mission], 1)
+        if self.tiles is not None:
+            observation = with_pictures(observation, self.tiles)
         self.observation = torch.from_numpy(observation).to(self.device)
 
     def select(self, rows: Tensor) -> None:

@@ -86,8 +86,8 @@ class Offline(Domain):
         if self.config.env is None:
             known = self.dataset.env
             raise UserError(
-                "acting needs an environment and the run has a dataset only; give it one by: metacontroller pretrain RUN "
-                f"--resume --env {known or 'ID, a Gymnasium ID'}."
+                "acting needs an environment and the run has a dataset only; give it one by: metacontroller pretrain "
+                f"RUN --resume --env {known or 'ID, a Gymnasium ID'}."
             )
 
     @cached_property
