@@ -216,7 +216,7 @@ def test_gaussian_actions_are_clipped_to_the_environments_bounds() -> None:
     [
         (spaces.Discrete(3, start=5), {"num_discrete": 3}),
         (spaces.MultiDiscrete([2, 3], start=[1, -1]), {"num_discrete": [2, 3]}),
-        (spaces.MultiDiscrete([[2, 3], [4, 2]]), {"num_discrete": [2, 3, 4, 2]}),
+        (spaces.MultiDiscrete(np.array([[2, 3], [4, 2]])), {"num_discrete": [2, 3, 4, 2]}),
         (spaces.MultiBinary(2), {"num_discrete": [2, 2]}),
         (BOUNDED, {"num_continuous": 4}),
     ],
