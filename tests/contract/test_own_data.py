@@ -75,7 +75,7 @@ def test_a_world_of_others_from_policy_to_report(
     script.print_world(run.name, script.results(run.name, tmp_path))
     table = capsys.readouterr().out
     assert "the model without codes" in table
-    assert table.count("the first code explains") >= 2
+    assert table.count("with the first code") >= 2
 
 
 def test_without_an_environment_all_but_acting_works(

@@ -41,17 +41,19 @@ class RoomBatch:
         rooms: Sequence[Room],
         *,
         mission_length: int,
-        show_mission: bool = False,
+        show_mission: bool | Sequence[bool] = False,
         tiles: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``. tiles:
-        those of which pictures are made in place of symbols, as of `engine.tiles`."""
+        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``, for all
+        rooms or for each. tiles: those of which pictures are made in place of symbols, as of `engine.tiles`."""
         self.rooms, self.tiles, self.device = list(rooms), tiles, device
         count, longest = len(self.rooms), max(len(room.task) for room in self.rooms)
         tasks = [[*room.task, *[-1] * (longest + 1 - len(room.task))] for room in self.rooms]
         self._tasks = np.array(tasks)
-        words = [mission_words(room.mission if show_mission else "", mission_length) for room in self.rooms]
+        shown = [show_mission] * count if isinstance(show_mission, bool) else show_mission
+        pairs = zip(self.rooms, shown, strict=True)
+        words = [mission_words(room.mission if told else "", mission_length) for room, told in pairs]
         self._mission = np.stack(words)
         self._cells = np.stack([image_symbols(room.grid.encode()) for room in self.rooms])
         self._symbols = np.array([*(object_symbol(*kind) for kind in self.rooms[0].kinds), EMPTY])  # -1: nothing

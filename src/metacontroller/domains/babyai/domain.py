@@ -28,6 +28,7 @@ from metacontroller.errors import UserError
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
+MORE_OBJECTS = "add to domain.objects"
 TOLD = "told:"
 """Prefix of a task on the command line whose mission is shown."""
 
@@ -75,7 +76,7 @@ class BabyAIConfig:
         observation.names_of(self.objects)
         if self.view not in ("symbols", "rgb"):
             raise UserError(f"view is {self.view!r}; expected 'symbols' or 'rgb'.")
-        check_tasks([*self.tasks, self.post_task], len(self.objects))
+        check_tasks([*self.tasks, self.post_task], len(self.objects), MORE_OBJECTS)
         if len(set(self.objects)) < len(self.objects):
             raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
         for name, low in (("room_size", 5), ("max_steps", 1), ("episodes", 1), ("workers", 0), ("dataset_seed", 0)):
@@ -132,18 +133,33 @@ class BabyAI(Domain):
     ) -> BatchedEnv:
         """n rooms, each its own. task: numbers of objects in order, or `Told` of them."""
         told, colors = self._task(task)
+        seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device)
+        return self._rooms([colors] * n, seeds, told, max_steps or self.config.max_steps)
+
+    def restart(self, episodes: Trajectories) -> BatchedEnv:
+        """The same rooms, with the tasks that the labels tell, and the mission where the episode shows it."""
+        if episodes.subgoals is None or episodes.segments is None or episodes.seeds is None:
+            raise UserError("the episodes carry no labels or no seeds; give demonstrations of this world.")
+        tasks = []
+        for subgoals, segments in zip(episodes.subgoals.tolist(), episodes.segments.tolist(), strict=True):
+            named = {segment: subgoal for subgoal, segment in zip(subgoals, segments, strict=True) if segment >= 0}
+            tasks.append(tuple(named[segment] for segment in sorted(named)))
+        words = episodes.states[:, 0, -self.config.mission_length :]
+        return self._rooms(tasks, episodes.seeds, (words > 0).any(1).tolist(), self.config.max_steps)
+
+    def _rooms(self, tasks: Sequence[Task], seeds: Tensor, told: bool | Sequence[bool], limit: int) -> BatchedEnv:
+        """A room for each task and seed (n,), on the device of the seeds."""
         minigrid, config = _minigrid(), self.config
-        objects, limit = observation.names_of(config.objects), max_steps or config.max_steps
-        seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device).tolist()
-        rooms = [minigrid.Room(objects, colors, size=config.room_size, max_steps=limit) for _ in seeds]
-        for room, seed in zip(rooms, seeds, strict=True):
+        objects = observation.names_of(config.objects)
+        rooms = [minigrid.Room(objects, task, size=config.room_size, max_steps=limit) for task in tasks]
+        for room, seed in zip(rooms, seeds.tolist(), strict=True):
             room.reset(seed=seed)
         return minigrid.RoomBatch(
             rooms,
             mission_length=config.mission_length,
             show_mission=told,
             tiles=minigrid.tiles() if self.rgb else None,
-            device=generator.device,
+            device=seeds.device,
         )
 
     def _as_read(self, episodes: Trajectories, shown: Tensor) -> Trajectories:
@@ -161,7 +177,7 @@ class BabyAI(Domain):
             return False, ()
         told = isinstance(task, Told)
         objects = self.config.post_task if task is None else tuple(task.task if told else task)  # type: ignore
-        check_tasks([objects], len(self.config.objects))
+        check_tasks([objects], len(self.config.objects), MORE_OBJECTS)
         if told and 6 * len(objects) - 1 > self.config.mission_length:
             raise UserError(f"task {format_task(objects)} is told in more words than the model reads; shorten it.")
         return told, objects
