@@ -92,11 +92,13 @@ def rooms_facts(episodes: Trajectories) -> dict[str, Tensor]:
     heading = turn.cumsum(1) % 4
     moved = ((episodes.actions == 2) & episodes.mask()).double()
     first = torch.nn.functional.one_hot(episodes.actions[:, 0], 3).double()
+    turns = [(episodes.actions[:, :8] == way) & episodes.mask()[:, :8] for way in (0, 1)]
     return {
         "cells ahead to the goal": (moved * ahead[heading]).sum(1, keepdim=True),
         "cells right to the goal": (moved * right[heading]).sum(1, keepdim=True),
         "steps to the goal": episodes.lengths.double()[:, None],
         "first action": first,
+        "turns left and right in 8 steps": torch.stack([way.sum(1) for way in turns], 1).double(),
     }
 
 
