@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from gymnasium import spaces
 
 from metacontroller.cli import main
+from metacontroller.data import Dataset, Episodes, Trajectories
 from metacontroller.storage.run_folder import RunFolder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -19,6 +24,17 @@ SMALLER = {"--episodes": "6", "--workers": "1"}
 SIZES = {"internal-rl.episodes": 8, "evaluate.episodes": 4, "domain.max-steps": 8}
 DEBUG = " ".join(["--preset offline-debug --quiet", *(f"--config.{name} {size}" for name, size in SIZES.items())])
 """Of `pretrain`, for all phases."""
+
+
+def measuring() -> Any:
+    """The script that measures the page's worlds."""
+    path = Path(__file__).parents[2] / "benchmarks" / "own_worlds.py"
+    spec = importlib.util.spec_from_file_location("own_worlds", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def commands(block: str) -> list[list[str]]:
@@ -50,7 +66,16 @@ def test_a_world_of_others_from_policy_to_report(
     page = (tmp_path / f"{run.name}.html").read_text()
     assert "internal RL" in page
     assert "± one standard error" in page
-    assert "6 episodes kept" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "6 episodes kept" in said.out
+    assert "gate_recall" not in said.out  # nothing is known of subgoals here
+    assert "evaluate: 4 episodes of internal RL" in said.err
+    script = measuring()
+    script.EPISODES = 16
+    script.print_world(run.name, script.results(run.name, tmp_path))
+    table = capsys.readouterr().out
+    assert "the model without codes" in table
+    assert table.count("with the first code") >= 2
 
 
 def test_without_an_environment_all_but_acting_works(
@@ -75,3 +100,31 @@ def test_without_an_environment_all_but_acting_works(
     assert "give --dataset ID" in capsys.readouterr().err
     assert main(["pretrain", "runs/other", "--dataset", "data/mine", "--preset", "laptop"]) == 2
     assert "does not fit the preset" in capsys.readouterr().err
+
+
+def test_a_run_can_be_given_its_environment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    episodes = Trajectories.from_episodes(
+        {"states": rng.normal(size=(steps + 1, 4)), "actions": rng.integers(2, size=steps)} for steps in (5, 8)
+    )
+    box = spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    Dataset(Episodes.of(episodes), box, spaces.Discrete(2), "CartPole-v1").write("data")
+    assert main(["pretrain", "runs/mine", "--dataset", "data", *DEBUG.split(), "--device", "cpu"]) == 0
+    assert main(["discover", "runs/mine", "--quiet"]) == 0
+    trained = (tmp_path / "runs/mine/base_model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["internal-rl", "runs/mine"]) == 2
+    assert "pretrain RUN --resume --env CartPole-v1" in capsys.readouterr().err
+    resume = ["pretrain", "runs/mine", "--resume", "--quiet", "--env"]
+    assert main([*resume, "Acrobot-v1"]) == 2
+    assert "the data have observations" in capsys.readouterr().err
+    assert main([*resume, "CartPole-v1", "--config.model.dim", "32"]) == 2
+    assert "leave out --config" in capsys.readouterr().err
+    assert main([*resume, "CartPole-v1"]) == 0
+    assert (tmp_path / "runs/mine/base_model.safetensors").read_bytes() == trained
+    assert main(["internal-rl", "runs/mine", "--quiet"]) == 0
+    assert main([*resume, "MountainCar-v0"]) == 2
+    assert "has a world of its own already" in capsys.readouterr().err

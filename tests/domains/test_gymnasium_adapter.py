@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import multiprocessing
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -10,9 +15,13 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from metacontroller import MetaController, Transformer
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.domains.gymnasium_adapter import LOST, GymnasiumBatch, GymnasiumEnvironments, environment_facts
 from metacontroller.errors import UserError
+from metacontroller.phases.internal_rl import internal_rl
+from metacontroller.phases.policy_gradient import InternalRLConfig
+from metacontroller.storage.run_folder import RunFolder
 
 
 class Walk(gymnasium.Env):
@@ -82,6 +91,7 @@ def test_rows_end_by_themselves_and_then_ignore_actions() -> None:
 
 
 def test_an_exception_costs_its_episode_alone(capsys: pytest.CaptureFixture) -> None:
+    LOST.clear()
     environments, generator = GymnasiumEnvironments("adapter/Walk-v0"), torch.Generator().manual_seed(0)
     batch = environments.reset(2, generator, 100)
     rewards = play(batch, [0, 0, 0, 2, 2], [2, 2, 2, 2, 2])
@@ -97,6 +107,22 @@ def test_an_exception_costs_its_episode_alone(capsys: pytest.CaptureFixture) -> 
     again = environments.reset(2, generator, 100)
     assert again.envs is rows  # the same environments, but for the one that broke
     assert again.lost.tolist() == [False, False]
+
+
+def test_exceptions_are_printed_more_rarely_as_they_go_on(capsys: pytest.CaptureFixture) -> None:
+    LOST.clear()
+    for _ in range(12):
+        play(batch_of("adapter/Walk-v0", 1), [0, 0, 0])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("ends here.") for line in lines] == [True, False]
+    assert lines[1].endswith("ends here (10 times by now).")
+
+
+def test_a_reward_that_is_no_number_costs_its_episode() -> None:
+    batch = batch_of("adapter/Push-v0", 2)
+    rewards = play(batch, [[1.0, 0.5]] * 2, [[np.nan, 0.5], [1.0, 0.5]])
+    assert rewards.tolist() == [[1.5, 1.5], [0.0, 0.0]]
+    assert batch.lost.tolist() == [False, True]
 
 
 def test_a_time_limit_truncates() -> None:
@@ -141,6 +167,51 @@ def test_worker_processes_change_nothing() -> None:
     assert len({tuple(row) for row in runs[0][1].tolist()}) == 3  # each row has a seed of its own
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
+
+
+def test_internal_rl_plays_in_worker_processes_and_ends_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Transformer(
+        16,
+        action_embed_readout={"num_continuous": 1},
+        state_embed_readout={"num_continuous": 3},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+    )
+    steering = MetaController(16, dim_meta_controller=8, dim_latent=2, rank=2)
+    before = set(multiprocessing.active_children())
+    logs = []
+    for workers in (0, 2):
+        environments = GymnasiumEnvironments("Pendulum-v1", workers=workers)
+        run = RunFolder(tmp_path / str(workers))
+        settings = InternalRLConfig(episodes=12, batch_size=6, lr=1e-3)
+        internal_rl(
+            settings,
+            copy.deepcopy(model),
+            copy.deepcopy(steering),
+            partial(environments.reset, max_steps=5),
+            run,
+            quiet=True,
+        )
+        logs.append([line["return"] for line in run.read_metrics("internal_rl")])
+        assert len(set(multiprocessing.active_children()) - before) == workers
+        if workers:
+            (rows,) = environments.free[6]
+            killed = next(iter(set(multiprocessing.active_children()) - before))
+            killed.kill()
+            killed.join()
+            with pytest.raises(UserError, match=r"has ended, killed or crashed .* resume with --resume"):
+                rows.reset(0, 5)
+            del rows
+        del environments
+        gc.collect()
+        assert set(multiprocessing.active_children()) == before
+    assert logs[0] == pytest.approx(logs[1])
+    assert len(set(logs[0])) == 2
+
+
+def test_one_environment_alone_needs_no_process() -> None:
+    assert batch_of("adapter/Walk-v0", 1, workers=3).envs.workers == 0
 
 
 def test_what_an_environment_says_of_itself() -> None:

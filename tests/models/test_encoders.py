@@ -217,3 +217,31 @@ def test_a_color_moved_to_another_axis_is_the_same_image() -> None:
     first.load_state_dict(last.state_dict())
     states = torch.randint(0, 256, (1, 2, 20, 16, 3), dtype=torch.uint8)
     torch.testing.assert_close(last(states), first(states.movedim(-1, 2)))
+
+
+def test_a_picture_and_what_stands_beside_it_are_added_up() -> None:
+    encoder = encoders.make_encoder(5, {"picture": {"image": [9, 8, 3], "sizes": [4], "condition": [3, 3]}})
+    assert isinstance(encoder, encoders.PictureEncoder)
+    states = torch.randint(3, (2, 4, 9 * 8 * 3 + 3)).to(torch.uint8)
+    encoder.check(states)
+    images, rest = states[..., :216].view(2, 4, 9, 8, 3), states[..., 216:].long()
+    torch.testing.assert_close(encoder(states), encoder.image(images) + encoder.tokens(rest))
+    assert torch.equal(encoder.targets(states), encoder.image.targets(images))
+    assert encoder.state_readout(5).num_continuous == encoder.targets(states).shape[-1]
+    assert torch.equal(encoder.from_observation(states[0, 0].numpy()), states[0, 0])
+    states[0, 0, 217] = 3
+    with pytest.raises(ValueError, match="entry 1 of a state is out of range"):
+        encoder.check(states)
+    with pytest.raises(ValueError, match=r"expected uint8 \(b, t, 219\): an image of 9 x 8 x 3"):
+        encoder(states[..., 1:])
+    with pytest.raises(ValueError, match="has 300 categories"):
+        encoders.make_encoder(5, {"picture": {"image": [9, 8, 3], "sizes": [300]}})
+
+
+def test_many_images_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoders.make_encoder(5, {"image": [16, 12]})
+    states = torch.randint(256, (3, 5, 16, 12), dtype=torch.uint8)
+    whole, targets = encoder(states), encoder.targets(states)
+    monkeypatch.setattr("metacontroller.models.encoders.MAX_IMAGES", 4)
+    torch.testing.assert_close(encoder(states), whole)
+    torch.testing.assert_close(encoder.targets(states), targets)

@@ -23,6 +23,8 @@ from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
 GRID = PinpadConfig(size=4, num_colors=2, num_walls=1, max_steps=12)
 TASK = (0, 1, 0)
 CODE = 3
+LOW, HIGH = [[-0.1, -9.0], [0.0, 2.0]], [[0.1, 9.0], [1.0, 3.0]]
+BOUNDED = spaces.Box(np.array(LOW, np.float32), np.array(HIGH, np.float32))
 
 
 def make_model(gate: Any = None, **options: Any) -> tuple[Transformer, MetaController]:
@@ -209,6 +211,50 @@ def test_gaussian_actions_are_clipped_to_the_environments_bounds() -> None:
     assert (np.abs(taken[:, 1]) > 0.1).any()
 
 
+@pytest.mark.parametrize(
+    ("space", "readout"),
+    [
+        (spaces.Discrete(3, start=5), {"num_discrete": 3}),
+        (spaces.MultiDiscrete([2, 3], start=[1, -1]), {"num_discrete": [2, 3]}),
+        (spaces.MultiDiscrete(np.array([[2, 3], [4, 2]])), {"num_discrete": [2, 3, 4, 2]}),
+        (spaces.MultiBinary(2), {"num_discrete": [2, 2]}),
+        (BOUNDED, {"num_continuous": 4}),
+    ],
+    ids=lambda value: str(value).partition("\n")[0],
+)
+def test_every_action_space_that_data_may_have_is_acted_in(space: spaces.Space, readout: dict[str, Any]) -> None:
+    model, steering = make_model(
+        {"mode": "forced"},
+        state_embed_readout={"num_continuous": 1},
+        action_embed_readout=readout,
+        condition_on_actions=True,
+    )
+    inner = Counting(30, action_space=space)
+    env = InternalEnv(inner, model, steering)
+    env.reset(seed=0)
+    for _ in range(30):
+        env.step(np.zeros(CODE, np.float32))
+    assert all(space.contains(action) for action in inner.taken)
+    assert len({np.asarray(action).tobytes() for action in inner.taken}) > 2
+
+
+def test_observations_are_read_as_a_dataset_would_hold_them() -> None:
+    class Structured(Counting):
+        def __init__(self) -> None:
+            super().__init__(3)
+            box = spaces.Box(-1.0, 1.0, (2, 2), np.float64)
+            self.observation_space = spaces.Dict({"a": spaces.Discrete(3, start=1), "b": box, "c": spaces.Text(9)})  # type: ignore[assignment]
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            _, info = super().reset(seed=seed)
+            return {"a": np.int64(2), "b": np.array([[0.1, 0.2], [0.3, 0.4]]), "c": "word"}, info
+
+    model, steering = make_model(state_embed_readout={"num_continuous": 7})
+    observation, _ = InternalEnv(Structured(), model, steering).reset(seed=0)
+    state = torch.tensor([[[0.0, 1.0, 0.0, 0.1, 0.2, 0.3, 0.4]]])
+    torch.testing.assert_close(torch.from_numpy(observation), model.lower(model.embed(state))[0, 0].detach())
+
+
 def test_codes_are_clipped_to_the_bounds() -> None:
     env = make_counting(length=9)
     held: list[Tensor] = []
@@ -274,7 +320,7 @@ def test_environments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Discrete\(5\); expected Discrete\(4\)"):
         InternalEnv(Counting(3, action_space=spaces.Discrete(5)), model, steering)
     gaussian, _ = make_model(action_embed_readout={"num_continuous": 2})
-    with pytest.raises(ValueError, match=r"expected a Box of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"expected a Box of 2 numbers"):
         InternalEnv(Counting(3), gaussian, steering)
     with pytest.raises(ValueError, match="dim_model 12; expected 8"):
         InternalEnv(Counting(3), model, MetaController(12, dim_meta_controller=8, dim_latent=2, rank=2))

@@ -56,6 +56,7 @@ def test_as_many_episodes_as_asked_for_are_kept(tmp_path: Path) -> None:
     assert len(dataset.episodes) == done["kept"] == 90
     assert done["played"] == 45 * 3  # in parts of equal size
     assert done["lost"] > 0
+    assert (done["unsolved"], done["surplus"]) == (0, 135 - 90 - done["lost"])
     episodes = dataset.episodes.read(np.arange(90))
     assert set(episodes.states.flatten().tolist()) == {0, 1, 2, 3}  # those that raised are left out
     assert episodes.rewards is not None
@@ -67,6 +68,8 @@ def test_as_many_episodes_as_asked_for_are_kept(tmp_path: Path) -> None:
 def test_successes_alone_are_kept_if_asked(tmp_path: Path) -> None:
     done = collect(replace(CONFIG, only_successes=True), tmp_path / "data", quiet=True)
     assert (done["kept"], done["success"]) == (90, 1.0)
+    assert done["unsolved"] > 0
+    assert done["played"] == sum(done[name] for name in ("kept", "lost", "unsolved", "surplus"))
     states = TrajectoryStore(tmp_path / "data").read(np.arange(90)).states
     assert set(states.flatten().tolist()) == {0, 1, 2}
 
@@ -116,6 +119,16 @@ def test_worker_processes_play_the_same_episodes(tmp_path: Path) -> None:
 
 def at_random(observation: Any, env: Any) -> Any:
     return env.np_random.integers(2)
+
+
+def test_what_broke_before_an_episode_was_kept_begins_anew(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        collect(replace(CONFIG, policy=f"{__name__}:broken"), tmp_path / "data", quiet=True)
+    assert collect(CONFIG, tmp_path / "data", quiet=True)["kept"] == 90
+
+
+def broken(observation: Any, env: Any) -> Any:
+    return observation + None
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

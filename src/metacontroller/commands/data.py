@@ -45,7 +45,9 @@ class Collect:
         )
         done = collect(config, self.out, workers=self.workers, resume=self.resume, quiet=self.quiet)
         spread = "" if done["return_se"] is None else f" ± {done['return_se']:.2g}"
+        reasons = {"lost": "lost to exceptions", "unsolved": "without success", "surplus": "more than asked for"}
+        left_out = "".join(f", {done[name]} {reason}" for name, reason in reasons.items() if done.get(name))
         print(
-            f"{self.out}: {done['kept']} episodes kept of {done['played']} played, {done['lost']} lost to exceptions; "
-            f"{done['steps']} steps, success {done['success']:.3f}, return {done['mean_return']:.4g}{spread}"
+            f"{self.out}: {done['kept']} episodes kept of {done['played']} played{left_out}; {done['steps']} steps, "
+            f"success {done['success']:.3f}, return {done['mean_return']:.4g}{spread}"
         )

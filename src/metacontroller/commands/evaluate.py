@@ -15,8 +15,9 @@ from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
 from metacontroller.recipes.measure import discovery_figures
-from metacontroller.report.tables import evaluation_name, evaluation_table
+from metacontroller.report.tables import POLICIES, evaluation_name, evaluation_table
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
 
 
@@ -57,8 +58,10 @@ class Evaluate:
         episodes = loaded.settings.episodes if self.episodes is None else self.episodes
         if self.video is not None:
             write_video(loaded, self.policy, self.video, task=task, seed=seed)
+        announce(f"evaluate: {episodes} episodes of {POLICIES[self.policy]}", quiet=self.json)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
         if self.policy not in ("base", "raw"):
+            announce("evaluate: the gate, and what codes mean", quiet=self.json or not loaded.subgoals)
             result |= discovery_figures(loaded, seed, max(episodes, loaded.settings.episodes))
         if task is None:
             run.write_analysis(evaluation_name(self.policy), result)

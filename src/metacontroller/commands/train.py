@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from tyro.conf import Positional
@@ -12,7 +13,7 @@ from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
-from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, with_seed
+from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, to_json, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -30,7 +31,8 @@ class Pretrain(Tracked):
     """Learn from data of yours: a folder that `collect` wrote, package.module:function, or the ID of a Minari dataset
     on this machine. The preset is then one for such data unless given."""
     env: str | None = None
-    """Gymnasium ID of the environment in which the later phases act, beside --dataset."""
+    """Gymnasium ID of the environment in which the later phases act, beside --dataset; with --resume alone, given to a
+    run that has none yet."""
     seed: int | None = None
     """From which all randomness derives."""
     config: ExperimentConfig = field(default_factory=preset_config)
@@ -49,8 +51,11 @@ class Pretrain(Tracked):
     def __call__(self) -> None:
         run, device = RunFolder(self.run), device_name(self.device)
         workers = processes(device)
-        config = self.config if self.dataset is None and self.env is None else self._with_data()
-        config = chosen_config(config, self.preset, run, self.resume)
+        if self.resume and self.env is not None and self.dataset is None:
+            config = self._with_environment(run, write=workers.is_main)
+        else:
+            config = self.config if self.dataset is None and self.env is None else self._with_data()
+            config = chosen_config(config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
         domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
         workers.wait()  # until all have seen what was there before
@@ -65,6 +70,27 @@ class Pretrain(Tracked):
             )
         run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
+    def _with_environment(self, run: RunFolder, *, write: bool) -> ExperimentConfig:
+        """The config of a run that has learned from a dataset alone, now with an environment; written there if asked.
+
+        UserError if it acts in another one already, or if its model cannot read this one.
+        """
+        config = read_config(run)
+        if self.preset is not None or self.config != preset_config():
+            raise UserError(f"--env gives {run.path} an environment and changes nothing else; leave out --config.")
+        if not _holds_data(config.domain) or config.domain.env not in (None, self.env):
+            raise UserError(f"{run.path} has a world of its own already; choose another folder for --env {self.env}.")
+        changed = replace(config, domain=replace(config.domain, env=self.env))
+        before, after = (domain_of(one.domain).spec() for one in (config, changed))
+        if (before.encoder, before.action) != (after.encoder, after.action):
+            raise UserError(
+                f"the model in {run.path} has the actions {before.action} and env {self.env!r} {after.action}; "
+                "pretrain anew with --dataset and --env, in another folder."
+            )
+        if write:
+            run.write_config(to_json(changed))
+        return changed
+
     def _with_data(self) -> ExperimentConfig:
         """The config with the dataset and the environment asked for."""
         if self.dataset is None:
@@ -72,13 +98,18 @@ class Pretrain(Tracked):
                 f"--env {self.env} stands beside no dataset; give --dataset ID, which the model learns from."
             )
         domain = self.config.domain
-        if not {"dataset", "env"} <= {part.name for part in fields(domain)}:
+        if not _holds_data(domain):
             raise UserError(
                 f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
             )
         folder = Path(self.dataset)
         name = str(folder.resolve()) if folder.is_dir() else self.dataset  # later phases may start elsewhere
         return replace(self.config, domain=replace(domain, dataset=name, env=self.env or domain.env))
+
+
+def _holds_data(domain: Any) -> bool:
+    """Whether the config of a world names a dataset and an environment."""
+    return {"dataset", "env"} <= {part.name for part in fields(domain)}
 
 
 @dataclass(kw_only=True)

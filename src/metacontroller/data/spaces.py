@@ -131,6 +131,19 @@ def decode_actions(space: spaces.Space, array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), *space.shape) if isinstance(space, spaces.Box) else _values(space, array)
 
 
+def environment_actions(space: spaces.Space, values: np.ndarray) -> np.ndarray:
+    """The actions that n actions of a model stand for: as `decode_actions`, those of a Box within its bounds."""
+    decoded = decode_actions(space, values)
+    return np.clip(decoded, space.low, space.high).astype(space.dtype) if isinstance(space, spaces.Box) else decoded
+
+
+def environment_states(space: spaces.Space, values: Sequence[Any]) -> np.ndarray:
+    """n observations of an environment, one beside the other, as a model reads them; text is left out."""
+    kept = readable(space)
+    encoded = encode_observations(kept, stack(kept, [without_text(space, value) for value in values]))
+    return encoded.astype(model_dtype(kept))
+
+
 def _indices(space: Any, values: Any) -> np.ndarray:
     """Choices counted from 0, int64."""
     return np.asarray(values).astype(np.int64) - getattr(space, "start", 0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import PADDING, PER_EPISODE, Trajectories, length_mask
+from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Trajectories, length_mask
 from metacontroller.errors import UserError
 
 STORE_FORMAT = 1
@@ -58,8 +58,9 @@ class Episodes:
         for name, array in self.arrays.items():
             if name == "lengths":
                 continue
-            if name in PER_EPISODE:  # a piece that stops before the end has not ended yet
-                values[name] = torch.from_numpy(np.asarray(array)[index] & (skipped + lengths == whole))
+            if name in PER_EPISODE:
+                each = np.asarray(array)[index]  # a piece that stops before the end has not ended yet
+                values[name] = torch.from_numpy(each & (skipped + lengths == whole) if name in ENDINGS else each)
                 continue
             extra = int(name == "states")
             first = self.starts[index] + (index if extra else 0) + skipped

@@ -16,7 +16,8 @@ from torch import Tensor
 from metacontroller.data.minari import minari_episodes, open_minari
 from metacontroller.errors import UserError
 
-PER_EPISODE = ("lengths", "terminated", "truncated")
+ENDINGS = ("terminated", "truncated")
+PER_EPISODE = ("lengths", *ENDINGS, "seeds")
 """Fields with one entry an episode; the others have one a step, ``states`` one more."""
 
 PADDING = {"subgoals": -1, "segments": -1}
@@ -33,7 +34,8 @@ class Trajectories:
     subgoals: (b, T) int64 or None, which subgoal each action pursues (-1 in the padding).
     segments: (b, T) int64 or None, index of that subgoal in its task (-1 in the padding).
     rewards: (b, T) or None; zeros in the padding. terminated, truncated: (b,) bool or None, how each episode ended.
-    Training reads neither; a dataset keeps them.
+    seeds: (b,) int64 or None, from which a world can start the same episode anew.
+    Training reads none of these; a dataset keeps them.
     Subgoals and segments are labels for evaluation only. UserError for shapes that do not fit, and for lengths out of
     range; the latter are checked on the CPU only, because reading them from another device would synchronize with it.
     """
@@ -46,6 +48,7 @@ class Trajectories:
     rewards: Tensor | None = None
     terminated: Tensor | None = None
     truncated: Tensor | None = None
+    seeds: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, steps = self.actions.shape[:2]
@@ -100,8 +103,8 @@ class Trajectories:
         """Episodes of any lengths, each a mapping of a field's name to an array or tensor, padded.
 
         ``states`` (t + 1, ...) and ``actions`` (t, ...) are needed, ``subgoals``, ``segments``, ``rewards`` (t,),
-        ``terminated`` and ``truncated`` (a bool each) are kept. UserError for other names, and for episodes that do not
-        fit together.
+        ``terminated`` and ``truncated`` (a bool each) and ``seeds`` (a number) are kept. UserError for other names, and
+        for episodes that do not fit together.
         """
         rows = [{name: torch.as_tensor(np.asarray(value)) for name, value in row.items()} for row in episodes]
         if not rows:

@@ -35,7 +35,8 @@ class DomainSpec:
     """What a model has to know about a world.
 
     encoder: options of the state encoder, ``state_embed_readout`` of `Transformer`: ``{"num_continuous": 107}`` for
-    vectors, ``{"num_discrete": [5, 5]}`` for choices, ``{"image": [64, 64, 3]}``, ``{"grid": {...}}``.
+    vectors, ``{"num_discrete": [5, 5]}`` for choices, ``{"image": [64, 64, 3]}``, ``{"picture": {...}}`` for an image
+    with categories beside it, ``{"grid": {...}}``.
     action: ``{"num_discrete": 4}``, ``{"num_discrete": [3, 2]}`` for several at once, or ``{"num_continuous": 8}``.
     max_steps: length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
     """

@@ -9,7 +9,9 @@ import importlib
 import sys
 import warnings
 import weakref
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -22,11 +24,14 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from metacontroller.data.spaces import decode_actions, encode_observations, model_dtype, readable, without_text
+from metacontroller.data.spaces import encode_observations, environment_actions, model_dtype, readable, without_text
 from metacontroller.errors import UserError
 
 FLAGS = ("terminated", "truncated", "success", "lost")
 OWN_PACKAGE = "metacontroller-rl"
+
+LOST: Counter[tuple[str, str]] = Counter()
+"""Exceptions in this process, by the environment's ID and their type."""
 
 
 # -- one environment --------------------------------------------------------------------------------------------------
@@ -127,7 +132,8 @@ class Guard(gymnasium.Env):
 
     Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
     episode has ended it ignores actions, with reward 0. An exception in ``step``, or in any ``reset`` but the first,
-    ends the episode as truncated and lost; the next ``reset`` makes a new environment. ``options["max_steps"]`` of
+    ends the episode as truncated and lost, and so does a reward that is not finite; the next ``reset`` makes a new
+    environment. ``options["max_steps"]`` of
     ``reset``: a time limit.
 
     Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
@@ -169,6 +175,9 @@ class Guard(gymnasium.Env):
             self._lose(error)
             return self._observed(), 0.0, False, False, {}
         reward = float(reward)
+        if not np.isfinite(reward):
+            self._lose(ValueError(f"the reward is {reward}"))
+            return self._observed(), 0.0, False, False, {}
         self.returned, self.steps = self.returned + reward, self.steps + 1
         truncated = (truncated or self.steps >= self.max_steps) and not terminated
         self.flags |= {"terminated": bool(terminated), "truncated": bool(truncated)}
@@ -184,12 +193,18 @@ class Guard(gymnasium.Env):
         self.env.close()
 
     def _lose(self, error: Exception) -> None:
+        """Ends the episode; the first, tenth, hundredth ... such exception of this process is printed."""
         self.flags |= {"truncated": True, "success": False, "lost": True}
-        print(
-            f"metacontroller: {self.maker.name} raised {type(error).__name__}: {error}; its episode ends here.",
-            file=sys.stderr,
-            flush=True,
-        )
+        kind = type(error).__name__
+        LOST[self.maker.name, kind] += 1
+        count = LOST[self.maker.name, kind]
+        if str(count).strip("0") == "1":
+            often = "" if count == 1 else f" ({count:,} times by now)"
+            print(
+                f"metacontroller: {self.maker.name} raised {kind}: {error}; its episode ends here{often}.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _success(self, info: dict[str, Any], reward: float) -> bool:
         for name in ("success", "is_success"):
@@ -249,14 +264,15 @@ class EnvironmentRows:
     """n guarded environments, in this process or shared out among worker processes.
 
     reset and step return "observation" (n, ...) as `data.spaces` encodes it, "reward" (n,) and the flags (n,).
-    The number of processes does not change what an environment does: row i has the seed ``seed`` + i.
+    The number of processes does not change what an environment does: row i has the seed ``seed`` + i. One environment
+    alone steps in this process. UserError if a process ends, which no exception of an environment does.
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
         facts = environment_facts(maker.name)
         self.observation_space, self.action_space = facts.observation_space, facts.action_space
         self.dtype = model_dtype(facts.observation_space)
-        self.workers, self.count = min(workers, count), count
+        self.workers, self.count = min(workers, count) if count > 1 else 0, count
         if not self.workers:
             self.block = Block(maker, count)
             return
@@ -270,7 +286,8 @@ class EnvironmentRows:
         if not self.workers:
             return self._joined(self.block.reset(seed=seed, options=options)[0])
         seeds: list[int | None] = [seed + worker * self.share for worker in range(self.workers)]
-        return self._joined(self.envs.reset(seed=seeds, options=options)[0])
+        with self._alive():
+            return self._joined(self.envs.reset(seed=seeds, options=options)[0])
 
     def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
         """actions (n, ...): of the environment."""
@@ -278,7 +295,19 @@ class EnvironmentRows:
             return self._joined(self.block.step(actions)[0])
         missing = self.workers * self.share - len(actions)
         actions = np.concatenate([actions, np.repeat(actions[:1], missing, 0)])
-        return self._joined(self.envs.step(actions.reshape(self.workers, self.share, *actions.shape[1:]))[0])
+        with self._alive():
+            return self._joined(self.envs.step(actions.reshape(self.workers, self.share, *actions.shape[1:]))[0])
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """UserError where a pipe to a worker process breaks."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise UserError(
+                "a process that steps environments has ended, killed or crashed by one of them; resume with --resume, "
+                f"or set domain.workers below {self.workers} if memory ran out."
+            ) from error
 
     def _joined(self, values: dict[str, Any]) -> dict[str, np.ndarray]:
         """The worker processes' rows one after the other."""
@@ -325,7 +354,7 @@ class GymnasiumBatch:
 
     def step(self, actions: Tensor) -> Tensor:
         running = ~(self.terminated | self.truncated)
-        chosen = self._environment_actions(actions)
+        chosen = environment_actions(self.envs.action_space, actions.cpu().numpy())
         if self.taken is None:
             self.taken = np.repeat(chosen[:1], self.envs.count, 0)
         self.taken[self.rows] = chosen
@@ -349,13 +378,6 @@ class GymnasiumBatch:
         self.observation = torch.from_numpy(values["observation"][self.rows]).to(self.device)
         for name in FLAGS:
             setattr(self, name, torch.from_numpy(values[name][self.rows] > 0).to(self.device))
-
-    def _environment_actions(self, actions: Tensor) -> np.ndarray:
-        space, values = self.envs.action_space, actions.cpu().numpy()
-        if isinstance(space, spaces.Box):
-            shaped = values.reshape(len(values), *space.shape)
-            return np.clip(shaped, space.low, space.high).astype(space.dtype)
-        return decode_actions(space, values)
 
 
 class GymnasiumEnvironments:

@@ -75,8 +75,9 @@ def read_tasks(tasks: str | Iterable[str | Sequence[int]]) -> tuple[Task, ...]:
     return tuple(parse_task(task) if isinstance(task, str) else tuple(task) for task in tasks)
 
 
-def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
-    """UserError unless there are tasks, each of known colors and without immediate repeats."""
+def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int, remedy: str = "raise num_colors") -> None:
+    """UserError unless there are tasks, each of known colors and without immediate repeats. remedy: besides another
+    task, what would make an unknown color known."""
     tasks = list(tasks)
     if not tasks:
         raise UserError("the list of tasks is empty: give at least one task, such as (0, 1, 2).")
@@ -87,7 +88,7 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int) -> None:
         if unknown:
             raise UserError(
                 f"task {format_task(task)} has unknown color {unknown[0]}: colors run from 0 to {num_colors - 1}, "
-                "so change the task or raise num_colors."
+                f"so change the task or {remedy}."
             )
         repeats = [a for a, b in pairwise(task) if a == b]
         if repeats:

@@ -6,6 +6,7 @@ agent's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -253,6 +254,8 @@ class TokenEncoder(nn.Module):
 MAX_CHANNELS = 64
 MAX_SIDE = 8
 """Side to which an image is halved before a linear map reads it, and of the picture that the state loss predicts."""
+MAX_IMAGES = 2048
+"""Images that are read at once, so that memory does not grow with the batch where no gradient is asked for."""
 
 
 class ImageEncoder(nn.Module):
@@ -282,7 +285,8 @@ class ImageEncoder(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """states (b, t, *shape) uint8 -> (b, t, n)."""
         self._check_shape(states)
-        return self.body(self._scaled(states.flatten(0, 1))).unflatten(0, states.shape[:2])
+        parts = states.flatten(0, 1).split(MAX_IMAGES)
+        return torch.cat([self.body(self._scaled(part)) for part in parts]).unflatten(0, states.shape[:2])
 
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next image, averaged over a grid of at most 8 x 8 fields."""
@@ -290,7 +294,8 @@ class ImageEncoder(nn.Module):
 
     def targets(self, states: Tensor) -> Tensor:
         """The targets of ``state_readout`` in states (b, t, *shape): means of fields, from 0 to 1, side by side."""
-        pooled = F.adaptive_avg_pool2d(self._scaled(states.flatten(0, 1)), (self.pooled[0], self.pooled[1]))
+        size, parts = (self.pooled[0], self.pooled[1]), states.flatten(0, 1).split(MAX_IMAGES)
+        pooled = torch.cat([F.adaptive_avg_pool2d(self._scaled(part), size) for part in parts])
         return pooled.flatten(1).unflatten(0, states.shape[:2])
 
     def from_observation(self, observation: Any) -> Tensor:
@@ -319,12 +324,63 @@ class ImageEncoder(nn.Module):
             )
 
 
-Encoder = VectorEncoder | TokenEncoder | ImageEncoder | GridEncoder
+class PictureEncoder(nn.Module):
+    """An image with an observation of categories and a condition beside it: the sum of their embeddings.
+
+    A state is one vector of uint8: the image, flattened, then what a `TokenEncoder` reads. image: its shape, as of
+    `ImageEncoder`. sizes, condition: as of `TokenEncoder`. The state loss predicts the image alone. UserError for more
+    categories than uint8 counts.
+    """
+
+    def __init__(
+        self, dim: int, *, image: Sequence[int], sizes: Sequence[int], condition: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.image, self.tokens = ImageEncoder(dim, image), TokenEncoder(dim, sizes=sizes, condition=condition)
+        most = int(self.tokens.limits.max())
+        if most > 256:
+            raise UserError(f"an entry beside the image has {most} categories; expected at most 256, as of uint8.")
+        self.pixels = math.prod(self.image.shape)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, pixels + entries + condition) uint8 -> (b, t, n)."""
+        images, tokens = self._parts(states)
+        return self.image(images) + self.tokens(tokens)
+
+    def state_readout(self, dim: int) -> GaussianReadout:
+        """The readout that predicts the next image, as of `ImageEncoder`."""
+        return self.image.state_readout(dim)
+
+    def targets(self, states: Tensor) -> Tensor:
+        """The targets of ``state_readout`` in states (b, t, pixels + entries + condition)."""
+        return self.image.targets(self._parts(states)[0])
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """Converts one vector of uint8 to one state, without batch and time axes."""
+        return torch.as_tensor(observation, dtype=torch.uint8)
+
+    def check(self, states: Tensor) -> None:
+        """UserError unless the states have the right size and their categories are known; synchronizes."""
+        self.tokens.check(self._parts(states)[1])
+
+    def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, t, *image) uint8, and the rest (b, t, entries + condition) int64."""
+        size = self.pixels + len(self.tokens.limits)
+        if states.shape[-1] != size or states.dtype != torch.uint8:
+            raise UserError(
+                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected uint8 (b, t, {size}): an "
+                f"image of {' x '.join(map(str, self.image.shape))}, flattened, and {size - self.pixels} entries."
+            )
+        return states[..., : self.pixels].unflatten(-1, self.image.shape), states[..., self.pixels :].long()
+
+
+Encoder = VectorEncoder | TokenEncoder | ImageEncoder | PictureEncoder | GridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])`` or ``dict(grid = dict(...))``.
+    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture = dict(...))`` or ``dict(grid =
+    dict(...))``.
 
     UserError for other options.
     """
@@ -339,8 +395,10 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         return TokenEncoder(dim, **options["tokens"])
     if set(options) == {"image"}:
         return ImageEncoder(dim, options["image"])
+    if set(options) == {"picture"}:
+        return PictureEncoder(dim, **options["picture"])
     raise UserError(
         f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
-        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images "
-        "or dict(grid = dict(...)) for grid tokens."
+        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images, "
+        "dict(picture = dict(...)) for images with categories beside them or dict(grid = dict(...)) for grid tokens."
     )

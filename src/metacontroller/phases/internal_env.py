@@ -13,9 +13,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from metacontroller.control.metacontroller import ControlState, MetaController
+from metacontroller.data.spaces import action_options, environment_actions, environment_states
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.models.readouts import CategoricalReadout
+from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
 
 CODE_LIMIT = 5.0
 
@@ -58,7 +59,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         model: the frozen model. It, and the gate and controller of ``meta_controller``, are only read.
         meta_controller: its gate and controller act; its policy is not used.
         encode_observation: maps an observation of ``env`` to one state of the model, without batch and time axes; by
-            default the ``from_observation`` of the model's encoder.
+            default as a dataset of ``env`` would hold it (`data.spaces`), then the encoder's ``from_observation``.
 
     Raises:
         UserError: if the metacontroller or the action space of ``env`` does not fit the model.
@@ -78,7 +79,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             )
         _check_action_space(env.action_space, model)
         self.env, self.model, self.meta_controller = env, model, meta_controller
-        self.encode_observation = encode_observation or model.encoder.from_observation
+        self.encode_observation = encode_observation or self._encoded
         self.metadata, self.render_mode = env.metadata, env.render_mode
         self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
         self.action_space = spaces.Box(-CODE_LIMIT, CODE_LIMIT, (meta_controller.dim_latent,), np.float32)
@@ -141,6 +142,10 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             )
         return code.clamp(-CODE_LIMIT, CODE_LIMIT)[None]
 
+    def _encoded(self, observation: Any) -> Tensor:
+        """One observation as a state, without batch and time axes."""
+        return self.model.encoder.from_observation(environment_states(self.env.observation_space, [observation])[0])
+
     def _lower(self, cache: Any, observation: Any, past_action: Tensor | None = None) -> Tensor:
         """(1, n_e) residual at the controlled layer for a new observation."""
         state = self.encode_observation(observation).to(self._device)
@@ -152,24 +157,25 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         readout = self.model.action_readout
         action = readout.sample(readout(self.model.upper(steered[:, None], episode.cache.upper)), self._generator)
         if isinstance(self.env.action_space, spaces.Box):
-            low, high = (torch.as_tensor(b).to(action) for b in (self.env.action_space.low, self.env.action_space.high))
-            action = action.clamp(low, high)
+            bounds = (self.env.action_space.low, self.env.action_space.high)
+            action = action.clamp(*(torch.as_tensor(bound).to(action).flatten() for bound in bounds))
         return action
 
     def _env_action(self, action: Tensor) -> Any:
         """The sampled action as the inner environment takes it."""
-        taken = action[0, 0].cpu().numpy().astype(self.env.action_space.dtype)
+        taken = environment_actions(self.env.action_space, action[0].cpu().numpy())[0]
         return taken if taken.ndim else taken[()]
 
 
 def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:
     readout = model.action_readout
-    if isinstance(readout, CategoricalReadout):
-        expected, fits = f"Discrete({readout.num_discrete})", space == spaces.Discrete(readout.num_discrete)
+    if isinstance(readout, GaussianReadout):
+        options, expected = {"num_continuous": readout.num_continuous}, f"a Box of {readout.num_continuous} numbers"
+    elif isinstance(readout, CategoricalReadout):
+        options, expected = {"num_discrete": readout.num_discrete}, f"Discrete({readout.num_discrete})"
     else:
-        expected = f"a Box of shape ({readout.num_continuous},)"
-        fits = isinstance(space, spaces.Box) and space.shape == (readout.num_continuous,)
-    if not fits:
+        options, expected = {"num_discrete": list(readout.num_discrete)}, f"choices of {list(readout.num_discrete)}"
+    if action_options(space) != options:
         raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
 
 

@@ -93,7 +93,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Info, with Gymnasium's masks ``_steps`` and so on: ``steps`` int64 (b,), environment steps taken by the abstract
     action, 0 where a new episode begins. In ``final_info``, of the rows whose episode ended: ``steps``; ``success``, as
-    the world says; ``episode_steps`` and ``subgoals_done`` of the whole episode.
+    the world says; ``episode_steps`` and ``subgoals_done`` of the whole episode; ``lost``, whether an exception of the
+    world ended it, where that can happen.
 
     Seeds: ``reset(seed=...)`` settles episodes and sampled actions of all rows; ``seed`` is one number.
 
@@ -231,6 +232,9 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "episode_steps": home.env.steps.cpu().numpy().copy(),
             "subgoals_done": home.env.subgoals_done.cpu().numpy().copy(),
         }
+        lost = getattr(home.env, "lost", None)
+        if lost is not None:
+            final["lost"] = lost.cpu().numpy().copy()
         last = np.full(self.num_envs, None, dtype=object)
         for row, residual in zip(over.nonzero()[0], _to_numpy(home.residual[ended]), strict=True):
             last[row] = residual

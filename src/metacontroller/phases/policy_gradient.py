@@ -128,7 +128,8 @@ def reinforce(
                 metrics["grad_norm"] = learner.optimizer_step()
             if workers.is_main:
                 run.log_metrics(phase, done, **metrics)
-            progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
+            lost = ("lost",) if metrics.get("lost", 0) > 0 else ()  # a share of the batch
+            progress.update(done, **{name: metrics[name] for name in ("success", "return", *lost, "episodes")})
             if done % config.checkpoint_every == 0 or done == config.updates:
                 learner.save(run, phase, done)
     workers.wait()

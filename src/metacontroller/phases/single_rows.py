@@ -24,6 +24,7 @@ class SingleRows(BatchedEnv):
     success = _joined("success")
     steps = _joined("steps")
     subgoals_done = _joined("subgoals_done")
+    lost = _joined("lost")  # AttributeError where the world's batches have none
 
     def __init__(self, rows: Sequence[BatchedEnv]) -> None:
         self.rows = list(rows)

@@ -75,8 +75,9 @@ def collect(
 ) -> dict[str, Any]:
     """Plays the episodes and writes the dataset to ``out``.
 
-    Returns counts over the episodes that were played for it: kept, played, lost (to exceptions of the environment) and
-    steps (of those kept), and of those kept success, mean_return and its standard error return_se.
+    Returns counts over the episodes that were played for it: kept, played, lost (to exceptions of the environment),
+    unsolved (and left out therefore), surplus (more than asked for) and steps (of those kept), and of those kept
+    success, mean_return and its standard error return_se.
     UserError for a folder of something else, for one that is begun without ``resume``, and for a policy that hardly
     ever succeeds where only successes are kept.
     """
@@ -96,8 +97,8 @@ def collect(
 
 def _open(config: CollectConfig, out: Path, resume: bool) -> None:
     request, whole = out / "collect.json", out / "store.json"
-    if not request.exists() and not whole.exists():
-        if out.is_dir() and any(out.iterdir()):
+    if not whole.exists() and not any((out / "parts").glob("*.json")):  # nothing was played, or to the end of no part
+        if out.is_dir() and any(path.name not in (request.name, "parts") for path in out.iterdir()):
             raise UserError(f"{out} holds files of something else; choose another --out.")
         write_text(request, json.dumps(plain(config), indent=2))
         return
@@ -112,12 +113,16 @@ def _join(config: CollectConfig, out: Path) -> None:
     """Writes the first episodes of all parts as one dataset, which replaces the parts."""
     parts = [(read_object(path), path.with_suffix("")) for path in _finished(out)]
     kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
+    found = len(kept["returns"])
     returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
     facts = environment_facts(config.env)
+    played, lost = (sum(part[name] for part, _ in parts) for name in ("played", "lost"))
     collected = {
         "kept": len(returns),
-        "played": sum(part["played"] for part, _ in parts),
-        "lost": sum(part["lost"] for part, _ in parts),
+        "played": played,
+        "lost": lost,
+        "unsolved": played - lost - found,
+        "surplus": found - len(returns),
         "steps": int(lengths.sum()),
         "success": float(success.mean()),
         "mean_return": float(returns.mean()),

@@ -71,10 +71,9 @@ def _add_row(table: Table, label: str, values: Sequence[float], form: str) -> No
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """All numbers and words of each result, one column a run."""
-    return analysis_table(
-        results, [(name, [result[name] for result in results]) for name in results[0] if name != "run"]
-    )
+    """All numbers and words of each result, one column a run; without what no run has."""
+    rows = [(name, [result[name] for result in results]) for name in results[0] if name != "run"]
+    return analysis_table(results, [row for row in rows if any(value is not None for value in row[1])])
 
 
 def analysis_table(results: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Sequence[Any]]]) -> Table:

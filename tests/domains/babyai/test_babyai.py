@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,19 @@ from minigrid.envs.babyai.core.roomgrid_level import RoomGridLevel
 from minigrid.utils.baby_ai_bot import BabyAIBot
 from torch import Tensor
 
+from metacontroller import InternalVectorEnv
 from metacontroller.domains import babyai
 from metacontroller.domains.babyai import domain as domain_module
-from metacontroller.domains.babyai import observation
+from metacontroller.domains.babyai import engine, observation
 from metacontroller.domains.babyai.batch import DROP, FORWARD, LEFT, PICKUP, RoomBatch
 from metacontroller.domains.babyai.bot import RoomBot
 from metacontroller.domains.babyai.dataset import Recipe, generate
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig, Told
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.base import FREE, BatchedEnv
+from metacontroller.phases.rollout import prior_proposal, rollout_abstract
+from metacontroller.presets import preset
+from metacontroller.recipes.config import build_meta_controller, build_model
 
 OBJECTS = tuple(observation.names_of(BabyAIConfig().objects))
 LENGTH = BabyAIConfig().mission_length
@@ -107,6 +113,45 @@ def test_episodes_are_minigrids() -> None:
     assert batch.steps.tolist() == [room.step_count for room in single]
 
 
+def test_pictures_are_minigrids() -> None:
+    """Along random walks that also move objects, what minigrid draws of what the agent sees."""
+    count, random = 4, random_state()
+    batch = RoomBatch(rooms(count, task=(), max_steps=40), mission_length=LENGTH, tiles=engine.tiles())
+    carried = 0
+    for _ in range(40):
+        for row, room in enumerate(batch.rooms):
+            truth = room.get_pov_render(observation.TILE)
+            seen = batch.observation[row, : observation.PIXELS].view(observation.PICTURE).numpy()
+            assert np.array_equal(seen, truth)
+            assert batch.observation[row, observation.PIXELS] == room.agent_dir
+            carried += room.carrying is not None
+        batch.step(torch.randint(5, (count,), generator=random))
+    assert carried > 3
+    assert batch.observation.dtype == torch.uint8
+
+
+def test_a_world_of_pictures_says_what_one_of_symbols_does(tmp_path: Path) -> None:
+    config = preset("babyai-debug")
+    worlds = {view: BabyAI(small(tmp_path, view=view)) for view in ("symbols", "rgb")}
+    episodes = {view: world.demonstrations("pretrain", 6, random_state()) for view, world in worlds.items()}
+    symbols, seen = episodes["symbols"].states, episodes["rgb"].states
+    assert torch.equal(seen[..., observation.PIXELS :].long(), symbols[..., observation.VIEW_CELLS :])
+    drawn = observation.pictures(symbols[..., : observation.VIEW_CELLS].numpy(), engine.tiles())
+    assert np.array_equal(worlds["rgb"].render(seen[0]).numpy(), drawn[0])
+    mirrored = {view: world.augment(episodes[view].states, random_state(5)) for view, world in worlds.items()}
+    expected = observation.with_pictures(mirrored["symbols"].numpy(), engine.tiles())
+    assert np.array_equal(mirrored["rgb"].numpy(), expected)
+    assert not torch.equal(mirrored["rgb"], seen)
+    config = replace(config, domain=worlds["rgb"].config)
+    model, steering = build_model(config), build_meta_controller(config)
+    batch = episodes["rgb"]
+    model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths).action.backward()
+    assert all(value.grad is not None for value in model.encoder.parameters())
+    env = worlds["rgb"].reset(3, random_state(), max_steps=5)
+    rollout = rollout_abstract(model.eval(), steering.eval(), env, prior_proposal(steering, random_state()))
+    assert rollout.steps.max() == 5
+
+
 def walk_to(batch: RoomBatch, target: int) -> None:
     """Brings a batch of one room before an object, and picks it up."""
     helper = Room(OBJECTS, (target,), size=8, max_steps=1000)
@@ -162,6 +207,52 @@ def test_rows_are_kept_in_the_order_asked_for() -> None:
     batch.step(torch.tensor([LEFT, LEFT]))
     assert len(batch) == 2
     assert torch.equal(batch.observation[:, observation.VIEW_CELLS], (before[[4, 1], observation.VIEW_CELLS] - 1) % 4)
+
+
+def test_rows_are_replaced_one_by_one() -> None:
+    batch, other = RoomBatch(rooms(4), mission_length=LENGTH), RoomBatch(rooms(6)[4:], mission_length=LENGTH)
+    actions = torch.full((4,), FORWARD)
+    batch.step(actions)
+    taken = copy(batch)
+    taken.select(torch.tensor([0, 3]))
+    taken.step(torch.tensor([LEFT, PICKUP]))
+    before = batch.observation
+    kept = before.clone()
+    batch.replace(torch.tensor([3, 1]), other)
+    assert torch.equal(before, kept)  # what was read does not change
+    assert torch.equal(batch.observation, torch.stack([kept[0], other.observation[1], kept[2], other.observation[0]]))
+    assert batch.steps.tolist() == [1, 0, 1, 0]
+    batch.replace(torch.tensor([0]), one_of(taken, 0))
+    batch.step(actions)
+    for row, room in enumerate(batch.rooms):
+        truth = RoomGridLevel.gen_obs(room)
+        seen = batch.observation[row, : observation.VIEW_CELLS].numpy()
+        assert np.array_equal(seen, observation.image_symbols(truth["image"]).ravel())
+        assert int(batch.steps[row]) == room.step_count
+
+
+def one_of(batch: RoomBatch, row: int) -> RoomBatch:
+    chosen = copy(batch)
+    chosen.select(torch.tensor([row]))
+    return chosen
+
+
+def test_internal_rl_as_a_vector_environment_plays_all_rooms_together(tmp_path: Path) -> None:
+    config = preset("babyai-debug")
+    config = replace(config, domain=small(tmp_path, post_task=(0,), max_steps=9))
+    domain = BabyAI(config.domain)
+    envs = InternalVectorEnv(domain, build_model(config), build_meta_controller(config), 5)
+    envs.reset(seed=0)
+    counts: set[int] = set()
+    for _ in range(12):
+        *_, terminated, truncated, info = envs.step(envs.sample_prior())
+        for row in (terminated | truncated).nonzero()[0]:
+            counts.add(int(info["final_info"]["episode_steps"][row]))
+    assert isinstance(envs._rows.env, RoomBatch)  # type: ignore[union-attr]
+    assert max(counts) == 9
+    copied = pickle.loads(pickle.dumps(envs))  # noqa: S301
+    codes = envs.sample_prior()
+    np.testing.assert_array_equal(envs.step(codes)[0], copied.step(codes)[0])
 
 
 # -- the bot ----------------------------------------------------------------------------------------------------------
@@ -241,6 +332,21 @@ def test_demonstrations_come_from_disk_the_same_for_every_run(tmp_path: Path, mo
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
+def test_demonstrations_can_be_played_anew(tmp_path: Path) -> None:
+    for view in ("symbols", "rgb"):
+        world = BabyAI(small(tmp_path, view=view))
+        made = [world.demonstrations("pretrain", 12, random_state()), world.demonstrate(None, 3, random_state())]
+        for episodes in made:
+            env = world.restart(episodes)
+            for step in range(episodes.steps):
+                assert torch.equal(env.observation, episodes.states[:, step])
+                env.step(episodes.actions[:, step])
+            assert bool(env.success.all())
+            assert torch.equal(env.steps, episodes.lengths)
+    with pytest.raises(ValueError, match="no labels or no seeds"):
+        world.restart(replace(episodes, seeds=None))
+
+
 def test_the_easiest_episodes_are_the_shortest(tmp_path: Path) -> None:
     every = BabyAI(small(tmp_path)).demonstrations("discover", 300, random_state())
     easy = BabyAI(small(tmp_path, easiest=0.25)).demonstrations("discover", 300, random_state())
@@ -305,7 +411,7 @@ def test_tasks_are_read_and_written(tmp_path: Path) -> None:
     [
         ({"objects": ("red dog",)}, "object 'red dog' is unknown; write a color"),
         ({"objects": ("red ball",) * 4}, "expected no two alike"),
-        ({"tasks": ((0, 7),)}, "task 0-7 has unknown color 7"),
+        ({"tasks": ((0, 7),)}, "task 0-7 has unknown color 7.*add to domain.objects"),
         ({"room_size": 3}, "room_size is 3; expected at least 5"),
         ({"mission_share": 2.0}, "mission_share is 2.0; expected a share"),
         ({"easiest": 0.0}, "easiest is 0.0; expected a share above 0"),

@@ -32,7 +32,9 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         "internal-rl",
         "evaluate",
         "gate",
+        "oracle",
         "episodes",
+        "report",
     }
     for line in lines:
         words = shlex.split(line.replace("babyai-laptop", "babyai-debug"))[1:]
@@ -40,6 +42,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     run = RunFolder("runs/babyai")
     assert run.read_config()["domain"]["name"] == "babyai"
     assert run.read_analysis("gate")["episodes"] > 0
+    assert all(run.read_analysis("oracle")[name] is not None for name in ("seen", "unseen", "named"))
     assert len(list(Path("datasets/babyai").iterdir())) == 2  # one a phase, shared by all commands
 
 

@@ -76,7 +76,7 @@ def test_demonstrations_are_repeatable_episodes_of_the_data(folder: str) -> None
 
 def test_acting_needs_an_environment(folder: str) -> None:
     domain = Offline(OfflineConfig(dataset=folder))
-    with pytest.raises(UserError, match=r"start it with --dataset .* --env ID"):
+    with pytest.raises(UserError, match=r"pretrain RUN --resume --env ID, a Gymnasium ID"):
         domain.reset(2, torch.Generator())
 
 

@@ -16,6 +16,7 @@ from metacontroller.domains.babyai.observation import (
     mission_words,
     object_symbol,
     view_symbols,
+    with_pictures,
 )
 
 LEFT, RIGHT, FORWARD, PICKUP, DROP = range(5)
@@ -40,15 +41,19 @@ class RoomBatch:
         rooms: Sequence[Room],
         *,
         mission_length: int,
-        show_mission: bool = False,
+        show_mission: bool | Sequence[bool] = False,
+        tiles: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``."""
-        self.rooms, self.device = list(rooms), device
+        """rooms: after their reset. mission_length: words in an observation, all 0 unless ``show_mission``, for all
+        rooms or for each. tiles: those of which pictures are made in place of symbols, as of `engine.tiles`."""
+        self.rooms, self.tiles, self.device = list(rooms), tiles, device
         count, longest = len(self.rooms), max(len(room.task) for room in self.rooms)
         tasks = [[*room.task, *[-1] * (longest + 1 - len(room.task))] for room in self.rooms]
         self._tasks = np.array(tasks)
-        words = [mission_words(room.mission if show_mission else "", mission_length) for room in self.rooms]
+        shown = [show_mission] * count if isinstance(show_mission, bool) else show_mission
+        pairs = zip(self.rooms, shown, strict=True)
+        words = [mission_words(room.mission if told else "", mission_length) for room, told in pairs]
         self._mission = np.stack(words)
         self._cells = np.stack([image_symbols(room.grid.encode()) for room in self.rooms])
         self._symbols = np.array([*(object_symbol(*kind) for kind in self.rooms[0].kinds), EMPTY])  # -1: nothing
@@ -98,6 +103,8 @@ class RoomBatch:
     def _observe(self) -> None:
         view = view_symbols(self._cells, self._place, self._direction, self._symbols[self._carried])
         observation = np.concatenate([view, self._direction[:, None], self._mission], 1)
+        if self.tiles is not None:
+            observation = with_pictures(observation, self.tiles)
         self.observation = torch.from_numpy(observation).to(self.device)
 
     def select(self, rows: Tensor) -> None:
@@ -106,6 +113,18 @@ class RoomBatch:
         for name in ROW_ARRAYS:
             setattr(self, name, getattr(self, name)[index])
         self._observe()
+
+    def replace(self, rows: Tensor, other: RoomBatch) -> None:
+        """Puts the rooms of another batch, whose tasks are as long, in the place of ``rows``, int64 (m,)."""
+        index = rows.cpu().numpy()
+        self.rooms = list(self.rooms)
+        for row, room in zip(index.tolist(), other.rooms, strict=True):
+            self.rooms[row] = room
+        for name in ROW_ARRAYS:
+            values = getattr(self, name).copy()
+            values[index] = getattr(other, name)
+            setattr(self, name, values)
+        self.observation = self.observation.index_copy(0, rows, other.observation)
 
     @property
     def terminated(self) -> Tensor:

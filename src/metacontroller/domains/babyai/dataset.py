@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,8 +46,16 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when the same recipe gives other episodes."""
+
+
+class Made(NamedTuple):
+    """An episode, the index of its task in the recipe, and the seed of its room."""
+
+    task: int
+    seed: int
+    episode: Episode
 
 
 def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int) -> TrajectoryStore:
@@ -84,38 +93,40 @@ def by_difficulty(episodes: Trajectories) -> Trajectories:
     return episodes.index(torch.argsort(episodes.lengths, stable=True))
 
 
-def _chunk(chunk: tuple[Recipe, int, int]) -> list[tuple[int, Episode]]:
-    """(task, episode) of the episodes start .. start + count - 1."""
+def _chunk(chunk: tuple[Recipe, int, int]) -> list[Made]:
+    """The episodes start .. start + count - 1."""
     recipe, start, count = chunk
     rooms = [Room(recipe.objects, task, size=recipe.room_size, max_steps=recipe.max_steps) for task in recipe.tasks]
     return [_episode(recipe, rooms, number) for number in range(start, start + count)]
 
 
-def _episode(recipe: Recipe, rooms: Sequence[Room], number: int) -> tuple[int, Episode]:
+def _episode(recipe: Recipe, rooms: Sequence[Room], number: int) -> Made:
     random = np.random.default_rng([recipe.seed, number])
     task = int(random.integers(len(rooms)))
     for _ in range(ATTEMPTS):
         seed = int(random.integers(2**31))
         episode = play(rooms[task], seed, epsilon=recipe.epsilon, mission_length=recipe.mission_length)
         if episode is not None:
-            return task, episode
+            return Made(task, seed, episode)
     raise UserError(
         f"the bot failed {ATTEMPTS} times at task {'-'.join(map(str, recipe.tasks[task]))}; raise max_steps "
         f"({recipe.max_steps}) or lower epsilon ({recipe.epsilon})."
     )
 
 
-def _pad(made: Sequence[tuple[int, Episode]], recipe: Recipe) -> Trajectories:
-    lengths = np.array([len(episode.actions) for _, episode in made])
+def _pad(made: Sequence[Made], recipe: Recipe) -> Trajectories:
+    lengths, seeds = (
+        np.array(values) for values in zip(*((len(one.episode.actions), one.seed) for one in made), strict=True)
+    )
     longest = int(lengths.max())
-    first = made[0][1].states
+    first = made[0].episode.states
     states = np.zeros((len(made), longest + 1, first.shape[1]), np.uint8)
     actions, segments = np.zeros((len(made), longest), np.int64), np.full((len(made), longest), -1)
     subgoals = segments.copy()
-    for row, (task, episode) in enumerate(made):
+    for row, (task, _, episode) in enumerate(made):
         end = lengths[row]
         states[row, : end + 1], states[row, end + 1 :] = episode.states, episode.states[-1]
         actions[row, :end], segments[row, :end] = episode.actions, episode.segments
         subgoals[row, :end] = np.array(recipe.tasks[task])[episode.segments]
     arrays = {"states": states, "actions": actions, "lengths": lengths, "subgoals": subgoals, "segments": segments}
-    return Trajectories(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return Trajectories(**{name: torch.from_numpy(array) for name, array in {**arrays, "seeds": seeds}.items()})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from metacontroller.errors import UserError
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
+MORE_OBJECTS = "add to domain.objects"
 TOLD = "told:"
 """Prefix of a task on the command line whose mission is shown."""
 
@@ -46,6 +47,8 @@ class BabyAIConfig:
     """Cells along each side of the room, with its walls; BabyAI's are 8."""
     objects: tuple[str, ...] = ("red ball", "green key", "blue box", "yellow ball")
     """The objects in every room, each a color and a kind (key, ball or box)."""
+    view: Literal["symbols", "rgb"] = "symbols"
+    """What the agent sees of the cells before it: a symbol each, or a picture of 56 x 56 pixels."""
     max_steps: int = 64
     """Steps after which an episode is truncated."""
     tasks: tuple[Task, ...] = TABLE_A2
@@ -71,7 +74,9 @@ class BabyAIConfig:
 
     def __post_init__(self) -> None:
         observation.names_of(self.objects)
-        check_tasks([*self.tasks, self.post_task], len(self.objects))
+        if self.view not in ("symbols", "rgb"):
+            raise UserError(f"view is {self.view!r}; expected 'symbols' or 'rgb'.")
+        check_tasks([*self.tasks, self.post_task], len(self.objects), MORE_OBJECTS)
         if len(set(self.objects)) < len(self.objects):
             raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
         for name, low in (("room_size", 5), ("max_steps", 1), ("episodes", 1), ("workers", 0), ("dataset_seed", 0)):
@@ -96,9 +101,14 @@ class BabyAI(Domain):
     Config = BabyAIConfig
     config: BabyAIConfig
 
+    @property
+    def rgb(self) -> bool:
+        """Whether the agent sees a picture."""
+        return self.config.view == "rgb"
+
     def spec(self) -> DomainSpec:
-        config, encoder = self.config, observation.encoder_options(self.config.mission_length)
-        return DomainSpec({"tokens": encoder}, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
+        config, encoder = self.config, observation.encoder_options(self.config.mission_length, rgb=self.rgb)
+        return DomainSpec(encoder, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes drawn from those on disk, with replacement; each phase has a dataset of its own."""
@@ -107,7 +117,7 @@ class BabyAI(Domain):
         rows = torch.randint(easiest, (n,), generator=generator, device=device)
         share = self.config.mission_share if split == "pretrain" else 0.0
         shown = torch.rand(n, generator=generator, device=device) < share
-        return _as_read(store.read(rows.cpu()).to(device), shown)
+        return self._as_read(store.read(rows.cpu()).to(device), shown)
 
     def demonstrate(self, task: Any, n: int, generator: torch.Generator) -> Trajectories:
         """n new episodes of the bot without random moves; the mission is shown if the task is `Told`."""
@@ -116,22 +126,50 @@ class BabyAI(Domain):
         minigrid = _minigrid()
         made = minigrid.generate(_recipe(self.config, (colors,), 0.0, seed), n)
         shown = torch.full((n,), told, device=generator.device)
-        return _as_read(made.to(generator.device), shown)
+        return self._as_read(made.to(generator.device), shown)
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
     ) -> BatchedEnv:
         """n rooms, each its own. task: numbers of objects in order, or `Told` of them."""
         told, colors = self._task(task)
+        seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device)
+        return self._rooms([colors] * n, seeds, told, max_steps or self.config.max_steps)
+
+    def restart(self, episodes: Trajectories) -> BatchedEnv:
+        """The same rooms, with the tasks that the labels tell, and the mission where the episode shows it."""
+        if episodes.subgoals is None or episodes.segments is None or episodes.seeds is None:
+            raise UserError("the episodes carry no labels or no seeds; give demonstrations of this world.")
+        tasks = []
+        for subgoals, segments in zip(episodes.subgoals.tolist(), episodes.segments.tolist(), strict=True):
+            named = {segment: subgoal for subgoal, segment in zip(subgoals, segments, strict=True) if segment >= 0}
+            tasks.append(tuple(named[segment] for segment in sorted(named)))
+        words = episodes.states[:, 0, -self.config.mission_length :]
+        return self._rooms(tasks, episodes.seeds, (words > 0).any(1).tolist(), self.config.max_steps)
+
+    def _rooms(self, tasks: Sequence[Task], seeds: Tensor, told: bool | Sequence[bool], limit: int) -> BatchedEnv:
+        """A room for each task and seed (n,), on the device of the seeds."""
         minigrid, config = _minigrid(), self.config
-        objects, limit = observation.names_of(config.objects), max_steps or config.max_steps
-        seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device).tolist()
-        rooms = [minigrid.Room(objects, colors, size=config.room_size, max_steps=limit) for _ in seeds]
-        for room, seed in zip(rooms, seeds, strict=True):
+        objects = observation.names_of(config.objects)
+        rooms = [minigrid.Room(objects, task, size=config.room_size, max_steps=limit) for task in tasks]
+        for room, seed in zip(rooms, seeds.tolist(), strict=True):
             room.reset(seed=seed)
         return minigrid.RoomBatch(
-            rooms, mission_length=config.mission_length, show_mission=told, device=generator.device
+            rooms,
+            mission_length=config.mission_length,
+            show_mission=told,
+            tiles=minigrid.tiles() if self.rgb else None,
+            device=seeds.device,
         )
+
+    def _as_read(self, episodes: Trajectories, shown: Tensor) -> Trajectories:
+        """Episodes as the model reads them, without the mission unless it is shown (n,) bool."""
+        states = episodes.states.long()
+        states[..., observation.VIEW_CELLS + 1 :] *= shown[:, None, None]
+        if self.rgb:
+            drawn = observation.with_pictures(states.cpu().numpy(), _minigrid().tiles())
+            states = torch.from_numpy(drawn).to(states.device)
+        return Trajectories(**{**vars(episodes), "states": states})
 
     def _task(self, task: Sequence[int] | Told | Free | None) -> tuple[bool, Task]:
         """Whether the mission is shown, and the objects in order, () for `FREE`; UserError for unknown objects."""
@@ -139,14 +177,14 @@ class BabyAI(Domain):
             return False, ()
         told = isinstance(task, Told)
         objects = self.config.post_task if task is None else tuple(task.task if told else task)  # type: ignore
-        check_tasks([objects], len(self.config.objects))
+        check_tasks([objects], len(self.config.objects), MORE_OBJECTS)
         if told and 6 * len(objects) - 1 > self.config.mission_length:
             raise UserError(f"task {format_task(objects)} is told in more words than the model reads; shorten it.")
         return told, objects
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """One of the eight symmetries of the room per row: it changes left, right and direction, but no object."""
-        return observation.random_symmetry(states, generator)
+        return observation.random_symmetry(states, generator, rgb=self.rgb)
 
     def seen_transitions(self) -> Tensor:
         seen = torch.eye(len(self.config.objects), dtype=torch.bool)
@@ -156,6 +194,8 @@ class BabyAI(Domain):
 
     def render(self, states: Tensor) -> Tensor:
         """The partial views, as minigrid draws them."""
+        if self.rgb:
+            return states[..., : observation.PIXELS].unflatten(-1, observation.PICTURE).cpu()
         views = observation.symbols_image(states[..., : observation.VIEW_CELLS].cpu().numpy())
         return torch.from_numpy(np.stack([_minigrid().draw(view) for view in views]))
 
@@ -168,13 +208,6 @@ class BabyAI(Domain):
             return "free"
         told, objects = self._task(task)
         return f"{TOLD if told else ''}{format_task(objects)}"
-
-
-def _as_read(episodes: Trajectories, shown: Tensor) -> Trajectories:
-    """Episodes as the model reads them: int64, without the mission unless it is shown (n,) bool."""
-    states = episodes.states.long()
-    states[..., observation.VIEW_CELLS + 1 :] *= shown[:, None, None]
-    return Trajectories(**{**vars(episodes), "states": states})
 
 
 def _recipe(config: BabyAIConfig, tasks: tuple[Task, ...], epsilon: float, seed: int) -> Any:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from minigrid.core.grid import Grid
+from minigrid.core.world_object import WorldObj
 
 from metacontroller.domains.babyai.batch import RoomBatch
 from metacontroller.domains.babyai.dataset import Recipe, generate, open_dataset
 from metacontroller.domains.babyai.level import Room
-from metacontroller.domains.babyai.observation import VIEW
+from metacontroller.domains.babyai.observation import NUM_SYMBOLS, TILE, UNSEEN, VIEW, symbols_image
 
-__all__ = ["Recipe", "Room", "RoomBatch", "draw", "generate", "open_dataset"]
+__all__ = ["Recipe", "Room", "RoomBatch", "draw", "generate", "open_dataset", "tiles"]
 
 TILE_PIXELS = 16
+
+
+@cache
+def tiles() -> np.ndarray:
+    """(NUM_SYMBOLS, 2, TILE, TILE, 3) uint8: how minigrid draws the cell of each symbol, without and with the agent."""
+
+    def drawn(symbol: int, direction: int | None) -> np.ndarray:
+        cell = WorldObj.decode(*symbols_image(np.array(symbol)).tolist())
+        return Grid.render_tile(cell, direction, highlight=symbol != UNSEEN, tile_size=TILE).astype(np.uint8)
+
+    return np.stack([np.stack([drawn(symbol, direction) for direction in (None, 3)]) for symbol in range(NUM_SYMBOLS)])
 
 
 def draw(view: np.ndarray) -> np.ndarray:

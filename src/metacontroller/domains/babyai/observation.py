@@ -1,14 +1,16 @@
 """What a model reads of a BabyAI room: symbols of the partial view, the agent's direction, the words of the mission.
 
 Axes: b rows, w width and height of the room. One observation is `VIEW_CELLS` symbols, the direction, and a word for
-each place of the mission. A symbol stands for one (type, color) of minigrid's encoding; what lies in one room has no
-other state, so that nothing of the 7 x 7 x 3 view is lost.
+each place of the mission; or the view as a picture, then the same. A symbol stands for one (type, color) of minigrid's
+encoding; what lies in one room has no other state, so that nothing of the 7 x 7 x 3 view is lost.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,12 @@ VIEW = 7
 VIEW_CELLS = VIEW * VIEW
 AGENT_CELL = (VIEW // 2) * VIEW + VIEW - 1
 """Where the agent stands in the view; the symbol there is what it carries."""
+
+TILE = 8
+"""Pixels along each side of a cell in pictures, as of minigrid's own."""
+PICTURE = (VIEW * TILE, VIEW * TILE, 3)
+"""Height, width and channels of a view as a picture."""
+PIXELS = math.prod(PICTURE)
 
 UNSEEN, EMPTY, WALL = 0, 1, 2
 KINDS = ("key", "ball", "box")
@@ -98,24 +106,46 @@ def mission_words(mission: str, length: int) -> np.ndarray:
     return np.array([1 + WORDS.index(word) for word in words] + [0] * (length - len(words)), dtype=np.int64)
 
 
-def encoder_options(mission_length: int) -> dict[str, object]:
+def encoder_options(mission_length: int, *, rgb: bool = False) -> dict[str, Any]:
     """Options of the model's encoder: the observation, of which the mission is the condition."""
-    return {"sizes": [NUM_SYMBOLS] * VIEW_CELLS + [len(HEADINGS)], "condition": [len(WORDS) + 1] * mission_length}
+    condition = [len(WORDS) + 1] * mission_length
+    if rgb:
+        return {"picture": {"image": list(PICTURE), "sizes": [len(HEADINGS)], "condition": condition}}
+    return {"tokens": {"sizes": [NUM_SYMBOLS] * VIEW_CELLS + [len(HEADINGS)], "condition": condition}}
 
 
-def random_symmetry(states: Tensor, generator: torch.Generator) -> Tensor:
+def pictures(view: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Views (..., VIEW_CELLS) as minigrid draws them, (..., *PICTURE) uint8. tiles: as of `engine.tiles`."""
+    with_agent = np.arange(VIEW_CELLS) == AGENT_CELL
+    drawn = tiles[view, with_agent.astype(int)].reshape(*view.shape[:-1], VIEW, VIEW, TILE, TILE, 3)
+    # columns, rows, and both within a tile -> rows with those of tiles, columns likewise
+    return np.moveaxis(drawn, (-4, -3, -5), (-5, -4, -3)).reshape(*view.shape[:-1], *PICTURE)
+
+
+def with_pictures(observations: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Observations of symbols (..., VIEW_CELLS + 1 + words) with pictures in their place, (..., pixels + 1 + words)
+    uint8."""
+    drawn = pictures(observations[..., :VIEW_CELLS], tiles)
+    return np.concatenate(
+        [drawn.reshape(*drawn.shape[:-3], PIXELS), observations[..., VIEW_CELLS:].astype(np.uint8)], -1
+    )
+
+
+def random_symmetry(states: Tensor, generator: torch.Generator, *, rgb: bool = False) -> Tensor:
     """states (b, t, observation) under one of the eight symmetries of the square per row.
 
-    The view is the agent's own: turning the room changes only the direction, reflecting it mirrors the view too.
+    The view is the agent's own: turning the room changes only the direction, reflecting it mirrors the view too. In
+    pictures cells change their places; what is drawn in them does not.
     """
     count, device = len(states), states.device
     symmetry = torch.randint(8, (count,), generator=generator, device=device)
     turn, mirrored = symmetry % 4, symmetry >= 4
-    view = states[..., :VIEW_CELLS].unflatten(-1, (VIEW, VIEW))
-    view = torch.where(mirrored[:, None, None, None], view.flip(-2), view).flatten(-2)
-    direction = states[..., VIEW_CELLS]
+    cells, shape = (PIXELS, (PICTURE[0], VIEW, TILE * 3)) if rgb else (VIEW_CELLS, (VIEW, VIEW))
+    view = states[..., :cells].unflatten(-1, shape)  # columns are the last axis but one
+    view = torch.where(mirrored.view(-1, *[1] * (view.dim() - 1)), view.flip(-2), view).flatten(2)
+    direction = states[..., cells]
     direction = (torch.where(mirrored[:, None], -direction, direction) + turn[:, None]) % 4
-    return torch.cat([view, direction[..., None], states[..., VIEW_CELLS + 1 :]], -1)
+    return torch.cat([view, direction[..., None].to(states.dtype), states[..., cells + 1 :]], -1)
 
 
 def names_of(objects: Sequence[str]) -> list[tuple[str, str]]:

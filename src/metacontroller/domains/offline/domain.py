@@ -84,9 +84,10 @@ class Offline(Domain):
 
     def check_acting(self) -> None:
         if self.config.env is None:
+            known = self.dataset.env
             raise UserError(
-                "acting needs an environment and the run has a dataset only; start it with --dataset "
-                f"{self.config.dataset} --env ID, a Gymnasium ID."
+                "acting needs an environment and the run has a dataset only; give it one by: metacontroller pretrain "
+                f"RUN --resume --env {known or 'ID, a Gymnasium ID'}."
             )
 
     @cached_property
