@@ -159,6 +159,18 @@ class BinaryCodes(nn.Module):
         return like.new_zeros(*shape, self.params)
 
 
+def bounded(code: Tensor, scale: float | None) -> Tensor:
+    """scale tanh(code / scale), elementwise: keeps codes where training has seen them; the code itself for None.
+
+    A barrier as in latent-space RL (LATENT, zzk273.github.io/LATENT). UserError unless the scale is positive.
+    """
+    if scale is None:
+        return code
+    if scale <= 0:
+        raise UserError(f"the bound of codes is {scale}; expected a number above 0.")
+    return scale * torch.tanh(code / scale)
+
+
 def _bit_entropy(logits: Tensor) -> Tensor:
     """Entropy of each bit in nats, elementwise."""
     probability = torch.sigmoid(logits)

@@ -14,7 +14,6 @@ sequence embedder also reads the observation after the last action: our choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,10 +24,11 @@ from torch.nn import functional as F
 from metacontroller.control.codes import CodeKind, make_codes
 from metacontroller.control.controller import Controller
 from metacontroller.control.discovery import DiscoveryNoise, DiscoveryOutput, EpisodeDiscovery
-from metacontroller.control.evolution import evolve
-from metacontroller.control.losses import clipped_surrogate
+from metacontroller.control.freezing import ParameterGroups
 from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
+from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
+from metacontroller.control.stepping import SteeringSteps
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
@@ -71,7 +71,7 @@ class MetaControllerOutput(NamedTuple):
     state: ControlState
 
 
-class MetaController(EpisodeDiscovery, Saveable, nn.Module):
+class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterGroups, Saveable, nn.Module):
     """The metacontroller (paper D.2).
 
     dim_model: n_e. dim_latent: n_z; with code "binary" the number of bits, and a code is a one-hot vector of
@@ -96,6 +96,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         dim_sequence: int | None = None,
         encoder_hidden: int | None = None,
         decoder_hidden: int = 32,
+        decoder_depth: int = 1,
         switch_hidden: int = 32,
         policy_hidden: int | None = None,
         embedder_dim: int | None = None,
@@ -110,7 +111,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.remember_arguments(locals())
+        self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1})
         check_precision(precision)
         if dim_model < 1 or dim_latent < 1:
             raise UserError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
@@ -125,6 +126,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
         self.eps_clip = eps_clip
+        self.loss_weights = None
         self.precision: Precision = precision
 
         self.norm = nn.LayerNorm(dim_model)
@@ -138,7 +140,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
             nn.Linear(encoder_hidden or width, self.codes.params),
         )
         self.switching = SwitchingUnit(dim_model, n_h, self.dim_latent, hidden=switch_hidden, config=self.gate_config)
-        self.controller = Controller(self.dim_latent, dim_model, hidden=decoder_hidden, rank=rank)
+        self.controller = Controller(self.dim_latent, dim_model, hidden=decoder_hidden, rank=rank, depth=decoder_depth)
         self.policy = AbstractActionPolicy(
             dim_model, self.dim_latent, hidden=policy_hidden or width, kind=policy_kind, params=self.codes.params
         )
@@ -167,7 +169,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         read = self.norm(residual)
         history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
         sequence = self._embed_sequence(residual if embedded_residual is None else embedded_residual, lengths, steps)
-        sequence = sequence[:, None].expand(-1, steps, -1)
+        sequence = sequence[:, None].expand(-1, steps, -1) if sequence.dim() == 2 else sequence[:, :steps]
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         distribution = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
         noise = self.sample_noise(batch, steps) if noise is None else noise
@@ -194,11 +196,6 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         with products(self.precision, residual):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + entries - steps, entries))
         return embedded.to(residual.dtype)
-
-    def discovery_parameters(self) -> list[nn.Parameter]:
-        """The parameters that discovery trains: all but the policy's."""
-        policy = {id(parameter) for parameter in self.policy.parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in policy]
 
     # phase 3: acting with abstract actions
 
@@ -255,71 +252,6 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         next_state.policy = torch.where(switch[:, None], advanced, state.policy)
         output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)
         return self.steer(residual, next_state.z[:, None]), output
-
-    def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-probability of each entry of the codes: (b, t, p), (b, t, n_z) -> (b, t, n_z), or a bit each."""
-        if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != self.codes.params:
-            raise UserError(
-                f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
-                f"axes {self.codes.params} and {self.dim_latent}."
-            )
-        return self.codes.log_prob(action_dist, actions)
-
-    def policy_loss(
-        self,
-        states: Tensor,
-        old_log_probs: Tensor,
-        actions: Tensor,
-        advantages: Tensor,
-        switch_betas: Tensor,
-        episode_lens: Tensor | None = None,
-        eps_clip: float | None = None,
-    ) -> Tensor:
-        """PPO's clipped surrogate over the switches of stored episodes (C.5); does not run the frozen model.
-
-        states (b, t, n_e): stored residuals. old_log_probs, actions (b, t, n_z). advantages (b,) or (b, t).
-        switch_betas (b, t): a step counts where beta >= threshold; the policy's state advances only there.
-        episode_lens (b,): real steps. The ratio is that of a code's joint density. Only the policy gets a gradient.
-        UserError for shapes that do not fit.
-        """
-        self._check_residual(states)
-        batch, steps = states.shape[:2]
-        for name, value, entries in (
-            ("old_log_probs", old_log_probs, self.codes.entries),
-            ("actions", actions, self.dim_latent),
-        ):
-            if value.shape != (batch, steps, entries):
-                raise UserError(
-                    f"{name} has shape {tuple(value.shape)}; expected {(batch, steps, entries)}, to fit states and n_z."
-                )
-        if switch_betas.shape != (batch, steps) or advantages.shape not in ((batch,), (batch, steps)):
-            raise UserError(
-                f"switch_betas has shape {tuple(switch_betas.shape)} and advantages {tuple(advantages.shape)}; "
-                f"expected {(batch, steps)}, and {(batch,)} or {(batch, steps)}."
-            )
-        check_lengths(episode_lens, batch, steps)
-        switch = switch_betas >= self.gate_config.threshold
-        if episode_lens is not None:
-            switch = switch & length_mask(episode_lens, steps)
-        order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
-        decided = switch.gather(1, order)
-        advantage = advantages[:, None].expand(-1, steps) if advantages.dim() == 1 else advantages.gather(1, order)
-        wide = order[..., None]
-        distribution, _ = self.policy(states.detach().gather(1, wide.expand_as(states)))
-        code = actions.detach().gather(1, wide.expand_as(actions))
-        old = old_log_probs.detach().gather(1, wide.expand_as(old_log_probs)).sum(-1)
-        log_prob = self.codes.log_prob(distribution, code).sum(-1)
-        clip = self.eps_clip if eps_clip is None else eps_clip
-        return clipped_surrogate(log_prob, old, advantage, decided, clip)
-
-    def evolve_policy(
-        self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
-    ) -> Tensor:
-        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
-
-        environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
-        """
-        return evolve(self.policy, lambda: environment(model), num_generations, **options)
 
     def _check_residual(self, residual: Tensor) -> None:
         if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:

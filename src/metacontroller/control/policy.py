@@ -23,6 +23,8 @@ class AbstractActionPolicy(nn.Module):
     deviation. Axes: b batch, k switches of an episode in order, n_e residual.
     """
 
+    every_step = False
+
     def __init__(
         self, dim_model: int, dim_latent: int, *, hidden: int = 256, kind: PolicyKind = "gru", params: int | None = None
     ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.readouts import (
     CategoricalReadout,
     GaussianReadout,
@@ -319,12 +320,13 @@ class ImageEncoder(nn.Module):
             )
 
 
-Encoder = VectorEncoder | TokenEncoder | ImageEncoder | GridEncoder
+Encoder = VectorEncoder | TokenEncoder | ImageEncoder | GridEncoder | SymbolicGridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])`` or ``dict(grid = dict(...))``.
+    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(grid = dict(...))`` or
+    ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
 
     UserError for other options.
     """
@@ -339,8 +341,10 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         return TokenEncoder(dim, **options["tokens"])
     if set(options) == {"image"}:
         return ImageEncoder(dim, options["image"])
+    if set(options) == {"symbolic_grid"}:
+        return SymbolicGridEncoder(dim, **options["symbolic_grid"])
     raise UserError(
         f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
-        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images "
-        "or dict(grid = dict(...)) for grid tokens."
+        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images, "
+        "dict(symbolic_grid = dict(...)) for grids of cells with channels, or dict(grid = dict(...)) for grid tokens."
     )
