@@ -57,7 +57,7 @@ def test_three_phases(width: int, continuous: bool, kind: str, lengths: Tensor |
     model = make_model(width, continuous=continuous, dim_condition=5, normalize_state_action_losses=True)
     states, actions = batch(continuous=continuous)
     condition = torch.randn(2, 5)
-    sum(model(states, actions, condition=condition, episode_lens=lengths)).backward()
+    torch.stack(list(model(states, actions, condition=condition, episode_lens=lengths))).sum().backward()
     assert model.running_bc_action_loss is not None
     model.zero_grad()
     steering = make_steering(width, Binary if kind == "binary" else theirs.MetaController)
@@ -155,7 +155,7 @@ def test_training_one_phase_freezes_the_rest() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     trained = {id(p) for p in steering.parameters() if p.requires_grad}
     assert trained == {id(p) for p in steering.discovery_parameters()}
-    sum(model(states, actions, meta_controller=steering, discovery_phase=True)).backward()
+    torch.stack(list(model(states, actions, meta_controller=steering, discovery_phase=True))).sum().backward()
     assert all(parameter.grad is None for parameter in [*model.parameters(), *steering.policy.parameters()])
     split = [*steering.discovery_parameters_non_switching(), *steering.discovery_parameters_switching_unit()]
     assert {id(p) for p in split} == trained
@@ -260,7 +260,7 @@ def test_symbolic_grids_and_the_top_level_names() -> None:
     states, actions = torch.randint(3, (2, 5, 3, 3, 2)), torch.randint(ACTIONS, (2, 5))
     losses = model(states, actions, discovery_phase=True)
     (losses.state_pred + losses.action_recon).backward()
-    sum(model(states, actions, force_behavior_cloning=True)).backward()
+    torch.stack(list(model(states, actions, force_behavior_cloning=True))).sum().backward()
 
 
 def test_wrong_calls_are_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def test_the_surrogate_clips_below_and_above_of_codes_or_of_entries(per_entry: b
     terms = []
     for b, t in MASK.nonzero().tolist():
         pairs = [(new[b, t, i], old[b, t, i]) for i in range(ENTRIES)]
-        pairs = pairs if per_entry else [(sum(p[0] for p in pairs), sum(p[1] for p in pairs))]
+        pairs = pairs if per_entry else [(new[b, t].sum(), old[b, t].sum())]
         term = torch.zeros((), dtype=torch.float64)
         for now, before in pairs:
             ratio = (now - before).exp()
@@ -63,7 +65,8 @@ def test_target_policy_optimization_moves_scores_by_p_minus_q() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(target_policy_loss(scores, old, u, eta=eta, group=3), scores)[0], torch.cat(expected)
     )
-    for options, message in (({"eta": 0.0}, "eta is 0.0"), ({"group": 4}, "groups of 4")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"eta": 0.0}, "eta is 0.0"), ({"group": 4}, "groups of 4")]
+    for options, message in wrong:
         with pytest.raises(UserError, match=message):
             target_policy_loss(scores, old, u, **options)
 
@@ -93,7 +96,7 @@ def test_z_scores() -> None:
 
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("code", ["gaussian", "binary"])
-def test_losses_over_stored_episodes(every_step: bool, code: str) -> None:
+def test_losses_over_stored_episodes(every_step: bool, code: Any) -> None:
     steering = MetaController(6, dim_meta_controller=8, dim_latent=2, code=code, rank=2).double()
     if every_step:
         steering.policy = StepwisePolicy(make_proposer(6, "gru"), 6, steering.codes.params).double()

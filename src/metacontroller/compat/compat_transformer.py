@@ -187,16 +187,17 @@ class Transformer(HouseTransformer):
         with nullcontext() if steering is None else frozen(self):
             hidden = self.upper(residual.steered, residual.upper, condition)
             logits = self.action_readout(hidden)
-            if learns:
+            losses = None
+            if learns and actions is not None:
                 phase = "discovery" if discovery_phase else "bc"
                 losses = self._losses(phase, hidden, logits, state, actions, lengths, update_loss_ema)
-        if not learns:
+        if losses is None:
             steps = embedded.shape[1] + (0 if cache is None else cache.cache_steps)
             left = TransformerOutput(residual.before, Hiddens(residual.lower, residual.output, residual.upper), steps)
             return (logits, left) if return_cache or return_latents or return_action_cache else logits
         if discovery_phase:
             output = residual.output
-            result = DiscoveryLosses(*losses, output.kl_loss, output.ratio_loss)
+            result = DiscoveryLosses(losses.state, losses.action, output.kl_loss, output.ratio_loss)
             return (result, output) if return_meta_controller_output else result
         extras = [logits if return_action_logits else None, residual.before if return_residual_stream else None]
         extras = [extra for extra in extras if extra is not None]
@@ -299,7 +300,8 @@ class Transformer(HouseTransformer):
         return 0.0 if self.meta_controller is None else self.meta_controller.current_kl_loss_weight
 
     def _running(self, name: str) -> Tensor | None:
-        return self.loss_scales[name].scale if self.normalize_state_action_losses else None
+        scale = self.loss_scales[name].scale if self.normalize_state_action_losses else None
+        return scale  # pyright: ignore[reportReturnType] - of `LossScale`
 
     running_bc_state_loss = property(lambda self: self._running("bc_state"))
     running_bc_action_loss = property(lambda self: self._running("bc_action"))

@@ -146,7 +146,7 @@ class MetaController(HouseMetaController):
                 **body_options(embedder, dim_model),
             )
         else:
-            self.internal_sequence_embedder = embedder
+            self.sequence_embedder = ModuleEmbedder(embedder, dim_model, dim_sequence_summary_embed)
         proposer: Any = ATTENTION if action_proposer is None else action_proposer
         if isinstance(proposer, dict):
             proposer = make_proposer(dim_model, **body_options(proposer, dim_model))
@@ -289,14 +289,15 @@ def policy_loss(
 
     mask (b, t) or (b, t, 1): switches, every step if None. switch_beta_frequency: switches at regular steps instead.
     """
+    batch, steps = state.shape[:2]
     if switch_beta_frequency is not None:
-        mask = regular_switches(*state.shape[:2], switch_beta_frequency).to(state.device)
+        mask = regular_switches(batch, steps, switch_beta_frequency).to(state.device)
     losses = HouseMetaController.policy_losses(
         meta_controller,
         state,
         old_log_probs,
         actions,
-        advantages.flatten() if advantages.numel() == len(state) else advantages.view(*state.shape[:2]),
+        advantages.flatten() if advantages.numel() == batch else advantages.view(batch, steps),
         mask[..., 0] if mask is not None and mask.dim() == 3 else mask,
         episode_lens,
         eps_clip,

@@ -168,7 +168,8 @@ class SteeringSteps:
                 read, history, proposal, fresh, z_before, config=config, temperature=self.switch_temperature
             )
         if not discovery and not self.policy.every_step:
-            policy_state = torch.where(gate >= self.gate_config.threshold, advanced, policy_state)  # one step
+            switch = gate >= self.gate_config.threshold  # of one step
+            policy_state = torch.where(switch, advanced, policy_state)  # pyright: ignore[reportArgumentType, reportCallIssue]
         kl, weight, ratio = self._losses(distribution, beta, lengths, discovery)
         control = self.controller(z.to(residual.dtype), residual)
         done = StepState(last[0], z[:, -1], policy_state, steps + (0 if state is None else state.steps))

@@ -50,9 +50,10 @@ def gru_gate(
             f"the gru has {gru.input_size} inputs and {gru.num_layers} layers; expected {own + z.shape[-1]} inputs, "
             "one layer."
         )
-    w_inputs, w_z = gru.weight_ih_l0[:, :own], gru.weight_ih_l0[:, own:]
-    drive = nn.functional.linear(inputs, w_inputs, gru.bias_ih_l0 if gru.bias else None)
-    w_hidden, b_hidden = gru.weight_hh_l0, gru.bias_hh_l0 if gru.bias else None
+    w_in, w_hidden, *biases = gru.all_weights[0]
+    b_in, b_hidden = biases if biases else (None, None)
+    w_z = w_in[:, own:]
+    drive = nn.functional.linear(inputs, w_in[:, :own], b_in)
     hidden = inputs.new_zeros(len(inputs), gru.hidden_size) if hidden is None else hidden
     codes, gates = [], []
     for t in range(inputs.shape[1]):
