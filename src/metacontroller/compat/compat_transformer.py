@@ -300,8 +300,8 @@ class Transformer(HouseTransformer):
         return 0.0 if self.meta_controller is None else self.meta_controller.current_kl_loss_weight
 
     def _running(self, name: str) -> Tensor | None:
-        scale = self.loss_scales[name].scale if self.normalize_state_action_losses else None
-        return scale  # pyright: ignore[reportReturnType] - of `LossScale`
+        scales: Any = self.loss_scales
+        return scales[name].scale if self.normalize_state_action_losses else None
 
     running_bc_state_loss = property(lambda self: self._running("bc_state"))
     running_bc_action_loss = property(lambda self: self._running("bc_action"))
