@@ -69,15 +69,10 @@ class PolicyLearning:
         switch_betas: Tensor | None = None,
         episode_lens: Tensor | None = None,
         eps_clip: float | tuple[float, float] | None = None,
-        *,
-        per_entry: bool = False,
-        kl_weight: float = 0.0,
     ) -> Tensor:
         """PPO's clipped surrogate over the switches of stored episodes (C.5); see `policy_losses`."""
-        losses = self.policy_losses(
-            states, old_log_probs, actions, advantages, switch_betas, episode_lens, eps_clip, per_entry=per_entry
-        )
-        return losses.surrogate if kl_weight == 0 else losses.surrogate + kl_weight * losses.kl
+        stored = states, old_log_probs, actions, advantages, switch_betas, episode_lens
+        return self.policy_losses(*stored, eps_clip).surrogate
 
     def policy_losses(
         self,
