@@ -346,5 +346,5 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     raise UserError(
         f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
         "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images "
-        "or dict(grid = dict(...)) for grid tokens. Grids of cells with channels: dict(symbolic_grid = dict(...))."
+        "or dict(grid = dict(...)) for grid tokens."
     )
