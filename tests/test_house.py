@@ -26,6 +26,8 @@ for layer in LAYERS:
     ALLOWED[layer] = {*below, *({"report"} if layer in ("analysis", "recipes", "commands") else ())}
     below.add(layer)
 ALLOWED["__init__"] = {"control", "models", "phases"}
+ALLOWED["compat"] = {"control", "models", *GROUND}
+"""The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
 SHARED = {"errors", "__version__", ""}
 """What all may import: the type of users' errors, and the package itself for its version."""
 ORDINARY = {"offline"}
@@ -66,6 +68,15 @@ def test_arrows_point_down(path: Path) -> None:
         return
     targets = {"".join(target[:1]) for target in imports(path)} - SHARED
     assert targets - {package} <= ALLOWED[package]
+
+
+def test_nothing_imports_the_adapter_and_it_shadows_nothing() -> None:
+    adapter = {path.stem for path in (ROOT / "compat").glob("*.py")} - {"__init__"}
+    house = {path.stem for path in ROOT.iterdir() if path.name != "compat"}
+    assert adapter & house == set()  # its modules are found beside the house's, see `__path__` of the package
+    for path in modules():
+        named = {target[0] for target in imports(path) if target}
+        assert named & (adapter | {"compat"}) == set(), path
 
 
 def test_there_are_no_circles() -> None:

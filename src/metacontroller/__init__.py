@@ -6,6 +6,7 @@ The public names are imported when they are first asked for, so that the package
 from __future__ import annotations
 
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,13 +15,19 @@ if TYPE_CHECKING:
     from metacontroller.phases.internal_env import InternalEnv
     from metacontroller.phases.internal_vector_env import InternalVectorEnv
 
+__path__.append(str(Path(__file__).with_name("compat")))  # modules of the names of another library, see compat/
+
 __all__ = ["InternalEnv", "InternalVectorEnv", "MetaController", "Transformer", "__version__"]
 
 _MODULES = {
+    "ActionProposerWrapper": "metacontroller",
     "InternalEnv": "phases.internal_env",
     "InternalVectorEnv": "phases.internal_vector_env",
     "MetaController": "control.metacontroller",
+    "MetaControllerWithBinaryMapper": "metacontroller_with_binary_mapper",
+    "binary_entropy": "metacontroller",
     "Transformer": "models.transformer",
+    "TransformerForSymbolicGrid": "transformer_for_symbolic_grid",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from metacontroller.control import metacontroller as metacontroller_module
+from metacontroller.control import codes as codes_module
 from metacontroller.control.discovery import DiscoveryOutput
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.metacontroller import ControlState, MetaController
@@ -39,7 +39,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, z_tilde: Tensor | None = None) -> N
     def sample(distribution: Tensor, generator: torch.Generator | None = None, **_: Any) -> Tensor:
         return distribution.chunk(2, -1)[0] if z_tilde is None else z_tilde
 
-    monkeypatch.setattr(metacontroller_module, "sample_gaussian", sample)
+    monkeypatch.setattr(codes_module, "sample_gaussian", sample)
 
 
 def embed_alike(monkeypatch: pytest.MonkeyPatch, steering: MetaController) -> None:
@@ -171,7 +171,7 @@ def act_given(
     """Steps through observe, integrate, steer with the given codes; returns the rows that remain after ``drop``."""
     rows, state = torch.arange(BATCH), steering.initial_state(BATCH)
     blank = torch.zeros(BATCH, TIME, dtype=torch.float64)
-    out = DiscoveryOutput(torch.zeros_like(residual), torch.zeros_like(z_tilde), *(blank.clone() for _ in range(6)))
+    out = DiscoveryOutput(torch.zeros_like(residual), torch.zeros_like(z_tilde), *(blank.clone() for _ in range(5)))
     for t in range(TIME):
         if t == drop:
             going = torch.tensor([3, 1])

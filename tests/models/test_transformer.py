@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metacontroller.control import metacontroller as metacontroller_module
+from metacontroller.control import codes as codes_module
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.encoders import GridEncoder
 from metacontroller.models.protocol import frozen
@@ -53,7 +53,7 @@ def batch_of(model: Transformer, extra_state: bool = True) -> tuple[Tensor, Tens
 
 def fixed_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposals take their mean, so that two calls propose the same."""
-    monkeypatch.setattr(metacontroller_module, "sample_gaussian", lambda params, **_: params.chunk(2, -1)[0])
+    monkeypatch.setattr(codes_module, "sample_gaussian", lambda params, **_: params.chunk(2, -1)[0])
 
 
 @pytest.mark.parametrize("extra_state", [False, True])

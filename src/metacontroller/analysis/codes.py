@@ -59,13 +59,14 @@ def code_subgoal_bits(
     walk_steps: int,
     generator: torch.Generator,
 ) -> CodeMeaning:
-    """Holds codes drawn from the prior N(0, I) from an episode's start, without switching, each in episodes of its own.
+    """Holds codes drawn from the prior from an episode's start, without switching, each in episodes of its own.
 
     The outcome is the subgoal reached first within ``walk_steps``, or none. UserError for a world without subgoals.
     """
     outcomes = _count_subgoals(domain) + 1
     device = generator.device
-    prior = torch.randn(codes, meta_controller.dim_latent, generator=generator, device=device)
+    noise = torch.randn(codes, meta_controller.codes.noise_dim, generator=generator, device=device)
+    prior = meta_controller.codes.sample(meta_controller.codes.prior(noise, codes), noise=noise)
     owner = torch.arange(codes, device=device).repeat_interleave(layouts_per_code)
     reached = torch.cat(
         [

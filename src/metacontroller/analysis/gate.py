@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.baselines.compile import boundary_probability
-from metacontroller.control.losses import gaussian_kl
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment, gate_report
@@ -85,7 +84,7 @@ def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate
                 model, batch.states, batch.actions, batch.lengths, noise=gate_noise
             )
             beta, code = output.beta, output.z
-            kl = gaussian_kl(output.mean[..., None], output.log_std[..., None])
+            kl = meta_controller.codes.kl_entries(output.distribution)
             nats.append(F.pad(kl, (0, 0, 0, left)))
         else:
             code = segmentation(batch.states, batch.lengths).code_at()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from metacontroller.control.codes import CodeKind, make_codes
 from metacontroller.control.policy import PolicyKind
 from metacontroller.control.sequence_embedder import EmbedderKind
 from metacontroller.control.switching import GateConfig
@@ -17,7 +18,11 @@ class MetaControllerConfig:
     """The metacontroller; widths are numbers of units. UserError for values out of range."""
 
     dim_latent: int = 8
-    """n_z, dimension of a code."""
+    """n_z, dimension of a Gaussian code; number of bits of a binary one."""
+    code: CodeKind = "gaussian"
+    """Codes: "gaussian", the paper's; "binary": one of 2^dim_latent words (Free Transformer)."""
+    free_bits: float = 0.0
+    """Bits a step of a binary code that cost no KL."""
     dim_history: int = 32
     """n_h, width of the history GRU (eq. 12)."""
     dim_sequence: int = 32
@@ -49,6 +54,7 @@ class MetaControllerConfig:
         check_precision(self.precision)
         names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
         check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
+        make_codes(self.code, self.dim_latent, self.free_bits)
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")

@@ -13,14 +13,16 @@ from metacontroller.errors import UserError
 
 
 class Controller(nn.Module):
-    """U = f_hyp(z), a hypernetwork with one hidden layer h; U = A(h) B(h)^T or full U(h), each linear in (h, 1).
+    """U = f_hyp(z), a hypernetwork with hidden units h; U = A(h) B(h)^T or full U(h), each linear in (h, 1).
 
-    dim_latent: n_z. dim_model: n_e. hidden: units of the hidden layer. rank: r, or None for a full matrix (the paper's
-    ant). At initialisation A (or the full U) is small, so that steering starts near the identity. UserError for values
-    out of range.
+    dim_latent: n_z. dim_model: n_e. hidden: units of a hidden layer. depth: hidden layers (the paper: 1). rank: r, or
+    None for a full matrix (the paper's ant). At initialisation A (or the full U) is small, so that steering starts near
+    the identity. UserError for values out of range.
     """
 
-    def __init__(self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16) -> None:
+    def __init__(
+        self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16, depth: int = 1
+    ) -> None:
         super().__init__()
         if dim_latent < 1 or dim_model < 1 or hidden < 1:
             raise UserError(
@@ -28,8 +30,11 @@ class Controller(nn.Module):
             )
         if rank is not None and not 1 <= rank <= dim_model:
             raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
+        if depth < 1:
+            raise UserError(f"depth is {depth}; expected at least 1 hidden layer.")
         self.dim_model, self.rank = dim_model, rank
         self.code_to_hidden = nn.Linear(dim_latent, hidden)
+        self.deeper = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1)) if depth > 1 else None
         units, scale = hidden + 1, 0.1 * dim_model**-0.5
         if rank is None:
             self.full = nn.Parameter(torch.randn(units, dim_model, dim_model) * scale)  # (k, o, i)
@@ -39,7 +44,10 @@ class Controller(nn.Module):
 
     def hidden(self, z: Tensor) -> Tensor:
         """z (..., n_z) -> (..., k): the hidden units and the constant 1."""
-        return F.pad(F.relu(self.code_to_hidden(z)), (0, 1), value=1.0)
+        hidden = F.relu(self.code_to_hidden(z))
+        for layer in self.deeper or ():
+            hidden = F.relu(layer(hidden))
+        return F.pad(hidden, (0, 1), value=1.0)
 
     def matrix(self, z: Tensor) -> Tensor:
         """z (..., n_z) -> U (..., residual_out, residual_in), n_e² entries per code: for inspection and tests."""

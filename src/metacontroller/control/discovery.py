@@ -18,7 +18,10 @@ from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosse
 
 
 class DiscoveryNoise(NamedTuple):
-    """code (b, t, n_z): standard normal. gate (b, t): uniform in (0, 1), used by the Gumbel-sigmoid gate alone."""
+    """code (b, t, n_z), of binary codes (b, t, bits): standard normal.
+
+    gate (b, t): uniform in (0, 1), used by the Gumbel-sigmoid gate alone.
+    """
 
     code: Tensor
     gate: Tensor
@@ -28,8 +31,9 @@ class DiscoveryOutput(NamedTuple):
     """Result of `MetaController.discover` for a batch of episodes.
 
     steered (b, t, n_e): e + U e. z (b, t, n_z): the integrated code. gate (b, t): the weight of the proposal in it.
-    beta (b, t): the switching probability. kl (b, t): KL of the proposal against N(0, I), at every step. mask (b, t)
-    bool: real steps. mean, log_std (b, t, n_z): of the proposal.
+    beta (b, t): the switching probability. kl (b, t): KL of the proposal against the prior, at every step. mask (b, t)
+    bool: real steps. distribution (b, t, p): parameters of the proposal, see `control.codes`; mean and log_std
+    (b, t, n_z), of Gaussian codes, are its halves.
     """
 
     steered: Tensor
@@ -38,8 +42,15 @@ class DiscoveryOutput(NamedTuple):
     beta: Tensor
     kl: Tensor
     mask: Tensor
-    mean: Tensor
-    log_std: Tensor
+    distribution: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.distribution.chunk(2, -1)[0]
+
+    @property
+    def log_std(self) -> Tensor:
+        return self.distribution.chunk(2, -1)[1]
 
 
 class EpisodeDiscovery:

@@ -14,19 +14,39 @@ def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
 
 
-def ratio_loss(beta: Tensor, mask: Tensor, target_length: float, threshold: float = 0.5) -> Tensor:
+def ratio_loss(
+    beta: Tensor,
+    mask: Tensor,
+    target_length: float,
+    threshold: float = 0.5,
+    chunk: int | None = None,
+    hard: Tensor | None = None,
+) -> Tensor:
     """H-Net's ratio loss (arXiv 2507.07955, eq. 10) towards one switch every ``target_length`` steps.
 
     With N the target length, F the share of hard switches and G the mean probability:
-    N/(N-1) ((N-1) F G + (1-F)(1-G)), which is 1 at F = G = 1/N. beta, mask (b, t) -> scalar. UserError for a
-    target length of 1 or less.
+    N/(N-1) ((N-1) F G + (1-F)(1-G)), which is 1 at F = G = 1/N. beta, mask (b, t) -> scalar.
+    chunk: F and G of every ``chunk`` steps of an episode alone, and the mean over chunks, so that no stretch of an
+    episode is without switches; steps beyond the last whole chunk do not count. hard (b, t): the hard switches, where
+    beta >= threshold if not given. UserError for a target length of 1 or
+    less.
     """
     if target_length <= 1:
         raise UserError(f"target_length is {target_length}; expected more than 1 step a segment.")
     n = target_length
-    hard = masked_mean((beta >= threshold).to(beta.dtype), mask)
+    hard = beta >= threshold if hard is None else hard
+    switched = hard.to(beta.dtype)
+    if chunk is not None and beta.shape[1] >= 2 * chunk:
+        whole = beta.shape[1] // chunk * chunk
+        beta, switched, mask = (values[:, :whole].reshape(-1, chunk) for values in (beta, switched, mask))
+        real = mask.any(1)  # chunks that hold a real step
+        weight = mask[real].to(beta.dtype)
+        steps = weight.sum(1)
+        share, soft = ((values[real] * weight).sum(1) / steps for values in (switched, beta))
+        return (n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))).mean()
+    share = masked_mean(switched, mask)
     soft = masked_mean(beta, mask)
-    return n / (n - 1) * ((n - 1) * hard * soft + (1 - hard) * (1 - soft))
+    return n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))
 
 
 def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
@@ -34,10 +54,53 @@ def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
     return (returns - returns.mean()) / (returns.std(correction=0) + delta)
 
 
+def z_score(values: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / (std + eps) of all entries or along ``dim``, with the sample's standard deviation; same shape."""
+    if dim is None:
+        return (values - values.mean()) / (values.std() + eps)
+    return (values - values.mean(dim, keepdim=True)) / (values.std(dim, keepdim=True) + eps)
+
+
 def clipped_surrogate(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, eps_clip: float = 0.2
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    eps_clip: float | tuple[float, float] = 0.2,
 ) -> Tensor:
-    """PPO's clipped surrogate to minimise, a mean over real decisions (C.5); tensors (b, t), mask bool -> scalar."""
+    """PPO's clipped surrogate to minimise, a mean over real decisions (C.5); tensors (b, t), mask bool -> scalar.
+
+    eps_clip: of the ratio, or (below 1, above 1), such as Clip-Higher (DAPO, arXiv 2503.14476, section 3.1). With
+    log-probabilities (b, t, entries) each entry of a code has a ratio of its own, and their terms are summed; the
+    paper's ratio is that of the code's joint density, one a decision.
+    """
+    low, high = (eps_clip, eps_clip) if isinstance(eps_clip, (int, float)) else eps_clip
+    if log_prob.dim() == 3:
+        difference = (log_prob - old_log_prob).masked_fill(~mask[..., None], 0.0)
+        ratio, advantage = torch.exp(difference), advantage[..., None]
+        terms = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        return -masked_mean(terms.sum(-1), mask)
     ratio = torch.exp((log_prob - old_log_prob).masked_fill(~mask, 0.0))
-    clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
+    clipped = ratio.clamp(1 - low, 1 + high)
     return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)
+
+
+def target_policy_loss(
+    scores: Tensor, old_scores: Tensor, advantages: Tensor, *, eta: float = 1.0, group: int | None = None
+) -> Tensor:
+    """Target Policy Optimization (arXiv 2604.06159, section 2) over groups of episodes that share a start.
+
+    scores, old_scores (b,): log-probability of each episode under the policy and under the one that acted, up to a
+    constant of the group. With p the softmax of scores over a group, the target is q = softmax(log p_old + u / eta), u
+    the advantages (b,), and the loss is the cross-entropy -sum q log p, a mean over groups: its gradient in the scores
+    is (p - q) / number of groups. group: episodes in one, which lie side by side; all if None. UserError unless eta is
+    positive and b is a multiple of ``group``.
+    """
+    group = len(scores) if group is None else group
+    if eta <= 0:
+        raise UserError(f"eta is {eta}; expected a number above 0.")
+    if group < 1 or len(scores) % group:
+        raise UserError(f"{len(scores)} episodes do not divide into groups of {group}.")
+    old, new, u = (values.view(-1, group) for values in (old_scores, scores, advantages))
+    target = (old.log_softmax(-1) + u / eta).softmax(-1).detach()
+    return -(target * new.log_softmax(-1)).sum(-1).mean()

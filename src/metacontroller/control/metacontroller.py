@@ -14,7 +14,6 @@ sequence embedder also reads the observation after the last action: our choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,17 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.control.codes import CodeKind, make_codes
 from metacontroller.control.controller import Controller
 from metacontroller.control.discovery import DiscoveryNoise, DiscoveryOutput, EpisodeDiscovery
-from metacontroller.control.evolution import evolve
-from metacontroller.control.losses import clipped_surrogate, gaussian_kl
+from metacontroller.control.freezing import ParameterGroups
 from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
+from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
+from metacontroller.control.stepping import SteeringSteps
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision, products
-from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 from metacontroller.storage.module_file import Saveable
 
 
@@ -59,8 +59,9 @@ class ControlState:
 class MetaControllerOutput(NamedTuple):
     """One acting step.
 
-    action_dist (b, 1, 2 n_z): the policy's mean and log standard deviation. actions (b, 1, n_z): the current code.
-    switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy read. state: for the next step.
+    action_dist (b, 1, p): the policy's distribution, of Gaussian codes mean and log standard deviation. actions
+    (b, 1, n_z): the current code. switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy read. state:
+    for the next step.
     """
 
     action_dist: Tensor
@@ -70,15 +71,17 @@ class MetaControllerOutput(NamedTuple):
     state: ControlState
 
 
-class MetaController(EpisodeDiscovery, Saveable, nn.Module):
-    """The metacontroller with Gaussian codes (paper D.2).
+class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterGroups, Saveable, nn.Module):
+    """The metacontroller (paper D.2).
 
-    dim_model: n_e. dim_latent: n_z. dim_meta_controller: default of the widths dim_history (n_h), dim_sequence (n_s),
-    encoder_hidden, policy_hidden and embedder_dim. embedder_kind, policy_kind: "attention" and "gru", or "hawk", the
-    paper's SSM. rank: of the controller, None for full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of
-    the optional H-Net loss towards one switch every ``target_segment_length`` steps. eps_clip: of the policy loss.
-    precision: of the matrix products in the sequence embedder and the controller, which dominate the cost; gate, KL and
-    policy are computed in float32. UserError for values out of range.
+    dim_model: n_e. dim_latent: n_z; with code "binary" the number of bits, and a code is a one-hot vector of
+    2^dim_latent entries, of which ``free_bits`` bits a step cost no KL (see `control.codes`). dim_meta_controller:
+    default of the widths dim_history (n_h), dim_sequence (n_s), encoder_hidden, policy_hidden and embedder_dim.
+    embedder_kind, policy_kind: "attention" and "gru", or "hawk", the paper's SSM. rank: of the controller, None for
+    full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional H-Net loss towards one switch
+    every ``target_segment_length`` steps. eps_clip: of the policy loss. precision: of the matrix products in the
+    sequence embedder and the controller, which dominate the cost; gate, KL and policy are computed in float32.
+    UserError for values out of range.
     """
 
     def __init__(
@@ -87,10 +90,13 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         *,
         dim_meta_controller: int = 256,
         dim_latent: int = 128,
+        code: CodeKind = "gaussian",
+        free_bits: float = 0.0,
         dim_history: int | None = None,
         dim_sequence: int | None = None,
         encoder_hidden: int | None = None,
         decoder_hidden: int = 32,
+        decoder_depth: int = 1,
         switch_hidden: int = 32,
         policy_hidden: int | None = None,
         embedder_dim: int | None = None,
@@ -105,7 +111,7 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.remember_arguments(locals())
+        self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1})
         check_precision(precision)
         if dim_model < 1 or dim_latent < 1:
             raise UserError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
@@ -115,10 +121,12 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
             raise UserError(f"eps_clip is {eps_clip}; expected a number above 0.")
         width = dim_meta_controller
         n_h, n_s = dim_history or width, dim_sequence or width
-        self.dim_model, self.dim_latent, self.dim_history = dim_model, dim_latent, n_h
+        self.codes = make_codes(code, dim_latent, free_bits)
+        self.dim_model, self.dim_latent, self.dim_history = dim_model, self.codes.dim, n_h
         self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
         self.eps_clip = eps_clip
+        self.loss_weights = None
         self.precision: Precision = precision
 
         self.norm = nn.LayerNorm(dim_model)
@@ -129,11 +137,13 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         self.encoder = nn.Sequential(
             nn.Linear(dim_model + n_h + n_s, encoder_hidden or width),
             nn.ReLU(),
-            nn.Linear(encoder_hidden or width, 2 * dim_latent),
+            nn.Linear(encoder_hidden or width, self.codes.params),
         )
-        self.switching = SwitchingUnit(dim_model, n_h, dim_latent, hidden=switch_hidden, config=self.gate_config)
-        self.controller = Controller(dim_latent, dim_model, hidden=decoder_hidden, rank=rank)
-        self.policy = AbstractActionPolicy(dim_model, dim_latent, hidden=policy_hidden or width, kind=policy_kind)
+        self.switching = SwitchingUnit(dim_model, n_h, self.dim_latent, hidden=switch_hidden, config=self.gate_config)
+        self.controller = Controller(self.dim_latent, dim_model, hidden=decoder_hidden, rank=rank, depth=decoder_depth)
+        self.policy = AbstractActionPolicy(
+            dim_model, self.dim_latent, hidden=policy_hidden or width, kind=policy_kind, params=self.codes.params
+        )
 
     # phase 2: discovery
 
@@ -159,22 +169,22 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         read = self.norm(residual)
         history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
         sequence = self._embed_sequence(residual if embedded_residual is None else embedded_residual, lengths, steps)
-        sequence = sequence[:, None].expand(-1, steps, -1)
+        sequence = sequence[:, None].expand(-1, steps, -1) if sequence.dim() == 2 else sequence[:, :steps]
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
-        mean, log_std = proposal.to(torch.promote_types(proposal.dtype, torch.float32)).chunk(2, -1)
+        distribution = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
         noise = self.sample_noise(batch, steps) if noise is None else noise
-        z_tilde = sample_gaussian(torch.cat([mean, log_std], -1), noise=noise.code)
+        z_tilde = self.codes.sample(distribution, noise=noise.code)
         first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
         z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
         steered = self.steer(residual, z)
-        return DiscoveryOutput(steered, z, gate, beta, gaussian_kl(mean, log_std), mask, mean, log_std)
+        return DiscoveryOutput(steered, z, gate, beta, self.codes.kl(distribution), mask, distribution)
 
     def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
         """Noise for ``discover`` on ``batch`` episodes of ``steps`` steps."""
         weight = self.policy.readout.weight
         options = {"generator": generator, "device": weight.device}
         precise = torch.promote_types(weight.dtype, torch.float32)
-        code = torch.randn(batch, steps, self.dim_latent, dtype=precise, **options)
+        code = torch.randn(batch, steps, self.codes.noise_dim, dtype=precise, **options)
         return DiscoveryNoise(code, torch.rand(batch, steps, **options))
 
     def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
@@ -186,11 +196,6 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         with products(self.precision, residual):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + entries - steps, entries))
         return embedded.to(residual.dtype)
-
-    def discovery_parameters(self) -> list[nn.Parameter]:
-        """The parameters that discovery trains: all but the policy's."""
-        policy = {id(parameter) for parameter in self.policy.parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in policy]
 
     # phase 3: acting with abstract actions
 
@@ -242,72 +247,11 @@ class MetaController(EpisodeDiscovery, Saveable, nn.Module):
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
         distribution, advanced = self.policy(residual, state.policy)
-        proposed = sample_gaussian(distribution[:, 0], generator)
+        proposed = self.codes.sample(distribution[:, 0], generator)
         next_state = self.integrate(state, history, switch, proposed)
         next_state.policy = torch.where(switch[:, None], advanced, state.policy)
         output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)
         return self.steer(residual, next_state.z[:, None]), output
-
-    def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-density of each entry of the codes: (b, t, 2 n_z), (b, t, n_z) -> (b, t, n_z)."""
-        if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != 2 * self.dim_latent:
-            raise UserError(
-                f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
-                f"axes {2 * self.dim_latent} and {self.dim_latent}."
-            )
-        return gaussian_log_prob(action_dist, actions)
-
-    def policy_loss(
-        self,
-        states: Tensor,
-        old_log_probs: Tensor,
-        actions: Tensor,
-        advantages: Tensor,
-        switch_betas: Tensor,
-        episode_lens: Tensor | None = None,
-        eps_clip: float | None = None,
-    ) -> Tensor:
-        """PPO's clipped surrogate over the switches of stored episodes (C.5); does not run the frozen model.
-
-        states (b, t, n_e): stored residuals. old_log_probs, actions (b, t, n_z). advantages (b,) or (b, t).
-        switch_betas (b, t): a step counts where beta >= threshold; the policy's state advances only there.
-        episode_lens (b,): real steps. The ratio is that of a code's joint density. Only the policy gets a gradient.
-        UserError for shapes that do not fit.
-        """
-        self._check_residual(states)
-        batch, steps = states.shape[:2]
-        expected = (batch, steps, self.dim_latent)
-        for name, value in (("old_log_probs", old_log_probs), ("actions", actions)):
-            if value.shape != expected:
-                raise UserError(f"{name} has shape {tuple(value.shape)}; expected {expected}, to fit states and n_z.")
-        if switch_betas.shape != (batch, steps) or advantages.shape not in ((batch,), (batch, steps)):
-            raise UserError(
-                f"switch_betas has shape {tuple(switch_betas.shape)} and advantages {tuple(advantages.shape)}; "
-                f"expected {(batch, steps)}, and {(batch,)} or {(batch, steps)}."
-            )
-        check_lengths(episode_lens, batch, steps)
-        switch = switch_betas >= self.gate_config.threshold
-        if episode_lens is not None:
-            switch = switch & length_mask(episode_lens, steps)
-        order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
-        decided = switch.gather(1, order)
-        advantage = advantages[:, None].expand(-1, steps) if advantages.dim() == 1 else advantages.gather(1, order)
-        wide = order[..., None]
-        distribution, _ = self.policy(states.detach().gather(1, wide.expand_as(states)))
-        code = actions.detach().gather(1, wide.expand_as(actions))
-        old = old_log_probs.detach().gather(1, wide.expand_as(old_log_probs)).sum(-1)
-        log_prob = gaussian_log_prob(distribution, code).sum(-1)
-        clip = self.eps_clip if eps_clip is None else eps_clip
-        return clipped_surrogate(log_prob, old, advantage, decided, clip)
-
-    def evolve_policy(
-        self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
-    ) -> Tensor:
-        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
-
-        environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
-        """
-        return evolve(self.policy, lambda: environment(model), num_generations, **options)
 
     def _check_residual(self, residual: Tensor) -> None:
         if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:

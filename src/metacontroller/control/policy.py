@@ -14,16 +14,20 @@ PolicyKind = Literal["gru", "hawk"]
 
 
 class AbstractActionPolicy(nn.Module):
-    """Recurrent Gaussian policy whose state advances only at switches; initialised to the prior N(0, I).
+    """Recurrent policy whose state advances only at switches; initialised to the prior, parameters that are all 0.
 
     kind "gru": a GRU of width ``hidden``. "hawk": one Hawk block of that width, as in the paper (C.5). UserError for
     another kind.
 
-    Axes: b batch, k switches of an episode in order, n_e residual, n_z code. A distribution is one tensor (..., 2 n_z):
-    mean, then log standard deviation.
+    params: p, numbers that give a distribution of codes (`control.codes`); by default 2 n_z, mean, then log standard
+    deviation. Axes: b batch, k switches of an episode in order, n_e residual.
     """
 
-    def __init__(self, dim_model: int, dim_latent: int, *, hidden: int = 256, kind: PolicyKind = "gru") -> None:
+    every_step = False
+
+    def __init__(
+        self, dim_model: int, dim_latent: int, *, hidden: int = 256, kind: PolicyKind = "gru", params: int | None = None
+    ) -> None:
         super().__init__()
         if kind not in ("gru", "hawk"):
             raise UserError(f"the policy's kind is {kind!r}; expected 'gru' or 'hawk'.")
@@ -32,12 +36,12 @@ class AbstractActionPolicy(nn.Module):
             self.recurrence = _GRU(dim_model, hidden)
         else:
             self.recurrence = _Hawk(dim_model, hidden)
-        self.readout = nn.Linear(hidden, 2 * dim_latent)
+        self.readout = nn.Linear(hidden, 2 * dim_latent if params is None else params)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
     def forward(self, residual: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals at consecutive switches (b, k, n_e), state (b, s) -> distributions (b, k, 2 n_z), next state.
+        """Residuals at consecutive switches (b, k, n_e), state (b, s) -> distributions (b, k, p), next state.
 
         Without a state, the first switch is the first of an episode.
         """

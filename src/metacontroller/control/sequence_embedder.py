@@ -1,4 +1,4 @@
-"""Sequence embedder s(e_1:T): one acausal embedding of a whole episode (eq. 13); used only in discovery."""
+"""Sequence embedder s(e_1:T): an acausal embedding of a whole episode (eq. 13); used only in discovery."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
 
-EmbedderKind = Literal["attention", "hawk"]
+EmbedderKind = Literal["attention", "hawk", "causal-attention", "gru"]
+KINDS = ("attention", "hawk", "causal-attention", "gru")
 
 
 class SequenceEmbedder(nn.Module):
     """A stack of blocks over the residuals, pooled to one vector, and a linear map: (b, t, n_e) -> (b, n_s).
 
-    kind "attention": two-sided attention, masked mean over the steps. "hawk": recurrent (the paper's SSM), last real
-    step. UserError for another kind.
+    kind "attention": two-sided attention, masked mean over the steps. "hawk" (the paper's SSM), "causal-attention" and
+    "gru" (one layer): they run forwards, and the last real step is taken. pooled: if false, every step has an embedding
+    of its own, (b, t, n_s); of the kinds that run forwards it then knows the past alone. UserError for another kind.
     """
 
     def __init__(
@@ -28,25 +30,69 @@ class SequenceEmbedder(nn.Module):
         dim: int = 64,
         depth: int = 1,
         heads: int = 4,
+        dim_head: int | None = None,
         kind: EmbedderKind = "attention",
+        pooled: bool = True,
     ) -> None:
         super().__init__()
-        if kind not in ("attention", "hawk"):
-            raise UserError(f"the sequence embedder's kind is {kind!r}; expected 'attention' or 'hawk'.")
+        if kind not in KINDS:
+            raise UserError(f"the sequence embedder's kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+        self.kind, self.pooled = kind, pooled
         self.project_in = nn.Linear(dim_model, dim)
-        if kind == "attention":
-            self.body = AttentionBody(dim, depth=depth, heads=heads, causal=False)
-        else:
+        if kind == "hawk":
             self.body = HawkBody(dim, depth=depth, heads=heads)
+        elif kind == "gru":
+            self.body = nn.GRU(dim, dim, num_layers=depth, batch_first=True)
+        else:
+            self.body = AttentionBody(dim, depth=depth, heads=heads, dim_head=dim_head, causal=kind != "attention")
         self.norm = nn.LayerNorm(dim)
         self.project_out = nn.Linear(dim, dim_sequence)
 
     def forward(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """residual (b, t, n_e), mask (b, t) bool of real steps, before padding -> (b, n_s), independent of padding."""
+        """residual (b, t, n_e), mask (b, t) bool of real steps, before padding -> (b, n_s) or (b, t, n_s).
+
+        Of real steps, independent of padding.
+        """
         x = self.project_in(residual)
-        if isinstance(self.body, HawkBody):
-            last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, x.shape[-1])
-            return self.project_out(self.norm(self.body(x).gather(1, last)[:, 0]))
+        if self.kind != "attention":
+            x = self.body(x)
+            x = x[0] if isinstance(x, tuple) else x
+            if self.pooled:
+                last = (mask.sum(1) - 1)[:, None, None].expand(-1, 1, x.shape[-1])
+                x = x.gather(1, last)[:, 0]
+            return self.project_out(self.norm(x))
         x = self.norm(self.body(x, mask=mask))
+        if not self.pooled:
+            return self.project_out(x)
         weight = mask.to(x.dtype)[..., None]
         return self.project_out((x * weight).sum(1) / weight.sum(1))
+
+
+class ModuleEmbedder(nn.Module):
+    """Any module as a sequence embedder: ``module(residual, mask=mask)`` -> (b, t, n), then a linear map to n_s."""
+
+    def __init__(self, module: nn.Module, dim: int, dim_sequence: int) -> None:
+        super().__init__()
+        self.body = module
+        self.project_out = nn.Linear(dim, dim_sequence)
+
+    def forward(self, residual: Tensor, mask: Tensor) -> Tensor:
+        """residual (b, t, n_e), mask (b, t) bool of real steps -> (b, t, n_s)."""
+        return self.project_out(self.body(residual, mask=mask))
+
+
+class LastState(nn.Module):
+    """A GRU's last state at each episode's end, repeated: (b, t, n) -> (b, t, n), the same at every step."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(dim, dim, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, episode_lens: Tensor | None = None) -> Tensor:
+        """x (b, t, n); mask (b, t) bool or episode_lens (b,) tell the real steps, all if neither is given."""
+        out, _ = self.gru(x)
+        steps = x.shape[1]
+        if episode_lens is None:
+            episode_lens = x.new_full((len(x),), steps) if mask is None else mask.sum(1)
+        last = (episode_lens.long() - 1)[:, None, None].expand(-1, 1, x.shape[-1])
+        return out.gather(1, last).expand(-1, steps, -1)

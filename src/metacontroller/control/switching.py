@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metacontroller.errors import UserError
 from metacontroller.kernels.gate import GateOutput, gate_scan
+from metacontroller.kernels.linear_scan import linear_scan
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
 
@@ -64,6 +65,9 @@ class SwitchingUnit(nn.Module):
         fresh: Tensor,
         z_initial: Tensor | None = None,
         uniform: Tensor | None = None,
+        *,
+        config: GateConfig | None = None,
+        temperature: float | None = None,
     ) -> GateOutput:
         """Integrates the proposals over time (eq. 16, 17).
 
@@ -71,8 +75,9 @@ class SwitchingUnit(nn.Module):
         that must take a new code, such as the first of an episode. z_initial (b, n_z): code held before the first step.
         uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid, sampled here if not given. Returns z (b, t, n_z), gate
         (b, t), the weight of the proposal, and beta (b, t), the switching probability.
+        config, temperature: for this call; the temperature divides the logit in every mode.
         """
-        config = self.config
+        config = self.config if config is None else config
         if config.mode in ("forced", "fixed-frequency"):
             period = 1 if config.mode == "forced" else config.period
             due = torch.arange(fresh.shape[1], device=fresh.device) % period == 0
@@ -90,7 +95,7 @@ class SwitchingUnit(nn.Module):
             fresh=fresh,
             z_initial=z_initial,
             noise=noise,
-            temperature=self._temperature(),
+            temperature=self._temperature() if temperature is None else temperature,
             threshold=config.threshold if config.mode in ("hard", "straight-through") else None,
             straight_through=config.mode == "straight-through",
         )
@@ -111,6 +116,23 @@ class SwitchingUnit(nn.Module):
 
     def _temperature(self) -> float:
         return self.config.temperature if self.config.mode == "gumbel-sigmoid" else 1.0
+
+
+def mix_given(z_tilde: Tensor, beta: Tensor, z_initial: Tensor | None = None) -> GateOutput:
+    """Eq. 17 for given weights beta (b, t) in 0..1 of the proposals (b, t, n_z), after z_initial (b, n_z) or zeros."""
+    kept = (1 - beta)[..., None].expand_as(z_tilde)
+    return GateOutput(linear_scan(kept, beta[..., None] * z_tilde, z_initial), beta, beta)
+
+
+def regular_switches(batch: int, steps: int, period: int, offset: int = 0) -> Tensor:
+    """(batch, steps) of 0 and 1: the last of every ``period`` steps is a switch; ``offset`` steps came before.
+
+    UserError for a period below 1.
+    """
+    if period < 1:
+        raise UserError(f"the period of switches is {period}; expected at least 1 step.")
+    due = (torch.arange(steps) + offset + 1) % period == 0
+    return due.to(torch.get_default_dtype()).expand(batch, -1)
 
 
 def hold_between(z_tilde: Tensor, switch: Tensor, z_initial: Tensor | None = None) -> GateOutput:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.models.condition import make_norm, normalized
 
 
 @dataclass
@@ -98,14 +99,16 @@ def distance_bucket(distance: Tensor, *, causal: bool, buckets: int, max_distanc
 class AttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
 
-    def __init__(self, dim: int, *, heads: int, dim_head: int, mlp_dim: int, causal: bool) -> None:
+    def __init__(
+        self, dim: int, *, heads: int, dim_head: int, mlp_dim: int, causal: bool, dim_condition: int | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.bias = RelativePositionBias(heads, causal=causal)
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = make_norm(dim, dim_condition)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp_norm = make_norm(dim, dim_condition)
         self.mlp_in = nn.Linear(dim, mlp_dim)
         self.mlp_out = nn.Linear(mlp_dim, dim)
         for linear in (self.to_qkv, self.to_out, self.mlp_in, self.mlp_out):
@@ -114,12 +117,18 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.mlp_out.bias)
 
     def forward(
-        self, x: Tensor, hidden_keys: Tensor | None = None, cache: AttentionCache | None = None, block: int = 0
+        self,
+        x: Tensor,
+        hidden_keys: Tensor | None = None,
+        cache: AttentionCache | None = None,
+        block: int = 0,
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at keys that are masked, else 0."""
+        """x (b, t, n) -> (b, t, n). hidden_keys (b, 1, 1, s): -inf at masked keys, else 0. condition (b, c)."""
         if cache is not None and cache.length and x.shape[1] == 1:
-            return self._step(x[:, 0], cache, block)[:, None]
-        q, k, v = self.to_qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            return self._step(x[:, 0], cache, block, condition)[:, None]
+        qkv = self.to_qkv(normalized(self.attention_norm, x, condition))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             end = cache.length + x.shape[1]
             keys, values = cache.keys[block][:end], cache.values[block][:end]
@@ -133,9 +142,9 @@ class AttentionBlock(nn.Module):
         if hidden_keys is not None:
             scores = scores + hidden_keys
         x = x + self.to_out(torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+        return x + self.mlp_out(F.relu(self.mlp_in(normalized(self.mlp_norm, x, condition))))
 
-    def _step(self, x: Tensor, cache: AttentionCache, block: int) -> Tensor:
+    def _step(self, x: Tensor, cache: AttentionCache, block: int, condition: Tensor | None) -> Tensor:
         """One cached step, x (b, n) -> (b, n).
 
         Bounded by reading the cache, for which elementwise products and sums are faster than b h matrix products of one
@@ -143,7 +152,7 @@ class AttentionBlock(nn.Module):
         """
         now = cache.length
         keys, values = cache.keys[block], cache.values[block]
-        qkv = self.to_qkv(self.attention_norm(x)).to(keys.dtype)
+        qkv = self.to_qkv(normalized(self.attention_norm, x, condition)).to(keys.dtype)
         q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
         keys[now], values[now] = k.detach(), v.detach()
         scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
@@ -151,11 +160,15 @@ class AttentionBlock(nn.Module):
             scores += cache.padding[: now + 1]
         mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)
         x = x + self.to_out(mixed.flatten(1))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+        return x + self.mlp_out(F.relu(self.mlp_in(normalized(self.mlp_norm, x, condition))))
 
 
 class AttentionBody(nn.Module):
-    """A stack of blocks, causal or two-sided. Depth 0 returns its input. UserError for sizes that do not fit."""
+    """A stack of blocks, causal or two-sided. Depth 0 returns its input. UserError for sizes that do not fit.
+
+    dim_condition: width of a condition on which the blocks' norms depend. final_norm: whether a norm follows the last
+    block, so that the residual that leaves the stack has a fixed scale.
+    """
 
     def __init__(
         self,
@@ -166,6 +179,8 @@ class AttentionBody(nn.Module):
         dim_head: int | None = None,
         mlp_dim: int | None = None,
         causal: bool = True,
+        dim_condition: int | None = None,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         if depth < 0:
@@ -177,10 +192,20 @@ class AttentionBody(nn.Module):
         self.heads = heads
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.sizes = {"heads": heads, "dim_head": self.dim_head, "mlp_dim": mlp_dim or 2 * dim}
-        self.blocks = nn.ModuleList(AttentionBlock(dim, **self.sizes, causal=causal) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            AttentionBlock(dim, **self.sizes, causal=causal, dim_condition=dim_condition) for _ in range(depth)
+        )
+        self.final_norm = make_norm(dim, dim_condition) if final_norm else None
 
-    def forward(self, x: Tensor, cache: AttentionCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. mask (b, t) bool: real steps, if two-sided."""
+    def forward(
+        self,
+        x: Tensor,
+        cache: AttentionCache | None = None,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. mask (b, t) bool: real steps, if two-sided.
+        condition (b, c), if the body was made for one."""
         steps = x.shape[1]
         seen = 0 if cache is None else cache.length
         hidden_keys = None
@@ -189,10 +214,10 @@ class AttentionBody(nn.Module):
         if cache is not None and self.blocks:
             self._grow(cache, seen + steps)
         for index, block in enumerate(self.blocks):
-            x = block(x, hidden_keys, cache, index)
+            x = block(x, hidden_keys, cache, index, condition)
         if cache is not None:
             cache.length += steps
-        return x
+        return x if self.final_norm is None else normalized(self.final_norm, x, condition)
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
         """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it has to grow."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.readouts import (
     CategoricalReadout,
     GaussianReadout,
@@ -374,13 +375,13 @@ class PictureEncoder(nn.Module):
         return states[..., : self.pixels].unflatten(-1, self.image.shape), states[..., self.pixels :].long()
 
 
-Encoder = VectorEncoder | TokenEncoder | ImageEncoder | PictureEncoder | GridEncoder
+Encoder = VectorEncoder | TokenEncoder | ImageEncoder | GridEncoder | SymbolicGridEncoder
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture = dict(...))`` or ``dict(grid =
-    dict(...))``.
+    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture = dict(...))``, ``dict(grid =
+    dict(...))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
 
     UserError for other options.
     """
@@ -397,6 +398,8 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         return ImageEncoder(dim, options["image"])
     if set(options) == {"picture"}:
         return PictureEncoder(dim, **options["picture"])
+    if set(options) == {"symbolic_grid"}:
+        return SymbolicGridEncoder(dim, **options["symbolic_grid"])
     raise UserError(
         f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
         "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images, "

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import variance_scaling_
+from metacontroller.models.condition import make_norm, normalized
 
 TAPS = 4
 """Width of the convolution in steps, with the current one (Griffin, section 2.4)."""
@@ -81,16 +82,16 @@ class RGLRU(nn.Module):
 class HawkBlock(nn.Module):
     """x + recurrence(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
 
-    def __init__(self, dim: int, *, width: int, heads: int, mlp_dim: int) -> None:
+    def __init__(self, dim: int, *, width: int, heads: int, mlp_dim: int, dim_condition: int | None = None) -> None:
         super().__init__()
         self.width = width
-        self.recurrence_norm = nn.LayerNorm(dim)
+        self.recurrence_norm = make_norm(dim, dim_condition)
         self.to_branches = nn.Linear(dim, 2 * width)
         self.taps = nn.Parameter(torch.randn(TAPS, width) * (0.1 / TAPS) ** 0.5)
         self.tap_bias = nn.Parameter(torch.zeros(width))
         self.unit = RGLRU(width, heads=heads)
         self.to_out = nn.Linear(width, dim)
-        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp_norm = make_norm(dim, dim_condition)
         self.mlp_in = nn.Linear(dim, mlp_dim)
         self.mlp_out = nn.Linear(mlp_dim, dim)
         for linear in (self.to_branches, self.to_out, self.mlp_in, self.mlp_out):
@@ -98,28 +99,41 @@ class HawkBlock(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, recent: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        recent: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, t, n), after state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n), next state and recent."""
-        passed, entering = self.to_branches(self.recurrence_norm(x)).chunk(2, -1)
+        """x (b, t, n), after state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n), next state and recent.
+        condition (b, c), if the block was made for one."""
+        passed, entering = self.to_branches(normalized(self.recurrence_norm, x, condition)).chunk(2, -1)
         before = entering.new_zeros(entering.shape[0], TAPS - 1, self.width) if recent is None else recent
         window = torch.cat([before.to(entering.dtype), entering], 1)
         steps = x.shape[1]
         mixed = sum((self.taps[k] * window[:, k : k + steps] for k in range(TAPS)), self.tap_bias)
         hidden = self.unit(mixed, state)
         x = x + self.to_out(hidden.to(passed.dtype) * F.gelu(passed))
-        x = x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+        x = x + self.mlp_out(F.relu(self.mlp_in(normalized(self.mlp_norm, x, condition))))
         return x, hidden[:, -1], window[:, -(TAPS - 1) :]
 
 
 class HawkBody(nn.Module):
     """A causal stack of Hawk blocks, an alternative to `AttentionBody`. Depth 0 returns its input.
 
-    UserError for sizes that do not fit.
+    dim_condition, final_norm: as of `AttentionBody`. UserError for sizes that do not fit.
     """
 
     def __init__(
-        self, dim: int, *, depth: int, width: int | None = None, heads: int = 8, mlp_dim: int | None = None
+        self,
+        dim: int,
+        *,
+        depth: int,
+        width: int | None = None,
+        heads: int = 8,
+        mlp_dim: int | None = None,
+        dim_condition: int | None = None,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         if depth < 0:
@@ -128,19 +142,20 @@ class HawkBody(nn.Module):
             raise UserError(f"dim is {dim}; expected at least 1.")
         self.width = dim if width is None else width
         self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
-        self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes) for _ in range(depth))
+        self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes, dim_condition=dim_condition) for _ in range(depth))
+        self.final_norm = make_norm(dim, dim_condition) if final_norm else None
 
-    def forward(self, x: Tensor, cache: HawkCache | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps."""
+    def forward(self, x: Tensor, cache: HawkCache | None = None, condition: Tensor | None = None) -> Tensor:
+        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. condition (b, c), if made for one."""
         for index, block in enumerate(self.blocks):
             if cache is None:
-                x, _, _ = block(x)
+                x, _, _ = block(x, condition=condition)
             else:
-                x, state, recent = block(x, cache.states[index], cache.recent[index])
+                x, state, recent = block(x, cache.states[index], cache.recent[index], condition)
                 cache.states[index], cache.recent[index] = state.detach(), recent.detach()
         if cache is not None:
             cache.length += x.shape[1]
-        return x
+        return x if self.final_norm is None else normalized(self.final_norm, x, condition)
 
     def empty_cache(self, batch: int, capacity: int = 0) -> HawkCache:
         """The cache of ``batch`` rows before their first step; its size does not depend on ``capacity``."""

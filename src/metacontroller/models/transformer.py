@@ -63,8 +63,9 @@ class Transformer(SteerableModel):
     or dict(grid=dict(size=, num_colors=, num_walls=, view=)) for grid tokens. With dict(num_continuous=..., mean=[...],
     std=[...]) vectors and actions are normalized.
     lower_body, upper_body: dict(depth=, heads=, dim_head=, mlp_dim=) of attention, or
-    dict(kind="hawk", depth=, width=, heads=, mlp_dim=); the residual between them is steered.
-    condition_on_actions: whether the model also reads past actions; the paper's does not (D.1).
+    dict(kind="hawk", depth=, width=, heads=, mlp_dim=), or a body made before; the residual between them is steered.
+    condition_on_actions: whether the model also reads past actions; the paper's does not (D.1). dim_condition: width of
+    a condition on which the norms of both bodies depend; ``lower`` and ``upper`` then need it.
     precision: of the matrix products in both bodies; the residual stream and all else stay in float32.
     meta_controller: steers when a call gives no other; it is not saved with the model.
 
@@ -81,22 +82,24 @@ class Transformer(SteerableModel):
         *,
         action_embed_readout: dict[str, Any],
         state_embed_readout: dict[str, Any],
-        lower_body: dict[str, Any],
-        upper_body: dict[str, Any],
+        lower_body: dict[str, Any] | nn.Module,
+        upper_body: dict[str, Any] | nn.Module,
         condition_on_actions: bool = True,
+        dim_condition: int | None = None,
         precision: Precision = "float32",
         meta_controller: Any = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
-        self.remember_arguments({name: value for name, value in locals().items() if name != "meta_controller"})
+        given = {name: value for name, value in locals().items() if name != "meta_controller"}
+        self.remember_arguments(given, {"dim_condition": None})
         self.dim, self.condition_on_actions = dim, condition_on_actions
         self.precision: Precision = precision
         self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
         self.encoder = make_encoder(dim, state_embed_readout)
         self.state_readout = self.encoder.state_readout(dim)
-        self.lower_body = make_body(dim, "lower_body", lower_body)
-        self.upper_body = make_body(dim, "upper_body", upper_body)
+        self.lower_body = make_body(dim, "lower_body", lower_body, dim_condition)
+        self.upper_body = make_body(dim, "upper_body", upper_body, dim_condition)
         self.norm = nn.LayerNorm(dim)
         self.meta_controller = meta_controller
 
@@ -114,15 +117,15 @@ class Transformer(SteerableModel):
         before = self.action_readout.embed(past_actions)
         return x + nn.functional.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))
 
-    def lower(self, x: Tensor, cache: BodyCache | None = None) -> Tensor:
-        """First residual -> residual at the controlled layer, (b, t, n_e) each."""
+    def lower(self, x: Tensor, cache: BodyCache | None = None, condition: Tensor | None = None) -> Tensor:
+        """First residual -> residual at the controlled layer, (b, t, n_e) each; condition (b, dim_condition)."""
         with products(self.precision, x):
-            return self.lower_body(x, cache)
+            return self.lower_body(x, cache, condition=condition)
 
-    def upper(self, residual: Tensor, cache: BodyCache | None = None) -> Tensor:
-        """Residual at the controlled layer -> input of the readouts, (b, t, n_e) each."""
+    def upper(self, residual: Tensor, cache: BodyCache | None = None, condition: Tensor | None = None) -> Tensor:
+        """Residual at the controlled layer -> input of the readouts, (b, t, n_e) each; condition: as for ``lower``."""
         with products(self.precision, residual):
-            return self.norm(self.upper_body(residual, cache))
+            return self.norm(self.upper_body(residual, cache, condition=condition))
 
     def empty_cache(self, batch: int, capacity: int = 32) -> ModelCache:
         """Empty caches for ``batch`` episodes that step together; capacity: steps before they have to grow."""
@@ -247,14 +250,18 @@ class Transformer(SteerableModel):
             raise UserError("actions are missing; this model is conditioned on them: give the last one of each row.")
 
 
-def make_body(dim: int, name: str, arguments: dict[str, Any]) -> Body:
+def make_body(dim: int, name: str, arguments: dict[str, Any] | nn.Module, dim_condition: int | None = None) -> Body:
     """The stack of blocks for ``arguments``, dict(kind="attention" or "hawk", ...); attention by default.
 
-    name: of the argument, for errors. UserError for an unknown kind.
+    name: of the argument, for errors. A body that was made before is taken as it is. UserError for an unknown kind.
     """
+    if isinstance(arguments, nn.Module):
+        return arguments  # pyright: ignore[reportReturnType] - whatever has a body's methods
     kinds: dict[str, Callable[..., Body]] = {"attention": AttentionBody, "hawk": HawkBody}
     options = {key: value for key, value in arguments.items() if key != "kind"}
     kind = arguments.get("kind", "attention")
     if kind not in kinds:
         raise UserError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+    if dim_condition is not None:
+        options["dim_condition"] = dim_condition
     return kinds[kind](dim, **options)

@@ -77,6 +77,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise UserError(
                 f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
             )
+        check_gaussian(meta_controller)
         _check_action_space(env.action_space, model)
         self.env, self.model, self.meta_controller = env, model, meta_controller
         self.encode_observation = encode_observation or self._encoded
@@ -165,6 +166,15 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """The sampled action as the inner environment takes it."""
         taken = environment_actions(self.env.action_space, action[0].cpu().numpy())[0]
         return taken if taken.ndim else taken[()]
+
+
+def check_gaussian(meta_controller: MetaController) -> None:
+    """UserError unless codes are Gaussian: actions here are vectors of numbers without a discrete structure."""
+    if meta_controller.codes.kind != "gaussian":
+        raise UserError(
+            f"meta_controller has {meta_controller.codes.kind} codes; expected Gaussian ones; train over "
+            "others with the command internal-rl."
+        )
 
 
 def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:

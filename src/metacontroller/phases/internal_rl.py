@@ -7,22 +7,19 @@ Several processes share each batch, see `training.distributed`.
 
 Metrics: ``success``, the share of the batch's episodes that the environment reports as solved, and their mean
 ``return``; ``episodes`` so far; ``decisions``, ``steps`` and ``subgoals_done`` per episode; of the last minibatch
-``entropy_per_code`` of the policy's Gaussian in nats, ``approx_kl`` between the policy that acted and the updated one,
+``entropy_per_code`` of the policy in nats, ``approx_kl`` between the policy that acted and the updated one,
 ``clip_fraction``, the share of decisions whose ratio is clipped, and ``grad_norm`` before clipping.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.data.trajectories import length_mask
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.phases.artefacts import POLICY, artefact_path
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
 from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
@@ -54,10 +51,9 @@ def internal_rl(
 
     def surrogate(rollout: AbstractRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         distribution, _ = meta_controller.policy(rollout.residual)
-        log_prob = gaussian_log_prob(distribution, rollout.code).sum(-1)
+        log_prob = meta_controller.codes.log_prob(distribution, rollout.code).sum(-1)
         mask = length_mask(rollout.lengths, rollout.code.shape[1])
-        log_std = distribution.chunk(2, -1)[1].sum(-1)
-        entropy = masked_mean(log_std, mask) + 0.5 * meta_controller.dim_latent * math.log(2 * math.pi * math.e)
+        entropy = meta_controller.codes.mean_entropy(distribution, mask)
         loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
         metrics = ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
         return loss, {**metrics, "entropy_per_code": entropy.detach()}

@@ -27,7 +27,7 @@ from metacontroller.domains.base import BatchedEnv, Domain
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.internal_env import CODE_LIMIT
+from metacontroller.phases.internal_env import CODE_LIMIT, check_gaussian
 from metacontroller.phases.rollout import survivors
 from metacontroller.phases.single_rows import SingleRows
 
@@ -132,6 +132,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise UserError(
                 f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
             )
+        check_gaussian(meta_controller)
         model.cache_store(1)  # raises if the model has none
         self.domain, self.model, self.meta_controller = domain, model, meta_controller
         self.task, self.warped, self.num_envs = task, warped, num_envs

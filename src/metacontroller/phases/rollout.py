@@ -17,7 +17,6 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.models.readouts import gaussian_log_prob, sample_gaussian
 
 KEEP_SHARE = 0.9  # finished rows are dropped once fewer than this share would remain: moving rows costs time
 MANY_ROWS, ROW_STEP = 256, 64  # above MANY_ROWS rows, their number is kept a multiple of ROW_STEP, see `survivors`
@@ -120,22 +119,24 @@ class Actor:
 
 def policy_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
     """Codes from the metacontroller's policy."""
+    codes = meta_controller.codes
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         distribution, advanced = meta_controller.policy(residual[:, None], state)
-        code = sample_gaussian(distribution[:, 0], generator)
-        return code, gaussian_log_prob(distribution[:, 0], code).sum(-1), advanced
+        code = codes.sample(distribution[:, 0], generator)
+        return code, codes.log_prob(distribution[:, 0], code).sum(-1), advanced
 
     return propose
 
 
 def prior_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
-    """Codes from the prior N(0, I)."""
+    """Codes from the prior."""
+    codes = meta_controller.codes
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        distribution = residual.new_zeros(len(residual), 2 * meta_controller.dim_latent)
-        code = sample_gaussian(distribution, generator)
-        return code, gaussian_log_prob(distribution, code).sum(-1), state
+        distribution = codes.prior(residual, len(residual))
+        code = codes.sample(distribution, generator)
+        return code, codes.log_prob(distribution, code).sum(-1), state
 
     return propose
 

@@ -66,6 +66,11 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if self.discovery not in ("metacontroller", "compile"):
             raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
+        if self.discovery == "compile" and self.meta_controller.code != "gaussian":
+            raise UserError(
+                f"meta_controller.code is {self.meta_controller.code!r}; CompILE finds Gaussian codes, so expected "
+                "'gaussian', or discovery 'metacontroller'."
+            )
         rank = self.meta_controller.rank
         if rank is not None and rank > self.model.dim:
             raise UserError(f"meta_controller.rank is {rank}; expected at most model.dim, {self.model.dim}.")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from metacontroller.errors import UserError
 from metacontroller.storage.files import replacing
@@ -29,15 +29,30 @@ class Saveable:
     """
 
     arguments: dict[str, Any]
+    handed_modules: list[str]
     unsaved: ClassVar[tuple[str, ...]] = ()
 
-    def remember_arguments(self, local: dict[str, Any]) -> None:
-        """Stores the constructor's arguments for ``save``, after a round trip through JSON."""
-        plain = {name: _plain(value) for name, value in local.items() if name not in ("self", "__class__")}
+    def remember_arguments(self, local: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
+        """Stores the constructor's arguments for ``save``, after a round trip through JSON.
+
+        A module among them, which no file can name, is left out, and ``save`` then refuses. optional: arguments that
+        are left out where they have these values, their defaults.
+        """
+        given = {name: value for name, value in local.items() if name not in ("self", "__class__")}
+        for name, default in (optional or {}).items():
+            if given[name] == default:
+                del given[name]
+        self.handed_modules = sorted(name for name, value in given.items() if isinstance(value, nn.Module))
+        plain = {name: _plain(value) for name, value in given.items() if name not in self.handed_modules}
         self.arguments = json.loads(json.dumps(plain))
 
     def save(self, path: str | Path) -> None:
-        """Writes weights and arguments to one file, atomically."""
+        """Writes weights and arguments to one file, atomically; UserError if the constructor was handed modules."""
+        if self.handed_modules:
+            raise UserError(
+                f"this {type(self).__name__} was handed modules ({', '.join(self.handed_modules)}), which a file "
+                "cannot hold; save its state_dict, and make it anew yourself."
+            )
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
         with replacing(Path(path)) as draft:

@@ -1,0 +1,59 @@
+"""The other library's switching recurrence, a GRU unit, step by step; ours is `kernels.gate`. JAX is not used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.kernels.gru_gate import gru_gate
+
+__all__ = [
+    "HAS_JAX",
+    "SequentialActionSelectionOutput",
+    "perform_sequential_action_selection",
+    "pytorch_sequential_action_selection",
+]
+
+HAS_JAX = False
+
+
+class SequentialActionSelectionOutput(NamedTuple):
+    """switch_beta (b, t), gated_action (b, t, n_z), next_switching_unit_gru_hidden (1, b, h)."""
+
+    switch_beta: Tensor
+    gated_action: Tensor
+    next_switching_unit_gru_hidden: Tensor
+
+
+def perform_sequential_action_selection(
+    gru: nn.GRU,
+    to_beta: nn.Linear,
+    residual_stream: Tensor,
+    meta_embeddings: Tensor,
+    sampled_latent_actions: Tensor,
+    hidden_init: Tensor | None,
+    latent_init: Tensor,
+    switch_temperature: float,
+    hard_switch: bool,
+    hard_switch_straight_through: bool = False,
+    is_first_step: bool = True,
+) -> SequentialActionSelectionOutput:
+    """See `kernels.gru_gate`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
+    output = gru_gate(
+        gru,
+        to_beta,
+        torch.cat([residual_stream, meta_embeddings], -1),
+        sampled_latent_actions,
+        None if hidden_init is None else hidden_init[0],
+        latent_init[:, 0],
+        temperature=switch_temperature,
+        hard=hard_switch,
+        straight_through=hard_switch_straight_through,
+        fresh=is_first_step,
+    )
+    return SequentialActionSelectionOutput(output.gate, output.z, output.hidden[None])
+
+
+pytorch_sequential_action_selection = perform_sequential_action_selection

@@ -1,0 +1,210 @@
+"""Steering any number of steps, from an episode's start or from where an earlier call ended: module calls and prompts.
+
+Axes: b batch, t steps, n_e residual, n_h history, n_z code, p parameters of a distribution of codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metacontroller.control.codes import Codes, bounded
+from metacontroller.control.losses import ratio_loss
+from metacontroller.control.schedules import LossWeights
+from metacontroller.control.switching import GateConfig, mix_given, regular_switches
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.errors import UserError
+
+
+@dataclass
+class StepState:
+    """What a call hands to the next: history (b, n_h): h_t. z (b, n_z): the code. policy: the policy's state. steps:
+    taken so far."""
+
+    history: Tensor
+    z: Tensor
+    policy: Any
+    steps: int
+
+
+class SteeringOutput(NamedTuple):
+    """Of one call of a metacontroller.
+
+    prev_hiddens: for the next call. input_residual_stream (b, t, n_e). action_dist (b, t, p): of the encoder in
+    discovery, else of the policy. actions (b, t, n_z): proposed at every step. switch_beta (b, t): the weight of the
+    proposal. kl_loss, ratio_loss: scalars, weighted; kl_loss_weight: of the KL. z (b, t, n_z): the integrated code.
+    """
+
+    prev_hiddens: StepState
+    input_residual_stream: Tensor
+    action_dist: Tensor
+    actions: Tensor
+    switch_beta: Tensor
+    kl_loss: Tensor
+    kl_loss_weight: float
+    ratio_loss: Tensor
+    z: Tensor
+
+    @property
+    def state(self) -> StepState:
+        return self.prev_hiddens
+
+
+class SteeringSteps:
+    """Mixin of `MetaController`: a module call over any number of steps."""
+
+    norm: Any
+    history: Any
+    encoder: Any
+    policy: Any
+    switching: Any
+    controller: Any
+    codes: Codes
+    dim_latent: int
+    gate_config: GateConfig
+    ratio_loss_weight: float
+    target_segment_length: float
+    loss_weights: LossWeights | None
+    switch_temperature: float | None = None
+    hard_switch: bool | None = None
+    straight_through: bool = False
+    code_bound: float | None = None
+    ratio_chunk: int | None = None
+
+    def _check_residual(self, residual: Tensor) -> None:
+        raise NotImplementedError
+
+    def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        residual_stream: Tensor,
+        cache: SteeringOutput | None = None,
+        discovery_phase: bool = False,
+        hard_switch: bool | None = None,
+        hard_switch_straight_through: bool | None = None,
+        ablate_switch_beta: Tensor | None = None,
+        switch_beta_frequency: int | None = None,
+        ablate_offset: int = 0,
+        temperature: float = 1.0,
+        episode_lens: Tensor | None = None,
+    ) -> tuple[Tensor, SteeringOutput]:
+        """The control U e (b, t, n_e) for residual_stream (b, t, n_e), and the output from which the next call goes on.
+
+        discovery_phase: codes of the encoder, which sees all steps of this call, and losses; else codes of the policy.
+        hard_switch: 1[beta >= threshold] mixes codes, by default only when acting; its gradient passes straight through
+        if hard_switch_straight_through. ablate_switch_beta (b, t): given weights instead of the gate's.
+        switch_beta_frequency: a switch at the last of so many steps, counted from ablate_offset. temperature: of the
+        codes. episode_lens (b,): real steps, for the losses and the encoder. UserError for shapes that do not fit.
+        """
+        self._check_residual(residual_stream)
+        batch, steps = residual_stream.shape[:2]
+        if switch_beta_frequency is not None:
+            regular = regular_switches(batch, steps, switch_beta_frequency, ablate_offset)
+            ablate_switch_beta = regular.to(residual_stream)
+        hard = not discovery_phase if self.hard_switch is None else self.hard_switch
+        hard = hard if hard_switch is None else hard_switch
+        passes = self.straight_through if hard_switch_straight_through is None else hard_switch_straight_through
+        state = None if cache is None else cache.prev_hiddens
+        if discovery_phase or self.policy.every_step:
+            return self._steer(
+                residual_stream, state, discovery_phase, hard, passes, ablate_switch_beta, temperature, episode_lens
+            )
+        calls, outputs = [], []  # a policy that reads switches alone must know them before it goes on
+        for t in range(steps):
+            given = None if ablate_switch_beta is None else ablate_switch_beta[:, t : t + 1]
+            control, output = self._steer(
+                residual_stream[:, t : t + 1], state, False, hard, passes, given, temperature, None
+            )
+            state = output.prev_hiddens
+            calls.append(control)
+            outputs.append(output)
+        joined = {
+            name: torch.cat([getattr(output, name) for output in outputs], 1)
+            for name in ("input_residual_stream", "action_dist", "actions", "switch_beta", "z")
+        }
+        return torch.cat(calls, 1), outputs[-1]._replace(**joined)
+
+    def _steer(
+        self,
+        residual: Tensor,
+        state: StepState | None,
+        discovery: bool,
+        hard: bool,
+        straight_through: bool,
+        given: Tensor | None,
+        temperature: float,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, SteeringOutput]:
+        batch, steps = residual.shape[:2]
+        read = self.norm(residual)
+        before = read.new_zeros(batch, self.history.hidden_size) if state is None else state.history
+        after, last = self.history(read, before[None].contiguous())
+        history = torch.cat([before[:, None], after[:, :-1]], 1)
+        policy_state = None if state is None else state.policy
+        if discovery:
+            whole = residual.new_full((batch,), steps, dtype=torch.long) if lengths is None else lengths
+            distribution = self._propose(residual, read, history, whole)
+        elif self.policy.every_step:
+            distribution, policy_state = self.policy(residual, policy_state, keep=True)
+        else:
+            policy_state = self.policy.initial_state(batch) if policy_state is None else policy_state
+            distribution, advanced = self.policy(residual, policy_state)
+        proposed = self.codes.sample(distribution, temperature=temperature)
+        proposal = bounded(proposed, self.code_bound)
+        z_before = proposal.new_zeros(batch, self.dim_latent) if state is None else state.z
+        fresh = torch.zeros(batch, steps, dtype=torch.bool, device=residual.device)
+        fresh[:, 0] = state is None
+        if given is not None:
+            z, gate, beta = mix_given(proposal, _given_weights(given, batch, steps, hard).to(proposal), z_before)
+        else:
+            mode = ("straight-through" if straight_through else "hard") if hard else "soft"
+            config = replace(self.gate_config, mode=mode)
+            z, gate, beta = self.switching(
+                read, history, proposal, fresh, z_before, config=config, temperature=self.switch_temperature
+            )
+        if not discovery and not self.policy.every_step:
+            switch = gate >= self.gate_config.threshold  # of one step
+            policy_state = torch.where(switch, advanced, policy_state)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        kl, weight, ratio = self._losses(distribution, beta, lengths, discovery)
+        control = self.controller(z.to(residual.dtype), residual)
+        done = StepState(last[0], z[:, -1], policy_state, steps + (0 if state is None else state.steps))
+        return control, SteeringOutput(done, residual, distribution, proposed, gate, kl, weight, ratio, z)
+
+    def _propose(self, residual: Tensor, read: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder's distributions (b, t, p) (eq. 14, 15)."""
+        steps = residual.shape[1]
+        sequence = self._embed_sequence(residual, lengths, steps)
+        if sequence.dim() == 2:
+            sequence = sequence[:, None].expand(-1, steps, -1)
+        proposal = self.encoder(torch.cat([read, history, sequence], -1))
+        return proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+
+    def _losses(
+        self, distribution: Tensor, beta: Tensor, lengths: Tensor | None, discovery: bool
+    ) -> tuple[Tensor, float, Tensor]:
+        """Weighted KL, its weight, and the weighted ratio loss; 0 when acting."""
+        zero = distribution.new_zeros(())
+        if not discovery:
+            return zero, 0.0, zero
+        mask = torch.ones_like(beta, dtype=torch.bool) if lengths is None else length_mask(lengths, beta.shape[1])
+        weights = self.loss_weights
+        kl_weight = 1.0 if weights is None else weights.applied_kl
+        ratio_weight = self.ratio_loss_weight if weights is None else weights.current_ratio
+        kl = masked_mean(self.codes.kl(distribution), mask) * kl_weight
+        if ratio_weight == 0:
+            return kl, kl_weight, zero
+        ratio = ratio_loss(beta, mask, self.target_segment_length, self.gate_config.threshold, self.ratio_chunk)
+        return kl, kl_weight, ratio * ratio_weight
+
+
+def _given_weights(given: Tensor, batch: int, steps: int, hard: bool) -> Tensor:
+    """Given weights as (b, t); (b,) stands for one step. UserError for another shape."""
+    given = given[:, None] if given.dim() == 1 else given
+    if given.shape != (batch, steps):
+        raise UserError(f"ablate_switch_beta has shape {tuple(given.shape)}; expected {(batch, steps)}.")
+    return (given > 0.5).to(given.dtype) if hard else given
