@@ -242,6 +242,6 @@ def test_many_images_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoders.make_encoder(5, {"image": [16, 12]})
     states = torch.randint(256, (3, 5, 16, 12), dtype=torch.uint8)
     whole, targets = encoder(states), encoder.targets(states)
-    monkeypatch.setattr("metacontroller.models.encoders.MAX_IMAGES", 4)
+    monkeypatch.setattr("metacontroller.models.image_encoder.MAX_IMAGES", 4)
     torch.testing.assert_close(encoder(states), whole)
     torch.testing.assert_close(encoder.targets(states), targets)

@@ -193,3 +193,16 @@ def test_statistics_change_the_units_and_nothing_else() -> None:
 def test_statistics_that_do_not_fit_are_refused(statistics: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         GaussianReadout(6, 2, **statistics)
+
+
+def test_entropies_are_those_of_torch_distributions() -> None:
+    hidden = torch.randn(3, 4, 6, dtype=torch.float64)
+    one, several, gaussian = CategoricalReadout(6, 5), MultiCategoricalReadout(6, [3, 2]), GaussianReadout(6, 2)
+    logits = one.double()(hidden)
+    torch.testing.assert_close(one.entropy(logits), Categorical(logits=logits).entropy())
+    logits = several.double()(hidden)
+    blocks = [Categorical(logits=block).entropy() for block in logits.split([3, 2], -1)]
+    torch.testing.assert_close(several.entropy(logits), blocks[0] + blocks[1])
+    params = gaussian.double()(hidden)
+    mean, log_std = params.chunk(2, -1)
+    torch.testing.assert_close(gaussian.entropy(params), Normal(mean, log_std.exp()).entropy().sum(-1))

@@ -200,6 +200,16 @@ def test_updates_on_a_batch_end_at_the_target_kl(kind: str, tmp_path: Path) -> N
     assert lines["nearest"]["approx_kl"] > 1e-9
 
 
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_entropy_is_kept_where_it_has_a_weight(kind: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, episodes=128 * 6)
+    plain = learn(tmp_path / "plain", kind, config)
+    kept = learn(tmp_path / "kept", kind, replace(config, entropy_weight=1.0))
+    if kind == "internal":
+        assert kept[-1]["entropy_per_code"] > plain[-1]["entropy_per_code"] + 0.5
+    assert kept[-1]["success"] < plain[-1]["success"] - 0.2  # a policy that is held at chance
+
+
 def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     # a very narrow policy, whose density at the zeros of the padding overflows
     steering = make_steering()
@@ -224,6 +234,7 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
         ({"episodes": 0}, "episodes is 0; expected at least 1"),
         ({"update_epochs": 0}, "update_epochs is 0; expected at least 1"),
         ({"target_kl": 0.0}, "target_kl is 0.0; expected a number above 0"),
+        ({"entropy_weight": -0.1}, "entropy_weight is -0.1; expected a number of at least 0"),
         ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),
     ],
 )

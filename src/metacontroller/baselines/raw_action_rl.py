@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.losses import clipped_surrogate
-from metacontroller.data.trajectories import length_mask
+from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import RAW_MODEL, artefact_path
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
@@ -39,6 +39,8 @@ def raw_action_rl(
         log_prob = model.action_readout.log_prob(logits, rollout.actions)
         mask = length_mask(rollout.steps, rollout.actions.shape[1])
         loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
+        if config.entropy_weight:
+            loss = loss - config.entropy_weight * masked_mean(model.action_readout.entropy(logits), mask)
         return loss, ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
 
     reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)

@@ -44,6 +44,10 @@ class CategoricalReadout(nn.Module):
         """Log-probability of each value, (b, t)."""
         return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
 
+    def entropy(self, logits: Tensor) -> Tensor:
+        """Entropy in nats, (..., num_discrete) -> (...)."""
+        return _categorical_entropy(logits)
+
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One sample per step, (b, t) int64, by the Gumbel-max trick, which does not synchronize with the device."""
         return (logits.float() + gumbel_noise(logits, generator)).argmax(-1)
@@ -63,6 +67,11 @@ def gumbel_noise(logits: Tensor, generator: torch.Generator | None = None) -> Te
     """Standard Gumbel noise of the shape of logits, float32."""
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
     return -torch.log((-torch.log(uniform.clamp_min(1e-20))).clamp_min(1e-20))
+
+
+def _categorical_entropy(logits: Tensor) -> Tensor:
+    log_prob = logits.log_softmax(-1)
+    return -(log_prob.exp() * log_prob).sum(-1)
 
 
 class MultiCategoricalReadout(nn.Module):
@@ -96,6 +105,10 @@ class MultiCategoricalReadout(nn.Module):
         """Joint log-probability of each step's choices, (b, t)."""
         normalized = [block.log_softmax(-1) for block in logits.split(self.num_discrete, -1)]
         return torch.cat(normalized, -1).gather(-1, values + self.offsets).sum(-1)
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """Entropy in nats of all choices together, (..., sum of num_discrete) -> (...)."""
+        return torch.stack([_categorical_entropy(block) for block in logits.split(self.num_discrete, -1)]).sum(0)
 
     def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One sample per step, (b, t, k) int64, by the Gumbel-max trick."""
@@ -171,6 +184,11 @@ class GaussianReadout(nn.Module):
     def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
         """Log-density of each value, summed over its entries, (b, t)."""
         return gaussian_log_prob(params, values).sum(-1)
+
+    def entropy(self, params: Tensor) -> Tensor:
+        """Differential entropy in nats, (..., 2 num_continuous) -> (...)."""
+        log_std = params.chunk(2, -1)[1]
+        return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One sample per step, (b, t, a)."""

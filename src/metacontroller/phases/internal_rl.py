@@ -2,7 +2,7 @@
 
 The frozen model, gate and controller together with the task are the environment; the policy pi(z | e) acts in it only
 at switches. One update: a batch of new episodes, advantages (R - mean) / (std + delta), and some update epochs of the
-clipped surrogate over the stored residuals, which do not run the frozen model again; with ``target_kl`` they end sooner.
+clipped surrogate over the stored residuals, which do not run the frozen model again; ``target_kl`` ends them sooner.
 Several processes share each batch, see `training.distributed`.
 
 Metrics: ``success``, the share of the batch's episodes that the environment reports as solved, and their mean
@@ -55,6 +55,8 @@ def internal_rl(
         mask = length_mask(rollout.lengths, rollout.code.shape[1])
         entropy = meta_controller.codes.mean_entropy(distribution, mask)
         loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
+        if config.entropy_weight:
+            loss = loss - config.entropy_weight * entropy
         metrics = ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
         return loss, {**metrics, "entropy_per_code": entropy.detach()}
 

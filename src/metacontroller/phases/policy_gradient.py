@@ -45,6 +45,8 @@ class InternalRLConfig:
     """Minibatches of a batch, one optimizer step each."""
     eps_clip: float = 0.2
     """epsilon of the clipped surrogate."""
+    entropy_weight: float = 0.0
+    """Weight of the policy's mean entropy a decision, in nats, which is added to what is maximised (the paper's is 0)."""
     delta: float = 1e-3
     """Added to the standard deviation of returns (C.5: about 1e-3)."""
     max_grad_norm: float = 1.0
@@ -60,6 +62,8 @@ class InternalRLConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if self.target_kl is not None and not self.target_kl > 0:
             raise UserError(f"target_kl is {self.target_kl}; expected a number above 0, or none.")
+        if not 0 <= self.entropy_weight < math.inf:
+            raise UserError(f"entropy_weight is {self.entropy_weight}; expected a number of at least 0.")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 

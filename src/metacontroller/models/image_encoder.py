@@ -1,0 +1,88 @@
+"""Encoder of uint8 images.
+
+Axes: b batch, t steps, m images, n model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.errors import UserError
+from metacontroller.models.readouts import GaussianReadout
+
+MAX_CHANNELS = 64
+MAX_SIDE = 8
+"""Side to which an image is halved before a linear map reads it, and of the picture that the state loss predicts."""
+MAX_IMAGES = 2048
+"""Images that are read at once, so that memory does not grow with the batch where no gradient is asked for."""
+
+
+class ImageEncoder(nn.Module):
+    """A small convolutional network over uint8 images: convolutions of stride 2 until no side is longer than 8.
+
+    shape: of one image, (height, width), (height, width, channels) or (channels, height, width); of its first and last
+    axis the shorter one are the channels. UserError for other shapes.
+    """
+
+    def __init__(self, dim: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise UserError(f"image is {list(shape)}; expected (height, width), with channels first or last.")
+        self.shape = tuple(shape)
+        self.channels_first = len(shape) == 3 and shape[0] < shape[2]
+        channels, *sides = self._channels_first(torch.zeros(self.shape)).shape
+        self.pooled = [min(side, MAX_SIDE) for side in sides]
+        self.pooled_size = channels * self.pooled[0] * self.pooled[1]
+        layers: list[nn.Module] = []
+        width, stride = 16, 1 if max(sides) <= MAX_SIDE else 2
+        while not layers or max(sides) > MAX_SIDE:
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.ReLU()]
+            sides = [-(-side // stride) for side in sides]
+            channels, width = width, min(2 * width, MAX_CHANNELS)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * sides[0] * sides[1], dim))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, *shape) uint8 -> (b, t, n)."""
+        self._check_shape(states)
+        parts = states.flatten(0, 1).split(MAX_IMAGES)
+        return torch.cat([self.body(self._scaled(part)) for part in parts]).unflatten(0, states.shape[:2])
+
+    def state_readout(self, dim: int) -> GaussianReadout:
+        """The readout that predicts the next image, averaged over a grid of at most 8 x 8 fields."""
+        return GaussianReadout(dim, self.pooled_size)
+
+    def targets(self, states: Tensor) -> Tensor:
+        """The targets of ``state_readout`` in states (b, t, *shape): means of fields, from 0 to 1, side by side."""
+        size, parts = (self.pooled[0], self.pooled[1]), states.flatten(0, 1).split(MAX_IMAGES)
+        pooled = torch.cat([F.adaptive_avg_pool2d(self._scaled(part), size) for part in parts])
+        return pooled.flatten(1).unflatten(0, states.shape[:2])
+
+    def from_observation(self, observation: Any) -> Tensor:
+        """Converts one image to one state, without batch and time axes."""
+        return torch.as_tensor(observation, dtype=torch.uint8)
+
+    def check(self, states: Tensor) -> None:
+        """UserError unless the states are images of the right shape."""
+        self._check_shape(states)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """(m, *shape) uint8 -> (m, channels, height, width), from 0 to 1."""
+        dtype = next(self.body.parameters()).dtype
+        return self._channels_first(images).to(dtype) / 255
+
+    def _channels_first(self, images: Tensor) -> Tensor:
+        if len(self.shape) == 2:
+            return images.unsqueeze(-3)
+        return images if self.channels_first else images.movedim(-1, -3)
+
+    def _check_shape(self, states: Tensor) -> None:
+        if states.shape[2:] != self.shape or states.dtype != torch.uint8:
+            raise UserError(
+                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected uint8 (b, t, "
+                f"{', '.join(map(str, self.shape))}): images."
+            )
