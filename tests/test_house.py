@@ -28,7 +28,7 @@ for layer in LAYERS:
 ALLOWED["__init__"] = {"control", "models", "phases"}
 SHARED = {"errors", "__version__", ""}
 """What all may import: the type of users' errors, and the package itself for its version."""
-ORDINARY = {"offline"}
+ORDINARY = {"offline", "ant"}
 """Names of worlds that are also words of their own."""
 WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}
 

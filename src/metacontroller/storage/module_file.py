@@ -25,21 +25,25 @@ class Saveable:
     """Mixin of an ``nn.Module``: ``save``, ``load``, ``init_and_load``. Call ``remember_arguments(locals())`` first in
     ``__init__``, right after ``super().__init__()``; arguments must be plain data (or dataclasses of plain data).
 
-    unsaved: submodules that are not saved.
+    unsaved: submodules that are not saved. versions: of packages on which what it learned depends; saved with it.
     """
 
     arguments: dict[str, Any]
+    versions: dict[str, str]
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def remember_arguments(self, local: dict[str, Any]) -> None:
         """Stores the constructor's arguments for ``save``, after a round trip through JSON."""
         plain = {name: _plain(value) for name, value in local.items() if name not in ("self", "__class__")}
         self.arguments = json.loads(json.dumps(plain))
+        self.versions = {}
 
     def save(self, path: str | Path) -> None:
         """Writes weights and arguments to one file, atomically."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
+        if self.versions:
+            header["versions"] = self.versions
         with replacing(Path(path)) as draft:
             save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
 
@@ -54,8 +58,9 @@ class Saveable:
     @classmethod
     def init_and_load(cls: type[Module], path: str | Path, strict: bool = True) -> Module:
         """A new module with the arguments and weights of a file that ``save`` wrote; UserError for another file."""
-        tensors, arguments = _read(path, cls.__name__)
-        module = cls(**arguments)
+        tensors, header = _read(path, cls.__name__)
+        module = cls(**header["arguments"])
+        module.versions = header.get("versions", {})
         _fill(module, tensors, path, strict)
         return module
 
@@ -95,7 +100,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
-    return tensors, header["arguments"]
+    return tensors, header
 
 
 def _plain(value: Any) -> Any:
