@@ -2,9 +2,9 @@
 
 First environments with their observations, endings and new episodes: `AntPinpadVectorEnv`, the single environment in an
 `AsyncVectorEnv` (one process each), and Gymnasium's own Ant-v5 in one. Then the physics alone, 0.05 s a step for the
-same states: MuJoCo's `rollout`, which this world uses; a pool of Python threads, each over data of its own; and MuJoCo's
-`Batch`, where its version has one. Random torques. Rounds over all rows are repeated, and the median of each is kept.
-Prints a table and writes JSON. Needs the extra ``ant``.
+same states: MuJoCo's `rollout`, which this world uses; a pool of Python threads, each over data of its own; and
+MuJoCo's `Batch`, where its version has one. Random torques. Rounds over all rows are repeated, and the median of each
+is kept. Prints a table and writes JSON. Needs the extra ``ant``.
 
     python benchmarks/ant_steps.py [--seconds 3] [--rounds 3] [--output benchmarks/out/ant_steps.json]
 """

@@ -107,9 +107,13 @@ class AntPinpad(Domain):
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes drawn from those on disk, with replacement. Each phase has a dataset of its own: actions are
         sampled in that for pretraining, and the expert's mean ones in that for discovery (§2)."""
-        store = _open(self.config, split)
+        store = self.store(split)
         rows = torch.randint(len(store), (n,), generator=generator, device=generator.device)
         return store.read(rows.cpu()).to(generator.device)
+
+    def store(self, split: Split) -> TrajectoryStore:
+        """The demonstrations of one phase on disk, written first if they are not there."""
+        return _open(self.config, split)
 
     def demonstrate(self, task: Sequence[int] | None, n: int, generator: torch.Generator) -> Trajectories:
         """n new episodes of the expert with its mean actions."""

@@ -29,7 +29,7 @@ except ModuleNotFoundError as missing:
 __all__ = ["FRAME_SKIP", "MODEL", "Physics", "ant_model", "mujoco"]
 
 FRAME_SKIP = 5
-"""Steps of MuJoCo, 0.01 s each, in one step of the world, as in Gymnasium's ant."""
+"""Steps of MuJoCo, 0.01 s each, in one step of the world (`simulator.STEP_SECONDS`), as in Gymnasium's ant."""
 MODEL = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / "ant.xml"
 """Gymnasium's model of the ant, the one that its Ant-v5 uses."""
 

@@ -40,7 +40,7 @@ HIDDEN = (256, 256)
 """Units of the hidden layers."""
 FORMAT = 1
 _HEADER = "ant-expert"
-_LIMIT = 10.0
+LIMIT = 10.0
 """Of normalized features."""
 
 
@@ -50,13 +50,17 @@ def feature_count(arena: Arena) -> int:
 
 
 class Guide:
-    """What the expert is told in a batch of episodes; the batch must keep its rows and layouts."""
+    """What the expert is told in a batch of episodes, which must keep its rows; `renew` tells of new layouts."""
 
     def __init__(self, env: AntBatch) -> None:
         self.env = env
         self.fields = direction_fields(env.arena, env.objects)
         self.vectors = torch.tensor([[right, -down] for down, right in STEPS] + [[0, 0]]).double()  # the last: none
         self.vectors = self.vectors.to(self.fields.device)
+
+    def renew(self, rows: Tensor) -> None:
+        """Looks at the layouts of ``rows`` (m,) again, whose episodes were replaced."""
+        self.fields[rows] = direction_fields(self.env.arena, self.env.objects[rows])
 
     def field(self) -> Tensor:
         """(b, n) int64: the direction to go in each cell, -1 where there is none, as where no color is asked for."""
@@ -114,7 +118,7 @@ class Expert(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (b, f) -> mean torques (b, 8), not yet within -1..1."""
-        normalized = ((features - self.mean) / self.std).clamp(-_LIMIT, _LIMIT)
+        normalized = ((features - self.mean) / self.std).clamp(-LIMIT, LIMIT)
         return self.head(self.body(normalized))
 
     @torch.no_grad()

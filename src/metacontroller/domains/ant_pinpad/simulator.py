@@ -21,6 +21,8 @@ from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, STATE_SIZ
 from metacontroller.domains.pinpad_tasks import pad_tasks
 from metacontroller.errors import UserError
 
+STEP_SECONDS = 0.05
+"""What an action lasts: five steps of MuJoCo, as in Gymnasium's ant."""
 HEIGHT = (0.2, 1.0)
 """Heights of the torso within which the ant stands (§4)."""
 START_HEIGHT = 0.75
