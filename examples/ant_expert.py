@@ -235,7 +235,8 @@ def train(arguments: argparse.Namespace) -> None:
     run, arena = RunFolder(arguments.run), Arena()
     run.versions = versions()
     run.begin(CHECKPOINT, resume=arguments.resume)
-    tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else ({}, {"updates": 0})
+    none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0})
+    tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else none
     seed = arguments.seed * 2**20 + meta["updates"]
     ants = GuidedAnts(
         arena,
