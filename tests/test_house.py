@@ -30,7 +30,7 @@ ALLOWED["compat"] = {"control", "models", *GROUND}
 """The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
 SHARED = {"errors", "__version__", ""}
 """What all may import: the type of users' errors, and the package itself for its version."""
-ORDINARY = {"offline"}
+ORDINARY = {"offline", "ant"}
 """Names of worlds that are also words of their own."""
 WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}
 

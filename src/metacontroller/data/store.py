@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Trajectories, length_mask
 from metacontroller.errors import UserError
+from metacontroller.storage.versions import warn_of_versions
 
 STORE_FORMAT = 1
 
@@ -89,6 +90,10 @@ class TrajectoryStore(Episodes):
                 for name in self.meta["arrays"]
             }
         )
+
+    def check_versions(self, here: Mapping[str, str]) -> None:
+        """Warns if ``meta["versions"]`` names other versions of packages than those here, by name."""
+        warn_of_versions(self.path, self.meta.get("versions", {}), here)
 
     @staticmethod
     def write(path: str | Path, trajectories: Trajectories, meta: Mapping[str, Any] | None = None) -> TrajectoryStore:

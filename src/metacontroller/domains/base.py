@@ -157,6 +157,11 @@ class Domain:
         """Pictures of the states (t, *obs) of one episode, uint8 (t, height, width, 3); UserError if there are none."""
         raise UserError(f"the world {self.name} has no pictures; choose a world that renders.")
 
+    def versions(self) -> dict[str, str]:
+        """Versions of packages on which episodes depend, by name: checkpoints keep them, and loading one warns if
+        another version is installed."""
+        return {}
+
     def parse_task(self, text: str) -> Any:
         """Parses a task for ``reset``; UserError for an invalid one."""
         raise UserError(f"the world {self.name} has one task, not {text!r}; leave out --task.")

@@ -9,6 +9,7 @@ from typing import Any
 from metacontroller.errors import MissingFileError
 from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.versions import warn_of_versions
 
 BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
@@ -32,11 +33,16 @@ def artefact_path(run: RunFolder, name: str) -> Path:
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
-    """The module that a phase wrote to the run folder; MissingFileError names the phase to run first."""
+    """The module that a phase wrote to the run folder; MissingFileError names the phase to run first.
+
+    Warns if it was made with other versions than the folder's.
+    """
     path = artefact_path(run, name)
     if not path.exists():
         raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
-    return kind.init_and_load(path).to(device)
+    module = kind.init_and_load(path)
+    warn_of_versions(path, module.versions, run.versions)
+    return module.to(device)
 
 
 def copy_artefact(name: str, source: Path, folder: Path) -> None:

@@ -87,17 +87,22 @@ def with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
 
 def build_model(config: ExperimentConfig) -> SteerableModel:
     """A new action model, its weights drawn from the config's seed."""
-    spec = domain_of(config.domain).spec()
+    domain = domain_of(config.domain)
+    spec = domain.spec()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "model"))
-        return config.model.build(spec.encoder, spec.action)
+        model = config.model.build(spec.encoder, spec.action)
+    model.versions = domain.versions()
+    return model
 
 
 def build_meta_controller(config: ExperimentConfig) -> MetaController:
     """A new metacontroller, its weights drawn from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "meta_controller"))
-        return MetaController(config.model.dim, **vars(config.meta_controller))
+        meta_controller = MetaController(config.model.dim, **vars(config.meta_controller))
+    meta_controller.versions = domain_of(config.domain).versions()
+    return meta_controller
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -162,9 +167,11 @@ def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, op
 def load_run(folder: RunFolder, device: str, config: ExperimentConfig | None = None) -> LoadedRun:
     """The run in a folder, as its config.json says unless a config is given."""
     config = read_config(folder) if config is None else config
+    domain = domain_of(config.domain)
+    folder.versions = domain.versions()
     return LoadedRun(
         folder=folder,
-        domain=domain_of(config.domain),
+        domain=domain,
         settings=config.evaluate,
         seed=config.seed,
         device=device,

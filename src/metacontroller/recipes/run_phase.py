@@ -28,26 +28,30 @@ from metacontroller.training.tracking import Tracker, track_with
 def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> SteerableModel:
     """Phase 1 in a run folder; writes config.json too."""
     run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
-    model = build_model(config).to(device)
+    model, domain = build_model(config).to(device), domain_of(config.domain)
+    run.versions = domain.versions()
     if processes(device).is_main:
         run.write_config(to_json(config))
-    source = demonstrations(domain_of(config.domain), "pretrain")
+    source = demonstrations(domain, "pretrain")
     return pretrain(config.pretrain, model, source, run, resume=resume, quiet=quiet)
 
 
 def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
     """Phase 2 in a run folder that holds a base model; a model that is trained along may start from new weights."""
+    domain = domain_of(config.domain)
+    run.versions = domain.versions()
     if config.discover.train_model and not (run.path / f"{BASE_MODEL}.safetensors").exists():
         model = build_model(config).to(device)
     else:
         model = load_artefact(config.model.Model, run, BASE_MODEL, device)
-    domain, meta_controller = domain_of(config.domain), build_meta_controller(config).to(device)
+    meta_controller = build_meta_controller(config).to(device)
     source = demonstrations(domain, "discover")
     augment = domain.augment if config.discover.symmetry_augmentation else None
     options: dict[str, Any] = {"augment": augment, "resume": resume, "quiet": quiet}
     if config.discovery == "compile":
         seed, dim_latent = stream_seed(config.seed, "meta_controller"), config.meta_controller.dim_latent
         segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
+        segmentation.versions = run.versions
         return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
     return discover(config.discover, model, meta_controller, source, run, **options)
 
@@ -65,7 +69,9 @@ def run_raw_action_rl(
     config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
 ) -> SteerableModel:
     """The baseline, on a copy of the run folder's base model."""
-    model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain_of(config.domain))
+    domain = domain_of(config.domain)
+    run.versions = domain.versions()
+    model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
     return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
 
 

@@ -25,11 +25,12 @@ class Saveable:
     """Mixin of an ``nn.Module``: ``save``, ``load``, ``init_and_load``. Call ``remember_arguments(locals())`` first in
     ``__init__``, right after ``super().__init__()``; arguments must be plain data (or dataclasses of plain data).
 
-    unsaved: submodules that are not saved.
+    unsaved: submodules that are not saved. versions: of packages on which what it learned depends; saved with it.
     """
 
     arguments: dict[str, Any]
     handed_modules: list[str]
+    versions: dict[str, str]
     unsaved: ClassVar[tuple[str, ...]] = ()
 
     def remember_arguments(self, local: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
@@ -45,6 +46,7 @@ class Saveable:
         self.handed_modules = sorted(name for name, value in given.items() if isinstance(value, nn.Module))
         plain = {name: _plain(value) for name, value in given.items() if name not in self.handed_modules}
         self.arguments = json.loads(json.dumps(plain))
+        self.versions = {}
 
     def save(self, path: str | Path) -> None:
         """Writes weights and arguments to one file, atomically; UserError if the constructor was handed modules."""
@@ -55,6 +57,8 @@ class Saveable:
             )
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
+        if self.versions:
+            header["versions"] = self.versions
         with replacing(Path(path)) as draft:
             save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
 
@@ -69,8 +73,9 @@ class Saveable:
     @classmethod
     def init_and_load(cls: type[Module], path: str | Path, strict: bool = True) -> Module:
         """A new module with the arguments and weights of a file that ``save`` wrote; UserError for another file."""
-        tensors, arguments = _read(path, cls.__name__)
-        module = cls(**arguments)
+        tensors, header = _read(path, cls.__name__)
+        module = cls(**header["arguments"])
+        module.versions = header.get("versions", {})
         _fill(module, tensors, path, strict)
         return module
 
@@ -110,7 +115,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
-    return tensors, header["arguments"]
+    return tensors, header
 
 
 def _plain(value: Any) -> Any:

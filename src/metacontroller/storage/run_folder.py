@@ -29,16 +29,22 @@ from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.storage.files import plain, read_object, replacing, strict_json, write_text
+from metacontroller.storage.versions import warn_of_versions
 
 CHECKPOINT_FORMAT = 1
 _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
 
 
 class RunFolder:
-    """The files of one run under `path`; the first write creates the folder."""
+    """The files of one run under `path`; the first write creates the folder.
+
+    versions: of packages on which the run's world depends, by name. Checkpoints keep them, and loading one that was
+    made with others warns.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self.versions: dict[str, str] = {}
         self._torn_line_dropped = False
         self._opened = time.monotonic()
         self._started: dict[str, float] = {}  # by checkpoint name: start of its work, minus the time before a resume
@@ -185,6 +191,8 @@ class RunFolder:
         seconds = time.monotonic() - self._started.get(name, self._opened)
         peak = max(self._peak.get(name, 0.0), peak_rss_mb())
         meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
+        if self.versions:
+            meta["versions"] = self.versions
         # Copies, because safetensors refuses tensors that share memory.
         copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
@@ -211,6 +219,7 @@ class RunFolder:
             raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
+        warn_of_versions(path, meta.get("versions", {}), self.versions)
         self._started[name] = time.monotonic() - meta["seconds"]
         self._peak[name] = meta["peak_rss_mb"]
         return tensors, meta

@@ -1,0 +1,357 @@
+"""The expert of ant-pinpad: PPO of Stable-Baselines3 over many ants at once; its success; its demonstrations on disk.
+
+    pip install 'metacontroller-rl[ant,expert]'
+    python examples/ant_expert.py train RUN [--steps 30000000] [--resume]   # RUN/expert.safetensors, RUN/metrics.jsonl
+    python examples/ant_expert.py evaluate RUN/expert.safetensors [--episodes 500]
+    python examples/ant_expert.py data RUN/expert.safetensors [--episodes 20000] [--out datasets/ant]
+
+Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
+direction that it is told (§4), by a weight. Observations and rewards are divided by running statistics, which a
+checkpoint holds with policy and optimizer: it resumes with new episodes from there. No file holds code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from metacontroller.domains.ant_pinpad.dataset import versions
+from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
+from metacontroller.domains.ant_pinpad.expert import HIDDEN, LIMIT, Expert, Guide, feature_count, play
+from metacontroller.domains.ant_pinpad.layouts import Arena
+from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
+from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, start_ants
+from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, Task, format_task
+from metacontroller.storage.files import replacing
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.training_state import (
+    load_module,
+    load_optimizer,
+    module_tensors,
+    optimizer_meta,
+    optimizer_tensors,
+)
+
+CHECKPOINT = "expert_training"
+WINDOW = 1024
+"""Episodes over which success is averaged."""
+CHUNK = 250
+"""Episodes that are evaluated at a time."""
+
+
+class Statistics:
+    """Mean and variance of all vectors seen so far."""
+
+    def __init__(self, size: int) -> None:
+        self.mean, self.variance = torch.zeros(size).double(), torch.ones(size).double()
+        self.count = torch.tensor(1e-4).double()
+
+    def add(self, values: Tensor) -> None:
+        """values (n, size)."""
+        values = values.double()
+        count, mean, variance = len(values), values.mean(0), values.var(0, unbiased=False)
+        total, apart = self.count + count, mean - self.mean
+        spread = self.variance * self.count + variance * count + apart.square() * self.count * count / total
+        self.mean, self.variance, self.count = self.mean + apart * count / total, spread / total, total
+
+    @property
+    def std(self) -> Tensor:
+        return (self.variance + 1e-8).sqrt()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        return {f"{prefix}.{name}": value for name, value in vars(self).items()}
+
+    def restore(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        for name in vars(self):
+            setattr(self, name, tensors[f"{prefix}.{name}"])
+
+
+class GuidedAnts(VecEnv):
+    """Many ants with the expert's observations and reward, for Stable-Baselines3. A row that ends starts anew at once.
+
+    bonus: weight of the velocity along the way. gamma: for the running scale of rewards.
+    """
+
+    def __init__(
+        self, arena: Arena, tasks: Sequence[Task], rows: int, *, bonus: float, gamma: float, seed: int, threads: int
+    ) -> None:
+        self.render_mode = None
+        box = spaces.Box(-LIMIT, LIMIT, (feature_count(arena),), np.float32)
+        super().__init__(rows, box, spaces.Box(-1.0, 1.0, (NUM_ACTIONS,), np.float32))
+        self.arena, self.tasks, self.threads = arena, tasks, threads
+        self.bonus, self.gamma = bonus, gamma
+        self.generator = torch.Generator().manual_seed(seed)
+        self.features, self.returns = Statistics(feature_count(arena)), Statistics(1)
+        self.returned = torch.zeros(rows).double()
+        self.actions = np.zeros(0)
+        self.width = max(map(len, tasks))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.ants = self._start(self.num_envs)
+        self.guide = Guide(self.ants)
+
+    def _start(self, count: int) -> Any:
+        drawn = torch.randint(len(self.tasks), (count,), generator=self.generator).tolist()
+        tasks = [self.tasks[index] for index in drawn]
+        return start_ants(self.arena, tasks, self.generator, self.threads, width=self.width)
+
+    def _normalized(self, features: Tensor) -> np.ndarray:
+        return ((features - self.features.mean) / self.features.std).clamp(-LIMIT, LIMIT).float().numpy()
+
+    def reset(self) -> np.ndarray:
+        """Starts an episode in every row."""
+        self._begin()
+        self.returned.zero_()
+        features = self.guide.features()
+        self.features.add(features)
+        return self._normalized(features)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keeps the actions for `step_wait`."""
+        self.actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """One step of every ant."""
+        ants = self.ants
+        before, way = ants.state[:, :2], self.guide.way()
+        solved = ants.step(torch.from_numpy(self.actions))
+        velocity = (ants.state[:, :2] - before) / STEP_SECONDS
+        reward = solved.double() + self.bonus * (velocity * way).sum(1)
+        self.returned = self.gamma * self.returned + reward
+        self.returns.add(self.returned[:, None])
+        ended = ants.terminated | ants.truncated
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        rows = ended.nonzero().squeeze(1)
+        if len(rows):
+            last = self._normalized(self.guide.features())
+            for row in rows.tolist():
+                infos[row] = {
+                    "terminal_observation": last[row],
+                    "TimeLimit.truncated": bool(ants.truncated[row]),
+                    "is_success": bool(ants.success[row]),
+                    "steps": int(ants.steps[row]),
+                }
+            self.returned[rows] = 0.0
+            ants.replace(rows, self._start(len(rows)))
+            self.guide.renew(rows)
+        features = self.guide.features()
+        self.features.add(features)
+        scaled = (reward / self.returns.std).clamp(-LIMIT, LIMIT).float().numpy()
+        return self._normalized(features), scaled, ended.numpy(), infos
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """This object's attribute, once for each row."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Rows have no attributes of their own."""
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """Rows have no methods of their own."""
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """Never."""
+        return [False for _ in self._get_indices(indices)]
+
+
+class Keep(BaseCallback):
+    """Logs every update, and keeps a checkpoint and the expert every so many of them."""
+
+    def __init__(self, run: RunFolder, every: int, updates: int) -> None:
+        super().__init__()
+        self.run, self.every, self.updates = run, every, updates
+        self.solved: deque[bool] = deque(maxlen=WINDOW)
+        self.steps: deque[int] = deque(maxlen=WINDOW)
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "is_success" in info:
+                self.solved.append(info["is_success"])
+                self.steps.append(info["steps"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        """Before the update with what was just played."""
+        if self.solved:
+            success, length = float(np.mean(self.solved)), float(np.mean(self.steps))
+            self.run.log_metrics("expert", self.num_timesteps, success=success, episode_steps=length)
+            print(f"{self.num_timesteps:>12,} steps  success {success:.3f}  {length:.0f} steps an episode", flush=True)
+
+    def _on_rollout_start(self) -> None:
+        """After an update."""
+        self.updates += 1
+        if self.updates % self.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the checkpoint, and the expert beside it."""
+        model: Any = self.model
+        ants: Any = self.training_env
+        tensors = {
+            **module_tensors("policy", model.policy),
+            **optimizer_tensors("optimizer", model.policy.optimizer),
+            **ants.features.tensors("features"),
+            **ants.returns.tensors("returns"),
+        }
+        meta = {"optimizer": optimizer_meta(model.policy.optimizer), "steps": self.num_timesteps}
+        self.run.save_checkpoint(CHECKPOINT, tensors, {**meta, "updates": self.updates})
+        about = {"versions": versions(), "arena": vars(ants.arena), "steps": self.num_timesteps}
+        with replacing(self.run.path / "expert.safetensors") as draft:
+            exported(model.policy, ants.features).save(draft, about)
+
+
+def exported(policy: Any, features: Statistics) -> Expert:
+    """The expert that acts as a policy of Stable-Baselines3 does on normalized features."""
+    expert = Expert(len(features.mean))
+    with torch.no_grad():
+        expert.body.load_state_dict(policy.mlp_extractor.policy_net.state_dict())
+        expert.head.load_state_dict(policy.action_net.state_dict())
+        expert.log_std.copy_(policy.log_std)
+        expert.mean.copy_(features.mean)
+        expert.std.copy_(features.std)
+    return expert
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains, or resumes."""
+    run, arena = RunFolder(arguments.run), Arena()
+    run.versions = versions()
+    run.begin(CHECKPOINT, resume=arguments.resume)
+    none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0})
+    tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else none
+    seed = arguments.seed * 2**20 + meta["updates"]
+    ants = GuidedAnts(
+        arena,
+        [*TABLE_A2, A2_POST],
+        arguments.rows,
+        bonus=arguments.bonus,
+        gamma=arguments.gamma,
+        seed=seed,
+        threads=arguments.threads,
+    )
+    learner = PPO(
+        "MlpPolicy",
+        ants,
+        n_steps=arguments.steps_per_update,
+        batch_size=min(arguments.batch_size, arguments.steps_per_update * arguments.rows),
+        n_epochs=arguments.epochs,
+        learning_rate=arguments.lr,
+        gamma=arguments.gamma,
+        ent_coef=arguments.entropy,
+        policy_kwargs={
+            "net_arch": list(HIDDEN),
+            "activation_fn": nn.Tanh,
+            "log_std_init": -0.5,
+            "optimizer_class": torch.optim.AdamW,
+            "optimizer_kwargs": {"weight_decay": arguments.weight_decay},
+        },
+        seed=seed,
+        device="cpu",
+    )
+    if tensors:
+        load_module(learner.policy, tensors, "policy")
+        load_optimizer(learner.policy.optimizer, tensors, meta["optimizer"], "optimizer")
+        ants.features.restore(tensors, "features")
+        ants.returns.restore(tensors, "returns")
+        learner.num_timesteps = meta["steps"]
+        run.rewind_metrics("expert", meta["steps"])
+    left = arguments.steps - learner.num_timesteps
+    if left > 0:
+        keep = Keep(run, arguments.checkpoint_every, meta["updates"] - 1)  # the first rollout follows no update
+        learner.learn(left, callback=keep, reset_num_timesteps=False)
+        keep.updates += 1
+        keep.save()
+
+
+def success_rate(expert: Expert, tasks: Sequence[Task], episodes: int, seed: int, sampled: bool) -> float:
+    """Share of episodes solved, each of a random task of those, with mean actions or sampled ones."""
+    generator, solved = torch.Generator().manual_seed(seed), 0
+    for start in range(0, episodes, CHUNK):
+        count = min(CHUNK, episodes - start)
+        drawn = torch.randint(len(tasks), (count,), generator=generator).tolist()
+        ants = start_ants(Arena(), [tasks[index] for index in drawn], generator)
+        play(ants, expert, generator if sampled else None)
+        solved += int(ants.success.sum())
+    return solved / episodes
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Prints success on both sets of tasks, as JSON."""
+    expert, about = Expert.load(arguments.expert)
+    found: dict[str, Any] = {"about": about, "episodes": arguments.episodes}
+    for name, tasks in (("table A2", TABLE_A2), (format_task(A2_POST), (A2_POST,))):
+        rates = [success_rate(expert, tasks, arguments.episodes, arguments.seed, sampled) for sampled in (False, True)]
+        found[name] = {"mean_actions": rates[0], "sampled_actions": rates[1]}
+    print(json.dumps(found, indent=2))
+
+
+def data(arguments: argparse.Namespace) -> None:
+    """Writes the demonstrations of both phases, if they are not there, and says where."""
+    config = AntPinpadConfig(
+        expert=str(arguments.expert),
+        episodes=arguments.episodes,
+        dataset=str(arguments.out),
+        dataset_seed=arguments.seed,
+        only_successes=not arguments.keep_failures,
+    )
+    for split in ("pretrain", "discover"):
+        store = AntPinpad(config).store(split)
+        print(f"{split}: {store.path}, {len(store)} episodes of {store.meta['played']} played")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("train", help="train the expert")
+    one.add_argument("run", type=Path)
+    one.add_argument("--steps", type=int, default=30_000_000, help="of the environment, all together")
+    one.add_argument("--resume", action="store_true")
+    one.add_argument("--rows", type=int, default=256, help="ants at once")
+    one.add_argument("--steps-per-update", type=int, default=64, help="of each ant")
+    one.add_argument("--batch-size", type=int, default=2048, help="steps in a minibatch")
+    one.add_argument("--epochs", type=int, default=5)
+    one.add_argument("--lr", type=float, default=3e-4, help="the paper's")
+    one.add_argument("--weight-decay", type=float, default=0.03, help="the paper's")
+    one.add_argument("--entropy", type=float, default=3e-4, help="the paper's")
+    one.add_argument("--gamma", type=float, default=0.99)
+    one.add_argument("--bonus", type=float, default=0.1, help="weight of the velocity along the way")
+    one.add_argument("--checkpoint-every", type=int, default=20, help="updates")
+    one.add_argument("--threads", type=int, default=0, help="of MuJoCo; 0 is one a core")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run_command=train)
+    two = commands.add_parser("evaluate", help="success of the expert")
+    two.add_argument("expert", type=Path)
+    two.add_argument("--episodes", type=int, default=500, help="for each set of tasks")
+    two.add_argument("--seed", type=int, default=1)
+    two.set_defaults(run_command=evaluate)
+    three = commands.add_parser("data", help="write the demonstrations of both phases")
+    three.add_argument("expert", type=Path)
+    three.add_argument("--episodes", type=int, default=20_000, help="for each phase")
+    three.add_argument("--out", type=Path, default=Path("datasets/ant"))
+    three.add_argument("--keep-failures", action="store_true")
+    three.add_argument("--seed", type=int, default=0)
+    three.set_defaults(run_command=data)
+    arguments = parser.parse_args()
+    arguments.run_command(arguments)
+
+
+if __name__ == "__main__":
+    main()

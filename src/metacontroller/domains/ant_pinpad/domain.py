@@ -1,0 +1,243 @@
+"""ant-pinpad as a world: its config, its expert's demonstrations, its episodes (arXiv 2512.20605, §4, table A2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, open_dataset, versions
+from metacontroller.domains.ant_pinpad.expert import Expert
+from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena, Camera, direction_fields
+from metacontroller.domains.ant_pinpad.observation import (
+    NUM_ACTIONS,
+    objects_of,
+    observation_size,
+    parts_of,
+    random_quarter_turn,
+    state_of,
+)
+from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
+from metacontroller.domains.pinpad_tasks import (
+    A2_POST,
+    TABLE_A2,
+    Task,
+    check_tasks,
+    format_task,
+    parse_task,
+    transitions,
+)
+from metacontroller.errors import UserError
+
+SHIPPED, UNTRAINED = "shipped", "untrained"
+SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntPinpadConfig:
+    """A plane of cells, its tasks and its expert; the defaults are the paper's where it gives them (§4, table A2).
+
+    UserError for values out of range and for impossible tasks.
+    """
+
+    size: int = 4
+    """G: cells along each side."""
+    num_colors: int = 4
+    """O: colored cells; each is a subgoal."""
+    num_walls: int = 1
+    """W: wall cells."""
+    max_steps: int = 500
+    """T: steps after which an episode is truncated."""
+    cell_size: float = 2.0
+    """Side of a cell in meters (our choice; the paper is silent)."""
+    tasks: tuple[Task, ...] = TABLE_A2
+    """Tasks of the demonstrations, each as colors in order, such as 0-2-1."""
+    post_task: Task = A2_POST
+    """The post-training task, which reinforcement learning must solve."""
+    expert: str = SHIPPED
+    """Who demonstrates: shipped, untrained (random weights), or a file that examples/ant_expert.py wrote."""
+    only_successes: bool = True
+    """Keep only demonstrations that succeed (our choice; the paper is silent)."""
+    episodes: int = 20_000
+    """Demonstrations on disk for each of the two phases."""
+    dataset: str = "datasets/ant"
+    """Folder of the demonstrations on disk. They are made when they are first asked for."""
+    dataset_seed: int = 0
+    """From which the demonstrations derive."""
+    camera: Camera = "above"
+    """From where pictures are taken: above shows the whole plane, follow the ant."""
+    threads: int = 0
+    """Threads of MuJoCo, which change no number; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        check_tasks([*self.tasks, self.post_task], self.arena.num_colors)
+        for name, least in (("episodes", 1), ("threads", 0), ("dataset_seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.camera not in CAMERAS:
+            raise UserError(f"camera is {self.camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
+
+    @property
+    def arena(self) -> Arena:
+        """Size and content of the plane."""
+        return Arena(**{part.name: getattr(self, part.name) for part in fields(Arena)})
+
+
+class AntPinpad(Domain):
+    """Colored cells of a plane, to be visited by MuJoCo's ant in the order of a hidden task."""
+
+    name = "ant-pinpad"
+    Config = AntPinpadConfig
+    config: AntPinpadConfig
+
+    def spec(self) -> DomainSpec:
+        arena = self.config.arena
+        names = tuple(map(str, range(arena.num_colors)))
+        states, actions = {"num_continuous": observation_size(arena)}, {"num_continuous": NUM_ACTIONS}
+        return DomainSpec(states, actions, arena.max_steps, names)
+
+    def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes drawn from those on disk, with replacement. Each phase has a dataset of its own: actions are
+        sampled in that for pretraining, and the expert's mean ones in that for discovery (§2)."""
+        store = self.store(split)
+        rows = torch.randint(len(store), (n,), generator=generator, device=generator.device)
+        return store.read(rows.cpu()).to(generator.device)
+
+    def store(self, split: Split) -> TrajectoryStore:
+        """The demonstrations of one phase on disk, written first if they are not there."""
+        return _open(self.config, split)
+
+    def demonstrate(self, task: Sequence[int] | None, n: int, generator: torch.Generator) -> Trajectories:
+        """n new episodes of the expert with its mean actions."""
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        recipe = _recipe(self.config, (self._task(task),), mean_actions=True, seed=seed)
+        return generate(recipe, n).to(generator.device)
+
+    def reset(
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        task: Sequence[int] | Free | None = None,
+        max_steps: int | None = None,
+    ) -> AntBatch:
+        """n ants, each on its own random layout; task: colors in order.
+
+        An episode without a task (`FREE`) does not end for a color, but as others where the ant falls, walks into a
+        wall or leaves the plane: from there it could not go on.
+        """
+        colors = () if task is FREE else self._task(task)  # type: ignore[arg-type]
+        arena = self.config.arena if max_steps is None else _limited(self.config.arena, max_steps)
+        return start_ants(arena, [colors] * n, generator, self.config.threads)
+
+    def _task(self, task: Sequence[int] | None) -> Task:
+        colors = self.config.post_task if task is None else tuple(task)
+        check_tasks([colors], self.config.num_colors)
+        return colors
+
+    def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
+        """The world turned by 0 to 3 right angles, at random for each row: it changes directions and places, but no
+        colors and nothing inside the ant. It has no mirror image here: its legs would have to change places."""
+        return random_quarter_turn(self.config.arena, states, generator)
+
+    def restart(self, episodes: Trajectories) -> AntBatch:
+        """The same layouts, tasks and starts, as exactly as observations tell; the task is what the episode got done,
+        as its labels say."""
+        assert episodes.subgoals is not None
+        assert episodes.segments is not None
+        arena, first = self.config.arena, episodes.states[:, 0]
+        count = episodes.segments.amax(1) + 1
+        tasks = episodes.segments.new_full((episodes.batch, int(count.max()) + 1), -1)
+        tasks.scatter_(1, episodes.segments % tasks.shape[1], episodes.subgoals)  # padding goes to the last column
+        state = state_of(arena, first)
+        return AntBatch(arena, objects_of(arena, first), state, tasks[:, :-1], count, self.config.threads)
+
+    def facts(self, episodes: Trajectories) -> dict[str, Tensor]:
+        """color: to go to. place: its cell. cell: the ant's. way: the direction of the shortest way, in the world."""
+        assert episodes.subgoals is not None
+        arena, goal = self.config.arena, episodes.subgoals
+        named = {"color": goal, "place": goal, "cell": goal, "way": goal}
+        states = episodes.states[:, :-1]
+        cell = arena.cell(parts_of(arena, states.double()).place * arena.half).clamp(min=0)
+        objects = objects_of(arena, episodes.states[:, 0])
+        fields = direction_fields(arena, objects)
+        rows = torch.arange(len(goal), device=goal.device)[:, None]
+        asked = goal.clamp(min=0)
+        named |= {"place": objects.gather(1, asked), "cell": cell, "way": fields[rows, asked, cell]}
+        return {name: torch.where(goal >= 0, value, -1) for name, value in named.items()}
+
+    def seen_transitions(self) -> Tensor:
+        seen = torch.eye(self.config.num_colors, dtype=torch.bool)
+        for first, second in transitions(self.config.tasks):
+            seen[first, second] = True
+        return seen
+
+    def render(self, states: Tensor) -> Tensor:
+        from metacontroller.domains.ant_pinpad.rendering import painter
+
+        arena = self.config.arena
+        objects, brush = objects_of(arena, states[0]), painter(arena)
+        pictures = [brush.draw(state, objects, self.config.camera) for state in state_of(arena, states)]
+        return torch.stack([torch.from_numpy(picture) for picture in pictures])
+
+    def offers(self, method: str) -> bool:
+        """Pictures are offered where this machine can draw them."""
+        return super().offers(method) and (method != "render" or _can_draw())
+
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    def parse_task(self, text: str) -> Task:
+        return parse_task(text)
+
+    def format_task(self, task: Any = None) -> str:
+        if task is FREE:
+            return "free"
+        return format_task(self.config.post_task if task is None else task)
+
+
+def _limited(arena: Arena, max_steps: int) -> Arena:
+    return Arena(**{**vars(arena), "max_steps": max_steps})
+
+
+def _can_draw() -> bool:
+    try:
+        from metacontroller.domains.ant_pinpad.rendering import can_draw
+    except UserError:  # MuJoCo is not installed
+        return False
+    return can_draw()
+
+
+@cache
+def _expert(name: str, arena: Arena) -> Expert:
+    if name == UNTRAINED:
+        return Expert.untrained(arena)
+    return Expert.load(SHIPPED_EXPERT if name == SHIPPED else Path(name))[0]
+
+
+def _recipe(config: AntPinpadConfig, tasks: tuple[Task, ...], *, mean_actions: bool, seed: int) -> Recipe:
+    return Recipe(
+        arena=config.arena,
+        expert=_expert(config.expert, config.arena),
+        tasks=tasks,
+        mean_actions=mean_actions,
+        only_successes=config.only_successes,
+        seed=seed,
+        threads=config.threads,
+    )
+
+
+@cache
+def _open(config: AntPinpadConfig, split: Split) -> TrajectoryStore:
+    """The dataset of one phase; those of the two phases hold different episodes."""
+    mean = split == "discover"
+    recipe = _recipe(config, config.tasks, mean_actions=mean, seed=2 * config.dataset_seed + mean)
+    return open_dataset(recipe, config.episodes, Path(config.dataset))

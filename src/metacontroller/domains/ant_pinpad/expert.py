@@ -1,0 +1,190 @@
+"""The expert: a policy that PPO trained, which is told the way (§4). Here it is loaded and acts; it is trained by
+`examples/ant_expert.py`.
+
+It observes more than the model: for each cell, one-hot, in which direction the shortest way to the next color goes;
+and, our choice, the direction in its own cell, its velocity and its local coordinates, all three in the frame of its
+torso, so that it need not learn to walk anew for every yaw.
+
+Axes: b row, c color, n cell, f feature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.ant_pinpad.layouts import STEPS, Arena, direction_fields
+from metacontroller.domains.ant_pinpad.observation import (
+    NUM_ACTIONS,
+    NUM_POSITIONS,
+    heading,
+    observation_size,
+    parts_of,
+    symlog,
+)
+from metacontroller.domains.ant_pinpad.simulator import AntBatch
+from metacontroller.errors import UserError
+
+HIDDEN = (256, 256)
+"""Units of the hidden layers."""
+FORMAT = 1
+_HEADER = "ant-expert"
+LIMIT = 10.0
+"""Of normalized features."""
+
+
+def feature_count(arena: Arena) -> int:
+    """f."""
+    return observation_size(arena) + len(STEPS) * arena.num_cells + 6
+
+
+class Guide:
+    """What the expert is told in a batch of episodes, which must keep its rows; `renew` tells of new layouts."""
+
+    def __init__(self, env: AntBatch) -> None:
+        self.env = env
+        self.fields = direction_fields(env.arena, env.objects)
+        self.vectors = torch.tensor([[right, -down] for down, right in STEPS] + [[0, 0]]).double()  # the last: none
+        self.vectors = self.vectors.to(self.fields.device)
+
+    def renew(self, rows: Tensor) -> None:
+        """Looks at the layouts of ``rows`` (m,) again, whose episodes were replaced."""
+        self.fields[rows] = direction_fields(self.env.arena, self.env.objects[rows])
+
+    def field(self) -> Tensor:
+        """(b, n) int64: the direction to go in each cell, -1 where there is none, as where no color is asked for."""
+        goal = self.env.goal()
+        rows = torch.arange(len(goal), device=goal.device)
+        return self.fields[rows, goal.clamp(min=0)].masked_fill(goal[:, None] < 0, -1)
+
+    def way(self) -> Tensor:
+        """(b, 2) float64: the direction to go in the ant's own cell, a unit vector, or zero."""
+        here = self.field().gather(1, self.env.cell[:, None]).squeeze(1)
+        return self.vectors[here]
+
+    def features(self) -> Tensor:
+        """(b, f) float32: what the expert observes."""
+        env = self.env
+        parts = parts_of(env.arena, env.observation)
+        field = F.one_hot(self.field() + 1, len(STEPS) + 1)[..., 1:].flatten(1).float()
+        cos, sin = heading(env.state[:, 3:7]).unbind(-1)
+        velocity = symlog(env.state[:, NUM_POSITIONS : NUM_POSITIONS + 2])
+        own = [torch.stack([cos * x + sin * y, cos * y - sin * x], 1) for x, y in map(_xy, (self.way(), velocity))]
+        x, y = _xy(parts.local.double())
+        own.append(torch.stack([cos * x + sin * y, cos * y - sin * x], 1))
+        return torch.cat([env.observation, field, *(vector.float() for vector in own)], 1)
+
+
+def _xy(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return vectors[:, 0], vectors[:, 1]
+
+
+class Expert(nn.Module):
+    """A Gaussian policy: normalized features, hidden layers with tanh, mean torques; one deviation for each torque.
+
+    mean, std (f,): of the features. log_std (8,).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int, hidden: Sequence[int] = HIDDEN) -> None:
+        super().__init__()
+        self.features, self.hidden = features, tuple(hidden)
+        sizes = [features, *self.hidden]
+        layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(sizes[-1], NUM_ACTIONS)
+        self.log_std = nn.Parameter(torch.zeros(NUM_ACTIONS))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    @classmethod
+    def untrained(cls, arena: Arena) -> Expert:
+        """New weights, always the same: for tests, and for presets that take seconds."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls(feature_count(arena), (16,))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (b, f) -> mean torques (b, 8), not yet within -1..1."""
+        normalized = ((features - self.mean) / self.std).clamp(-LIMIT, LIMIT)
+        return self.head(self.body(normalized))
+
+    @torch.no_grad()
+    def act(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Torques (b, 8) within -1..1: the mean ones, or with a generator samples."""
+        torques = self(features)
+        if generator is not None:
+            noise = torch.randn(torques.shape, generator=generator, device=torques.device)
+            torques = torques + self.log_std.exp() * noise
+        return torques.clamp(-1.0, 1.0)
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Writes weights and ``about``, JSON values such as versions and success, to one file."""
+        header = {"format": FORMAT, "hidden": self.hidden, "features": self.features, "about": about}
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, path, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Expert, dict[str, Any]]:
+        """The expert that ``save`` wrote, and ``about``; no code is run from the file. UserError for another file."""
+        if not path.is_file():
+            raise UserError(f"there is no expert in {path}; train one with examples/ant_expert.py, or name its file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a complete safetensors file ({error}); write it again.") from None
+        if header.get("format") != FORMAT:
+            raise UserError(f"{path} holds no expert of format {FORMAT}; name one that examples/ant_expert.py wrote.")
+        expert = cls(header["features"], header["hidden"])
+        expert.load_state_dict(tensors)
+        return expert, header["about"]
+
+    def fingerprint(self) -> str:
+        """The same for equal weights alone."""
+        content = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            content.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+
+def play(env: AntBatch, expert: Expert, generator: torch.Generator | None) -> Trajectories:
+    """Plays every episode to its end; with a generator actions are samples, without it mean ones.
+
+    Labels are the color to go to and its position in the task. UserError if the expert is one for another plane.
+    """
+    if expert.features != feature_count(env.arena):
+        raise UserError(
+            f"the expert observes {expert.features} numbers and the plane gives {feature_count(env.arena)}; train one "
+            "for this size and number of objects."
+        )
+    guide = Guide(env)
+    states, actions, goals, places, ended = [env.observation], [], [], [], []
+    while not bool((stopped := env.terminated | env.truncated).all()):
+        ended.append(stopped)
+        goals.append(env.goal())
+        places.append(env.subgoals_done)
+        actions.append(expert.act(guide.features(), generator).masked_fill(stopped[:, None], 0))
+        env.step(actions[-1])
+        states.append(env.observation)
+    padding = torch.stack(ended, 1)
+    return Trajectories(
+        states=torch.stack(states, 1),
+        actions=torch.stack(actions, 1),
+        lengths=env.steps,
+        subgoals=torch.stack(goals, 1).masked_fill(padding, -1),
+        segments=torch.stack(places, 1).masked_fill(padding, -1),
+    )

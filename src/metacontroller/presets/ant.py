@@ -1,0 +1,181 @@
+"""Complete configurations of the ant-pinpad experiment: debug (seconds), short, laptop, paper; see docs/ant.md.
+
+Table and section numbers are those of arXiv 2512.20605. Values of the presets other than paper are our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from metacontroller.baselines.compile import CompileConfig
+from metacontroller.control.config import MetaControllerConfig
+from metacontroller.control.switching import GateConfig
+from metacontroller.domains.ant_pinpad.domain import UNTRAINED, AntPinpadConfig
+from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
+from metacontroller.models.config import ModelConfig
+from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.phases.evaluate import EvaluateConfig
+from metacontroller.phases.policy_gradient import InternalRLConfig
+from metacontroller.phases.pretrain import PretrainConfig
+from metacontroller.presets import gridworld
+from metacontroller.recipes.config import ExperimentConfig, with_seed
+from metacontroller.recipes.variants import StudyConfig
+from metacontroller.training.optimizer import OptimizerConfig
+
+
+def debug() -> ExperimentConfig:
+    """Every phase in seconds, with an expert of random weights; learns nothing worth having."""
+    config = gridworld.debug()
+    rl = replace(config.internal_rl, episodes=32, batch_size=16)
+    domain = AntPinpadConfig(
+        size=3, max_steps=12, post_task=(0,), expert=UNTRAINED, only_successes=False, episodes=48, threads=1
+    )
+    return with_seed(
+        replace(
+            config,
+            domain=domain,
+            model=replace(config.model, body="hawk"),
+            meta_controller=replace(
+                config.meta_controller, rank=None, embedder_kind="hawk", policy_kind="hawk", policy_hidden=16
+            ),
+            pretrain=replace(config.pretrain, state_loss_weight=10.0),
+            internal_rl=rl,
+            raw_action_rl=rl,
+            evaluate=EvaluateConfig(episodes=16, codes=4, layouts_per_code=4, walk_steps=6, link_updates=5),
+        ),
+        0,
+    )
+
+
+def laptop() -> ExperimentConfig:
+    """The paper's experiment with fewer blocks, updates and episodes, for two cores."""
+    rl = InternalRLConfig(episodes=80 * 256, batch_size=256, lr=1e-3, update_epochs=4)
+    optimizer = OptimizerConfig(steps=2000, batch_size=64, lr=1e-3, decay_steps=500)
+    return with_seed(
+        ExperimentConfig(
+            domain=AntPinpadConfig(),
+            model=ModelConfig(dim=128, lower_depth=2, upper_depth=2, heads=8, mlp_dim=256, body="hawk"),
+            meta_controller=MetaControllerConfig(
+                dim_latent=4, embedder_kind="hawk", rank=None, policy_hidden=64, policy_kind="hawk"
+            ),
+            pretrain=PretrainConfig(
+                optimizer=OptimizerConfig(steps=3000, batch_size=64, lr=1e-3),
+                state_loss_weight=10.0,
+                snapshots=(500, 1000),
+            ),
+            discover=DiscoverConfig(
+                optimizer=optimizer,
+                alpha=0.05,
+                alpha_start=0.0,  # codes must mean something before they cost something
+                alpha_warmup=(500, 1000),
+                symmetry_augmentation=True,  # quarter turns
+            ),
+            compile=CompileConfig(optimizer=optimizer, alpha_warmup=(500, 1000)),
+            internal_rl=rl,
+            raw_action_rl=rl,
+            evaluate=EvaluateConfig(episodes=500, codes=32, layouts_per_code=16, walk_steps=150, link_updates=300),
+        ),
+        0,
+    )
+
+
+def short() -> ExperimentConfig:
+    """The laptop preset with tasks of two colors and a post-training task of three: episodes are shorter, so that each
+    link of the chain can be looked at before the whole run. The plane is the same, and so is the expert."""
+    config = laptop()
+    domain = replace(
+        config.domain, tasks=tuple(sorted(transitions(TABLE_A2))), post_task=(0, 1, 2), max_steps=300, episodes=8000
+    )
+    rl = replace(config.internal_rl, episodes=40 * 256)
+    return with_seed(replace(config, domain=domain, internal_rl=rl, raw_action_rl=rl), 0)
+
+
+def paper() -> ExperimentConfig:
+    """The paper's ant experiment; days on a GPU, with MuJoCo on the CPU beside it."""
+    rl = InternalRLConfig(
+        episodes=51_200 * 256,  # 51.2k updates; hyperparameters of internal RL
+        batch_size=256,  # the same table
+        lr=3e-5,  # the same table
+        weight_decay=0.0,  # our choice
+        update_epochs=1,  # our choice
+        eps_clip=0.2,  # our choice
+        delta=1e-3,  # C.5: about 1e-3
+        max_grad_norm=1.0,  # our choice
+    )
+    config = ExperimentConfig(
+        domain=AntPinpadConfig(
+            size=4,  # G
+            num_colors=4,  # O
+            num_walls=1,  # W
+            max_steps=500,  # T
+            cell_size=2.0,  # our choice
+            tasks=TABLE_A2,  # table A2
+            post_task=A2_POST,  # table A2
+            only_successes=True,  # our choice
+            episodes=100_000,  # our choice
+        ),
+        # D.1: 8 blocks, controlled at mid-depth
+        model=ModelConfig(dim=256, lower_depth=4, upper_depth=4, heads=8, mlp_dim=512, body="hawk"),
+        meta_controller=MetaControllerConfig(
+            dim_latent=8,  # hyperparameters of discovery
+            dim_history=32,  # the same table
+            dim_sequence=32,  # the same table
+            encoder_hidden=64,  # the same table
+            decoder_hidden=32,  # the same table
+            switch_hidden=32,  # our choice
+            embedder_dim=64,  # our choice
+            embedder_depth=1,  # our choice
+            embedder_kind="hawk",  # eq. 13, D.1
+            rank=None,  # full, D.2
+            policy_hidden=256,  # C.5
+            policy_kind="hawk",  # C.5: an SSM of one layer
+            gate=GateConfig(mode="soft", threshold=0.5),  # C.6
+        ),
+        pretrain=PretrainConfig(
+            optimizer=OptimizerConfig(  # hyperparameters of pretraining
+                steps=204_800,
+                batch_size=512,
+                lr=3e-4,
+                weight_decay=0.03,
+                decay_steps=0,
+                max_grad_norm=1.0,  # our choice
+            ),
+            state_loss_weight=10.0,  # the same table
+            snapshots=(10_000, 50_000, 100_000),  # our choice
+        ),
+        discover=DiscoverConfig(
+            optimizer=OptimizerConfig(  # hyperparameters of discovery
+                steps=32_000,
+                batch_size=128,
+                lr=3e-4,
+                weight_decay=0.03,
+                decay_steps=0,
+                max_grad_norm=1.0,  # our choice
+            ),
+            alpha=0.17,  # our choice among those searched: 0, 0.05, 0.1, 0.17, 0.3, 0.5, 1
+            alpha_start=0.17,  # no warm-up: the paper is silent
+            state_loss_weight=10.0,  # eq. 3 has the lambda of pretraining
+        ),
+        compile=CompileConfig(  # hyperparameters of the baselines
+            optimizer=OptimizerConfig(steps=32_000, batch_size=128, lr=3e-4, weight_decay=0.03),
+            segments=4,
+            hidden=32,
+            prior_rate=10.0,
+            temperature=1.0,  # 0.5 or 1
+            alpha_code=0.1,  # our choice among those searched: 0.003 to 1
+            alpha_boundary=0.1,  # likewise
+        ),
+        internal_rl=rl,
+        raw_action_rl=rl,
+        evaluate=EvaluateConfig(episodes=4096, codes=64, layouts_per_code=64, walk_steps=250),  # our choice
+    )
+    return with_seed(config, 0)
+
+
+PRESETS = {"debug": debug, "short": short, "laptop": laptop, "paper": paper}
+
+STUDIES = {
+    "debug": replace(gridworld.STUDIES["debug"], episodes=16, steer_episodes=16, inject_walks=4),
+    "laptop": StudyConfig(),
+}
+"""How much of everything `metacontroller figures` does, by preset."""

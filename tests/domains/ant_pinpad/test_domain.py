@@ -1,0 +1,192 @@
+"""ant-pinpad as a world: its config, its interface, and the chain of all phases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metacontroller.cli import main
+from metacontroller.domains import ant_pinpad
+from metacontroller.domains.ant_pinpad import domain as domain_module
+from metacontroller.domains.ant_pinpad import simulator
+from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
+from metacontroller.domains.base import FREE
+from metacontroller.domains.pinpad_tasks import transitions
+from metacontroller.presets import preset, preset_names
+from metacontroller.presets.ant import PRESETS
+from metacontroller.recipes.config import from_json, to_json
+from metacontroller.storage.run_folder import RunFolder
+
+
+def random_state(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small(folder: Path, **changes: Any) -> AntPinpadConfig:
+    config = preset("ant-debug").domain
+    return replace(config, dataset=str(folder / "data"), episodes=16, max_steps=6, **changes)
+
+
+# -- without MuJoCo ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name: str) -> None:
+    assert f"ant-{name}" in preset_names()
+    config = preset(f"ant-{name}")
+    assert isinstance(config.domain, AntPinpadConfig)
+    assert config.model.body == "hawk"
+    assert config.meta_controller.rank is None
+    assert from_json(json.loads(json.dumps(to_json(config), default=dataclasses.asdict))) == config
+
+
+@pytest.mark.parametrize("name", ["short", "laptop", "paper"])
+def test_no_transition_of_the_post_training_task_is_demonstrated(name: str) -> None:
+    config = preset(f"ant-{name}").domain
+    assert transitions([config.post_task])
+    assert not transitions(config.tasks) & transitions([config.post_task])
+
+
+def test_the_world_says_what_a_model_has_to_know() -> None:
+    world = AntPinpad(AntPinpadConfig())
+    spec = world.spec()
+    assert (spec.encoder, spec.action) == ({"num_continuous": 41}, {"num_continuous": 8})
+    assert (spec.max_steps, spec.subgoals) == (500, ("0", "1", "2", "3"))
+    seen = world.seen_transitions()
+    assert not bool(seen[0, 1] | seen[1, 2] | seen[2, 3])
+    assert bool(seen.diagonal().all())
+    assert int(seen.sum()) == 4 + 8
+    assert world.format_task() == "0-1-2-3"
+    assert world.format_task(FREE) == "free"
+    assert world.format_task(world.parse_task("2-0")) == "2-0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tasks": ((0, 7),)}, "task 0-7 has unknown color 7"),
+        ({"size": 2}, "too few for 4 colors"),
+        ({"episodes": 0}, "episodes is 0; expected at least 1"),
+        ({"threads": -1}, "threads is -1; expected at least 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        AntPinpadConfig(**changes)
+
+
+def test_without_mujoco_acting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mujoco"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for name in ("engine", "rendering"):
+        monkeypatch.delitem(sys.modules, f"{ant_pinpad.__name__}.{name}", raising=False)
+        monkeypatch.delattr(ant_pinpad, name, raising=False)
+    simulator._physics.cache_clear()
+    world = AntPinpad(AntPinpadConfig(max_steps=3))
+    env = world.reset(2, random_state())
+    with pytest.raises(ValueError, match=r"mujoco is not installed; install it by: pip install .*\[ant\]"):
+        env.step(torch.zeros(2, 8))
+    assert not world.offers("render")
+
+
+def test_an_expert_that_is_not_there_is_named(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path, expert=str(tmp_path / "mine.safetensors")))
+    with pytest.raises(ValueError, match=r"there is no expert in .*mine\.safetensors; train one with"):
+        world.demonstrations("pretrain", 2, random_state())
+
+
+# -- with MuJoCo ------------------------------------------------------------------------------------------------------
+
+needs_mujoco = pytest.mark.skipif(domain_module.versions() == {}, reason="the extra ant is not installed")
+
+
+@needs_mujoco
+def test_demonstrations_come_from_disk_one_dataset_a_phase(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path))
+    first = world.demonstrations("discover", 20, random_state(3))
+    assert first.states.shape == (20, first.steps + 1, world.spec().encoder["num_continuous"])
+    again = AntPinpad(small(tmp_path)).demonstrations("discover", 20, random_state(3))
+    assert torch.equal(first.states, again.states)
+    sampled = world.demonstrations("pretrain", 20, random_state(3))
+    assert len(list((tmp_path / "data").iterdir())) == 2
+    # an untrained expert's mean torques are small, and its samples fill the range
+    assert float(first.actions.abs().mean()) < 0.5 < float(sampled.actions.abs().mean()) + 0.1
+    assert float(sampled.actions.abs().max()) == 1.0
+
+
+@needs_mujoco
+def test_an_episode_can_be_begun_anew(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path))
+    episodes = world.demonstrate((2, 0), 6, random_state())
+    env = world.restart(episodes)
+    assert torch.allclose(env.observation, episodes.states[:, 0], atol=1e-5)
+    assert env.goal().tolist() == [2] * 6
+    assert env.task_lengths.tolist() == [1] * 6  # of the task, the labels tell the part that was begun
+    env.step(episodes.actions[:, 0])
+    assert torch.allclose(env.observation, episodes.states[:, 1], atol=1e-3)
+
+
+@needs_mujoco
+def test_facts_are_where_the_color_is_and_where_the_ant(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path))
+    env = world.reset(12, random_state(), task=(1, 3))
+    objects, cell = env.objects, env.cell
+    facts = world.facts(world.demonstrate((1, 3), 12, random_state(5)))
+    assert {name: value.dtype for name, value in facts.items()} == dict.fromkeys(
+        ("color", "place", "cell", "way"), torch.int64
+    )
+    assert set(facts["color"].flatten().tolist()) <= {-1, 1}
+    episodes = world.demonstrate((1, 3), 12, random_state())
+    facts = world.facts(episodes)
+    restarted = world.restart(episodes)
+    assert torch.equal(facts["place"][:, 0], restarted.objects[:, 1])
+    assert torch.equal(facts["cell"][:, 0], restarted.cell)
+    assert int(facts["way"].max()) <= 3
+    assert (objects.shape, cell.shape) == ((12, 5), (12,))
+
+
+@needs_mujoco
+def test_a_free_episode_does_not_end_for_a_color(tmp_path: Path) -> None:
+    batch = AntPinpad(small(tmp_path)).reset(8, random_state(), task=FREE, max_steps=4)
+    for _ in range(4):
+        assert not bool(batch.step(torch.zeros(8, 8)).any())
+    assert batch.truncated.tolist() == [True] * 8
+    assert batch.goal().tolist() == [-1] * 8
+    assert not bool(batch.success.any())
+
+
+@needs_mujoco
+def test_pictures_are_of_the_states(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path))
+    if not world.offers("render"):
+        pytest.skip("this machine has no OpenGL to draw with")
+    pictures = world.render(world.demonstrate((0,), 1, random_state()).states[0, ::3])
+    assert pictures.dtype == torch.uint8
+    assert pictures.shape[1:] == (224, 224, 3)
+    assert not torch.equal(pictures[0], pictures[-1])
+
+
+@needs_mujoco
+@pytest.mark.slow
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["pretrain a --preset ant-debug", "discover a", "internal-rl a", "internal-rl a --raw"]
+    lines += ["evaluate a --policy internal-rl --episodes 8", "gate a --episodes 8", "probe a --steps 3 --episodes 8"]
+    lines += ["steer a --steps 2 --episodes 8 --batch-size 8", "inject a --walks 4", "oracle a --episodes 8"]
+    lines += ["episodes a --episodes 2", "reproduce --preset ant-debug --out b"]
+    for line in lines:
+        assert main([*line.split(), "--device", "cpu"]) == 0, line
+    run = RunFolder("a")
+    for name in ("pretrain", "discover", "internal_rl"):
+        assert run.load_checkpoint(name)[1]["versions"] == domain_module.versions()
+    run.versions = {"mujoco": "0.9"}
+    with pytest.warns(UserWarning, match=r"pretrain.safetensors was made with mujoco .* and 0\.9 is installed"):
+        run.load_checkpoint("pretrain")

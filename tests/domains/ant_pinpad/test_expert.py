@@ -1,0 +1,161 @@
+"""What the expert is told, its file, and its episodes on disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metacontroller.domains.ant_pinpad.expert import Expert, Guide, feature_count, play
+from metacontroller.domains.ant_pinpad.layouts import LEFT, STEPS, UP, Arena
+from metacontroller.domains.ant_pinpad.observation import observation_size
+from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+
+pytest.importorskip("mujoco", reason="the extra ant is not installed")
+
+from metacontroller.domains.ant_pinpad import dataset
+from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, open_dataset, write_dataset
+
+ARENA = Arena(size=3, num_colors=2, num_walls=1, max_steps=8)
+
+
+def random_state(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def recipe(**changes: object) -> Recipe:
+    options = {"arena": ARENA, "expert": Expert.untrained(ARENA), "tasks": ((0, 1), (1, 0)), "seed": 0, "threads": 1}
+    options |= {"mean_actions": True, "only_successes": False}
+    return Recipe(**(options | changes))  # pyright: ignore[reportArgumentType]
+
+
+def facing(yaw: float, velocity: tuple[float, float]) -> AntBatch:
+    """An ant in the last cell, with color 0 at the other end of its row; the wall lies above it."""
+    state = torch.zeros((1, 29), dtype=torch.float64)
+    state[0, :2] = ARENA.center(torch.tensor(8)) + torch.tensor([0.5, 0.25])
+    state[0, 2:4] = torch.tensor([0.75, math.cos(yaw / 2)])
+    state[0, 6], state[0, 15:17] = math.sin(yaw / 2), torch.tensor(velocity).double()
+    objects, tasks = torch.tensor([[6, 0, 5]]), torch.tensor([[0, 1]])
+    return AntBatch(ARENA, objects, state, tasks, torch.tensor([2]), 1)
+
+
+def test_the_guide_points_along_the_shortest_way() -> None:
+    guide = Guide(facing(0.0, (0.0, 0.0)))
+    assert guide.way().tolist() == [[-1.0, 0.0]]  # to the left
+    field = guide.field()[0].tolist()
+    assert field[7] == LEFT
+    assert field[6] == field[5] == -1  # the color, the wall
+    guide.env.subgoals_done = torch.tensor([1])
+    assert guide.field()[0, 3] == UP
+    guide.env.subgoals_done = torch.tensor([2])  # all done
+    assert guide.field().unique().tolist() == [-1]
+    assert guide.way().tolist() == [[0.0, 0.0]]
+
+
+def test_features_hold_the_field_one_hot_and_the_way_in_the_ants_own_frame() -> None:
+    yaw = math.pi / 2  # facing up: the way, which goes to the left of the plane, is to its left
+    guide = Guide(facing(yaw, (-3.0, 0.0)))
+    features = guide.features()
+    assert features.shape == (1, feature_count(ARENA))
+    size = observation_size(ARENA)
+    assert torch.equal(features[:, :size], guide.env.observation)
+    field = features[0, size : size + 36].view(9, len(STEPS))
+    told = guide.field()[0]
+    assert torch.equal(field.sum(1), (told >= 0).float())
+    assert torch.equal(field.argmax(1)[told >= 0], told[told >= 0])
+    way, velocity, local = features[0, -6:-4], features[0, -4:-2], features[0, -2:]
+    assert torch.allclose(way, torch.tensor([0.0, 1.0]), atol=1e-6)
+    assert torch.allclose(velocity, torch.tensor([0.0, math.log(4.0)]), atol=1e-6)
+    assert torch.allclose(local, torch.tensor([0.25, -0.5]), atol=1e-6)
+
+
+def test_an_expert_acts_from_normalized_features_within_the_limits() -> None:
+    expert = Expert(5, (4,))
+    expert.mean.fill_(2.0)
+    expert.std.fill_(3.0)
+    features = torch.tensor([[2.0, 5.0, -1.0, 200.0, 2.0]])
+    normal = torch.tensor([[0.0, 1.0, -1.0, 10.0, 0.0]])
+    assert torch.equal(expert(features), expert.head(expert.body(normal)))
+    with torch.no_grad():
+        expert.head.bias.fill_(50.0)
+    assert expert.act(features).tolist() == [[1.0] * 8]
+    with torch.no_grad():
+        expert.head.bias.fill_(0.0)
+    sampled = torch.cat([expert.act(features, random_state(seed)) for seed in range(50)])
+    assert float(sampled.std()) > 0.4
+    assert float(sampled.abs().max()) <= 1.0
+
+
+def test_a_saved_expert_comes_back(tmp_path: Path) -> None:
+    expert = Expert(7, (4, 3))
+    expert.save(tmp_path / "a", {"mujoco": "4.0.0"})
+    expert.save(tmp_path / "b", {"mujoco": "4.0.0"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    again, about = Expert.load(tmp_path / "a")
+    assert about == {"mujoco": "4.0.0"}
+    assert again.fingerprint() == expert.fingerprint() != Expert(7, (4, 3)).fingerprint()
+    (tmp_path / "c").write_text("weights")
+    for name, message in (("c", "is not a complete safetensors file"), ("d", "there is no expert in .*train one")):
+        with pytest.raises(ValueError, match=message):
+            Expert.load(tmp_path / name)
+
+
+def test_an_expert_of_another_plane_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the expert observes 79 numbers and the plane gives 107"):
+        play(start_ants(Arena(num_colors=2, max_steps=3), [(0,)], random_state(), 1), Expert.untrained(ARENA), None)
+
+
+def test_episodes_are_labelled_and_padded() -> None:
+    env = start_ants(ARENA, [(0, 1), (1,)] * 8, random_state(), 1)
+    starts = env.observation
+    made = play(env, Expert.untrained(ARENA), random_state())
+    assert torch.equal(made.states[:, 0], starts)
+    assert torch.equal(made.states[:, -1], env.observation)
+    assert made.subgoals is not None
+    assert made.segments is not None
+    real = made.mask()
+    assert set(made.subgoals[real].tolist()) == {0, 1}
+    assert made.segments[real].unique().tolist() == [0]  # it never gets anywhere
+    assert made.actions[~real].abs().sum() == 0
+    assert set(made.subgoals[~real].tolist()) <= {-1}
+    assert int(made.lengths.min()) < int(made.lengths.max()) == 8
+
+
+def test_a_dataset_is_written_again_bit_for_bit(tmp_path: Path) -> None:
+    for name, threads in (("a", 1), ("b", 2)):
+        write_dataset(recipe(mean_actions=False, threads=threads), 12, tmp_path / name)
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    arrays = ("actions", "lengths", "segments", "states", "subgoals")
+    assert files == {"store.json", *(f"{name}.npy" for name in arrays)}
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_dataset_is_made_once_and_depends_on_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_dataset(recipe(), 6, tmp_path)
+    assert len(first) == 6
+    assert isinstance(first.arrays["states"], np.memmap)
+    other = Expert(feature_count(ARENA), (8,))
+    changes = [{"seed": 1}, {"mean_actions": False}, {"only_successes": True}, {"tasks": ((0, 1),)}, {"expert": other}]
+    folders = {recipe(**change).folder(6) for change in [{}, {"threads": 2}, *changes]}
+    assert len(folders) == 1 + len(changes)
+    monkeypatch.setattr(dataset, "write_dataset", lambda *_: pytest.fail("made again"))
+    again = open_dataset(recipe(threads=2), 6, tmp_path)
+    assert np.array_equal(first.arrays["states"], again.arrays["states"])
+
+
+def test_another_version_of_mujoco_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = open_dataset(recipe(), 3, tmp_path)
+    assert made.meta["versions"] == dataset.versions()
+    monkeypatch.setattr(dataset, "versions", lambda: {"mujoco": "0.9"})
+    with pytest.warns(UserWarning, match=r"was made with mujoco .* and 0\.9 is installed"):
+        open_dataset(recipe(), 3, tmp_path)
+
+
+def test_an_expert_that_never_succeeds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "MOST_ATTEMPTS", 0.01)
+    with pytest.raises(ValueError, match=r"the expert solved 0 of .* episodes and 4 are asked for; train it longer"):
+        generate(recipe(only_successes=True), 4)

@@ -1,0 +1,89 @@
+"""The script that trains the ant's expert: its statistics, its policy as it is exported, and resuming."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from metacontroller.domains.ant_pinpad.expert import Expert
+from metacontroller.storage.run_folder import RunFolder
+
+for package, extra in (("mujoco", "ant"), ("stable_baselines3", "expert")):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (extra {extra})", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "ant_expert.py"
+SMALL = ["--rows", "8", "--steps-per-update", "16", "--checkpoint-every", "1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ant_expert", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_running_statistics_are_those_of_all_values(script: ModuleType) -> None:
+    values = torch.randn(60, 3).double() * torch.tensor([1.0, 5.0, 0.1]) + 3
+    found = script.Statistics(3)
+    for part in values.split([10, 1, 49]):
+        found.add(part)
+    assert torch.allclose(found.mean, values.mean(0), atol=1e-4)
+    assert torch.allclose(found.variance, values.var(0, unbiased=False), rtol=1e-3, atol=1e-4)
+
+
+def test_it_resumes_and_what_it_exports_acts_like_its_policy(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, policies = RunFolder(tmp_path / "run"), []
+    monkeypatch.setattr(
+        script,
+        "exported",
+        lambda policy, seen, make=script.exported: policies.append((policy, seen)) or make(policy, seen),
+    )
+    for words in (["--steps", "256"], ["--steps", "384", "--resume"]):
+        monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), *words, *SMALL])
+        script.main()
+    assert [line["step"] for line in run.read_metrics("expert")] == [128, 256, 384]
+    assert run.load_checkpoint(script.CHECKPOINT)[1]["updates"] == 3
+    expert, about = Expert.load(run.path / "expert.safetensors")
+    assert about["steps"] == 384
+    policy, seen = policies[-1]
+    features = seen.mean + seen.std * torch.randn(5, expert.features).double()
+    normalized = ((features - seen.mean) / seen.std).clamp(-script.LIMIT, script.LIMIT).float()
+    with torch.no_grad():
+        assert torch.allclose(expert(features.float()), policy.get_distribution(normalized).mode(), atol=1e-3)
+    monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), "--steps", "512", *SMALL])
+    with pytest.raises(ValueError, match="a checkpoint of this phase; resume it"):
+        script.main()
+
+
+def test_the_reward_is_the_velocity_along_the_way(script: ModuleType) -> None:
+    ants = script.GuidedAnts(script.Arena(), [(0, 2)], 6, bonus=2.0, gamma=0.9, seed=0, threads=1)
+    ants.reset()
+    way, before = ants.guide.way(), ants.ants.state[:, :2]
+    _, scaled, ended, _ = ants.step(torch.zeros(6, 8).numpy())
+    assert not ended.any()
+    expected = 2.0 * ((ants.ants.state[:, :2] - before) / 0.05 * way).sum(1)
+    assert torch.allclose(torch.from_numpy(scaled).double() * ants.returns.std, expected, atol=1e-5)
+
+
+def test_rows_that_end_start_anew_and_are_guided_there(script: ModuleType) -> None:
+    arena = script.Arena(max_steps=3)
+    ants = script.GuidedAnts(arena, [(0, 2)], 4, bonus=0.0, gamma=0.9, seed=0, threads=1)
+    ants.reset()
+    for _ in range(3):
+        observation, _, ended, infos = ants.step(torch.zeros(4, 8).numpy())
+    assert ended.all()
+    assert all(info["TimeLimit.truncated"] and not info["is_success"] and info["steps"] == 3 for info in infos)
+    assert ants.ants.steps.tolist() == [0] * 4
+    assert torch.equal(ants.guide.fields, script.Guide(ants.ants).fields)
+    assert not (infos[0]["terminal_observation"] == observation[0]).all()
