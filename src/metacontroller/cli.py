@@ -99,7 +99,7 @@ LAUNCHABLE = ("pretrain", "discover", "internal-rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt.
+    """Runs one command; returns the exit status: that of a `UserError`, or 130 after an interrupt.
 
     Any other exception is a bug and is let through, with its traceback.
     """
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave()
     except UserError as error:
         print(f"metacontroller: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("metacontroller: interrupted; resume it with --resume.", file=sys.stderr)
         return 130

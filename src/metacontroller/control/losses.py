@@ -30,14 +30,27 @@ def ratio_loss(beta: Tensor, mask: Tensor, target_length: float, threshold: floa
 
 
 def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
-    """(R - mean of batch) / (std of batch + delta), (b,) -> (b,): the same for all switches of an episode (C.5)."""
-    return (returns - returns.mean()) / (returns.std(correction=0) + delta)
+    """(R - mean of batch) / (std of batch + delta), (b,) -> (b,): the same for all switches of an episode (C.5).
+
+    Zeros where all returns are equal, whatever delta is.
+    """
+    advantages = (returns - returns.mean()) / (returns.std(correction=0) + delta)
+    return torch.where(returns.max() == returns.min(), torch.zeros_like(advantages), advantages)
+
+
+MAX_LOG_RATIO = 20.0
+"""Bound of log-ratios before ``exp``, far beyond any clipping: the loss and its gradient stay finite."""
+
+
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """log(pi / pi_old), (b, t) each, within ±`MAX_LOG_RATIO`; 0 where mask (b, t) is false."""
+    return (log_prob - old_log_prob).masked_fill(~mask, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clipped_surrogate(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, eps_clip: float = 0.2
 ) -> Tensor:
     """PPO's clipped surrogate to minimise, a mean over real decisions (C.5); tensors (b, t), mask bool -> scalar."""
-    ratio = torch.exp((log_prob - old_log_prob).masked_fill(~mask, 0.0))
+    ratio = torch.exp(log_ratio(log_prob, old_log_prob, mask))
     clipped = ratio.clamp(1 - eps_clip, 1 + eps_clip)
     return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metacontroller.errors import UserError
 from metacontroller.storage.files import replacing
+from metacontroller.storage.training_state import check_finite, not_finite
 
 Module = TypeVar("Module", bound="Saveable")
 SAVE_FORMAT = "1"
@@ -37,8 +38,11 @@ class Saveable:
         self.arguments = json.loads(json.dumps(plain))
 
     def save(self, path: str | Path) -> None:
-        """Writes weights and arguments to one file, atomically."""
+        """Writes weights and arguments to one file, atomically; UserError for weights that are not finite."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
+        name = not_finite(tensors)
+        if name is not None:
+            raise UserError(f"{name} of this {type(self).__name__} is not finite; it is not saved to {path}.")
         header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
         with replacing(Path(path)) as draft:
             save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
@@ -95,6 +99,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
+    check_finite(tensors, str(path))
     return tensors, header["arguments"]
 
 

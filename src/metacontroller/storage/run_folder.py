@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.storage.files import plain, read_object, replacing, strict_json, write_text
+from metacontroller.storage.training_state import check_finite, write_tensors
 
 CHECKPOINT_FORMAT = 1
 _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
@@ -185,11 +185,9 @@ class RunFolder:
         seconds = time.monotonic() - self._started.get(name, self._opened)
         peak = max(self._peak.get(name, 0.0), peak_rss_mb())
         meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
-        # Copies, because safetensors refuses tensors that share memory.
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
         with replacing(path) as temporary:
-            save_file(copies, temporary, metadata={_HEADER: header})
+            write_tensors(temporary, tensors, {_HEADER: header})
         return path
 
     def load_checkpoint(
@@ -197,7 +195,8 @@ class RunFolder:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, meta) of a checkpoint; later saves under its name add to its seconds.
 
-        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format.
+        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format, or holds
+        values that are not finite.
         """
         path = self.checkpoint_path(name)
         if not path.exists():
@@ -209,6 +208,7 @@ class RunFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
+        check_finite(tensors, str(path))
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
         self._started[name] = time.monotonic() - meta["seconds"]

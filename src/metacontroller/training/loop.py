@@ -12,6 +12,7 @@ from metacontroller.data.batching import EpisodeStream, Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
+from metacontroller.training.divergence import NotFinite, diverged
 from metacontroller.training.optimizer import Learner, OptimizerConfig
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator
@@ -70,7 +71,8 @@ def train(
     Checkpoints go to ``run`` under the phase's name. With ``resume``, training continues from the last one, bit for bit
     as if it had not stopped; only the first means logged afterwards may differ, since they cover the steps since the
     checkpoint. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and
-    ``resume`` is false.
+    ``resume`` is false; DivergedError at the first loss, gradient or parameter that is not finite, see
+    `training.divergence`.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -99,21 +101,34 @@ def train(
             extras = sample_extras(batch, learner.generator) if sample_extras else {}
             batch, extras, share = _own_share(batch, extras, workers)
             loss, metrics = loss_function(batch, step, extras)
-            (share * loss).backward()
-            learner.optimizer_step()
-            means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
             done, last = step + 1, step + 1 == config.steps
-            if last or done % config.log_every == 0:
-                measured = means.take(workers)
-                if workers.is_main:
-                    run.log_metrics(phase, done, **measured)
-                progress.update(done, **measured)
-            if after is not None:
-                after(done)
-            if last or done % config.checkpoint_every == 0:
-                learner.save(run, phase, done, stream.tensors())
+            try:
+                (share * loss).backward()
+                learner.optimizer_step(share * loss)
+                means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
+                if last or done % config.log_every == 0:
+                    measured = means.take(workers)
+                    if workers.is_main:
+                        run.log_metrics(phase, done, **measured)
+                    progress.update(done, **measured)
+                if after is not None:
+                    after(done)
+                if last or done % config.checkpoint_every == 0:
+                    learner.save(run, phase, done, stream.tensors())
+            except NotFinite as found:
+                tensors = {**_tensors_of(batch), **extras}
+                facts = {
+                    "lr": config.lr_at(step),
+                    "metrics": {name: float(value.detach()) for name, value in metrics.items()},
+                }
+                raise diverged(run, phase, done, found, module, tensors, writes=workers.is_main, **facts) from None
     module.eval()
     workers.wait()
+
+
+def _tensors_of(batch: Trajectories) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _own_share(
@@ -128,7 +143,6 @@ def _own_share(
     if rows is None:
         return batch, extras, 1.0
     rows = rows.to(batch.lengths.device)
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    own = replace(batch, **{name: value[rows] for name, value in values.items() if value is not None})
+    own = replace(batch, **{name: value[rows] for name, value in _tensors_of(batch).items()})
     own_extras = {name: value[rows] for name, value in extras.items()}
     return own, own_extras, own.lengths.sum() / batch.lengths.sum()
