@@ -6,6 +6,9 @@ Only the module of the command asked for is imported, so that help and typing er
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -16,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from metacontroller import __version__
 from metacontroller.errors import UserError
+from metacontroller.training.interruption import Interrupted, listening, say, signal_name, starting
 
 
 class Command(NamedTuple):
@@ -94,33 +98,52 @@ COMMANDS = {
     ),
 }
 
+RESUMABLE = ("pretrain", "discover", "internal-rl", "reproduce", "sweep", "collect")
+"""Commands that need --resume to go on; the others do so, or have nothing to go on with."""
+
 LAUNCHABLE = ("pretrain", "discover", "internal-rl")
 """Commands that may run in several processes on one batch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: that of a `UserError`, or 130 after an interrupt.
+    """Runs one command; returns the exit status: that of a `UserError`, or 143 or 130 after SIGTERM or SIGINT, which
+    leave one line with the command that resumes.
 
     Any other exception is a bug and is let through, with its traceback.
     """
-    try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        command = parse(words)
-        from metacontroller.training.distributed import launched, leave  # needs PyTorch, as the command does
+    words = list(sys.argv[1:] if argv is None else argv)
 
-        if launched() and words[0] not in LAUNCHABLE:
-            raise UserError(
-                "only pretrain, discover and internal-rl run in several processes; start this one without a launcher."
-            )
-        command()
-        leave()
-    except UserError as error:
-        print(f"metacontroller: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("metacontroller: interrupted; resume it with --resume.", file=sys.stderr)
-        return 130
+    def farewell(number: int) -> None:
+        say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
+
+    with listening(farewell):
+        try:
+            with starting():
+                command = parse(words)
+                from metacontroller.training.distributed import launched, leave  # needs PyTorch, as the command does
+            if launched() and words[0] not in LAUNCHABLE:
+                raise UserError(
+                    "only pretrain, discover and internal-rl run in several processes; start this one without a "
+                    "launcher."
+                )
+            command()
+            leave()
+        except UserError as error:
+            print(f"metacontroller: {error}", file=sys.stderr)
+            return error.status
+        except KeyboardInterrupt as error:
+            stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            if os.environ.get("RANK", "0") == "0":
+                farewell(stopped.number)
+            leave(stopped.status)
+            return stopped.status
     return 0
+
+
+def resuming(words: Sequence[str]) -> str:
+    """The command line that goes on where the one of ``words`` stopped."""
+    more = ["--resume"] if words and words[0] in RESUMABLE and "--resume" not in words else []
+    return shlex.join(["metacontroller", *words, *more])
 
 
 def parse(argv: list[str]) -> Any:

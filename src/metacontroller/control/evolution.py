@@ -40,8 +40,8 @@ def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, 
         if name or not bool(torch.as_tensor(value).isfinite().all()):
             found = f"the parameter {name} is not finite" if name else f"the fitness is {value}"
             raise DivergedError(
-                f"evolution diverged at member {played}: {found}; the policy is as it was before: mend the environment, or "
-                "lower noise_scale or learning_rate."
+                f"evolution diverged at member {played}: {found}; the policy is as it was before; mend the "
+                "environment, or lower noise_scale or learning_rate."
             )
         return value
 

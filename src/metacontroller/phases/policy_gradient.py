@@ -17,6 +17,7 @@ from metacontroller.phases.rollout import AbstractRollout, Rollout
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
+from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner
 from metacontroller.training.progress import track
 
@@ -109,7 +110,7 @@ def reinforce(
     first = learner.restore(run, phase)[0] if resume else 0
     if workers.is_main:
         run.rewind_metrics(phase, first)
-    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress:
+    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
         for update in range(first, config.updates):
             rng = workers.own_generator(generator)
             rollout = play(episodes, rng)
@@ -121,7 +122,8 @@ def reinforce(
                 if workers.is_main:
                     run.log_metrics(phase, done, **metrics)
                 progress.update(done, success=metrics["success"], episodes=metrics["episodes"])
-                if done % config.checkpoint_every == 0 or done == config.updates:
+                stopping = workers.any(requested())
+                if stopping or done % config.checkpoint_every == 0 or done == config.updates:
                     learner.save(run, phase, done)
             except NotFinite as found:
                 batch = {name: value for name, value in vars(rollout).items() if value is not None}
@@ -130,6 +132,9 @@ def reinforce(
                     "metrics": {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()},
                 }
                 raise diverged(run, phase, done, found, module, batch, writes=workers.is_main, **facts) from None
+            if stopping:
+                workers.wait()
+                stop()
     workers.wait()
 
 

@@ -79,6 +79,14 @@ class Processes:
         for tensor, value in zip(tensors, sums, strict=True):
             tensor.copy_(value.view_as(tensor))
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set; the same in all of them."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.state.device)
+        self.all_reduce([flags])
+        return bool(flags)
+
     def wait(self) -> None:
         """Waits until every process has called this."""
         if self.count > 1:
@@ -96,16 +104,16 @@ def processes(device_type: str) -> Processes:
     return Processes(device_type)
 
 
-def leave() -> None:
-    """Ends a process that a launcher started as one of several, with status 0; returns where there is but one.
+def leave(status: int = 0) -> None:
+    """Ends a process that a launcher started as one of several; returns where there is but one.
 
     The connection is closed and the process ends at once, without the interpreter's own exit: threads of the connection
     outlive it now and then, and an exit that finds them aborts ("terminate called without an active exception").
     """
     if not launched():
         return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if status == 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

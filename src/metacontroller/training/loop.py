@@ -13,6 +13,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, diverged
+from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner, OptimizerConfig
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator
@@ -30,6 +31,21 @@ class _Means:
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.count += 1
+
+    def tensors(self, workers: Processes) -> dict[str, Tensor]:
+        """What ``restore`` needs, of all processes together; nothing right after ``take``."""
+        sums = {name: value.clone() for name, value in self.sums.items()}
+        workers.all_reduce(list(sums.values()))
+        count = {"means.count": torch.tensor(self.count)} if sums else {}
+        return {**count, **{f"means.sums.{name}": value for name, value in sums.items()}}
+
+    def restore(self, tensors: Mapping[str, Tensor], workers: Processes, device: torch.device) -> None:
+        """Goes on from ``tensors``, whose sums the first process alone carries."""
+        start = "means.sums."
+        for name, value in tensors.items():
+            if name.startswith(start):
+                self.sums[name.removeprefix(start)] = value.to(device) * int(workers.is_main)
+                self.count = int(tensors["means.count"])
 
     def take(self, workers: Processes) -> dict[str, float]:
         """Returns the means over the steps since the last call, summed over the processes, and resets them."""
@@ -68,11 +84,10 @@ def train(
     update with the number of updates so far. seed: of the episodes and, in a separate stream, of ``sample_extras``.
     Several processes share each batch, see `training.distributed`.
 
-    Checkpoints go to ``run`` under the phase's name. With ``resume``, training continues from the last one, bit for bit
-    as if it had not stopped; only the first means logged afterwards may differ, since they cover the steps since the
-    checkpoint. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and
-    ``resume`` is false; DivergedError at the first loss, gradient or parameter that is not finite, see
-    `training.divergence`.
+    Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
+    (`training.interruption`). With ``resume``, training continues from the last one, bit for bit as if it had not
+    stopped. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and ``resume``
+    is false; DivergedError at the first loss, gradient or parameter that is not finite, see `training.divergence`.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -93,7 +108,9 @@ def train(
         run.rewind_metrics(phase, first)
     module.train()
     means = _Means()
-    with track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress:
+    if first < config.steps:
+        means.restore(tensors, workers, device)
+    with track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
         for step in range(first, config.steps):
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -113,8 +130,9 @@ def train(
                     progress.update(done, **measured)
                 if after is not None:
                     after(done)
-                if last or done % config.checkpoint_every == 0:
-                    learner.save(run, phase, done, stream.tensors())
+                stopping = workers.any(requested())
+                if last or stopping or done % config.checkpoint_every == 0:
+                    learner.save(run, phase, done, {**stream.tensors(), **means.tensors(workers)})
             except NotFinite as found:
                 tensors = {**_tensors_of(batch), **extras}
                 facts = {
@@ -122,6 +140,9 @@ def train(
                     "metrics": {name: float(value.detach()) for name, value in metrics.items()},
                 }
                 raise diverged(run, phase, done, found, module, tensors, writes=workers.is_main, **facts) from None
+            if stopping:
+                workers.wait()
+                stop()
     module.eval()
     workers.wait()
 
