@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -108,9 +109,10 @@ def reinforce(
     episodes = workers.share(config.batch_size, config.minibatches)
     run.begin(phase, resume=resume)
     first = learner.restore(run, phase)[0] if resume else 0
-    if workers.is_main:
-        run.rewind_metrics(phase, first)
-    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+    alone = run.held() if workers.is_main else nullcontext()
+    with alone, track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+        if workers.is_main:
+            run.rewind_metrics(phase, first)
         for update in range(first, config.updates):
             rng = workers.own_generator(generator)
             rollout = play(episodes, rng)

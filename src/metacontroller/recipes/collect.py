@@ -29,7 +29,8 @@ from metacontroller.domains.gymnasium_adapter import Guard, GuardedEnvironment, 
 from metacontroller.errors import UserError
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.config_file import check_positive
-from metacontroller.storage.files import plain, read_object, write_text
+from metacontroller.storage.files import left_behind, plain, read_object, write_text
+from metacontroller.storage.lock import held
 from metacontroller.storage.user_function import import_user_function
 from metacontroller.training.progress import track
 
@@ -84,20 +85,22 @@ def collect(
         raise UserError(f"workers is {workers}; expected at least 1.")
     import_user_function("policy", config.policy)
     environment_facts(config.env)
-    _open(config, out, resume)
-    if not (out / "store.json").exists():
-        if workers == 1:
-            _play_parts(config, out, 0, 1, quiet)
-        else:
-            in_processes(_play_parts, [(config, out, rank, workers, quiet) for rank in range(workers)], at_once=workers)
-        _join(config, out)
+    with held(out):
+        _open(config, out, resume)
+        if not (out / "store.json").exists():
+            jobs = [(config, out, rank, workers, quiet) for rank in range(workers)]
+            if workers == 1:
+                _play_parts(*jobs[0])
+            else:
+                in_processes(_play_parts, jobs, at_once=workers)
+            _join(config, out)
     return TrajectoryStore(out).meta["collected"]
 
 
 def _open(config: CollectConfig, out: Path, resume: bool) -> None:
     request, whole = out / "collect.json", out / "store.json"
     if not request.exists() and not whole.exists():
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(not left_behind(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files of something else; choose another --out.")
         write_text(request, json.dumps(plain(config), indent=2))
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metacontroller.errors import UserError
+from metacontroller.storage.lock import LOCK
 
 
 @contextmanager
@@ -26,6 +27,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name is on disk only once its folder is; other systems cannot sync a folder
         _sync(path.parent)
+
+
+def left_behind(path: Path) -> bool:
+    """Whether a file is the lock of a writer, or the draft of one that was killed."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _sync(path: Path) -> None:

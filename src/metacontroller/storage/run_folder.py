@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.storage.files import plain, read_object, replacing, strict_json, write_text
+from metacontroller.storage.lock import held
 from metacontroller.storage.training_state import check_finite, write_tensors
 
 CHECKPOINT_FORMAT = 1
@@ -44,6 +46,10 @@ class RunFolder:
         self._started: dict[str, float] = {}  # by checkpoint name: start of its work, minus the time before a resume
         self._peak: dict[str, float] = {}
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics
+
+    def held(self) -> AbstractContextManager[None]:
+        """Context in which no other process may write here, see `storage.lock`."""
+        return held(self.path)
 
     # -- configuration and results ------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import torch
@@ -104,13 +105,14 @@ def train(
     if 0 < first < config.steps:
         stream.restore(tensors)
     workers = learner.processes
-    if workers.is_main:
-        run.rewind_metrics(phase, first)
     module.train()
     means = _Means()
     if first < config.steps:
         means.restore(tensors, workers, device)
-    with track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+    alone = run.held() if workers.is_main else nullcontext()
+    with alone, track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+        if workers.is_main:
+            run.rewind_metrics(phase, first)
         for step in range(first, config.steps):
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
