@@ -19,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from metacontroller import __version__
 from metacontroller.errors import UserError
+from metacontroller.storage.user_function import trusting
 from metacontroller.training.interruption import Interrupted, listening, say, signal_name, starting
 
 
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def farewell(number: int) -> None:
         say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
 
-    with listening(farewell):
+    with listening(farewell), trusting(_given(words)):
         try:
             with starting():
                 command = parse(words)
@@ -140,6 +141,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _given(words: Sequence[str]) -> list[str]:
+    """What the words name: each of them, and what stands behind the = of an option."""
+    return [word.partition("=")[2] if word.startswith("-") else word for word in words]
+
+
+def _without_trust(words: list[str]) -> list[str]:
+    """The words without --trust NAME, which is an option of every command; UserError where the name is missing."""
+    kept, left = [], iter(words)
+    for word in left:
+        if word == "--trust" and next(left, None) is None:
+            raise UserError("--trust stands before no name; write --trust package.module:function.")
+        if word != "--trust" and not word.startswith("--trust="):
+            kept.append(word)
+    return kept
+
+
 def resuming(words: Sequence[str]) -> str:
     """The command line that goes on where the one of ``words`` stopped."""
     more = ["--resume"] if words and words[0] in RESUMABLE and "--resume" not in words else []
@@ -151,6 +168,7 @@ def parse(argv: list[str]) -> Any:
 
     --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
     """
+    argv = _without_trust(argv)
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:
         kind = COMMANDS[_overview().parse_args(argv[:1]).command].load()
@@ -178,7 +196,8 @@ def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="metacontroller",
         description="Discover abstract actions inside a frozen next-action model and learn over them by reinforcement.",
-        epilog="metacontroller COMMAND --help shows the options of a command.",
+        epilog="metacontroller COMMAND --help shows the options of a command. Every command takes --trust "
+        "package.module:function, a name in a run's config that may be imported.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"metacontroller {__version__}")

@@ -151,7 +151,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
     (tmp_path / "torn").write_bytes(b"half a file")
     refusal("torn", "not a complete safetensors file")
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign")
-    refusal("foreign", "expected 'Transformer' of format '1'")
+    refusal("foreign", "expected 'Transformer' of format '2'")
     make_steering().save(tmp_path / "steering")
     refusal("steering", "holds a 'MetaController'")
     make_model(upper_body={"depth": 2, "heads": 2, "mlp_dim": 10}).save(tmp_path / "deeper")

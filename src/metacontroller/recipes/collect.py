@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from metacontroller.errors import UserError
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.config_file import check_positive
 from metacontroller.storage.files import left_behind, plain, read_object, write_text
-from metacontroller.storage.lock import held
+from metacontroller.storage.lock import LOCK, held
 from metacontroller.storage.user_function import import_user_function
 from metacontroller.training.progress import track
 
@@ -106,7 +107,7 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = read_object(whole).get("asked") if whole.exists() else read_object(request)
+    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else read_object(request)
     if asked != plain(config):
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
@@ -132,7 +133,10 @@ def _join(config: CollectConfig, out: Path) -> None:
         "collected": collected,
     }
     stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
-    TrajectoryStore.join(out, stores, meta, most=config.episodes)
+    own = ("collect.json", "parts", LOCK)
+    TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=own)
+    shutil.rmtree(out / "parts")
+    (out / "collect.json").unlink()
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------

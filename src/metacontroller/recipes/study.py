@@ -136,8 +136,7 @@ def _run_phases(
         phases.insert(0, "pretrain")
     elif variant.start != "new":
         snapshot = snapshot_path(source, variant.start)
-        copy_artefact(snapshot.stem, snapshot.parent, run.path)
-        os.replace(run.path / snapshot.name, run.path / f"{BASE_MODEL}.safetensors")
+        copy_artefact(snapshot.stem, snapshot.parent, run.path, BASE_MODEL)
     if variant.reinforces:
         phases.append("internal_rl")
     for phase in phases:

@@ -78,6 +78,10 @@ def load_optimizer(
         if tensor.ndim:  # `step` is a scalar; all else is shaped like its parameter
             _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
         state.setdefault(int(index), {})[name] = tensor
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise UserError(
+            f"The checkpoint's optimizer state under {prefix!r} is not whole; take one that was saved before."
+        )
     if len(state) != meta["parameters_with_state"]:
         raise UserError(
             f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
@@ -107,6 +111,8 @@ def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
             f"Tensor {name} of the checkpoint has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was "
             "expected; build the model from the checkpoint's config."
         )
+    if tensor.dtype != expected.dtype:
+        raise UserError(f"Tensor {name} of the checkpoint is of {tensor.dtype} where {expected.dtype} was expected.")
 
 
 def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:

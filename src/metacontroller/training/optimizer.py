@@ -141,7 +141,13 @@ class Learner:
         if not run.has_checkpoint(phase):
             return 0, {}
         tensors, meta = run.load_checkpoint(phase)
-        load_module(self.module, tensors, "module")
-        load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
-        load_generator(self.generator, tensors["generator"])
-        return meta["step"], tensors
+        try:
+            load_module(self.module, tensors, "module")
+            load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
+            load_generator(self.generator, tensors["generator"])
+            return int(meta["step"]), tensors
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
+                "phase again."
+            ) from error
