@@ -70,7 +70,7 @@ class Processes:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor, in place, by its sum over the processes; one exchange for all of them."""
-        if self.count == 1:
+        if self.count == 1 or not tensors:
             return
         from accelerate.utils import reduce
 
