@@ -125,7 +125,8 @@ def test_an_interrupt_ends_with_130_and_can_be_resumed(
 
         patch.setattr(RunFolder, "save_checkpoint", save_and_stop)
         assert cli.main(["pretrain", path, "--preset", "debug", *QUIET]) == 130
-    assert "interrupted; resume it with --resume." in capsys.readouterr().err
+    resuming = f"metacontroller pretrain {path} --preset debug {' '.join(QUIET)} --resume"
+    assert capsys.readouterr().err == f"metacontroller: stopped by SIGINT; go on with: {resuming}\n"
     assert cli.main(["pretrain", path, "--resume", *QUIET]) == 0  # the run's own config, not the laptop's
     assert RunFolder(path).load_checkpoint("pretrain")[1]["step"] == debug().pretrain.optimizer.steps
 

@@ -6,6 +6,9 @@ Only the module of the command asked for is imported, so that help and typing er
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -16,6 +19,8 @@ from tyro.conf import FlagCreatePairsOff
 
 from metacontroller import __version__
 from metacontroller.errors import UserError
+from metacontroller.storage.user_function import trusting
+from metacontroller.training.interruption import Interrupted, listening, say, signal_name, starting
 
 
 class Command(NamedTuple):
@@ -94,33 +99,68 @@ COMMANDS = {
     ),
 }
 
+RESUMABLE = ("pretrain", "discover", "internal-rl", "reproduce", "sweep", "collect")
+"""Commands that need --resume to go on; the others do so, or have nothing to go on with."""
+
 LAUNCHABLE = ("pretrain", "discover", "internal-rl")
 """Commands that may run in several processes on one batch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 2 after a mistake of the user's, 130 after an interrupt.
+    """Runs one command; returns the exit status: that of a `UserError`, or 143 or 130 after SIGTERM or SIGINT, which
+    leave one line with the command that resumes.
 
     Any other exception is a bug and is let through, with its traceback.
     """
-    try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        command = parse(words)
-        from metacontroller.training.distributed import launched, leave  # needs PyTorch, as the command does
+    words = list(sys.argv[1:] if argv is None else argv)
 
-        if launched() and words[0] not in LAUNCHABLE:
-            raise UserError(
-                "only pretrain, discover and internal-rl run in several processes; start this one without a launcher."
-            )
-        command()
-        leave()
-    except UserError as error:
-        print(f"metacontroller: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("metacontroller: interrupted; resume it with --resume.", file=sys.stderr)
-        return 130
+    def farewell(number: int) -> None:
+        say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
+
+    with listening(farewell), trusting(_given(words)):
+        try:
+            with starting():
+                command = parse(words)
+                from metacontroller.training.distributed import launched, leave  # needs PyTorch, as the command does
+            if launched() and words[0] not in LAUNCHABLE:
+                raise UserError(
+                    "only pretrain, discover and internal-rl run in several processes; start this one without a "
+                    "launcher."
+                )
+            command()
+            leave()
+        except UserError as error:
+            print(f"metacontroller: {error}", file=sys.stderr)
+            return error.status
+        except KeyboardInterrupt as error:
+            stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            if os.environ.get("RANK", "0") == "0":
+                farewell(stopped.number)
+            leave(stopped.status)
+            return stopped.status
     return 0
+
+
+def _given(words: Sequence[str]) -> list[str]:
+    """What the words name: each of them, and what stands behind the = of an option."""
+    return [word.partition("=")[2] if word.startswith("-") else word for word in words]
+
+
+def _without_trust(words: list[str]) -> list[str]:
+    """The words without --trust NAME, which is an option of every command; UserError where the name is missing."""
+    kept, left = [], iter(words)
+    for word in left:
+        if word == "--trust" and next(left, None) is None:
+            raise UserError("--trust stands before no name; write --trust package.module:function.")
+        if word != "--trust" and not word.startswith("--trust="):
+            kept.append(word)
+    return kept
+
+
+def resuming(words: Sequence[str]) -> str:
+    """The command line that goes on where the one of ``words`` stopped."""
+    more = ["--resume"] if words and words[0] in RESUMABLE and "--resume" not in words else []
+    return shlex.join(["metacontroller", *words, *more])
 
 
 def parse(argv: list[str]) -> Any:
@@ -128,6 +168,7 @@ def parse(argv: list[str]) -> Any:
 
     --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
     """
+    argv = _without_trust(argv)
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:
         kind = COMMANDS[_overview().parse_args(argv[:1]).command].load()
@@ -155,7 +196,8 @@ def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="metacontroller",
         description="Discover abstract actions inside a frozen next-action model and learn over them by reinforcement.",
-        epilog="metacontroller COMMAND --help shows the options of a command.",
+        epilog="metacontroller COMMAND --help shows the options of a command. Every command takes --trust "
+        "package.module:function, a name in a run's config that may be imported.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"metacontroller {__version__}")

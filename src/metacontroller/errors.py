@@ -1,14 +1,25 @@
-"""What the user did wrong, apart from what is wrong with the program."""
+"""What the user did wrong, and what went wrong around the program, apart from what is wrong with the program."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence that names the value, what was expected, and how to mend it.
 
-    The command line prints it without a traceback; any other exception is taken for a bug.
+    The command line prints it without a traceback; any other exception is taken for a bug. status: with which the
+    command line then exits.
     """
+
+    status: ClassVar[int] = 2
 
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file that an earlier command should have left is not there."""
+
+
+class DivergedError(UserError):
+    """Training met a loss, gradient, parameter, return or fitness that is not finite, and stopped there."""
+
+    status = 3

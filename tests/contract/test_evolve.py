@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from metacontroller import MetaController, Transformer
+from metacontroller.errors import DivergedError
 
 USAGE = """
 model.meta_controller = meta_controller
@@ -127,6 +128,25 @@ def test_an_environment_that_fails_leaves_the_policy_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="simulator"):
         model.evolve(1, environment)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@needs_evolution
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), torch.tensor(float("nan"))], ids=str)
+def test_a_fitness_that_is_not_finite_stops_evolution_and_restores_the_policy(bad: Any) -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    values = iter([0.5, 0.25, bad])
+    with pytest.raises(DivergedError, match=r"diverged at member 3: the fitness is .*(nan|inf)"):
+        model.evolve(2, lambda _: next(values), noise_population_size=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@needs_evolution
+def test_evolution_stops_at_weights_that_are_not_finite() -> None:
+    model = make_model()
+    with pytest.raises(DivergedError, match=r"the parameter .* is not finite"):
+        model.evolve(2, lambda _: 1.0, noise_population_size=2, noise_scale=3e38)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

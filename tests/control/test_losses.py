@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from metacontroller.control.losses import clipped_surrogate, gaussian_kl, ratio_loss, trajectory_advantages
+from metacontroller.control.losses import (
+    MAX_LOG_RATIO,
+    clipped_surrogate,
+    gaussian_kl,
+    log_ratio,
+    ratio_loss,
+    trajectory_advantages,
+)
+from metacontroller.data.trajectories import masked_mean
 
 
 def test_kl_equals_that_of_torch_distributions() -> None:
@@ -89,3 +97,31 @@ def test_an_overflow_in_the_padding_spoils_nothing() -> None:
     assert loss == -1
     (gradient,) = torch.autograd.grad(loss, log_prob)
     assert gradient.tolist() == [[-1.0, 0.0]]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e8])
+def test_equal_returns_give_no_advantage_whatever_delta_is(value: float) -> None:
+    for delta in (0.0, 1e-3):
+        assert trajectory_advantages(torch.full((7,), value), delta).tolist() == [0.0] * 7
+    assert trajectory_advantages(torch.tensor([0.0, 2.0]), delta=0.0).tolist() == [-1.0, 1.0]
+
+
+def test_log_ratios_are_bounded_and_ordinary_ones_are_as_they_were() -> None:
+    new = torch.tensor([[3e38, -3e38, 0.7, torch.nan]], requires_grad=True)
+    mask = torch.tensor([[True, True, True, False]])
+    ratio = log_ratio(new, torch.tensor([[0.0, 0.0, 0.2, 0.0]]), mask)
+    assert ratio.tolist()[0] == [MAX_LOG_RATIO, -MAX_LOG_RATIO, float(torch.tensor(0.7) - torch.tensor(0.2)), 0.0]
+    loss = clipped_surrogate(new, torch.zeros(1, 4), torch.tensor([[-1.0, 1.0, 1.0, torch.nan]]), mask)
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert new.grad is not None
+    assert bool(new.grad.isfinite().all())
+
+
+def test_nan_in_the_padding_reaches_neither_a_mean_nor_its_gradient() -> None:
+    values = torch.tensor([[1.0, 3.0, torch.nan]], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([[True, True, False]]))
+    mean.backward()
+    assert mean == 2.0
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.5, 0.5, 0.0]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
 from metacontroller.data.trajectories import masked_mean
+from metacontroller.errors import UserError
 
 
 def make_trajectories(lengths: list[int], padded: int | None = None, labels: bool = True) -> Trajectories:
@@ -213,3 +216,55 @@ def test_a_store_holds_no_pickles(tmp_path: Path) -> None:
     np.save(store.path / "actions.npy", np.array([object()]), allow_pickle=True)
     with pytest.raises(ValueError, match="Python objects"):
         TrajectoryStore(store.path)
+
+
+def test_a_store_replaces_only_a_store(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(folder)
+    file.touch()
+    for target in (folder, link, file):
+        with pytest.raises(UserError, match="is not a trajectory store and is not replaced; choose another folder"):
+            TrajectoryStore.write(target, make_trajectories([2]))
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "mine"]
+
+
+def test_while_a_store_is_replaced_there_always_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, versions = tmp_path / "store", [make_trajectories([2, 3]), make_trajectories([4])]
+    TrajectoryStore.write(path, versions[0])
+    seen, replace = [], os.replace
+
+    def look_then_replace(source: Any, target: Any) -> None:
+        seen.append(len(TrajectoryStore(path)))
+        replace(source, target)
+        seen.append(len(TrajectoryStore(path)))
+
+    monkeypatch.setattr(os, "replace", look_then_replace)
+    for version in (versions[1], versions[0], versions[1]):
+        assert_same(TrajectoryStore.write(path, version).read(np.arange(version.batch)), version)
+    assert set(seen) == {1, 2}
+    files = {file.name for file in path.iterdir()}
+    assert len(files) == len(TrajectoryStore(path).arrays) + 1  # no old array is left
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("store.json", b"[]", "an object was expected"),
+        ("store.json", b'{"format": 1, "arrays": ["../secret"]}', "expected those of Trajectories"),
+        ("store.json", b'{"format": 1, "arrays": 3}', "expected those of Trajectories"),
+        ("states.npy", b"", "is no whole array"),
+        ("states.npy", None, "is no whole array"),
+        ("lengths.npy", "actions.npy", "were expected|whole numbers from 1"),
+    ],
+)
+def test_a_damaged_store_is_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    path = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3])).path
+    whole = (path / name).read_bytes()
+    damaged = (path / content).read_bytes() if isinstance(content, str) else whole[:-1] if content is None else content
+    (path / name).write_bytes(damaged)
+    with pytest.raises(UserError, match=message):
+        TrajectoryStore(path)

@@ -245,3 +245,21 @@ def test_many_images_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metacontroller.models.image_encoder.MAX_IMAGES", 4)
     torch.testing.assert_close(encoder(states), whole)
     torch.testing.assert_close(encoder.targets(states), targets)
+
+
+@pytest.mark.parametrize("size", [1e19, 3e38, 1e300])
+def test_extreme_observations_are_clamped_and_losses_stay_finite(size: float) -> None:
+    model = Transformer(
+        8,
+        action_embed_readout={"num_discrete": 3},
+        state_embed_readout={"num_continuous": 2},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+    )
+    state = torch.full((2, 4, 2), size, dtype=torch.float64)
+    losses = model(state, torch.zeros(2, 4, dtype=torch.int64))
+    torch.stack(list(losses)).sum().backward()
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert all(bool(value.grad.isfinite().all()) for value in model.parameters() if value.grad is not None)
+    limit = model.encoder(torch.full((1, 1, 2), 1e9))
+    torch.testing.assert_close(model.encoder(state[:1, :1]), limit)

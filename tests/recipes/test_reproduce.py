@@ -285,7 +285,8 @@ def test_it_says_what_runs_until_its_end(
     undrawn(monkeypatch)
     shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
     (tmp_path / "seed-0" / "summary.json").unlink()
-    shutil.copy(finished / "config.json", tmp_path)
+    for name in ("config.json", "manifest.json"):
+        shutil.copy(finished / name, tmp_path)
     reproduce(debug(), tmp_path, [0], resume=True)
     captured = capfd.readouterr()
     assert captured.out == ""

@@ -151,7 +151,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
     (tmp_path / "torn").write_bytes(b"half a file")
     refusal("torn", "not a complete safetensors file")
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign")
-    refusal("foreign", "expected 'Transformer' of format '1'")
+    refusal("foreign", "expected 'Transformer' of format '2'")
     make_steering().save(tmp_path / "steering")
     refusal("steering", "holds a 'MetaController'")
     make_model(upper_body={"depth": 2, "heads": 2, "mlp_dim": 10}).save(tmp_path / "deeper")
@@ -178,3 +178,20 @@ def test_loading_by_name_alone_takes_what_fits(tmp_path: Path) -> None:
     kept, loaded = deeper.state_dict(), model.state_dict()
     assert set(kept) - set(loaded) == {name for name in kept if name.startswith("upper_body.blocks.1.")}
     assert all(torch.equal(kept[name], value) for name, value in loaded.items())
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    model = make_model()
+    model.save(tmp_path / "model")
+    with safe_open(tmp_path / "model", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["norm.weight"][3] = torch.nan
+    save_file(tensors, tmp_path / "spoilt", metadata=metadata)
+    for load in (Transformer.init_and_load, model.load):
+        with pytest.raises(ValueError, match=r"spoilt holds NaN or infinite values in 'norm\.weight'"):
+            load(tmp_path / "spoilt")
+    with torch.no_grad():
+        model.norm.weight[3] = torch.inf
+    with pytest.raises(ValueError, match=r"norm\.weight of this Transformer is not finite"):
+        model.save(tmp_path / "never")
+    assert not (tmp_path / "never").exists()

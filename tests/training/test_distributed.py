@@ -151,13 +151,13 @@ def test_shares_of_an_update_add_up_to_the_whole() -> None:
         mean = masked_mean(score, length_mask(chunk.lengths, chunk.code.shape[1]))
         return mean, {"score": mean.detach()}
 
-    expected = _surrogate_in_chunks(rollout, advantage, torch.arange(6), surrogate, Processes("cpu"))["score"]
+    expected = _surrogate_in_chunks(rollout, advantage, torch.arange(6), surrogate, Processes("cpu"))[1]["score"]
     assert weight.grad is not None
     gradient, weight.grad, result = weight.grad.clone(), None, torch.zeros(())
     for rank, rows in enumerate(([0, 1, 2], [3, 4, 5])):
         own, workers = torch.tensor(rows), Share(rank, lengths.sum())
         share = rollout.index(own)
-        result = result + _surrogate_in_chunks(share, advantage[own], torch.arange(3), surrogate, workers)["score"]
+        result = result + _surrogate_in_chunks(share, advantage[own], torch.arange(3), surrogate, workers)[1]["score"]
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(weight.grad, gradient)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, to_json, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.training.distributed import processes
+from metacontroller.training.distributed import Processes, processes
 
 
 @dataclass(kw_only=True)
@@ -59,16 +60,17 @@ class Pretrain(Tracked):
         config = config if self.seed is None else with_seed(config, self.seed)
         domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
         workers.wait()  # until all have seen what was there before
-        if workers.is_main:
-            open_folder(run, config, resume=self.resume, option="folder")
-        workers.wait()
-        started_from = read_config(run).seed
-        if started_from != config.seed:
-            raise UserError(
-                f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to "
-                "resume it, or choose another folder."
-            )
-        run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+        with _writing(run, workers):
+            if workers.is_main:
+                open_folder(run, config, resume=self.resume, option="folder")
+            workers.wait()
+            started_from = read_config(run).seed
+            if started_from != config.seed:
+                raise UserError(
+                    f"{run.path} was started from seed {started_from}, not {config.seed}; leave out --seed to "
+                    "resume it, or choose another folder."
+                )
+            run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
     def _with_environment(self, run: RunFolder, *, write: bool) -> ExperimentConfig:
         """The config of a run that has learned from a dataset alone, now with an environment; written there if asked.
@@ -125,7 +127,8 @@ class Discover(Tracked):
         workers = processes(device)
         run.refuse_begun("discover", resume=self.resume)
         workers.wait()  # until all have seen what was there before
-        run_discover(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+        with _writing(run, workers):
+            run_discover(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
@@ -144,4 +147,10 @@ class InternalRL(Tracked):
         run.refuse_begun("raw_action_rl" if self.raw else "internal_rl", resume=self.resume)
         workers.wait()  # until all have seen what was there before
         phase = run_raw_action_rl if self.raw else run_internal_rl
-        phase(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+        with _writing(run, workers):
+            phase(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+
+
+def _writing(run: RunFolder, workers: Processes) -> AbstractContextManager[None]:
+    """Context in which no other command writes to the run; the first process holds it for all."""
+    return run.held() if workers.is_main else nullcontext()

@@ -50,8 +50,21 @@ def ratio_loss(
 
 
 def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
-    """(R - mean of batch) / (std of batch + delta), (b,) -> (b,): the same for all switches of an episode (C.5)."""
-    return (returns - returns.mean()) / (returns.std(correction=0) + delta)
+    """(R - mean of batch) / (std of batch + delta), (b,) -> (b,): the same for all switches of an episode (C.5).
+
+    Zeros where all returns are equal, whatever delta is.
+    """
+    advantages = (returns - returns.mean()) / (returns.std(correction=0) + delta)
+    return torch.where(returns.max() == returns.min(), torch.zeros_like(advantages), advantages)
+
+
+MAX_LOG_RATIO = 20.0
+"""Bound of log-ratios before ``exp``, far beyond any clipping: the loss and its gradient stay finite."""
+
+
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    """log(pi / pi_old), (b, t) each, within ±`MAX_LOG_RATIO`; 0 where mask (b, t) is false."""
+    return (log_prob - old_log_prob).masked_fill(~mask, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def z_score(values: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
@@ -76,11 +89,10 @@ def clipped_surrogate(
     """
     low, high = (eps_clip, eps_clip) if isinstance(eps_clip, (int, float)) else eps_clip
     if log_prob.dim() == 3:
-        difference = (log_prob - old_log_prob).masked_fill(~mask[..., None], 0.0)
-        ratio, advantage = torch.exp(difference), advantage[..., None]
+        ratio, advantage = torch.exp(log_ratio(log_prob, old_log_prob, mask[..., None])), advantage[..., None]
         terms = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         return -masked_mean(terms.sum(-1), mask)
-    ratio = torch.exp((log_prob - old_log_prob).masked_fill(~mask, 0.0))
+    ratio = torch.exp(log_ratio(log_prob, old_log_prob, mask))
     clipped = ratio.clamp(1 - low, 1 + high)
     return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)
 

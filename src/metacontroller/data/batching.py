@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.trajectories import Trajectories, with_finite_padding
 from metacontroller.errors import UserError
 
 Generate = Callable[[int, torch.Generator], Trajectories]
@@ -52,7 +52,7 @@ class EpisodeStream:
 
     def _open_window(self) -> None:
         self.window_start = self.generator.get_state()
-        episodes = self.generate(self.window * self.batch_size, self.generator)
+        episodes = with_finite_padding(self.generate(self.window * self.batch_size, self.generator))
         self.batches = list(length_sorted_batches(episodes, self.batch_size, self.generator))
         self.used = 0
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,14 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Trajectories, length_mask
 from metacontroller.errors import UserError
+from metacontroller.storage.files import write_text
+from metacontroller.storage.plain_files import check_regular, read_json
 from metacontroller.storage.versions import warn_of_versions
 
 STORE_FORMAT = 1
+HEADER = "store.json"
+_FILE = re.compile(rf"({'|'.join(field.name for field in fields(Trajectories))})(-\d+)?\.npy")
+"""Files of arrays: a store that replaces another has numbers in their names."""
 
 
 class Episodes:
@@ -78,18 +85,11 @@ class TrajectoryStore(Episodes):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        header = self.path / "store.json"
-        if not header.is_file():
+        if not (self.path / HEADER).is_file():
             raise UserError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
-        self.meta = json.loads(header.read_text())
-        if self.meta.get("format") != STORE_FORMAT:
-            raise UserError(f"{header} has format {self.meta.get('format')!r}; this version reads {STORE_FORMAT}.")
-        super().__init__(
-            {
-                name: np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in self.meta["arrays"]
-            }
-        )
+        self.meta = _read_header(self.path)
+        super().__init__({name: _open(self.path / file) for name, file in _array_files(self.meta).items()})
+        _check_arrays(self)
 
     def check_versions(self, here: Mapping[str, str]) -> None:
         """Warns if ``meta["versions"]`` names other versions of packages than those here, by name."""
@@ -97,30 +97,118 @@ class TrajectoryStore(Episodes):
 
     @staticmethod
     def write(path: str | Path, trajectories: Trajectories, meta: Mapping[str, Any] | None = None) -> TrajectoryStore:
-        """Writes the episodes; an existing store is replaced only once the new one is complete.
+        """Writes the episodes; an existing store is replaced only once the new one is complete, and at no instant is
+        there none.
 
-        meta: JSON values to keep beside them.
+        meta: JSON values to keep beside them. UserError for a folder that is neither empty nor a store.
         """
         return TrajectoryStore.join(path, [Episodes.of(trajectories)], meta)
 
     @staticmethod
     def join(
-        path: str | Path, parts: Iterable[Episodes], meta: Mapping[str, Any] | None = None, most: int | None = None
+        path: str | Path,
+        parts: Iterable[Episodes],
+        meta: Mapping[str, Any] | None = None,
+        most: int | None = None,
+        beside: Collection[str] = (),
     ) -> TrajectoryStore:
-        """Writes the episodes of several parts one after the other, at most ``most`` of them; see ``write``."""
+        """Writes the episodes of several parts one after the other, at most ``most`` of them; see ``write``.
+
+        beside: names that may be in the folder, and stay there.
+        """
         target = Path(path)
+        _refuse_others(target, beside)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            draft, retired = work / "draft", work / "retired"
+            draft = work / "draft"
             draft.mkdir()
             _save_arrays(draft, list(parts), dict(meta or {}), most)
-            if target.exists():
-                os.replace(target, retired)
-            os.replace(draft, target)
+            if target.exists() and any(target.iterdir()):
+                _exchange(draft, target)
+            else:
+                os.replace(draft, target)
         finally:
             shutil.rmtree(work)
         return TrajectoryStore(target)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_others(target: Path, beside: Collection[str]) -> None:
+    """UserError if anything but a store, and files of the names ``beside``, is in the way."""
+    if target.is_dir() and not target.is_symlink():
+        entries = [entry for entry in target.iterdir() if entry.name not in beside]
+        if not entries or (
+            HEADER in (entry.name for entry in entries) and "format" in read_json(target / HEADER, infinite=True)
+        ):
+            return
+        if all(_FILE.fullmatch(entry.name) for entry in entries):  # of a writer that was killed
+            return
+    elif not target.exists() and not target.is_symlink():
+        return
+    raise UserError(f"{target} is not a trajectory store and is not replaced; choose another folder.")
+
+
+def _exchange(draft: Path, target: Path) -> None:
+    """Puts the arrays of a new store beside those of the old one, replaces the header, and removes the old arrays."""
+    header, old = read_json(draft / HEADER, infinite=True), set()
+    if (target / HEADER).exists():
+        with suppress(UserError):
+            old = set(_array_files(_read_header(target)).values())
+    files = {}
+    for name in header["arrays"]:
+        candidates = (f"{name}{number}.npy" for number in ("", *(f"-{count}" for count in range(1, 1000))))
+        files[name] = next(file for file in candidates if file not in old)
+        os.replace(draft / f"{name}.npy", target / files[name])
+    write_text(target / HEADER, json.dumps({**header, "files": files}))
+    for entry in target.iterdir():
+        if _FILE.fullmatch(entry.name) and entry.name not in files.values():
+            entry.unlink()
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    """store.json; UserError for one of another format, or with arrays that are none of ours."""
+    path = folder / HEADER
+    meta = read_json(path, infinite=True)  # bounds of spaces
+    if meta.get("format") != STORE_FORMAT:
+        raise UserError(f"{path} has format {meta.get('format')!r}; this version reads {STORE_FORMAT}.")
+    names, files = meta.get("arrays"), meta.get("files", {})
+    known = {field.name for field in fields(Trajectories)}
+    sound = isinstance(names, list) and {"states", "actions", "lengths"} <= set(map(str, names)) <= known
+    if not sound or not isinstance(files, dict) or not all(_FILE.fullmatch(str(file)) for file in files.values()):
+        raise UserError(f"{path} names arrays {names!r} in {files!r}; expected those of Trajectories.")
+    return meta
+
+
+def _array_files(meta: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each array."""
+    return {name: meta.get("files", {}).get(name, f"{name}.npy") for name in meta["arrays"]}
+
+
+def _open(path: Path) -> np.ndarray:
+    """A memory-mapped array of numbers; UserError for a file that is none, or shorter than it says."""
+    check_regular(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+        raise UserError(f"{path} is no whole array ({error}); write the store again.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim < 1:
+        raise UserError(f"{path} holds no array of numbers; write the store again.")
+    return array
+
+
+def _check_arrays(store: TrajectoryStore) -> None:
+    """UserError unless the arrays fit together."""
+    lengths = store.lengths
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or lengths.min() < 1:
+        raise UserError(f"{store.path} has lengths that are not whole numbers from 1; write the store again.")
+    steps = int(lengths.sum())
+    for name, array in store.arrays.items():
+        expected = len(lengths) if name in PER_EPISODE else steps + len(lengths) * (name == "states")
+        if len(array) != expected:
+            raise UserError(f"{store.path} has {len(array)} {name} where {expected} were expected; write it again.")
 
 
 def _real_steps(trajectories: Trajectories) -> dict[str, np.ndarray]:
@@ -152,7 +240,7 @@ def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most
         np.concatenate(cuts, out=array)
         array.flush()
     header = {"format": STORE_FORMAT, "arrays": list(parts[0].arrays), **meta}
-    (folder / "store.json").write_text(json.dumps(header))
+    (folder / HEADER).write_text(json.dumps(header))
 
 
 def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:

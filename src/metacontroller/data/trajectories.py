@@ -164,10 +164,25 @@ def length_mask(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
+def with_finite_padding(trajectories: Trajectories) -> Trajectories:
+    """The same episodes with zeros for what is not finite beyond their ends, where a product with a gradient of 0 would
+    still be NaN. What is not finite within an episode stays, for others to meet."""
+    lengths, changed = trajectories.lengths, {}
+    for name in ("states", "actions"):
+        values = getattr(trajectories, name)
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            beyond = ~length_mask(lengths + (name == "states"), values.shape[1])
+            beyond = beyond.view(*beyond.shape, *[1] * (values.dim() - 2))
+            changed[name] = values.masked_fill(beyond & ~values.isfinite(), 0)
+    return replace(trajectories, **changed) if changed else trajectories
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask. Masked values must be finite."""
-    weight = mask.to(values.dtype)
-    return (values * weight).sum() / weight.sum().clamp_min(1)
+    """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask.
+
+    What is masked may be NaN: neither the mean nor its gradient sees it.
+    """
+    return values.masked_fill(~mask, 0).sum() / mask.to(values.dtype).sum().clamp_min(1)
 
 
 def check_lengths(

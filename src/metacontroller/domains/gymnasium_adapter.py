@@ -6,6 +6,8 @@ Axes: b rows that a rollout still plays, n environments that step together; n st
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import signal
 import sys
 import warnings
 import weakref
@@ -257,6 +259,8 @@ class MakeBlock:
     count: int
 
     def __call__(self) -> Block:
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
         return Block(self.maker, self.count)
 
 

@@ -28,8 +28,12 @@ NORMALIZED_LIMIT = 10.0
 """Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
 
 
+OBSERVATION_LIMIT = 1e9
+"""Of entries of a vector that is not normalized: the squares of larger ones would overflow in the layers behind."""
+
+
 class VectorEncoder(nn.Module):
-    """A linear map of a vector observation, which is cast to the weights' floating-point type.
+    """A linear map of a vector observation, which is cast to the weights' floating-point type, within ±1e9.
 
     mean, std (dim_state,): statistics of the data, by which the vector is normalized first, within ±10 (our choice).
     """
@@ -53,16 +57,16 @@ class VectorEncoder(nn.Module):
         self._check_shape(states)
         states = states.to(self.linear.weight.dtype)
         if self.mean is not None and self.std is not None:
-            states = ((states - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)
-        return self.linear(states)
+            return self.linear(((states - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT))
+        return self.linear(states.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT))
 
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next observation from a residual of width ``dim``."""
         return GaussianReadout(dim, self.dim_state, mean=self.statistics["mean"], std=self.statistics["std"])
 
     def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves."""
-        return states
+        """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves, within ±1e9."""
+        return states.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
     def from_observation(self, observation: Any) -> Tensor:
         """Converts one observation of an environment to one state, without batch and time axes."""

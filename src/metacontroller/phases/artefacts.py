@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from metacontroller.errors import MissingFileError
-from metacontroller.storage.files import replacing
+from metacontroller.storage import manifest
+from metacontroller.storage.files import inside, replacing
+from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.versions import warn_of_versions
 
@@ -29,7 +31,7 @@ _MADE_BY = {
 
 def artefact_path(run: RunFolder, name: str) -> Path:
     """The file of a module that a phase writes, such as `BASE_MODEL`."""
-    return run.path / f"{name}.safetensors"
+    return inside(run.path, run.path / f"{name}.safetensors")
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
@@ -45,9 +47,12 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
     return module.to(device)
 
 
-def copy_artefact(name: str, source: Path, folder: Path) -> None:
-    """Copies the file that a phase wrote to the folder ``source``, if there is one; atomically."""
-    path = source / f"{name}.safetensors"
+def copy_artefact(name: str, source: Path, folder: Path, as_name: str | None = None) -> None:
+    """Copies the file that a phase wrote to the folder ``source``, if there is one, perhaps under another name;
+    atomically. UserError for a file that is not what the phase wrote."""
+    path = inside(source, source / f"{name}.safetensors")
     if path.exists():
-        with replacing(folder / path.name) as draft:
+        check_regular(path)
+        manifest.verify(path)
+        with replacing(folder / f"{as_name or name}.safetensors") as draft:
             shutil.copyfile(path, draft)

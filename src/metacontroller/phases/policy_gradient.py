@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.control.losses import trajectory_advantages
+from metacontroller.control.losses import log_ratio, trajectory_advantages
 from metacontroller.data.trajectories import masked_mean
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.phases.rollout import AbstractRollout, Rollout
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
+from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
+from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner
 from metacontroller.training.progress import track
 
@@ -46,7 +49,7 @@ class InternalRLConfig:
     eps_clip: float = 0.2
     """epsilon of the clipped surrogate."""
     entropy_weight: float = 0.0
-    """Weight of the policy's mean entropy a decision, in nats, which is added to what is maximised (the paper's is 0)."""
+    """Weight of the policy's mean entropy, in nats a decision, in what is maximised; the paper's is 0."""
     delta: float = 1e-3
     """Added to the standard deviation of returns (C.5: about 1e-3)."""
     max_grad_norm: float = 1.0
@@ -75,7 +78,7 @@ class InternalRLConfig:
 
 def ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) -> dict[str, Tensor]:
     """approx_kl and clip_fraction, scalars, from log-probabilities (b, t) of the updated and the acting policy."""
-    difference = (log_prob - old).detach().masked_fill(~mask, 0.0)
+    difference = log_ratio(log_prob.detach(), old, mask)
     clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
     return {
         "approx_kl": masked_mean(difference.exp() - 1 - difference, mask),
@@ -97,7 +100,8 @@ def reinforce(
     """Trains ``module`` in place: in each update, play a batch, run the update epochs over it, log, checkpoint.
 
     play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage (b,)) -> loss, metrics.
-    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false.
+    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError at the first return,
+    loss, gradient or parameter that is not finite, see `training.divergence`.
     """
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
@@ -113,30 +117,58 @@ def reinforce(
     episodes = workers.share(config.batch_size, config.minibatches)
     run.begin(phase, resume=resume)
     first = learner.restore(run, phase)[0] if resume else 0
-    if workers.is_main:
-        run.rewind_metrics(phase, first)
-    with track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress:
+    alone = run.held() if workers.is_main else nullcontext()
+    with alone, track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+        if workers.is_main:
+            run.rewind_metrics(phase, first)
         for update in range(first, config.updates):
             rng = workers.own_generator(generator)
             rollout = play(episodes, rng)
             done = update + 1
             metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
-            advantages = trajectory_advantages(workers.gather(rollout.returns).view(-1), config.delta)
-            advantage = advantages.view(workers.count, -1)[workers.rank]
-            # if all returns of a batch are equal, there is no advantage and so no gradient
-            for rows in _minibatches(config, episodes, rng) if bool(advantages.any()) else ():
-                metrics |= _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
-                if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
-                    learner.optimizer.zero_grad()
-                    break
-                metrics["grad_norm"] = learner.optimizer_step()
-            if workers.is_main:
-                run.log_metrics(phase, done, **metrics)
-            lost = ("lost",) if metrics.get("lost", 0) > 0 else ()  # a share of the batch
-            progress.update(done, **{name: metrics[name] for name in ("success", "return", *lost, "episodes")})
-            if done % config.checkpoint_every == 0 or done == config.updates:
-                learner.save(run, phase, done)
+            try:
+                metrics |= _learn(config, learner, rollout, surrogate, rng)
+                check_module(module)
+                if workers.is_main:
+                    run.log_metrics(phase, done, **metrics)
+                lost = ("lost",) if metrics.get("lost", 0) > 0 else ()  # a share of the batch
+                progress.update(done, **{name: metrics[name] for name in ("success", "return", *lost, "episodes")})
+                stopping = workers.any(requested())
+                if stopping or done % config.checkpoint_every == 0 or done == config.updates:
+                    learner.save(run, phase, done)
+            except NotFinite as found:
+                batch = {name: value for name, value in vars(rollout).items() if value is not None}
+                facts = {
+                    "lr": config.lr,
+                    "metrics": {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()},
+                }
+                raise diverged(run, phase, done, found, module, batch, writes=workers.is_main, **facts) from None
+            if stopping:
+                workers.wait()
+                stop()
     workers.wait()
+
+
+def _learn(
+    config: InternalRLConfig, learner: Learner, rollout: Rollout, surrogate: Callable, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Runs the update epochs over this process's episodes of a batch; returns the metrics of the last minibatch.
+
+    If all returns of the batch are equal, there is no advantage and so no gradient, and no step is taken.
+    """
+    workers, metrics = learner.processes, {}
+    returns = workers.gather(rollout.returns)
+    check_returns(returns)
+    advantages = trajectory_advantages(returns.view(-1), config.delta)
+    advantage = advantages.view(workers.count, -1)[workers.rank]
+    for rows in _minibatches(config, len(advantage), rng) if bool(advantages.any()) else ():
+        loss, measured = _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
+        metrics |= measured
+        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
+            learner.optimizer.zero_grad()
+            break
+        metrics["grad_norm"] = learner.optimizer_step(loss)
+    return metrics
 
 
 def _minibatches(config: InternalRLConfig, episodes: int, rng: torch.Generator) -> Iterator[Tensor]:
@@ -147,8 +179,9 @@ def _minibatches(config: InternalRLConfig, episodes: int, rng: torch.Generator) 
 
 def _surrogate_in_chunks(
     rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
-) -> dict[str, Tensor]:
-    """Runs backward through the surrogate of the episodes ``rows``, chunk by chunk, and returns the metrics.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs backward through the surrogate of the episodes ``rows``, chunk by chunk; returns this process's part of the
+    loss, and the metrics.
 
     Loss and metrics are means over all decisions of the minibatch, of all processes together. A chunk holds episodes of
     similar length, the shortest at least half as long as the longest, and at most `MAX_CHUNK_DECISIONS` padded
@@ -156,6 +189,7 @@ def _surrogate_in_chunks(
     """
     rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
     total, metrics = rollout.decisions[rows].sum(), {}
+    whole = advantage.new_zeros(())
     workers.all_reduce([total])
     while len(rows):
         longest = rollout.decisions[rows[0]]
@@ -165,10 +199,11 @@ def _surrogate_in_chunks(
         share = rollout.decisions[chunk].sum() / total
         loss, measured = surrogate(rollout.index(chunk), advantage[chunk])
         (share * loss).backward()
+        whole += (share * loss).detach()
         for name, value in measured.items():
             metrics[name] = metrics.get(name, 0.0) + share * value
     workers.all_reduce(list(metrics.values()))
-    return metrics
+    return whole, metrics
 
 
 def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:

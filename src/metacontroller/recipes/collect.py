@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from metacontroller.domains.gymnasium_adapter import Guard, GuardedEnvironment, 
 from metacontroller.errors import UserError
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.config_file import check_positive
-from metacontroller.storage.files import plain, read_object, write_text
+from metacontroller.storage.files import left_behind, plain, read_object, write_text
+from metacontroller.storage.lock import LOCK, held
 from metacontroller.storage.user_function import import_user_function
 from metacontroller.training.progress import track
 
@@ -85,26 +87,29 @@ def collect(
         raise UserError(f"workers is {workers}; expected at least 1.")
     import_user_function("policy", config.policy)
     environment_facts(config.env)
-    _open(config, out, resume)
-    if not (out / "store.json").exists():
-        if workers == 1:
-            _play_parts(config, out, 0, 1, quiet)
-        else:
-            in_processes(_play_parts, [(config, out, rank, workers, quiet) for rank in range(workers)], at_once=workers)
-        _join(config, out)
+    with held(out):
+        _open(config, out, resume)
+        if not (out / "store.json").exists():
+            jobs = [(config, out, rank, workers, quiet) for rank in range(workers)]
+            if workers == 1:
+                _play_parts(*jobs[0])
+            else:
+                in_processes(_play_parts, jobs, at_once=workers)
+            _join(config, out)
     return TrajectoryStore(out).meta["collected"]
 
 
 def _open(config: CollectConfig, out: Path, resume: bool) -> None:
     request, whole = out / "collect.json", out / "store.json"
     if not whole.exists() and not any((out / "parts").glob("*.json")):  # nothing was played, or to the end of no part
-        if out.is_dir() and any(path.name not in (request.name, "parts") for path in out.iterdir()):
+        begun = (request.name, "parts")
+        if out.is_dir() and any(path.name not in begun and not left_behind(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files of something else; choose another --out.")
         write_text(request, json.dumps(plain(config), indent=2))
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = read_object(whole).get("asked") if whole.exists() else read_object(request)
+    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else read_object(request)
     if asked != plain(config):
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
@@ -134,7 +139,10 @@ def _join(config: CollectConfig, out: Path) -> None:
         "collected": collected,
     }
     stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
-    TrajectoryStore.join(out, stores, meta, most=config.episodes)
+    own = ("collect.json", "parts", LOCK)
+    TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=own)
+    shutil.rmtree(out / "parts")
+    (out / "collect.json").unlink()
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ from metacontroller.phases.evaluate import EvaluateConfig
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.storage.config_file import from_plain
+from metacontroller.storage.files import left_behind
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.user_function import refuse_unknown_code
 from metacontroller.training.optimizer import OptimizerConfig
 from metacontroller.training.seeding import STREAMS, stream_seed
 
@@ -144,14 +146,16 @@ def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
 
 
 def read_config(run: RunFolder) -> ExperimentConfig:
-    """The config in a run folder."""
-    return from_json(run.read_config())
+    """The config in a run folder; UserError if it names code that the user has not, see `storage.user_function`."""
+    content = run.read_config()
+    refuse_unknown_code(content, str(run.path / "config.json"))
+    return from_json(content)
 
 
 def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, option: str) -> None:
     """Writes the config into a new folder, or checks that a resumed one holds the same."""
     if not (folder.path / "config.json").exists():
-        if folder.path.is_dir() and any(folder.path.iterdir()):
+        if folder.path.is_dir() and any(not left_behind(path) for path in folder.path.iterdir()):
             raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
         folder.write_config(to_json(config))
         return

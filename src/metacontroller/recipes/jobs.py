@@ -8,8 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,10 +21,13 @@ from typing import Any, Literal
 import torch
 
 from metacontroller.errors import UserError
+from metacontroller.training.interruption import Interrupted, listening
 
 Engine = Literal["processes", "slurm", "ray"]
 Job = tuple[Any, ...]
 """The arguments of one call."""
+FAREWELL_S = 4.0
+"""Seconds that a job has, once it is told to stop, for its update and its checkpoint."""
 NextJob = Callable[[], "Job | None"]
 """Gives a job that can be started now, or None; it is asked again when one ends."""
 
@@ -105,7 +111,10 @@ def _in_processes(
     except BaseException:
         for process in running:
             process.terminate()
+        deadline = time.monotonic() + FAREWELL_S
         for process in running:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()  # it is only resumed from an older checkpoint
             process.join()
         raise
 
@@ -115,16 +124,22 @@ class _Killed(UserError):
 
 
 def _call(function: Callable[..., Any], job: Job, threads: int, sender: Connection) -> None:
-    """In a new process: calls the function and tells whether it raised something."""
+    """In a new process: calls the function and tells whether it raised something.
+
+    An interrupt reaches the parent too, which tells its workers to stop by SIGTERM.
+    """
     start_worker(threads)
-    try:
-        function(*job)
-    except Exception as error:
-        sender.send(error)
-        if not isinstance(error, UserError):
-            raise  # so that the traceback, which does not travel, is shown here
-    else:
-        sender.send(None)
+    with listening(lambda number: None, ignored=(signal.SIGINT,)):
+        try:
+            function(*job)
+        except Exception as error:
+            sender.send(error)
+            if not isinstance(error, UserError):
+                raise  # so that the traceback, which does not travel, is shown here
+        except Interrupted as interrupted:
+            sys.exit(interrupted.status)
+        else:
+            sender.send(None)
 
 
 def _error_of(receiver: Connection) -> BaseException | None:
@@ -143,7 +158,6 @@ def _error_of(receiver: Connection) -> BaseException | None:
 def start_worker(threads: int) -> None:
     """Prepares a worker process: so many threads, and an end when its parent ends."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -172,10 +186,24 @@ def _on_slurm(
     executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_array_parallelism=workers)
     while jobs := list(iter(next_job, None)):  # an array of all that can be started now
         with executor.batch():
-            submitted = [executor.submit(function, *job) for job in jobs]
+            submitted = [executor.submit(_Requeued(function), *job) for job in jobs]
         for job in submitted:
             job.exception()  # waits; what became of it is read from its files
             advance()
+
+
+@dataclass(frozen=True)
+class _Requeued:
+    """A function that submitit queues again, with the same arguments, when Slurm preempts its job or its time is up."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *job: Any) -> None:
+        self.function(*job)
+
+    def checkpoint(self, *job: Any) -> Any:
+        """Called by submitit in the job, before it ends."""
+        return _need("submitit").helpers.DelayedSubmission(self, *job)
 
 
 def _on_ray(function: Callable[..., Any], next_job: NextJob, advance: Callable[[], None], address: str | None) -> None:

@@ -51,6 +51,15 @@ def reproduce_seed(
     run = RunFolder(folder)
     if finished := run.read_summary():
         return finished
+    with run.held():
+        _all_phases(config, run, quiet, apart, device, track)
+    return run.read_summary()
+
+
+def _all_phases(
+    config: ExperimentConfig, run: RunFolder, quiet: bool, apart: bool, device: str, track: Tracker | None
+) -> None:
+    folder = run.path
     if apart:
         threads = torch.get_num_threads()
         for phase in PHASES:
@@ -64,7 +73,6 @@ def reproduce_seed(
         for phase in PHASES:
             run_phase(phase, config, folder, quiet, device, track)
         conclude(config, folder, quiet, device)
-    return run.read_summary()
 
 
 def conclude(
@@ -139,7 +147,20 @@ def reproduce(
         raise UserError(f"workers is {workers}; expected at least 1.")
     figures.require_matplotlib()
     folder = RunFolder(out)
-    open_folder(folder, config, resume=resume, option="--out")
+    with folder.held():
+        open_folder(folder, config, resume=resume, option="--out")
+        return _all_seeds(config, folder, seeds, workers, quiet, device, track)
+
+
+def _all_seeds(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    seeds: Sequence[int],
+    workers: int,
+    quiet: bool,
+    device: str,
+    track: Tracker | None,
+) -> dict[str, Any]:
     configs = [with_seed(config, seed) for seed in seeds]
     paths = [folder.path / f"seed-{seed}" for seed in seeds]
     if workers == 1:

@@ -120,6 +120,13 @@ def run_variant(out: Path, job: StudyJob, study: StudyConfig, device: str) -> No
     """Its phases, resumed if they were begun, and its summary."""
     variant = variants(read_config(RunFolder(out)), study)[job.what]
     config, run = with_seed(variant.config, job.seed), RunFolder(job.folder(out))
+    with run.held():
+        _run_phases(out, job, variant, config, run, device)
+
+
+def _run_phases(
+    out: Path, job: StudyJob, variant: Variant, config: ExperimentConfig, run: RunFolder, device: str
+) -> None:
     source = RunFolder(out / f"seed-{job.seed}")
     phases = ["discover"]
     run.write_config(to_json(config))
@@ -129,8 +136,7 @@ def run_variant(out: Path, job: StudyJob, study: StudyConfig, device: str) -> No
         phases.insert(0, "pretrain")
     elif variant.start != "new":
         snapshot = snapshot_path(source, variant.start)
-        copy_artefact(snapshot.stem, snapshot.parent, run.path)
-        os.replace(run.path / snapshot.name, run.path / f"{BASE_MODEL}.safetensors")
+        copy_artefact(snapshot.stem, snapshot.parent, run.path, BASE_MODEL)
     if variant.reinforces:
         phases.append("internal_rl")
     for phase in phases:
@@ -164,6 +170,13 @@ def study(
     if workers < 1:
         raise UserError(f"workers is {workers}; expected at least 1.")
     folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
+    with folder.held():
+        return _run_all(config, folder, own, seeds, workers, quiet, device)
+
+
+def _run_all(
+    config: StudyConfig, folder: RunFolder, own: RunFolder, seeds: list[int], workers: int, quiet: bool, device: str
+) -> dict[str, Any]:
     if (own.path / "config.json").exists() and from_plain(StudyConfig, own.read_config()) != config:
         raise UserError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
     own.write_config(config)

@@ -103,13 +103,14 @@ def run_job(out: Path, job: SweepJob, device: str) -> None:
     if job.finished(out):
         return
     run, config = RunFolder(out / job.folder), job_config(read_config(RunFolder(out)), job)
-    run.write_config(to_json(config))
-    if job.parent:
-        for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION):
-            copy_artefact(artefact, out / job.parent.folder, run.path)
-    phase = "pretrain" if job.alpha is None else "discover" if job.lr is None else "internal_rl"
-    RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
-    run.write_summary({**vars(job), **_measure(config, run, job, device)})
+    with run.held():
+        run.write_config(to_json(config))
+        if job.parent:
+            for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION):
+                copy_artefact(artefact, out / job.parent.folder, run.path)
+        phase = "pretrain" if job.alpha is None else "discover" if job.lr is None else "internal_rl"
+        RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
+        run.write_summary({**vars(job), **_measure(config, run, job, device)})
 
 
 def _measure(config: ExperimentConfig, run: RunFolder, job: SweepJob, device: str) -> dict[str, Any]:
@@ -152,7 +153,22 @@ def sweep(
     if workers < 1:
         raise UserError(f"workers is {workers}; expected at least 1.")
     folder = RunFolder(out)
-    open_folder(folder, config, resume=resume, option="--out")
+    with folder.held():
+        open_folder(folder, config, resume=resume, option="--out")
+        options: dict[str, Any] = {"engine": engine, "workers": workers, "address": address, "minutes": minutes}
+        return _run_all(folder, seeds, alphas, lrs, quiet, device, options)
+
+
+def _run_all(
+    folder: RunFolder,
+    seeds: Sequence[int],
+    alphas: Sequence[float],
+    lrs: Sequence[float],
+    quiet: bool,
+    device: str,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """options: of `run_jobs`."""
     combinations = [SweepJob(seed, alpha, lr) for seed in seeds for alpha in alphas for lr in lrs]
     jobs = [SweepJob(seed) for seed in seeds]
     jobs += [SweepJob(seed, alpha) for seed in seeds for alpha in alphas]
@@ -174,16 +190,7 @@ def sweep(
             done += 1
             progress.update(done)
 
-        run_jobs(
-            attempt,
-            next_job,
-            advance,
-            engine=engine,
-            workers=workers,
-            address=address,
-            minutes=minutes,
-            logs=folder.path / "slurm",
-        )
+        run_jobs(attempt, next_job, advance, logs=folder.path / "slurm", **options)
     rows = [_row(folder.path, job) for job in combinations]
     folder.write_summary({"jobs": rows})
     return rows

@@ -77,6 +77,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         folder = RunFolder(path)
         summary = folder.read_summary()
         if summary.get("seeds"):
+            if not all(type(seed) is int for seed in summary["seeds"]):
+                raise UserError(f"{path / 'summary.json'} names seeds {summary['seeds']}; expected whole numbers.")
             runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
             parts.append(_section(folder, summary, runs))
         elif folder.read_metrics():

@@ -11,21 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from metacontroller.errors import UserError
+from metacontroller.storage import manifest
+from metacontroller.storage.lock import LOCK
+from metacontroller.storage.plain_files import read_json
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` when the block succeeds, and is removed otherwise."""
+    """Yield a temporary path beside `path`; it replaces `path` when the block succeeds, and is removed otherwise.
+
+    The file gets the permissions that the process's umask leaves, whatever wrote it, and is listed in the manifest of
+    its run folder, if it has one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         _sync(temporary)
+        manifest.record(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name is on disk only once its folder is; other systems cannot sync a folder
         _sync(path.parent)
+
+
+def left_behind(path: Path) -> bool:
+    """Whether a file is the lock or the manifest of a writer, or a draft, and may be all that a killed one left."""
+    return path.name in (LOCK, manifest.NAME) or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _sync(path: Path) -> None:
@@ -44,14 +60,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError if it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fix or delete it.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected; fix or delete it.")
+    """Return the JSON object in a file; UserError if it holds anything else, or is not what its run wrote."""
+    value = read_json(path)
+    manifest.verify(path)
     return value
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """The path; UserError if a link or a name leads from there out of the folder."""
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is a link that leads nowhere; put the file there that the run has written.") from error
+    if not resolved.is_relative_to(folder.resolve()):
+        raise UserError(f"{path} leads to {resolved}, out of {folder}; put the file itself there.")
+    return path
 
 
 def plain(value: Any) -> Any:

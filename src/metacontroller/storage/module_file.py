@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+from metacontroller.storage import manifest
 from metacontroller.storage.files import replacing
+from metacontroller.storage.plain_files import check_regular, parse_json
+from metacontroller.storage.training_state import check_finite, not_finite
 
 Module = TypeVar("Module", bound="Saveable")
-SAVE_FORMAT = "1"
+SAVE_FORMAT = "2"
 _HEADER = "metacontroller"
 """The only key of the file's metadata: with several, safetensors does not fix their order, and equal modules should
 give equal files."""
@@ -49,16 +55,24 @@ class Saveable:
         self.versions = {}
 
     def save(self, path: str | Path) -> None:
-        """Writes weights and arguments to one file, atomically; UserError if the constructor was handed modules."""
+        """Writes weights and arguments to one file, atomically.
+
+        UserError if the constructor was handed modules, and for weights that are not finite.
+        """
+        kind = type(self).__name__
         if self.handed_modules:
             raise UserError(
-                f"this {type(self).__name__} was handed modules ({', '.join(self.handed_modules)}), which a file "
-                "cannot hold; save its state_dict, and make it anew yourself."
+                f"this {kind} was handed modules ({', '.join(self.handed_modules)}), which a file cannot hold; save "
+                "its state_dict, and make it anew yourself."
             )
         tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
-        header = {"format": SAVE_FORMAT, "class": type(self).__name__, "arguments": self.arguments}
+        name = not_finite(tensors)
+        if name is not None:
+            raise UserError(f"{name} of this {kind} is not finite; it is not saved to {path}.")
+        header = {"format": SAVE_FORMAT, "class": kind, "arguments": self.arguments}
         if self.versions:
             header["versions"] = self.versions
+        header["sha256"] = _digest(tensors, header)
         with replacing(Path(path)) as draft:
             save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
 
@@ -74,7 +88,8 @@ class Saveable:
     def init_and_load(cls: type[Module], path: str | Path, strict: bool = True) -> Module:
         """A new module with the arguments and weights of a file that ``save`` wrote; UserError for another file."""
         tensors, header = _read(path, cls.__name__)
-        module = cls(**header["arguments"])
+        arguments = header["arguments"]
+        module = _built(cls, tensors, arguments, path) if strict else cls(**arguments)
         module.versions = header.get("versions", {})
         _fill(module, tensors, path, strict)
         return module
@@ -87,7 +102,8 @@ def _weights(module: Saveable) -> dict[str, Tensor]:
 
 def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict: bool) -> None:
     own = _weights(module)
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    both = own.keys() & tensors.keys()
+    wrong = [name for name in both if own[name].shape != tensors[name].shape or own[name].dtype != tensors[name].dtype]
     if strict:
         wrong += own.keys() ^ tensors.keys()
     if wrong:
@@ -99,23 +115,80 @@ def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict
 
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"{path} does not exist; give a file that `save` wrote.")
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header = parse_json((file.metadata() or {}).get(_HEADER, "{}"))
+            manifest.verify(path)
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path} is not a complete safetensors file ({error}); give a file that `save` wrote."
         ) from None
+    header = header if isinstance(header, dict) else {}
     if header.get("format") != SAVE_FORMAT or header.get("class") != kind:
         raise UserError(
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
+    check_finite(tensors, str(path))
+    if not isinstance(header.get("arguments"), dict) or header.get("sha256") != _digest(tensors, header):
+        raise UserError(f"{path} is not what `save` wrote (its SHA-256 differs); take another copy.")
     return tensors, header
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """SHA-256 of all that a file says."""
+    said = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _built(kind: type[Module], tensors: dict[str, Tensor], arguments: dict[str, Any], path: str | Path) -> Module:
+    """A new module; before it takes any memory or time, its arguments are compared with what the file holds."""
+    size = Path(path).stat().st_size
+    too_large = [f"{name} {value}" for name, value in _numbers(arguments) if abs(value) > size]
+    too_large += [f"{name} {value}" for name, value in _numbers(arguments) if "depth" in name and value > len(tensors)]
+    if too_large:
+        raise UserError(f"{path} says {too_large[0]}, which its {size} bytes cannot hold; take another copy.")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            shapes = _shapes(kind, arguments)
+        if shapes is not None and shapes != {name: value.shape for name, value in tensors.items()}:
+            raise UserError(f"{path} holds other weights than its arguments say; take another copy.")
+        return kind(**arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} has arguments that make no {kind.__name__}: {error}; take another copy.") from error
+
+
+def _shapes(kind: type[Module], arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
+    """Shapes of the weights that a module would have, found without memory for them; None where that cannot be done."""
+    try:
+        with torch.device("meta"):
+            return {name: value.shape for name, value in _weights(kind(**arguments)).items()}
+    except RuntimeError:  # of a module that computes with values when it is made
+        return None
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers of JSON data, with their names."""
+    if isinstance(value, int):
+        yield name, value
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        yield from _numbers(entry, key)
+    for entry in value if isinstance(value, list) else ():
+        yield from _numbers(entry, name)
 
 
 def _plain(value: Any) -> Any:

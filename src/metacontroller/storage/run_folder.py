@@ -4,11 +4,12 @@
     summary.json        the run's results
     analyses/NAME.json  results of analyses
     metrics.jsonl       one JSON object per line: phase, step and the metrics logged there; only appended to
+    manifest.json       sizes and SHA-256 of all but metrics.jsonl, see `storage.manifest`
     NAME.safetensors    a checkpoint: tensors, and in the file's metadata JSON values such as the seconds of work and
                         the peak memory so far
 
 Files other than metrics.jsonl are replaced atomically, so that a crash leaves either the old or the new one. Loading
-reads JSON and safetensors only: it never runs code from a file.
+reads JSON and safetensors only: it never runs code from a file, and follows no link out of the folder.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
-from metacontroller.storage.files import plain, read_object, replacing, strict_json, write_text
+from metacontroller.storage import manifest
+from metacontroller.storage.files import inside, plain, read_object, replacing, strict_json, write_text
+from metacontroller.storage.lock import held
+from metacontroller.storage.plain_files import check_regular, parse_json
+from metacontroller.storage.training_state import check_finite, write_tensors
 from metacontroller.storage.versions import warn_of_versions
 
 CHECKPOINT_FORMAT = 1
@@ -51,15 +56,19 @@ class RunFolder:
         self._peak: dict[str, float] = {}
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics
 
+    def held(self) -> AbstractContextManager[None]:
+        """Context in which no other process may write here, see `storage.lock`."""
+        return held(self.path)
+
     # -- configuration and results ------------------------------------------------------------------------------------
 
     def write_config(self, config: Any) -> None:
         """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings."""
-        write_text(self.path / "config.json", json.dumps(config, default=plain, indent=2) + "\n")
+        write_text(self._own("config.json"), json.dumps(config, default=plain, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Return config.json; MissingFileError if the folder has none."""
-        path = self.path / "config.json"
+        path = inside(self.path, self.path / "config.json")
         if not path.exists():
             raise MissingFileError(
                 f"{self.path} has no config.json; name the folder of a run that has been started, or write the config "
@@ -69,28 +78,34 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
-        write_text(self.path / "summary.json", json.dumps(strict_json(dict(summary)), indent=2) + "\n")
+        write_text(self._own("summary.json"), json.dumps(strict_json(dict(summary)), indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json; empty if nothing has been written yet."""
-        path = self.path / "summary.json"
+        path = inside(self.path, self.path / "summary.json")
         return read_object(path) if path.exists() else {}
 
     def write_analysis(self, name: str, result: Mapping[str, Any]) -> None:
         """Replace analyses/NAME.json, in strict JSON like the summary."""
-        write_text(self.path / "analyses" / f"{name}.json", json.dumps(strict_json(dict(result)), indent=2) + "\n")
+        write_text(self._own(f"analyses/{name}.json"), json.dumps(strict_json(dict(result)), indent=2) + "\n")
 
     def read_analysis(self, name: str) -> dict[str, Any]:
         """Return analyses/NAME.json; empty if nothing has been written yet."""
-        path = self.path / "analyses" / f"{name}.json"
+        path = inside(self.path, self.path / "analyses" / f"{name}.json")
         return read_object(path) if path.exists() else {}
+
+    def _own(self, name: str) -> Path:
+        """The path of a file about to be written, which the folder's manifest will list."""
+        path = inside(self.path, self.path / name)
+        manifest.begin(self.path)
+        return path
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     @property
     def metrics_path(self) -> Path:
         """The path of metrics.jsonl."""
-        return self.path / "metrics.jsonl"
+        return inside(self.path, self.path / "metrics.jsonl")
 
     def log_metrics(self, phase: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl.
@@ -109,6 +124,7 @@ class RunFolder:
         """
         if not self.metrics_path.exists():
             return []
+        check_regular(self.metrics_path)
         complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
         lines: list[dict[str, Any]] = []
         for number, text in enumerate(complete.splitlines(), 1):
@@ -145,12 +161,15 @@ class RunFolder:
 
     def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(line)
-            return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
-        except (ValueError, KeyError, TypeError) as error:
+            parsed = parse_json(line)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not _is_metrics(parsed):
             raise UserError(
-                f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step; delete that line."
-            ) from error
+                f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step, and numbers; "
+                "delete that line."
+            )
+        return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -158,7 +177,7 @@ class RunFolder:
         """Return the path of checkpoint `name`; UserError unless it is a plain name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise UserError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
-        return self.path / f"{name}.safetensors"
+        return inside(self.path, self.path / f"{name}.safetensors")
 
     def has_checkpoint(self, name: str) -> bool:
         """Whether checkpoint `name` exists."""
@@ -193,11 +212,10 @@ class RunFolder:
         meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
         if self.versions:
             meta["versions"] = self.versions
-        # Copies, because safetensors refuses tensors that share memory.
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
+        manifest.begin(self.path)
         with replacing(path) as temporary:
-            save_file(copies, temporary, metadata={_HEADER: header})
+            write_tensors(temporary, tensors, {_HEADER: header})
         return path
 
     def load_checkpoint(
@@ -205,18 +223,22 @@ class RunFolder:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, meta) of a checkpoint; later saves under its name add to its seconds.
 
-        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format.
+        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format, or holds
+        values that are not finite.
         """
         path = self.checkpoint_path(name)
         if not path.exists():
             present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
             raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
+        check_regular(path)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = (file.metadata() or {}).get(_HEADER)
+                manifest.verify(path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
+        check_finite(tensors, str(path))
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
         warn_of_versions(path, meta.get("versions", {}), self.versions)
@@ -246,13 +268,31 @@ def peak_rss_mb() -> float:
 # -- details ----------------------------------------------------------------------------------------------------------
 
 
+def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a line of metrics.jsonl has a phase, a step and otherwise numbers or null, or marks a rewind."""
+    if not isinstance(line, dict) or not isinstance(line.get("phase"), str) or type(line.get("step")) is not int:
+        return False
+    rest = {name: value for name, value in line.items() if name not in ("phase", "step")}
+    if "rewound" in rest:
+        return len(rest) == 1 and rest["rewound"] is True
+    return all(value is None or type(value) in (int, float) for value in rest.values())
+
+
 def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
         raise UserError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
-    content = json.loads(header)
+    damaged = UserError(f"{path} has a damaged header; delete it and run the phase again.")
+    try:
+        content = json.loads(header)  # meta may hold NaN
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "format" not in content:
+        raise damaged
     if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} has checkpoint format {content['format']} where {CHECKPOINT_FORMAT} was expected; "
             "load it with the release that wrote it."
         )
+    if not all(type(content["meta"].get(name, 0.0)) in (int, float) for name in ("seconds", "peak_rss_mb")):
+        raise damaged
     return content["meta"]

@@ -1,14 +1,37 @@
-"""The content of a checkpoint: a module, its optimizer and its rng as named tensors."""
+"""The content of a checkpoint: a module, its optimizer and its rng as named tensors, all finite."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity; None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """UserError if one of the tensors that the file ``where`` holds is not finite."""
+    name = not_finite(tensors)
+    if name is not None:
+        raise UserError(f"{where} holds NaN or infinite values in {name!r}; take one that was saved before.")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file of copies on the CPU, because safetensors refuses tensors that share memory."""
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(copies, path, metadata=metadata)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -55,6 +78,10 @@ def load_optimizer(
         if tensor.ndim:  # `step` is a scalar; all else is shaped like its parameter
             _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
         state.setdefault(int(index), {})[name] = tensor
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise UserError(
+            f"The checkpoint's optimizer state under {prefix!r} is not whole; take one that was saved before."
+        )
     if len(state) != meta["parameters_with_state"]:
         raise UserError(
             f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
@@ -84,6 +111,8 @@ def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
             f"Tensor {name} of the checkpoint has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was "
             "expected; build the model from the checkpoint's config."
         )
+    if tensor.dtype != expected.dtype:
+        raise UserError(f"Tensor {name} of the checkpoint is of {tensor.dtype} where {expected.dtype} was expected.")
 
 
 def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:

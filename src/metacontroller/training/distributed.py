@@ -70,7 +70,7 @@ class Processes:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor, in place, by its sum over the processes; one exchange for all of them."""
-        if self.count == 1:
+        if self.count == 1 or not tensors:
             return
         from accelerate.utils import reduce
 
@@ -78,6 +78,14 @@ class Processes:
         sums = total.split([tensor.numel() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
         for tensor, value in zip(tensors, sums, strict=True):
             tensor.copy_(value.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set; the same in all of them."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.state.device)
+        self.all_reduce([flags])
+        return bool(flags)
 
     def wait(self) -> None:
         """Waits until every process has called this."""
@@ -96,16 +104,16 @@ def processes(device_type: str) -> Processes:
     return Processes(device_type)
 
 
-def leave() -> None:
-    """Ends a process that a launcher started as one of several, with status 0; returns where there is but one.
+def leave(status: int = 0) -> None:
+    """Ends a process that a launcher started as one of several; returns where there is but one.
 
     The connection is closed and the process ends at once, without the interpreter's own exit: threads of the connection
     outlive it now and then, and an exit that finds them aborts ("terminate called without an active exception").
     """
     if not launched():
         return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if status == 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

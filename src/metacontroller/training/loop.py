@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import torch
@@ -12,6 +13,8 @@ from metacontroller.data.batching import EpisodeStream, Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
+from metacontroller.training.divergence import NotFinite, diverged
+from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner, OptimizerConfig
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator
@@ -29,6 +32,21 @@ class _Means:
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.count += 1
+
+    def tensors(self, workers: Processes) -> dict[str, Tensor]:
+        """What ``restore`` needs, of all processes together; nothing right after ``take``."""
+        sums = {name: value.clone() for name, value in self.sums.items()}
+        workers.all_reduce(list(sums.values()))
+        count = {"means.count": torch.tensor(self.count)} if sums else {}
+        return {**count, **{f"means.sums.{name}": value for name, value in sums.items()}}
+
+    def restore(self, tensors: Mapping[str, Tensor], workers: Processes, device: torch.device) -> None:
+        """Goes on from ``tensors``, whose sums the first process alone carries."""
+        start = "means.sums."
+        for name, value in tensors.items():
+            if name.startswith(start):
+                self.sums[name.removeprefix(start)] = value.to(device) * int(workers.is_main)
+                self.count = int(tensors["means.count"])
 
     def take(self, workers: Processes) -> dict[str, float]:
         """Returns the means over the steps since the last call, summed over the processes, and resets them."""
@@ -67,10 +85,10 @@ def train(
     update with the number of updates so far. seed: of the episodes and, in a separate stream, of ``sample_extras``.
     Several processes share each batch, see `training.distributed`.
 
-    Checkpoints go to ``run`` under the phase's name. With ``resume``, training continues from the last one, bit for bit
-    as if it had not stopped; only the first means logged afterwards may differ, since they cover the steps since the
-    checkpoint. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and
-    ``resume`` is false.
+    Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
+    (`training.interruption`). With ``resume``, training continues from the last one, bit for bit as if it had not
+    stopped. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and ``resume``
+    is false; DivergedError at the first loss, gradient or parameter that is not finite, see `training.divergence`.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -87,11 +105,14 @@ def train(
     if 0 < first < config.steps:
         stream.restore(tensors)
     workers = learner.processes
-    if workers.is_main:
-        run.rewind_metrics(phase, first)
     module.train()
     means = _Means()
-    with track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress:
+    if first < config.steps:
+        means.restore(tensors, workers, device)
+    alone = run.held() if workers.is_main else nullcontext()
+    with alone, track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
+        if workers.is_main:
+            run.rewind_metrics(phase, first)
         for step in range(first, config.steps):
             for group in learner.optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -99,21 +120,38 @@ def train(
             extras = sample_extras(batch, learner.generator) if sample_extras else {}
             batch, extras, share = _own_share(batch, extras, workers)
             loss, metrics = loss_function(batch, step, extras)
-            (share * loss).backward()
-            learner.optimizer_step()
-            means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
             done, last = step + 1, step + 1 == config.steps
-            if last or done % config.log_every == 0:
-                measured = means.take(workers)
-                if workers.is_main:
-                    run.log_metrics(phase, done, **measured)
-                progress.update(done, **measured)
-            if after is not None:
-                after(done)
-            if last or done % config.checkpoint_every == 0:
-                learner.save(run, phase, done, stream.tensors())
+            try:
+                (share * loss).backward()
+                learner.optimizer_step(share * loss)
+                means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
+                if last or done % config.log_every == 0:
+                    measured = means.take(workers)
+                    if workers.is_main:
+                        run.log_metrics(phase, done, **measured)
+                    progress.update(done, **measured)
+                if after is not None:
+                    after(done)
+                stopping = workers.any(requested())
+                if last or stopping or done % config.checkpoint_every == 0:
+                    learner.save(run, phase, done, {**stream.tensors(), **means.tensors(workers)})
+            except NotFinite as found:
+                tensors = {**_tensors_of(batch), **extras}
+                facts = {
+                    "lr": config.lr_at(step),
+                    "metrics": {name: float(value.detach()) for name, value in metrics.items()},
+                }
+                raise diverged(run, phase, done, found, module, tensors, writes=workers.is_main, **facts) from None
+            if stopping:
+                workers.wait()
+                stop()
     module.eval()
     workers.wait()
+
+
+def _tensors_of(batch: Trajectories) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _own_share(
@@ -128,7 +166,6 @@ def _own_share(
     if rows is None:
         return batch, extras, 1.0
     rows = rows.to(batch.lengths.device)
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    own = replace(batch, **{name: value[rows] for name, value in values.items() if value is not None})
+    own = replace(batch, **{name: value[rows] for name, value in _tensors_of(batch).items()})
     own_extras = {name: value[rows] for name, value in extras.items()}
     return own, own_extras, own.lengths.sum() / batch.lengths.sum()

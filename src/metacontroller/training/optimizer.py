@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ from metacontroller.storage.training_state import (
     load_module,
     load_optimizer,
     module_tensors,
+    not_finite,
     optimizer_meta,
     optimizer_tensors,
 )
 from metacontroller.training.distributed import processes
+from metacontroller.training.divergence import NotFinite, check_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +88,44 @@ class Learner:
         self.max_grad_norm = max_grad_norm
         self.processes = processes(parameters[0].device.type)
 
-    def optimizer_step(self) -> Tensor:
+    def optimizer_step(self, loss: Tensor) -> Tensor:
         """All-reduces and clips the accumulated gradients, takes one optimizer step, resets them; returns their norm.
 
-        The norm, a scalar, is that before clipping.
+        The norm, a scalar, is that before clipping. loss: this process's part, a scalar. NotFinite, in all processes
+        and before anything changes, if the loss or a gradient of any of them is not finite.
         """
-        self.processes.all_reduce([value.grad for value in self.parameters if value.grad is not None])
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        gradients = [value.grad for value in self.parameters if value.grad is not None]
+        loss = loss.detach().to(gradients[0].dtype, copy=True)
+        self.processes.all_reduce([*gradients, loss])
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {float(loss)}")
+        norm = self._clip(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        """Clips the gradients and returns their norm before; NotFinite names the first that is not finite."""
+        try:
+            return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, 2.0, True)
+        except RuntimeError as error:
+            if "non-finite" not in str(error):
+                raise
+        named = {name: value.grad for name, value in self.module.named_parameters() if value.grad is not None}
+        name = not_finite(named)
+        if name is not None:
+            raise NotFinite(f"the gradient of {name} is not finite")
+        largest = max(gradient.abs().max() for gradient in gradients)  # finite: the sum of their squares overflows
+        for gradient in gradients:
+            gradient /= largest
+        return largest * nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
     def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the checkpoint of ``phase`` after ``step`` updates, with ``more`` tensors; first process only."""
+        """Writes the checkpoint of ``phase`` after ``step`` updates, with ``more`` tensors; first process only.
+
+        NotFinite, in all processes, if the module is not finite: then the checkpoint before stays.
+        """
+        check_module(self.module)
         if not self.processes.is_main:
             return
         tensors = {
@@ -113,7 +141,13 @@ class Learner:
         if not run.has_checkpoint(phase):
             return 0, {}
         tensors, meta = run.load_checkpoint(phase)
-        load_module(self.module, tensors, "module")
-        load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
-        load_generator(self.generator, tensors["generator"])
-        return meta["step"], tensors
+        try:
+            load_module(self.module, tensors, "module")
+            load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
+            load_generator(self.generator, tensors["generator"])
+            return int(meta["step"]), tensors
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
+                "phase again."
+            ) from error

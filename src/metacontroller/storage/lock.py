@@ -1,0 +1,89 @@
+"""One writer a folder: a lock that the system takes back when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from metacontroller.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+LOCK = ".lock"
+"""The file in the folder that is locked; it is there while the folder is written, and after a kill."""
+
+_held: dict[Path, list[int]] = {}
+"""By folder: the open file, and how often this process holds it."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Context in which this process, with the workers that it starts, is the only one to write to the folder.
+
+    It may be entered again within itself. UserError if another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if key not in _held:
+        handle = _acquire(folder)
+        if handle is None:
+            yield
+            return
+        _held[key] = [handle, 0]
+    _held[key][1] += 1
+    try:
+        yield
+    finally:
+        _held[key][1] -= 1
+        if not _held[key][1]:
+            handle, _ = _held.pop(key)
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _acquire(folder: Path) -> int | None:
+    """The open and locked file; None where the process that started this one holds it, or where there are no locks."""
+    if fcntl is None:
+        return None
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 256).decode(errors="replace").strip()
+            os.close(handle)
+            parent = multiprocessing.parent_process()
+            if parent is not None and holder == _name(parent.pid):
+                return None
+            raise UserError(
+                f"{folder} is being written by another process ({holder or 'just started'}); wait until it ends, or "
+                "choose another folder."
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{_name(os.getpid())}\n".encode())
+            return handle
+        os.close(handle)  # its last holder removed it between our opening and our locking
+
+
+def _name(process: int | None) -> str:
+    return f"process {process} on {socket.gethostname()}"
+
+
+def _forget() -> None:
+    """In a forked child: the lock is its parent's, and must not outlive it."""
+    for handle, _ in _held.values():
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,167 @@
+"""manifest.json: what a run folder holds, so that a file that was cut, flipped, swapped or is newer is refused by name.
+
+    {"format": 1, "files": {"base_model.safetensors": {"config": SHA-256, "versions": [{"size": ..., "sha256": ...}]}}}
+
+A file is listed before it is put in its place, beside its versions before: a kill in between leaves one that is listed.
+``config`` is the SHA-256 of the config.json with which a safetensors file was made: it says which run it belongs to.
+metrics.jsonl, to which lines are appended, is not listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from metacontroller.errors import UserError
+from metacontroller.storage.plain_files import read_json
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+NAME, FORMAT = "manifest.json", 1
+CONFIG = "config.json"
+LISTED = (".json", ".safetensors")
+KEPT = 4
+"""Versions of a file that stay listed: each that a kill keeps from its place takes one."""
+
+_warned: set[Path] = set()
+
+
+def begin(folder: Path) -> None:
+    """Makes the manifest of a folder that has none; files that are there already are listed as they are."""
+    if (folder / NAME).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [path for pattern in ("*", "analyses/*", "snapshots/*") for path in sorted(folder.glob(pattern))]
+    with _alone(folder):
+        if not (folder / NAME).exists():
+            files = {_key(folder, path): {"versions": [_digest(path)]} for path in found if _listed(path)}
+            _write(folder, files)
+
+
+def record(path: Path, draft: Path) -> None:
+    """Lists the content of ``draft``, which is about to become ``path``; nothing outside of run folders."""
+    folder = _folder_of(path)
+    if folder is None or path.suffix not in LISTED or path.name == NAME:
+        return
+    new = _digest(draft)
+    with _alone(folder):
+        files, key = _read(folder), _key(folder, path)
+        versions = [version for version in files.get(key, {}).get("versions", []) if version != new]
+        files[key] = {"versions": [new, *versions][:KEPT]}
+        if path.suffix == ".safetensors" and CONFIG in files:
+            files[key]["config"] = files[CONFIG]["versions"][0]["sha256"]
+        _write(folder, files)
+
+
+def verify(path: Path) -> None:
+    """UserError unless the manifest of the file's folder lists its content; a folder without one is told once."""
+    folder = _folder_of(path)
+    if folder is None:
+        if (path.parent / CONFIG).exists() and path.parent not in _warned:
+            _warned.add(path.parent)
+            print(
+                f"metacontroller: {path.parent} has no {NAME}: its files are read unchecked.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return
+    entry = _read(folder).get(_key(folder, path))
+    mend = f"copy it from where it was made, or delete it and run again what made it; {folder / NAME} lists what is."
+    if entry is None:
+        raise UserError(f"{path} is not of this run: {folder / NAME} does not list it; write it with this library.")
+    size, listed = path.stat().st_size, entry["versions"]
+    if size not in {version["size"] for version in listed}:
+        raise UserError(
+            f"{path} has {size} bytes where {listed[0]['size']} were written: it was cut or swapped; {mend}"
+        )
+    if _digest(path) not in listed:
+        raise UserError(f"{path} is not what was written (its SHA-256 differs): it was changed or swapped; {mend}")
+    if "config" in entry and entry["config"] not in {version["sha256"] for version in _config_versions(folder)}:
+        raise UserError(f"{path} was made with another {CONFIG} than that of {folder}; {mend}")
+
+
+def _config_versions(folder: Path) -> list[dict[str, Any]]:
+    return _read(folder).get(CONFIG, {}).get("versions", [])
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The nearest folder above a file, of two, that has a manifest."""
+    return next((folder for folder in list(path.parents)[:2] if (folder / NAME).exists()), None)
+
+
+def _listed(path: Path) -> bool:
+    return path.suffix in LISTED and path.name != NAME and not path.name.startswith(".") and path.is_file()
+
+
+def _key(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The entries; UserError for a manifest that is damaged or of a newer release."""
+    path = folder / NAME
+    content = read_json(path)
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise UserError(f"{path} has format {content['format']} and this release reads {FORMAT}; take a newer one.")
+    files = content.get("files")
+    if content.keys() != {"format", "files"} or content["format"] != FORMAT or not _sound(files):
+        raise UserError(f"{path} is damaged; copy it from where it was made, or delete it to read the files unchecked.")
+    return files
+
+
+def _sound(files: Any) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(files, dict):
+        return False
+    for entry in files.values():
+        if not isinstance(entry, dict) or not entry.keys() <= {"versions", "config"} or not entry.get("versions"):
+            return False
+        if not isinstance(entry.get("config", ""), str) or not isinstance(entry["versions"], list):
+            return False
+        if not all(isinstance(version, dict) and version.keys() == {"size", "sha256"} for version in entry["versions"]):
+            return False
+    return True
+
+
+def _write(folder: Path, files: dict[str, Any]) -> None:
+    """Atomically, but not synced: after a crash of the machine a lost manifest can be deleted, files cannot."""
+    draft = folder / f".{NAME}.{os.getpid()}.tmp"
+    try:
+        draft.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, folder / NAME)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two phases may write to one folder side by side: each change of the manifest is made by one at a time."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems do not lock folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

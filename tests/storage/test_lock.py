@@ -1,0 +1,102 @@
+"""One writer a folder: others are refused while it lives, and not after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from metacontroller import cli
+from metacontroller.errors import UserError
+from metacontroller.recipes.jobs import in_processes
+from metacontroller.storage.lock import LOCK, held
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from metacontroller.storage.lock import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held_elsewhere(folder: Path) -> Iterator[int]:
+    """Context in which a process, of which this is the number, holds the folder; it is killed at the end."""
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def refused(folder: Path, process: int) -> None:
+    said = rf"{folder} is being written by another process \(process {process} on"
+    with pytest.raises(UserError, match=said), held(folder):
+        pass
+
+
+def test_another_process_is_refused_until_this_one_is_killed(tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path) as process:
+        refused(tmp_path, process)
+    with held(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        with held(tmp_path / ".." / tmp_path.name):  # the same folder
+            pass
+        assert (tmp_path / LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phase_of_a_held_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held_elsewhere(tmp_path):
+        assert cli.main(["pretrain", str(tmp_path), "--preset", "debug", "--resume", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"metacontroller: {tmp_path} is being written by another process")
+    assert said.count("\n") == 1
+
+
+def note(folder: Path) -> None:
+    """In a worker: writes, as its parent, which holds the folder, has told it to."""
+    with held(folder):
+        (folder / "note").touch()
+
+
+def test_workers_write_for_their_parent(tmp_path: Path) -> None:
+    with held(tmp_path):
+        in_processes(note, [(tmp_path,)])
+    with held_elsewhere(tmp_path), pytest.raises(UserError, match="another process"):
+        in_processes(note, [(tmp_path,)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    script = HOLD.replace("time.sleep(60)", "time.sleep(60 if os.fork() == 0 else 1)\n    os._exit(0)").replace(
+        "sys,", "os, sys,"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        assert process.wait() == 0
+        with held(tmp_path):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError, match="symbolic link"), held(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "outside").exists()

@@ -1,0 +1,56 @@
+"""Code that a file names is not imported unless the user has given the name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metacontroller import cli
+from metacontroller.errors import UserError
+from metacontroller.presets.offline import debug
+from metacontroller.recipes.config import read_config, to_json
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.user_function import is_code, refuse_unknown_code, trusting
+
+NAME = "stranger_module:make"
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose config names a module that leaves a trace when it is imported."""
+    content = to_json(debug())
+    content["domain"] = {**content["domain"], "dataset": NAME}
+    RunFolder(tmp_path / "run").write_config(content)
+    (tmp_path / "stranger_module.py").write_text("open('trace', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", [["discover"], ["internal-rl"], ["evaluate"], ["probe"], ["reproduce", "--resume"]])
+def test_a_strangers_run_folder_runs_no_code(
+    strangers: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    words = [*command, *(["--out"] if command[0] == "reproduce" else []), str(strangers)]
+    assert cli.main(words) == 2
+    assert f"config.json names {NAME}, a module that would be imported" in capsys.readouterr().err
+    assert not Path("trace").exists()
+
+
+def test_a_name_that_the_user_gives_is_imported(strangers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["--trust", NAME], [f"--trust={NAME}"]):
+        assert cli.main(["discover", str(strangers), *given]) == 2
+        assert "config.json names" not in capsys.readouterr().err
+    with trusting([NAME]):
+        assert read_config(RunFolder(strangers)).domain.dataset == NAME
+    with pytest.raises(UserError, match=f"add --trust {NAME} to the command"):
+        read_config(RunFolder(strangers))
+    assert cli.main(["discover", str(strangers), "--trust"]) == 2
+    assert "--trust stands before no name" in capsys.readouterr().err
+
+
+def test_what_counts_as_code() -> None:
+    assert all(map(is_code, ("a:b", "package.module:function", "package:Env-v0", "a.b:c.d")))
+    assert not any(map(is_code, ("CartPole-v1", "D4RL/door/human-v2", "/data/mine", "C:\\data", "", 3, None)))
+    with pytest.raises(UserError, match="names x:y"):
+        refuse_unknown_code({"a": [1, {"b": ["x:y"]}]}, "file")
