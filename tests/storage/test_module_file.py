@@ -155,9 +155,9 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
     make_steering().save(tmp_path / "steering")
     refusal("steering", "holds a 'MetaController'")
     make_model(upper_body={"depth": 2, "heads": 2, "mlp_dim": 10}).save(tmp_path / "deeper")
-    refusal("deeper", "names or shapes differ, such as 'upper_body.blocks.1")
+    refusal("deeper", "names, shapes or types differ, such as 'upper_body.blocks.1")
     make_model(state_embed_readout={"num_continuous": 6}).save(tmp_path / "wider")
-    refusal("wider", "names or shapes differ, such as 'encoder.linear.weight'")
+    refusal("wider", "names, shapes or types differ, such as 'encoder.linear.weight'")
 
 
 def test_a_refused_file_changes_nothing(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_refused_file_changes_nothing(tmp_path: Path) -> None:
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(ValueError, match="shapes differ"):
+        with pytest.raises(ValueError, match="shapes or types differ"):
             model.load(tmp_path / "wider", strict=strict)
     torch.testing.assert_close(before, dict(model.state_dict()), rtol=0, atol=0)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ from metacontroller.training import interruption
 from metacontroller.training.interruption import Interrupted, finishing, listening, requested
 
 DEBUG = ["--preset", "debug", "--quiet", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """SIGINT as in a terminal; a shell's background job starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def signalled_work(number: int, *, dies: bool = False) -> None:

@@ -90,6 +90,9 @@ class Saveable:
         tensors, header = _read(path, cls.__name__)
         arguments = header["arguments"]
         module = _built(cls, tensors, arguments, path) if strict else cls(**arguments)
+        types = {value.dtype for value in tensors.values() if value.is_floating_point()}
+        if len(types) == 1:  # as `Module.double` and its like make it
+            module.to(types.pop())  # type: ignore[attr-defined]
         module.versions = header.get("versions", {})
         _fill(module, tensors, path, strict)
         return module
@@ -108,7 +111,7 @@ def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict
         wrong += own.keys() ^ tensors.keys()
     if wrong:
         raise UserError(
-            f"{path} does not fit this {type(module).__name__}: {len(wrong)} names or shapes differ, such as "
+            f"{path} does not fit this {type(module).__name__}: {len(wrong)} names, shapes or types differ, such as "
             f"{min(wrong)!r}; use `init_and_load` to make a module with the file's own arguments."
         )
     module.load_state_dict(tensors, strict=False)  # type: ignore[attr-defined]

@@ -13,6 +13,10 @@ MAX_JSON_BYTES = 64 * 2**20
 """Of a JSON file; parsed, it takes some ten times as much memory."""
 
 
+class NotStrictError(ValueError):
+    """JSON that Python reads and the standard does not allow; `read_json` tells the user of it."""
+
+
 def check_regular(path: Path) -> int:
     """The size of a file; UserError unless it is a regular one, or a link to one: a pipe or a device may never end."""
     try:
@@ -49,18 +53,18 @@ def parse_json(text: bytes | str, *, infinite: bool = False) -> Any:
 
 
 def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise NotStrictError(f"{constant} is no number of JSON")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is too large")
+        raise NotStrictError(f"{text} is too large")
     return number
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise NotStrictError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
     return dict(pairs)
