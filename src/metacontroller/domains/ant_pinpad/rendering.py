@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -102,13 +102,17 @@ class Painter:
         self.scene.ngeom += 1
 
 
-@lru_cache(maxsize=2)
+@cache
 def painter(arena: Arena, pixels: int = 224) -> Painter:
-    """The one of this process for such planes and pictures."""
+    """The one of this process for such planes and pictures.
+
+    It is kept until the process ends: MuJoCo frees the OpenGL objects of whichever context is current at that moment,
+    so that a painter that goes away could take those of another.
+    """
     return Painter(arena, pixels)
 
 
-@lru_cache(maxsize=1)
+@cache
 def can_draw() -> bool:
     """Whether this machine has an OpenGL to draw with."""
     try:
