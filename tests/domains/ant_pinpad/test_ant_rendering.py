@@ -30,7 +30,7 @@ def standing(x: float, y: float) -> torch.Tensor:
 
 @drawing
 def test_every_cell_has_its_color() -> None:
-    picture = rendering.Painter(ARENA, 240).draw(standing(0.0, 0.0), OBJECTS)
+    picture = rendering.painter(ARENA, 240).draw(standing(0.0, 0.0), OBJECTS)
     assert picture.shape == (240, 240, 3)
     assert picture.dtype == np.uint8
 
