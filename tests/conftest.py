@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch is imported: small tensors are slower on several threads, and tests may run beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ CHECKED = [
 ]
 # The numeric tower, so that an int is a valid float, as it is for pyright.
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# What a user notes of configs stays out of the home of whoever runs the tests; their processes inherit it.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="metacontroller-tests-")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -148,7 +148,7 @@ def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
 def read_config(run: RunFolder) -> ExperimentConfig:
     """The config in a run folder; UserError if it names code that the user has not, see `storage.user_function`."""
     content = run.read_config()
-    refuse_unknown_code(content, str(run.path / "config.json"))
+    refuse_unknown_code(content, run.path / "config.json")
     return from_json(content)
 
 

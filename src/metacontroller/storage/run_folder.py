@@ -34,6 +34,7 @@ from metacontroller.storage.files import inside, plain, read_object, replacing, 
 from metacontroller.storage.lock import held
 from metacontroller.storage.plain_files import check_regular, parse_json
 from metacontroller.storage.training_state import check_finite, write_tensors
+from metacontroller.storage.user_function import remember_code
 from metacontroller.storage.versions import warn_of_versions
 
 CHECKPOINT_FORMAT = 1
@@ -64,7 +65,9 @@ class RunFolder:
 
     def write_config(self, config: Any) -> None:
         """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings."""
-        write_text(self._own("config.json"), json.dumps(config, default=plain, indent=2) + "\n")
+        text = json.dumps(config, default=plain, indent=2)
+        remember_code(json.loads(text), self.path)
+        write_text(self._own("config.json"), text + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Return config.json; MissingFileError if the folder has none."""
