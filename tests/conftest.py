@@ -20,7 +20,8 @@ CHECKED = [
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # What a user notes of configs stays out of the home of whoever runs the tests; their processes inherit it.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="metacontroller-tests-")
+STATE = tempfile.TemporaryDirectory(prefix="metacontroller-tests-")
+os.environ["XDG_STATE_HOME"] = STATE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
