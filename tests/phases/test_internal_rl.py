@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metacontroller.baselines.raw_action_rl import raw_action_rl
+from metacontroller.control.codes import CodeKind
+from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient
 from metacontroller.phases.internal_rl import internal_rl
-from metacontroller.phases.policy_gradient import InternalRLConfig
+from metacontroller.phases.policy_gradient import InternalRLConfig, reinforce
+from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
 
 # A 0 .    Right to color 0, then down to color 1: two steps, and any other move ends or wastes the episode.
@@ -210,6 +215,84 @@ def test_entropy_is_kept_where_it_has_a_weight(kind: str, tmp_path: Path) -> Non
     assert kept[-1]["success"] < plain[-1]["success"] - 0.2  # a policy that is held at chance
 
 
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_an_update_waits_for_better_episodes_and_goes_on_from_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    config = InternalRLConfig(episodes=16 * 20, batch_size=16, lr=2e-3, min_better=8, checkpoint_every=1)
+    whole = learn(tmp_path / "whole", kind, config)
+    waiting = better = 0
+    for line in whole:
+        better += round(16 * line["success"])
+        assert ("grad_norm" in line) == (better >= 8)
+        waiting += "grad_norm" not in line and better > 0
+        better = 0 if "grad_norm" in line else better
+    assert waiting > 3
+
+    phase = {"internal": "internal_rl", "raw": "raw_action_rl"}[kind]
+    for done in range(1, 21):  # interrupted after every batch, also where episodes wait
+        run = RunFolder(tmp_path / "parts")
+        torch.manual_seed(0)
+        part = replace(config, episodes=16 * done)
+        if kind == "internal":
+            internal_rl(part, make_model(), make_steering(), new_grids, run, quiet=True, resume=done > 1)
+        else:
+            raw_action_rl(part, make_model(), new_grids, run, quiet=True, resume=done > 1)
+    assert RunFolder(tmp_path / "parts").read_metrics(phase) == whole
+    ended = [RunFolder(tmp_path / name).load_checkpoint(phase)[0] for name in ("whole", "parts")]
+    assert ended[0].keys() == ended[1].keys()
+    assert all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
+
+
+def test_what_waits_is_learned_from_as_if_it_had_been_played_together(tmp_path: Path) -> None:
+    """Two batches, of which only the second gives enough: its episodes and the better ones of the first, in one."""
+    batches: list[AbstractRollout] = []
+
+    def play(n: int, generator: torch.Generator) -> AbstractRollout:
+        grids, steering = new_grids(n, generator), make_steering()
+        return rollout_abstract(make_model(), steering, grids, policy_proposal(steering, generator), generator)
+
+    def recorded(n: int, generator: torch.Generator) -> AbstractRollout:
+        batches.append(play(n, generator))
+        return batches[-1]
+
+    seen: list[AbstractRollout] = []
+    advantages: list[torch.Tensor] = []
+    module = torch.nn.Linear(1, 1)
+
+    def surrogate(rollout: AbstractRollout, advantage: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        seen.append(rollout)
+        advantages.append(advantage)
+        return 0.0 * module.weight.sum(), {"approx_kl": torch.zeros(())}
+
+    config = InternalRLConfig(episodes=16 * 8, batch_size=16, min_better=6)
+    reinforce("internal_rl", config, module, recorded, surrogate, RunFolder(tmp_path), resume=False, quiet=True)
+    pool: list[float] = []
+    expected = []
+    for batch in batches:
+        returns = pool + batch.returns.tolist()
+        better = [value for value in returns if value > sum(returns) / len(returns)]
+        pool = [] if len(better) >= 6 else better
+        if not pool and better:
+            expected.append(sorted(returns))
+    counts = [round(float(rollout.returns.sum())) for rollout in seen]
+    assert sum(counts) == sum(round(sum(returns)) for returns in expected)
+    assert sum(len(rollout.returns) for rollout in seen) == sum(map(len, expected))
+    assert len(expected) < len(batches)
+    solved = torch.cat(advantages)[torch.cat([rollout.returns for rollout in seen]) > 0]
+    assert bool((solved > 0).all())
+
+
+def test_a_policy_starts_with_the_spread_asked_for() -> None:
+    steering = MetaController(DIM, dim_meta_controller=8, dim_latent=2, policy_std=2.0)
+    distribution, _ = steering.policy(torch.randn(3, 1, DIM))
+    assert distribution[:, 0].tolist() == [[0.0, 0.0, pytest.approx(math.log(2)), pytest.approx(math.log(2))]] * 3
+    refused: tuple[tuple[CodeKind, float, str], ...] = (("gaussian", 0.0, "above 0"), ("binary", 2.0, "expected 1"))
+    for code, std, message in refused:
+        with pytest.raises(UserError, match=message):
+            MetaController(DIM, dim_meta_controller=8, dim_latent=2, code=code, policy_std=std)
+        with pytest.raises(UserError, match=message):
+            MetaControllerConfig(dim_latent=2, code=code, policy_std=std)
+
+
 def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     # a very narrow policy, whose density at the zeros of the padding overflows
     steering = make_steering()
@@ -233,6 +316,7 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     [
         ({"episodes": 0}, "episodes is 0; expected at least 1"),
         ({"update_epochs": 0}, "update_epochs is 0; expected at least 1"),
+        ({"min_better": 0}, "min_better is 0; expected 1"),
         ({"target_kl": 0.0}, "target_kl is 0.0; expected a number above 0"),
         ({"entropy_weight": -0.1}, "entropy_weight is -0.1; expected a number of at least 0"),
         ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),

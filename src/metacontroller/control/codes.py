@@ -79,6 +79,12 @@ class GaussianCodes(nn.Module):
         """Parameters of the prior, (*shape, p), of the type and on the device of ``like``."""
         return like.new_zeros(*shape, self.params)
 
+    def start(self, std: float = 1.0) -> Tensor:
+        """(p,) parameters from which a policy starts: N(0, std^2 I). UserError unless std is positive."""
+        if not 0 < std < math.inf:
+            raise UserError(f"policy_std is {std}; expected a number above 0.")
+        return torch.tensor([0.0, math.log(std)]).repeat_interleave(self.dim)
+
 
 class BinaryCodes(nn.Module):
     """Codes of h independent bits, given to the controller as one-hot vectors of 2^h entries, with a uniform prior.
@@ -157,6 +163,12 @@ class BinaryCodes(nn.Module):
     def prior(self, like: Tensor, *shape: int) -> Tensor:
         """Parameters of the prior, (*shape, h) zeros, of the type and on the device of ``like``."""
         return like.new_zeros(*shape, self.params)
+
+    def start(self, std: float = 1.0) -> Tensor:
+        """(h,) parameters from which a policy starts: the prior. UserError for another std than 1."""
+        if std != 1.0:
+            raise UserError(f"policy_std is {std}; expected 1: binary codes start from their uniform prior.")
+        return torch.zeros(self.params)
 
 
 def bounded(code: Tensor, scale: float | None) -> Tensor:

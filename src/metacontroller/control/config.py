@@ -45,6 +45,8 @@ class MetaControllerConfig:
     """Width of the policy over codes; a multiple of 8 for hawk."""
     policy_kind: PolicyKind = "gru"
     """Recurrence of the policy over codes: "hawk" is the paper's SSM."""
+    policy_std: float = 1.0
+    """Standard deviation of the policy's codes before it learns; 1 is that of the prior. For Gaussian codes."""
     gate: GateConfig = field(default_factory=GateConfig)
     """How the switching gate is used."""
     precision: Precision = "auto"
@@ -54,7 +56,7 @@ class MetaControllerConfig:
         check_precision(self.precision)
         names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
         check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
-        make_codes(self.code, self.dim_latent, self.free_bits)
+        make_codes(self.code, self.dim_latent, self.free_bits).start(self.policy_std)
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")

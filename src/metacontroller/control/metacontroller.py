@@ -78,9 +78,10 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
     2^dim_latent entries, of which ``free_bits`` bits a step cost no KL (see `control.codes`). dim_meta_controller:
     default of the widths dim_history (n_h), dim_sequence (n_s), encoder_hidden, policy_hidden and embedder_dim.
     embedder_kind, policy_kind: "attention" and "gru", or "hawk", the paper's SSM. rank: of the controller, None for
-    full. gate: GateConfig or its fields as a dict. ratio_loss_weight: of the optional H-Net loss towards one switch
-    every ``target_segment_length`` steps. eps_clip: of the policy loss. precision: of the matrix products in the
-    sequence embedder and the controller, which dominate the cost; gate, KL and policy are computed in float32.
+    full. policy_std: standard deviation of the policy's Gaussian codes before it learns. gate: GateConfig or its fields
+    as a dict. ratio_loss_weight: of the optional H-Net loss towards one switch every ``target_segment_length`` steps.
+    eps_clip: of the policy loss. precision: of the matrix products in the sequence embedder and the controller, which
+    dominate the cost; gate, KL and policy are computed in float32.
     UserError for values out of range.
     """
 
@@ -99,6 +100,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         decoder_depth: int = 1,
         switch_hidden: int = 32,
         policy_hidden: int | None = None,
+        policy_std: float = 1.0,
         embedder_dim: int | None = None,
         embedder_depth: int = 1,
         embedder_kind: EmbedderKind = "attention",
@@ -111,7 +113,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1})
+        self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0})
         check_precision(precision)
         if dim_model < 1 or dim_latent < 1:
             raise UserError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
@@ -144,6 +146,8 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         self.policy = AbstractActionPolicy(
             dim_model, self.dim_latent, hidden=policy_hidden or width, kind=policy_kind, params=self.codes.params
         )
+        with torch.no_grad():
+            self.policy.readout.bias.copy_(self.codes.start(policy_std))
 
     # phase 2: discovery
 

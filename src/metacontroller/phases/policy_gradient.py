@@ -25,6 +25,9 @@ from metacontroller.training.progress import track
 Reset = Callable[[int, torch.Generator], BatchedEnv]
 """``reset(n, generator)`` starts n episodes; all their randomness comes from the generator."""
 
+KEPT = "kept"
+"""Prefix of the checkpoint's tensors of episodes that wait for an update."""
+
 MAX_CHUNK_DECISIONS = 8192  # decisions in one chunk of a minibatch, padding included: bounds memory
 
 
@@ -44,6 +47,9 @@ class InternalRLConfig:
     """Update epochs over each batch, at most."""
     target_kl: float | None = None
     """The updates on a batch end when approx_kl is beyond this, in nats per decision; None: after all epochs."""
+    min_better: int = 1
+    """An update waits until this many episodes have a return above the mean: those of batches with fewer are kept, and
+    learned from with the next."""
     minibatches: int = 1
     """Minibatches of a batch, one optimizer step each."""
     eps_clip: float = 0.2
@@ -67,6 +73,8 @@ class InternalRLConfig:
             raise UserError(f"target_kl is {self.target_kl}; expected a number above 0, or none.")
         if not 0 <= self.entropy_weight < math.inf:
             raise UserError(f"entropy_weight is {self.entropy_weight}; expected a number of at least 0.")
+        if not 1 <= self.min_better <= self.batch_size:
+            raise UserError(f"min_better is {self.min_better}; expected 1..{self.batch_size}, a batch's episodes.")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 
@@ -100,6 +108,12 @@ def reinforce(
     """Trains ``module`` in place: in each update, play a batch, run the update epochs over it, log, checkpoint.
 
     play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage (b,)) -> loss, metrics.
+
+    While fewer than ``min_better`` episodes have a return above the mean, no update is made, so the policy stays the
+    one that played them; of such a batch only those episodes are kept. Where returns have two values, gradients of
+    normalised advantages point from the mean of the worse episodes to that of the better ones: to leave out worse
+    episodes of former batches changes their length and not where they point.
+
     UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError at the first return,
     loss, gradient or parameter that is not finite, see `training.divergence`.
     """
@@ -116,7 +130,8 @@ def reinforce(
     workers = learner.processes
     episodes = workers.share(config.batch_size, config.minibatches)
     run.begin(phase, resume=resume)
-    first = learner.restore(run, phase)[0] if resume else 0
+    first, restored = learner.restore(run, phase) if resume else (0, {})
+    kept = _own_part(restored, workers.rank, generator.device)
     alone = run.held() if workers.is_main else nullcontext()
     with alone, track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
         if workers.is_main:
@@ -126,8 +141,14 @@ def reinforce(
             rollout = play(episodes, rng)
             done = update + 1
             metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
+            if kept:
+                rollout = rollout.preceded_by(kept)
             try:
-                metrics |= _learn(config, learner, rollout, surrogate, rng)
+                returns = workers.gather_uneven(rollout.returns)
+                check_returns(torch.cat(returns))
+                kept = _better(config, rollout, torch.cat(returns))
+                if kept is None:
+                    metrics |= _learn(config, learner, rollout, returns, surrogate, rng)
                 check_module(module)
                 if workers.is_main:
                     run.log_metrics(phase, done, **metrics)
@@ -135,7 +156,7 @@ def reinforce(
                 progress.update(done, **{name: metrics[name] for name in ("success", "return", *lost, "episodes")})
                 stopping = workers.any(requested())
                 if stopping or done % config.checkpoint_every == 0 or done == config.updates:
-                    learner.save(run, phase, done)
+                    learner.save(run, phase, done, _all_parts(kept or {}, workers))
             except NotFinite as found:
                 batch = {name: value for name, value in vars(rollout).items() if value is not None}
                 facts = {
@@ -149,18 +170,42 @@ def reinforce(
     workers.wait()
 
 
+def _better(config: InternalRLConfig, rollout: Rollout, returns: Tensor) -> dict[str, Tensor] | None:
+    """None if an update is due: enough of the returns (b,) of all processes are above their mean. Else what is kept of
+    this process's episodes."""
+    if int((returns > returns.mean()).sum()) >= config.min_better:
+        return None
+    rows = (rollout.returns > returns.mean()).nonzero().squeeze(1)
+    return {name: value for name, value in vars(rollout.index(rows)).items() if value is not None} if len(rows) else {}
+
+
+def _all_parts(kept: dict[str, Tensor], workers: Processes) -> dict[str, Tensor]:
+    """What all processes keep, for a checkpoint: ``kept.RANK.NAME``."""
+    parts = workers.gather_objects({name: value.cpu() for name, value in kept.items()})
+    return {f"{KEPT}.{rank}.{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
+
+
+def _own_part(tensors: dict[str, Tensor], rank: int, device: torch.device) -> dict[str, Tensor]:
+    """What process ``rank`` kept, from the tensors of a checkpoint."""
+    prefix = f"{KEPT}.{rank}."
+    return {name[len(prefix) :]: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def _learn(
-    config: InternalRLConfig, learner: Learner, rollout: Rollout, surrogate: Callable, rng: torch.Generator
+    config: InternalRLConfig,
+    learner: Learner,
+    rollout: Rollout,
+    returns: list[Tensor],
+    surrogate: Callable,
+    rng: torch.Generator,
 ) -> dict[str, Tensor]:
     """Runs the update epochs over this process's episodes of a batch; returns the metrics of the last minibatch.
 
-    If all returns of the batch are equal, there is no advantage and so no gradient, and no step is taken.
+    returns: of each process. If all are equal, there is no advantage and so no gradient, and no step is taken.
     """
     workers, metrics = learner.processes, {}
-    returns = workers.gather(rollout.returns)
-    check_returns(returns)
-    advantages = trajectory_advantages(returns.view(-1), config.delta)
-    advantage = advantages.view(workers.count, -1)[workers.rank]
+    advantages = trajectory_advantages(torch.cat(returns), config.delta)
+    advantage = advantages.split([len(part) for part in returns])[workers.rank]
     for rows in _minibatches(config, len(advantage), rng) if bool(advantages.any()) else ():
         loss, measured = _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
         metrics |= measured

@@ -6,12 +6,13 @@ dropped from the batch, so that the others do not pay for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
@@ -54,6 +55,19 @@ class Rollout:
         held = {name: value for name, value in vars(self).items() if value is not None}
         cut = {name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in held.items()}
         return type(self)(**{**vars(self), **cut})
+
+    def preceded_by(self: AnyRollout, former: Mapping[str, Tensor]) -> AnyRollout:
+        """These episodes behind ``former`` ones, fields by name; the shorter are padded with zeros."""
+        joined: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            parts = [former[name], value]
+            if value.dim() > 1:
+                longest = max(part.shape[1] for part in parts)
+                parts = [F.pad(part, [0, 0] * (part.dim() - 2) + [0, longest - part.shape[1]]) for part in parts]
+            joined[name] = torch.cat(parts)
+        return type(self)(**{**vars(self), **joined})
 
 
 @dataclass

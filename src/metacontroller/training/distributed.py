@@ -12,9 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metacontroller.errors import UserError
 
@@ -67,6 +69,22 @@ class Processes:
         from accelerate.utils import gather
 
         return gather(values).view(self.count, -1)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def gather_uneven(self, values: Tensor) -> list[Tensor]:
+        """values (b,) of each process, where b may differ -> those of every process, the same in all processes."""
+        if self.count == 1:
+            return [values]
+        counts = self.gather(torch.tensor([len(values)], device=values.device)).view(-1)
+        gathered = self.gather(F.pad(values, (0, int(counts.max()) - len(values))))
+        return [row[:count] for row, count in zip(gathered, counts, strict=True)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of each process, the same list in all processes."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor, in place, by its sum over the processes; one exchange for all of them."""
