@@ -17,7 +17,8 @@ from gymnasium import spaces
 
 from metacontroller import MetaController, Transformer
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.gymnasium_adapter import LOST, GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.domains.guarded_environment import LOST, environment_facts
+from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.policy_gradient import InternalRLConfig
