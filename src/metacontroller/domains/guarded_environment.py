@@ -120,10 +120,9 @@ class Guard(gymnasium.Env):
     """An environment that can step beside others that have ended, and that outlives its own exceptions.
 
     Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
-    episode has ended it ignores actions, with reward 0. An exception in ``step``, or in any ``reset`` but the first,
-    ends the episode as truncated and lost, and so does a reward that is not finite; the next ``reset`` makes a new
-    environment. ``options["max_steps"]`` of
-    ``reset``: a time limit.
+    episode has ended, and while ``held`` is set, it ignores actions, with reward 0. An exception in ``step``, or in any
+    ``reset`` but the first, ends the episode as truncated and lost, and so does a reward that is not finite; the next
+    ``reset`` makes a new environment. ``options["max_steps"]`` of ``reset``: a time limit.
 
     Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
     whether the return is at least that; without, whether the episode terminated with a positive reward.
@@ -134,7 +133,7 @@ class Guard(gymnasium.Env):
         self.action_space = self.env.action_space
         inner = readable(self.env.observation_space)
         self.observation_space = spaces.Dict({"observation": inner, **{flag: spaces.Discrete(2) for flag in FLAGS}})
-        self.flags = dict.fromkeys(FLAGS, False)
+        self.flags, self.held = dict.fromkeys(FLAGS, False), False
         self.last: Any = None  # observation, as the environment gave it
         self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
 
@@ -156,8 +155,8 @@ class Guard(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Never ends for the vector environment: what has ended stands in the observation."""
-        if self.ended:
-            return self._observed(), 0.0, False, False, {}
+        if self.held or self.ended:
+            return self.seen, 0.0, False, False, {}
         try:
             self.last, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
@@ -208,4 +207,5 @@ class Guard(gymnasium.Env):
 
     def _observed(self) -> dict[str, Any]:
         observation = without_text(self.env.observation_space, self.last)
-        return {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
+        self.seen = {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
+        return self.seen
