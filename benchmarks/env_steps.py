@@ -22,8 +22,9 @@ import torch
 
 from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
 from metacontroller.domains.gridworld_pinpad.gymnasium_env import GridworldPinpadVectorEnv
-from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, sample_layouts
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import sample_layouts
 from metacontroller.domains.pinpad_tasks import TABLE_A1, pad_tasks
 
 BATCH_SIZES = (64, 256, 1024, 4096, 16384)

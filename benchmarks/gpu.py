@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.discovery import DiscoveryNoise
-from metacontroller.domains.gridworld_pinpad.expert import distance_fields
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, sample_layouts
+from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
+from metacontroller.domains.pinpad_ways import distance_fields
 from metacontroller.domains.registry import domain_of
 from metacontroller.kernels.gate import gate_scan
 from metacontroller.models.transformer import Transformer
@@ -118,7 +118,7 @@ def shortest_paths(config: Any, device: torch.device) -> list[Tensor]:
     drawn = sample_layouts(config.domain.grid, 64, torch.Generator().manual_seed(3))
     layouts = Layouts(drawn.objects.to(device), drawn.agent.to(device))
     colors = torch.arange(config.domain.num_colors, device=device).expand(64, -1)
-    return [distance_fields(config.domain.grid, layouts, colors)]
+    return [distance_fields(config.domain.grid, layouts.objects, colors)]
 
 
 def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:

@@ -6,8 +6,9 @@
     python examples/ant_expert.py data RUN/expert.safetensors [--episodes 20000] [--out datasets/ant]
 
 Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
-direction that it is told (§4), by a weight. Observations and rewards are divided by running statistics, which a
-checkpoint holds with policy and optimizer: it resumes with new episodes from there. No file holds code.
+direction that it is told (§4), by a weight. Observations and rewards are divided by running statistics. A checkpoint
+holds them with policy, optimizer, episodes and random states: a run that is resumed ends bit for bit like one that was
+never interrupted. With another number of ants it resumes with new episodes. No file holds code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import HIDDEN, LIMIT, Expert, Guide, feature_count, play
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
-from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, start_ants
+from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
 from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, Task, format_task
 from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder
@@ -107,6 +108,19 @@ class GuidedAnts(VecEnv):
         drawn = torch.randint(len(self.tasks), (count,), generator=self.generator).tolist()
         tasks = [self.tasks[index] for index in drawn]
         return start_ants(self.arena, tasks, self.generator, self.threads, width=self.width)
+
+    def episodes(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, but for the statistics."""
+        rows = {f"ants.{name}": getattr(self.ants, name) for name in ROW_FIELDS}
+        return {**rows, "ants.returned": self.returned, "ants.generator": self.generator.get_state()}
+
+    def restore_episodes(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on with what `episodes` returned."""
+        for name in ROW_FIELDS:
+            setattr(self.ants, name, tensors[f"ants.{name}"].clone())
+        self.guide = Guide(self.ants)
+        self.returned = tensors["ants.returned"].clone()
+        self.generator.set_state(tensors["ants.generator"].clone())
 
     def _normalized(self, features: Tensor) -> np.ndarray:
         return ((features - self.features.mean) / self.features.std).clamp(-LIMIT, LIMIT).float().numpy()
@@ -210,12 +224,36 @@ class Keep(BaseCallback):
             **optimizer_tensors("optimizer", model.policy.optimizer),
             **ants.features.tensors("features"),
             **ants.returns.tensors("returns"),
+            **ants.episodes(),
+            **learner_state(model),
+            "window.solved": torch.tensor(list(self.solved), dtype=torch.bool),
+            "window.steps": torch.tensor(list(self.steps), dtype=torch.int64),
         }
         meta = {"optimizer": optimizer_meta(model.policy.optimizer), "steps": self.num_timesteps}
         self.run.save_checkpoint(CHECKPOINT, tensors, {**meta, "updates": self.updates})
         about = {"versions": versions(), "arena": vars(ants.arena), "steps": self.num_timesteps}
         with replacing(self.run.path / "expert.safetensors") as draft:
             exported(model.policy, ants.features).save(draft, about)
+
+
+def learner_state(learner: Any) -> dict[str, Tensor]:
+    """What PPO saw last, and the random states from which it samples actions and minibatches."""
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (the library draws from it)
+    return {
+        "last.observation": torch.from_numpy(learner._last_obs),
+        "last.starts": torch.from_numpy(learner._last_episode_starts),
+        "random.torch": torch.get_rng_state(),
+        "random.numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"]]),
+    }
+
+
+def restore_learner(learner: Any, tensors: dict[str, Tensor]) -> None:
+    """Goes on with what `learner_state` returned."""
+    learner._last_obs = tensors["last.observation"].clone().numpy()
+    learner._last_episode_starts = tensors["last.starts"].clone().numpy()
+    torch.set_rng_state(tensors["random.torch"].clone())
+    *keys, place = tensors["random.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), place, 0, 0.0))  # noqa: NPY002
 
 
 def exported(policy: Any, features: Statistics) -> Expert:
@@ -276,6 +314,11 @@ def train(arguments: argparse.Namespace) -> None:
     left = arguments.steps - learner.num_timesteps
     if left > 0:
         keep = Keep(run, arguments.checkpoint_every, meta["updates"] - 1)  # the first rollout follows no update
+        if len(tensors.get("ants.state", ())) == arguments.rows:
+            ants.restore_episodes(tensors)
+            restore_learner(learner, tensors)
+            keep.solved.extend(tensors["window.solved"].tolist())
+            keep.steps.extend(tensors["window.steps"].tolist())
         learner.learn(left, callback=keep, reset_num_timesteps=False)
         keep.updates += 1
         keep.save()

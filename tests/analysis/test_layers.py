@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metacontroller import Transformer
+from metacontroller.analysis import steering
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.probing import Probes, probe_layers
 from metacontroller.analysis.steering import Steering, SupervisedControllers, play_chained, steer_layers
@@ -22,7 +23,7 @@ from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.presets.gridworld import debug
-from metacontroller.recipes.config import build_model
+from metacontroller.recipes.config import ExperimentConfig, build_model
 from metacontroller.storage.run_folder import RunFolder
 
 WORLD = GridworldPinpad(debug().domain)
@@ -81,18 +82,36 @@ def test_residuals_are_those_of_every_split() -> None:
         torch.testing.assert_close(residual, model.residual(batch.states, batch.actions))
 
 
-def test_controllers_equal_the_dense_product() -> None:
-    controllers = SupervisedControllers(3, 5, 2).double()
-    torch.nn.init.normal_(controllers.write)
+@pytest.mark.parametrize("rank", [2, None])
+def test_controllers_equal_the_dense_product(rank: int | None) -> None:
+    controllers = SupervisedControllers(3, 5, rank).double()
+    torch.nn.init.normal_(controllers.full if rank is None else controllers.write)
     residual, subgoal = torch.randn(4, 7, 5, dtype=torch.float64), torch.randint(3, (4, 7))
-    dense: Tensor = controllers.write @ controllers.read  # (g, o, i)
+    dense: Tensor = controllers.full if rank is None else controllers.write @ controllers.read  # (g, o, i)
     expected = residual + torch.einsum("btoi,bti->bto", dense[subgoal], residual)
     torch.testing.assert_close(controllers(residual, subgoal), expected)
 
 
-def test_untrained_controllers_steer_nothing() -> None:
+@pytest.mark.parametrize("rank", [2, None])
+def test_untrained_controllers_steer_nothing(rank: int | None) -> None:
     residual = torch.randn(2, 3, 5)
-    assert torch.equal(SupervisedControllers(3, 5, 2)(residual, torch.zeros(2, 3, dtype=torch.int64)), residual)
+    assert torch.equal(SupervisedControllers(3, 5, rank)(residual, torch.zeros(2, 3, dtype=torch.int64)), residual)
+
+
+@pytest.mark.parametrize(("rank", "shape"), [(3, (4, 16, 3)), (None, (4, 16, 16))])
+def test_they_have_the_rank_of_the_runs_controllers(
+    untrained: Callable[[ExperimentConfig], LoadedRun],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int | None,
+    shape: tuple[int, ...],
+) -> None:
+    played: list[SupervisedControllers] = []
+    monkeypatch.setattr(steering, "play_chained", lambda model, controllers, *rest: played.append(controllers) or 0.0)
+    run = untrained(replace(debug(), meta_controller=replace(debug().meta_controller, rank=rank)))
+    Steering().measure(run, Steering.Config(steps=2, batch_size=4, episodes=2), quiet=True)
+    weights = [controllers.full if rank is None else controllers.write for controllers in played]
+    assert [tuple(weight.shape) for weight in weights] == [shape] * (run.base.depth + 1)
+    assert all(weight.count_nonzero() for weight in weights)  # they were trained
 
 
 def test_labels_make_the_actions_likelier_and_the_model_stays() -> None:

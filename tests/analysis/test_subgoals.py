@@ -20,7 +20,7 @@ from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.probing import Probes
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
-from metacontroller.domains.gridworld_pinpad.layouts import sample_layouts
+from metacontroller.domains.pinpad_layouts import sample_layouts
 from metacontroller.domains.pinpad_tasks import A1_POST
 from metacontroller.metrics.gate import gate_alignment
 from metacontroller.models.protocol import SteerableModel

@@ -17,7 +17,8 @@ from gymnasium import spaces
 
 from metacontroller import MetaController, Transformer
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.gymnasium_adapter import LOST, GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.domains.guarded_environment import LOST, environment_facts
+from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.policy_gradient import InternalRLConfig
@@ -157,6 +158,24 @@ def test_rows_are_selected_in_any_order() -> None:
     assert batch.observation.tolist() == [[5], [2]]
 
 
+def test_some_rows_step_while_others_hold_still_and_some_begin_again() -> None:
+    batch, generator = batch_of("adapter/Walk-v0", 3), torch.Generator().manual_seed(1)
+    taken = copy.copy(batch)
+    taken.select(torch.tensor([0, 2]))
+    play(taken, [2, 2, 2], [0, 0, 1])
+    assert batch.observation.tolist() == [[3], [3], [3]]
+    with pytest.raises(UserError, match="cannot go to another row"):
+        batch.replace(torch.tensor([0, 1]), taken)
+    batch.replace(torch.tensor([0, 2]), taken)
+    assert (batch.observation.tolist(), batch.steps.tolist()) == ([[6], [3], [1]], [3, 0, 3])
+    assert batch.success.tolist() == batch.terminated.tolist() == [True, False, False]
+    batch.begin_again(torch.tensor([0]), generator)
+    assert (batch.observation.tolist(), batch.steps.tolist()) == ([[3], [3], [1]], [0, 0, 3])
+    assert not batch.terminated.any()
+    play(batch, [2], [1], [2])
+    assert (batch.observation.tolist(), batch.steps.tolist()) == ([[4], [3], [2]], [1, 1, 4])
+
+
 def test_worker_processes_change_nothing() -> None:
     generator = torch.Generator()
     runs = []
@@ -164,6 +183,13 @@ def test_worker_processes_change_nothing() -> None:
         batch = GymnasiumEnvironments("Pendulum-v1", workers=workers).reset(3, generator.manual_seed(5), 4)
         rewards = torch.stack([batch.step(torch.full((3, 1), force)) for force in (0.5, -9.0, 1.0, 2.0, 1.0)])
         runs.append((rewards, batch.observation, batch.truncated))
+        for rows in ([1], [0, 2], [0, 1, 2]):  # in both processes, or in one of them
+            first = batch.observation
+            batch.begin_again(torch.tensor(rows), generator)
+            kept = sorted({0, 1, 2} - set(rows))
+            assert torch.equal(first[kept], batch.observation[kept])
+            assert not torch.equal(first[rows], batch.observation[rows])
+            runs[-1] += (batch.observation, batch.step(torch.full((3, 1), -1.0)), batch.steps, batch.truncated)
     assert len({tuple(row) for row in runs[0][1].tolist()}) == 3  # each row has a seed of its own
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
@@ -202,6 +228,8 @@ def test_internal_rl_plays_in_worker_processes_and_ends_them(tmp_path: Path) -> 
             killed.join()
             with pytest.raises(UserError, match=r"has ended, killed or crashed .* resume with --resume"):
                 rows.reset(0, 5)
+            with pytest.raises(UserError, match=r"cannot be pickled or copied; set domain\.workers to 0"):
+                copy.deepcopy(rows)
             del rows
         del environments
         gc.collect()

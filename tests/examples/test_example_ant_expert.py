@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import Expert
 from metacontroller.storage.run_folder import RunFolder
 
@@ -38,6 +39,32 @@ def test_running_statistics_are_those_of_all_values(script: ModuleType) -> None:
         found.add(part)
     assert torch.allclose(found.mean, values.mean(0), atol=1e-4)
     assert torch.allclose(found.variance, values.var(0, unbiased=False), rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    for name, parts in (("whole", ["384"]), ("parts", ["256", "384"])):
+        run = RunFolder(tmp_path / name)
+        for steps in parts:
+            words = ["--steps", steps, *(["--resume"] if steps != parts[0] else [])]
+            monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), *words, *SMALL])
+            script.main()
+        shown = [
+            {key: line[key] for key in ("step", "success", "episode_steps")} for line in run.read_metrics("expert")
+        ]
+        tensors, meta = run.load_checkpoint(script.CHECKPOINT)
+        ended.append((tensors, meta["updates"], shown, (run.path / "expert.safetensors").read_bytes()))
+    (tensors, *whole), (resumed, *rest) = ended
+    assert whole == rest
+    assert tensors.keys() == resumed.keys()
+    assert [name for name, value in tensors.items() if not torch.equal(value, resumed[name])] == []
+    assert len(tensors["window.steps"]) > 2  # episodes ended, and new ones began
+
+    written = str(tmp_path / "parts" / "expert.safetensors")
+    world = AntPinpad(AntPinpadConfig(expert=written, only_successes=False, max_steps=4, threads=1))
+    assert world.demonstrate(None, 2, torch.Generator().manual_seed(0)).actions.shape == (2, 4, 8)
 
 
 def test_it_resumes_and_what_it_exports_acts_like_its_policy(

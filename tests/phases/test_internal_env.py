@@ -14,8 +14,9 @@ from torch import Tensor
 
 from metacontroller import InternalEnv, MetaController, Transformer
 from metacontroller.domains.gridworld_pinpad import ENV_ID
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig, sample_layouts, tokens_to_onehot
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
 from metacontroller.domains.pinpad_tasks import pad_tasks
 from metacontroller.models.encoders import onehot_to_tokens
 from metacontroller.phases.rollout import AbstractRollout, rollout_abstract

@@ -16,8 +16,9 @@ from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.codes import CodeKind
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient

@@ -18,8 +18,8 @@ from torch import Tensor
 from metacontroller import InternalEnv, InternalVectorEnv, MetaController, Transformer
 from metacontroller.domains.base import Domain
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts
 from metacontroller.domains.pinpad_tasks import pad_tasks
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.phases.rollout import rollout_abstract

@@ -33,7 +33,8 @@ class LoadedRun:
     folder: its files. domain: its world. settings: how much is measured. seed: from which all its seeds derive, see
     `stream_seed`. Model: the class of its action model. cotrained: whether discovery trained the model along.
     segmented: whether CompILE stands in place of discovery. snapshots, pretraining_steps: updates after which
-    pretraining kept the model, and at which it ended. new_model: makes the model as it was before pretraining.
+    pretraining kept the model, and at which it ended. new_model: makes the model as it was before pretraining. rank: of
+    the controllers that discovery looks for, None for full ones.
     """
 
     folder: RunFolder
@@ -47,6 +48,7 @@ class LoadedRun:
     snapshots: tuple[int, ...]
     pretraining_steps: int
     new_model: Callable[[], SteerableModel]
+    rank: int | None
 
     def demonstrations(self, split: Split = "discover") -> Generate:
         """The source of one phase's episodes."""

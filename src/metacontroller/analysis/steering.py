@@ -33,18 +33,26 @@ if TYPE_CHECKING:
 
 
 class SupervisedControllers(nn.Module):
-    """U_g = A_g B_g^T of rank r for each subgoal g; A starts at zero, so that nothing is steered at first."""
+    """U_g for each subgoal g: A_g B_g^T of rank r, or a full matrix where rank is None. A, or the full U, starts at
+    zero, so that nothing is steered at first."""
 
-    def __init__(self, subgoals: int, dim_model: int, rank: int) -> None:
+    def __init__(self, subgoals: int, dim_model: int, rank: int | None) -> None:
         super().__init__()
-        self.read = nn.Parameter(torch.randn(subgoals, rank, dim_model) * dim_model**-0.5)  # B: (g, r, i)
-        self.write = nn.Parameter(torch.zeros(subgoals, dim_model, rank))  # A: (g, o, r)
+        self.subgoals, self.rank = subgoals, rank
+        if rank is None:
+            self.full = nn.Parameter(torch.zeros(subgoals, dim_model, dim_model))  # U: (g, o, i)
+        else:
+            self.read = nn.Parameter(torch.randn(subgoals, rank, dim_model) * dim_model**-0.5)  # B: (g, r, i)
+            self.write = nn.Parameter(torch.zeros(subgoals, dim_model, rank))  # A: (g, o, r)
 
     def forward(self, residual: Tensor, subgoal: Tensor) -> Tensor:
         """residual (..., n_e), subgoal (...) int64 -> e + U_g e."""
+        asked = nn.functional.one_hot(subgoal, self.subgoals)[..., None]
+        if self.rank is None:
+            products = torch.einsum("...i,goi->...go", residual, self.full)
+            return residual + (products * asked.to(products.dtype)).sum(-2)
         v = torch.einsum("...i,gri->...gr", residual, self.read)
-        chosen = v * nn.functional.one_hot(subgoal, len(self.read)).to(v.dtype)[..., None]
-        return residual + torch.einsum("...gr,gor->...o", chosen, self.write)
+        return residual + torch.einsum("...gr,gor->...o", v * asked.to(v.dtype), self.write)
 
 
 class SteeringResult(NamedTuple):
@@ -63,7 +71,7 @@ def steer_layers(
     batch_size: int,
     episodes: int,
     seed: int,
-    rank: int = 16,
+    rank: int | None = 16,
     lr: float = 1e-3,
     controlled_only: bool = False,
     quiet: bool = False,
@@ -71,8 +79,9 @@ def steer_layers(
     """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``, and
     plays the post-training task with them in ``episodes`` held-out episodes.
 
-    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). controlled_only: at the controlled layer alone. The
-    model is left as it is; UserError for one that has to be split at every layer and cannot be.
+    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
+    controlled_only: at the controlled layer alone. The model is left as it is; UserError for one that has to be split
+    at every layer and cannot be.
     """
     if not controlled_only and type(model).resplit is SteerableModel.resplit:
         raise UserError(
@@ -101,7 +110,7 @@ def _train(
     model: SteerableModel,
     generate: Generate,
     subgoals: int,
-    rank: int,
+    rank: int | None,
     steps: int,
     batch_size: int,
     lr: float,
@@ -165,13 +174,14 @@ def play_chained(
 
 @analysis("steering", command="steer", figure="4")
 class Steering(Analysis):
-    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4)."""
+    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4). They have
+    the rank of the controllers that discovery looks for."""
 
     Config = LayerConfig
 
     def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
         seed, source = stream_seed(run.seed, "analyse"), run.demonstrations("discover")
-        steered = steer_layers(run.base, source, run.domain, **vars(config), seed=seed, quiet=quiet)
+        steered = steer_layers(run.base, source, run.domain, **vars(config), seed=seed, rank=run.rank, quiet=quiet)
         return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
 
     def draw(self, results: Sequence[Results]) -> Figure:

@@ -56,6 +56,8 @@ class BatchedEnv(Protocol):
 
     Optional: ``replace(rows, other)``, which puts the episodes of another batch in the place of ``rows``, int64 (m,).
     With it `InternalVectorEnv` is fast; then ``select`` must leave shallow copies of the batch as they are.
+    Optional: ``begin_again(rows, generator)``, which begins new episodes in ``rows``, for batches whose episodes are
+    bound to their rows; their ``replace`` need only take back rows of a shallow copy of the batch.
     Optional: lost (b,) bool, whether an exception of the world ended the episode, which is truncated then.
     """
 

@@ -5,19 +5,13 @@ Axes: b rows that a rollout still plays, n environments that step together; n st
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import signal
-import sys
-import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,226 +20,43 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from metacontroller.data.spaces import encode_observations, environment_actions, model_dtype, readable, without_text
+from metacontroller.data.spaces import encode_observations, environment_actions, model_dtype
+from metacontroller.domains.guarded_environment import FLAGS, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError
 
-FLAGS = ("terminated", "truncated", "success", "lost")
-OWN_PACKAGE = "metacontroller-rl"
-
-LOST: Counter[tuple[str, str]] = Counter()
-"""Exceptions in this process, by the environment's ID and their type."""
-
-
-# -- one environment --------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def environment_id(name: str) -> str:
-    """A Gymnasium ID as ``module:ID`` where a package has to be imported for Gymnasium to know it.
-
-    Packages register their environments when they are imported. If the ID alone is not known, the installed packages
-    that build on Gymnasium are imported, those first whose name is part of the ID. UserError if none knows it.
-    """
-    reason = _unknown(name)
-    if reason is None:
-        return name
-    for module in [] if ":" in name else _modules_on_gymnasium(name):
-        if _unknown(f"{module}:{name}") is None:
-            return f"{module}:{name}"
-    raise UserError(
-        f"env {name!r} is no environment of Gymnasium's or of an installed package ({reason}); install the package "
-        "that has it, or write module:ID where importing a module of yours registers it."
-    )
-
-
-def _unknown(name: str) -> str | None:
-    """What Gymnasium has against an ID; None if it knows it."""
-    module, _, known = name.rpartition(":")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
-            if module:
-                importlib.import_module(module)
-            gymnasium.spec(known)
-    except (ImportError, gymnasium.error.Error) as error:
-        return str(error).rstrip(".")
-    return None
-
-
-def _modules_on_gymnasium(name: str) -> list[str]:
-    """Modules of the installed packages that need Gymnasium; first those whose name is part of the environment's."""
-    packages = []
-    for distribution in metadata.distributions():
-        package = distribution.metadata["Name"] or ""
-        needs = [need.partition(";") for need in distribution.requires or []]
-        if package != OWN_PACKAGE and any(
-            need.startswith("gymnasium") and "extra" not in mark for need, _, mark in needs
-        ):
-            packages.append(package.replace("-", "_"))
-    return sorted(set(packages), key=lambda package: (package.lower() not in name.lower(), package))
-
-
-class EnvironmentFacts(NamedTuple):
-    """Spaces, those of observations as far as a model reads them, and the time limit, None if there is none."""
-
-    observation_space: spaces.Space
-    action_space: spaces.Space
-    max_steps: int | None
-
-
-@lru_cache
-def environment_facts(name: str) -> EnvironmentFacts:
-    """What one environment says of itself; UserError if it cannot be made."""
-    env = make_environment(name)
-    try:
-        limit = None if env.spec is None else env.spec.max_episode_steps
-        own = getattr(env.unwrapped, "max_steps", None)
-        limits = [int(steps) for steps in (limit, own) if isinstance(steps, int | np.integer) and steps > 0]
-        return EnvironmentFacts(readable(env.observation_space), env.action_space, min(limits, default=None))
-    finally:
-        env.close()
-
-
-def make_environment(name: str) -> gymnasium.Env:
-    """A new environment of that ID; UserError if it cannot be made."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return gymnasium.make(environment_id(name), disable_env_checker=True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"env {name!r} cannot be made: {type(error).__name__}: {error}.") from error
-
-
-@dataclass(frozen=True)
-class GuardedEnvironment:
-    """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`."""
-
-    name: str
-    success_return: float | None = None
-
-    def __call__(self) -> Guard:
-        return Guard(self)
-
-
-class Guard(gymnasium.Env):
-    """An environment that can step beside others that have ended, and that outlives its own exceptions.
-
-    Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
-    episode has ended it ignores actions, with reward 0. An exception in ``step``, or in any ``reset`` but the first,
-    ends the episode as truncated and lost, and so does a reward that is not finite; the next ``reset`` makes a new
-    environment. ``options["max_steps"]`` of
-    ``reset``: a time limit.
-
-    Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
-    whether the return is at least that; without, whether the episode terminated with a positive reward.
-    """
-
-    def __init__(self, maker: GuardedEnvironment) -> None:
-        self.maker, self.env = maker, make_environment(maker.name)
-        self.action_space = self.env.action_space
-        inner = readable(self.env.observation_space)
-        self.observation_space = spaces.Dict({"observation": inner, **{flag: spaces.Discrete(2) for flag in FLAGS}})
-        self.flags = dict.fromkeys(FLAGS, False)
-        self.last: Any = None  # observation, as the environment gave it
-        self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        if self.flags["lost"]:
-            with suppress(Exception):  # it may be broken
-                self.env.close()
-            self.env = make_environment(self.maker.name)
-        self.flags = dict.fromkeys(FLAGS, False)
-        self.returned, self.steps, self.reported = 0.0, 0, False
-        self.max_steps = (options or {}).get("max_steps") or sys.maxsize
-        try:
-            self.last, _ = self.env.reset(seed=seed)
-        except Exception as error:
-            if self.last is None:
-                raise
-            self._lose(error)
-        return self._observed(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Never ends for the vector environment: what has ended stands in the observation."""
-        if self.ended:
-            return self._observed(), 0.0, False, False, {}
-        try:
-            self.last, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            self._lose(error)
-            return self._observed(), 0.0, False, False, {}
-        reward = float(reward)
-        if not np.isfinite(reward):
-            self._lose(ValueError(f"the reward is {reward}"))
-            return self._observed(), 0.0, False, False, {}
-        self.returned, self.steps = self.returned + reward, self.steps + 1
-        truncated = (truncated or self.steps >= self.max_steps) and not terminated
-        self.flags |= {"terminated": bool(terminated), "truncated": bool(truncated)}
-        self.flags["success"] = self._success(info, reward)
-        return self._observed(), reward, False, False, {}
-
-    @property
-    def ended(self) -> bool:
-        """Whether the episode has."""
-        return self.flags["terminated"] or self.flags["truncated"]
-
-    def close(self) -> None:
-        self.env.close()
-
-    def _lose(self, error: Exception) -> None:
-        """Ends the episode; the first, tenth, hundredth ... such exception of this process is printed."""
-        self.flags |= {"truncated": True, "success": False, "lost": True}
-        kind = type(error).__name__
-        LOST[self.maker.name, kind] += 1
-        count = LOST[self.maker.name, kind]
-        if str(count).strip("0") == "1":
-            often = "" if count == 1 else f" ({count:,} times by now)"
-            print(
-                f"metacontroller: {self.maker.name} raised {kind}: {error}; its episode ends here{often}.",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _success(self, info: dict[str, Any], reward: float) -> bool:
-        for name in ("success", "is_success"):
-            if name in info:
-                self.reported = True
-                return bool(np.all(info[name]))
-        if self.reported:
-            return self.flags["success"]
-        if self.maker.success_return is not None:
-            return self.returned >= self.maker.success_return
-        return self.flags["terminated"] and reward > 0
-
-    def _observed(self) -> dict[str, Any]:
-        observation = without_text(self.env.observation_space, self.last)
-        return {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
-
-
-# -- many -------------------------------------------------------------------------------------------------------------
+ROW_TENSORS = ("observation", "steps", "subgoals_done", *FLAGS)
+"""The tensors of a `GymnasiumBatch`, with one row an episode."""
 
 
 class Block(gymnasium.Env):
-    """Several environments that step together in one process, as one for Gymnasium's worker processes.
+    """m environments that step together in one process, as one for Gymnasium's worker processes.
 
-    Its observation is theirs side by side, with "reward" (m,) beside it.
+    Its observation is theirs side by side, with "reward" (m,) beside it. An action is theirs, and which of them play it
+    (m,); the others hold still. ``options`` of ``reset``: "max_steps", and "seeds" int64 (blocks, m), of which it reads
+    the row ``number``: episodes with a seed of -1 go on.
     """
 
-    def __init__(self, maker: GuardedEnvironment, count: int) -> None:
+    def __init__(self, maker: GuardedEnvironment, count: int, number: int = 0) -> None:
+        self.number = number
         self.envs = SyncVectorEnv([maker] * count, copy=False, autoreset_mode=AutoresetMode.DISABLED)
-        self.action_space = self.envs.action_space
+        self.action_space = spaces.Tuple((self.envs.action_space, spaces.MultiBinary(count)))
         reward = spaces.Box(-np.inf, np.inf, (count,), np.float64)
         self.observation_space = spaces.Dict({"reward": reward, **self.envs.observation_space})  # type: ignore[arg-type]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        observation, _ = self.envs.reset(seed=seed, options=options)
-        return {"reward": np.zeros(self.envs.num_envs), **observation}, {}
+        assert options is not None
+        seeds = options["seeds"][self.number]
+        if (seeds >= 0).any():
+            chosen = {"max_steps": options["max_steps"], "reset_mask": seeds >= 0}
+            self.seen, _ = self.envs.reset(seed=seeds.tolist(), options=chosen)
+        return {"reward": np.zeros(self.envs.num_envs), **self.seen}, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        observation, reward, *_ = self.envs.step(action)
-        return {"reward": np.array(reward), **observation}, 0.0, False, False, {}
+        actions, playing = action
+        for env, plays in zip(self.envs.envs, playing, strict=True):
+            env.held = not plays  # pyright: ignore[reportAttributeAccessIssue]
+        self.seen, reward, *_ = self.envs.step(actions)
+        return {"reward": np.array(reward), **self.seen}, 0.0, False, False, {}
 
     def close(self) -> None:
         self.envs.close()
@@ -257,19 +68,20 @@ class MakeBlock:
 
     maker: GuardedEnvironment
     count: int
+    number: int
 
     def __call__(self) -> Block:
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
-        return Block(self.maker, self.count)
+        return Block(self.maker, self.count, self.number)
 
 
 class EnvironmentRows:
     """n guarded environments, in this process or shared out among worker processes.
 
     reset and step return "observation" (n, ...) as `data.spaces` encodes it, "reward" (n,) and the flags (n,).
-    The number of processes does not change what an environment does: row i has the seed ``seed`` + i. One environment
-    alone steps in this process. UserError if a process ends, which no exception of an environment does.
+    The number of processes does not change what an environment does. One environment alone steps in this process.
+    UserError if a process ends, which no exception of an environment does. They can be pickled in this process only.
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
@@ -277,30 +89,42 @@ class EnvironmentRows:
         self.observation_space, self.action_space = facts.observation_space, facts.action_space
         self.dtype = model_dtype(facts.observation_space)
         self.workers, self.count = min(workers, count) if count > 1 else 0, count
+        self.share = -(-count // max(self.workers, 1))  # the last worker may have a few more than are asked for
         if not self.workers:
             self.block = Block(maker, count)
             return
-        self.share = -(-count // self.workers)  # the last worker may have a few more than are asked for
-        blocks = [MakeBlock(maker, self.share)] * self.workers
+        blocks = [MakeBlock(maker, self.share, number) for number in range(self.workers)]
         self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         weakref.finalize(self, self.envs.close, terminate=True)
 
-    def reset(self, seed: int, max_steps: int) -> dict[str, np.ndarray]:
-        options = {"max_steps": max_steps}
+    def reset(self, seed: int, max_steps: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Begins new episodes in ``rows`` (m,), by default in all; the first of them has that seed, the next the next
+        number. The episodes of other rows go on."""
+        seeds = np.full(max(self.workers, 1) * self.share, -1)
+        seeds[slice(None) if rows is None else rows] = seed + np.arange(len(seeds) if rows is None else len(rows))
+        options = {"max_steps": max_steps, "seeds": seeds.reshape(-1, self.share)}
         if not self.workers:
-            return self._joined(self.block.reset(seed=seed, options=options)[0])
-        seeds: list[int | None] = [seed + worker * self.share for worker in range(self.workers)]
+            return self._joined(self.block.reset(options=options)[0])
         with self._alive():
-            return self._joined(self.envs.reset(seed=seeds, options=options)[0])
+            return self._joined(self.envs.reset(options=options)[0])
 
-    def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        """actions (n, ...): of the environment."""
+    def step(self, rows: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """rows (b,): those that play; the others hold still. actions (b, ...): theirs, of the environment."""
+        total = max(self.workers, 1) * self.share
+        every, playing = np.repeat(actions[:1], total, 0), np.zeros(total, np.int8)
+        every[rows], playing[rows] = actions, 1
         if not self.workers:
-            return self._joined(self.block.step(actions)[0])
-        missing = self.workers * self.share - len(actions)
-        actions = np.concatenate([actions, np.repeat(actions[:1], missing, 0)])
+            return self._joined(self.block.step((every, playing))[0])
+        every, playing = (values.reshape(self.workers, self.share, *values.shape[1:]) for values in (every, playing))
         with self._alive():
-            return self._joined(self.envs.step(actions.reshape(self.workers, self.share, *actions.shape[1:]))[0])
+            return self._joined(self.envs.step((every, playing))[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.workers:
+            raise UserError(
+                "environments that step in worker processes cannot be pickled or copied; set domain.workers to 0."
+            )
+        return vars(self)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -335,7 +159,8 @@ class GymnasiumBatch:
     """b episodes of a Gymnasium environment that step together: its `BatchedEnv`.
 
     Actions of a Box are clipped to its bounds. lost (b,) bool: an exception of the environment ended the episode, which
-    counts as truncated and not solved.
+    counts as truncated and not solved. An episode stays with its environment: ``begin_again`` begins new ones, and
+    ``replace`` takes back rows that stepped in a shallow copy of the batch, and no others.
     """
 
     observation: Tensor
@@ -346,12 +171,11 @@ class GymnasiumBatch:
 
     def __init__(self, rows: EnvironmentRows, seed: int, max_steps: int, device: torch.device) -> None:
         """seed: of row 0; row i has the next but i. max_steps: after which an episode is truncated."""
-        self.envs, self.device = rows, device
+        self.envs, self.device, self.max_steps = rows, device, max_steps
         self.rows = np.arange(rows.count)
-        self.taken: np.ndarray | None = None  # (n, ...), last actions of the environment
         self.steps = torch.zeros(rows.count, dtype=torch.int64, device=device)
         self.subgoals_done = torch.zeros_like(self.steps)
-        self._show(rows.reset(seed, max_steps))
+        vars(self).update(self._seen(rows.reset(seed, max_steps), self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -359,18 +183,33 @@ class GymnasiumBatch:
     def step(self, actions: Tensor) -> Tensor:
         running = ~(self.terminated | self.truncated)
         chosen = environment_actions(self.envs.action_space, actions.cpu().numpy())
-        if self.taken is None:
-            self.taken = np.repeat(chosen[:1], self.envs.count, 0)
-        self.taken[self.rows] = chosen
-        values = self.envs.step(self.taken)
+        values = self.envs.step(self.rows, chosen)
         self.steps = self.steps + running
-        self._show(values)
+        vars(self).update(self._seen(values, self.rows))
         return torch.from_numpy(values["reward"][self.rows]).float().to(self.device)
 
     def select(self, rows: Tensor) -> None:
         self.rows = self.rows[rows.cpu().numpy()]
-        for name in ("observation", "steps", "subgoals_done", *FLAGS):
+        for name in ROW_TENSORS:
             setattr(self, name, getattr(self, name)[rows])
+
+    def begin_again(self, rows: Tensor, generator: torch.Generator) -> None:
+        """New episodes in ``rows``, int64 (m,), whose seeds are drawn from the generator."""
+        chosen = self.rows[rows.cpu().numpy()]
+        values = self.envs.reset(_draw_seed(len(chosen), generator), self.max_steps, chosen)
+        for name, value in self._seen(values, chosen).items():
+            setattr(self, name, getattr(self, name).index_copy(0, rows, value))
+        self.steps = self.steps.index_fill(0, rows, 0)
+
+    def replace(self, rows: Tensor, other: GymnasiumBatch) -> None:
+        """Takes over where ``other``, a copy of this batch, brought the episodes ``rows``, int64 (m,), meanwhile.
+
+        UserError for other episodes.
+        """
+        if other.envs is not self.envs or not np.array_equal(self.rows[rows.cpu().numpy()], other.rows):
+            raise UserError("an episode of a Gymnasium environment cannot go to another row; use begin_again().")
+        for name in ROW_TENSORS:
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(other, name)))
 
     def goal(self) -> Tensor:
         return torch.full_like(self.steps, -1)
@@ -378,10 +217,15 @@ class GymnasiumBatch:
     def reached(self) -> Tensor:
         return torch.full_like(self.steps, -1)
 
-    def _show(self, values: dict[str, np.ndarray]) -> None:
-        self.observation = torch.from_numpy(values["observation"][self.rows]).to(self.device)
-        for name in FLAGS:
-            setattr(self, name, torch.from_numpy(values[name][self.rows] > 0).to(self.device))
+    def _seen(self, values: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Tensor]:
+        """Observations and flags of the environments ``rows``."""
+        arrays = {"observation": values["observation"][rows], **{name: values[name][rows] > 0 for name in FLAGS}}
+        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+
+
+def _draw_seed(n: int, generator: torch.Generator) -> int:
+    """The seed of the first of n episodes; the others have the next numbers."""
+    return int(torch.randint(2**31 - n, (1,), generator=generator, device=generator.device))
 
 
 class GymnasiumEnvironments:
@@ -396,7 +240,6 @@ class GymnasiumEnvironments:
         """n new episodes, whose seeds are drawn from the generator."""
         free = self.free.setdefault(n, [])
         rows = free.pop() if free else EnvironmentRows(self.maker, n, self.workers)
-        seed = int(torch.randint(2**31 - n, (1,), generator=generator, device=generator.device))
-        batch = GymnasiumBatch(rows, seed, max_steps, generator.device)
+        batch = GymnasiumBatch(rows, _draw_seed(n, generator), max_steps, generator.device)
         weakref.finalize(batch, free.append, rows)  # nobody steps in them any more
         return batch

@@ -98,8 +98,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Seeds: ``reset(seed=...)`` settles episodes and sampled actions of all rows; ``seed`` is one number.
 
-    It can be pickled at any time, and the copy goes on in the same way. A world whose batches have no
-    ``replace(rows, other)`` is played row by row: the model still takes one step for all.
+    It can be pickled at any time, unless its world steps in worker processes, and the copy goes on in the same way. A
+    world whose batches have no ``replace(rows, other)`` is played row by row: the model still takes one step for all.
 
     Versions: v0, as described here.
 
@@ -155,6 +155,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Starts an episode in every row; there are no options."""
         super().reset(seed=seed)
         self._generator.manual_seed(int(self.np_random.integers(2**62)))
+        self._rows = None  # what the last episodes were played with can be used again
         self._rows = self._begin()
         everywhere = np.ones(self.num_envs, bool)
         return _to_numpy(self._rows.residual), _masked({"steps": np.zeros(self.num_envs, np.int64)}, everywhere)
@@ -240,7 +241,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for row, residual in zip(over.nonzero()[0], _to_numpy(home.residual[ended]), strict=True):
             last[row] = residual
         rows = ended.nonzero().squeeze(1)
-        home.env.replace(rows, self._episodes(len(rows)))
+        begin_again = getattr(home.env, "begin_again", None)
+        if begin_again is None:
+            home.env.replace(rows, self._episodes(len(rows)))
+        else:
+            begin_again(rows, self._generator)
         home.caches.restart(rows)
         self._look(home, rows)
         return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)

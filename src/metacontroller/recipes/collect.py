@@ -26,7 +26,7 @@ from metacontroller.data.datasets import space_meta
 from metacontroller.data.spaces import encode_actions, encode_observations, readable, stack, without_text
 from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.gymnasium_adapter import Guard, GuardedEnvironment, environment_facts, environment_id
+from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.config_file import check_positive

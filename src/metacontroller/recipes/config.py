@@ -185,4 +185,5 @@ def load_run(folder: RunFolder, device: str, config: ExperimentConfig | None = N
         snapshots=config.pretrain.snapshots,
         pretraining_steps=config.pretrain.optimizer.steps,
         new_model=lambda: build_model(config),
+        rank=config.meta_controller.rank,
     )

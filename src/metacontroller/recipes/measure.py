@@ -58,7 +58,7 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     found["probe_accuracy"] = probed.accuracy[0]
     if tells_goals(run.domain, seed):
         announce("evaluate: supervised controllers", quiet)
-        steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **small)
+        steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, rank=run.rank, **small)
         found["supervised_success"] = steered.success[0]
     announce("evaluate: codes of experts", quiet)
     oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)

@@ -6,19 +6,19 @@ import networkx
 import pytest
 import torch
 
-from metacontroller.domains.ant_pinpad.layouts import (
-    FAR,
-    STEPS,
-    Arena,
-    direction_fields,
-    distance_fields,
-    object_lookup,
-    sample_layouts,
-)
+from metacontroller.domains.ant_pinpad.layouts import STEPS, Arena, direction_fields
+from metacontroller.domains.pinpad_layouts import object_lookup, sample_layouts
+from metacontroller.domains.pinpad_ways import UNREACHABLE, distance_fields
 
 
 def random_state(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def all_distances(arena: Arena, objects: torch.Tensor) -> torch.Tensor:
+    """(b, c, n): to every color, `UNREACHABLE` at most."""
+    colors = torch.arange(arena.num_colors).expand(len(objects), -1)
+    return distance_fields(arena, objects, colors).clamp(max=UNREACHABLE)
 
 
 def test_cells_and_places_are_each_others_inverse() -> None:
@@ -51,8 +51,8 @@ def test_distances_are_those_of_the_shortest_ways() -> None:
     arena = Arena(size=4, num_colors=4, num_walls=2)
     keys = torch.rand((30, 16), generator=random_state())
     objects = keys.topk(arena.num_objects).indices  # layouts without a way to some color are among them
-    distance = distance_fields(arena, objects)
-    assert bool((distance == FAR).any())
+    distance = all_distances(arena, objects)
+    assert bool((distance == UNREACHABLE).any())
     for row in range(30):
         walls = set(objects[row, 4:].tolist())
         for color in range(4):
@@ -61,21 +61,21 @@ def test_distances_are_those_of_the_shortest_ways() -> None:
                 way_graph(arena, objects[row].tolist(), color), target
             )
             known = dict(lengths)
-            expected = [known.get(cell, FAR) if cell not in walls else FAR for cell in range(16)]
+            expected = [known.get(cell, UNREACHABLE) if cell not in walls else UNREACHABLE for cell in range(16)]
             assert distance[row, color].tolist() == expected
 
 
 def test_a_direction_leads_to_a_cell_from_which_it_is_nearer() -> None:
     arena = Arena()
     objects = sample_layouts(arena, 40, random_state(1)).objects
-    distance, direction = distance_fields(arena, objects), direction_fields(arena, objects)
+    distance, direction = all_distances(arena, objects), direction_fields(arena, objects)
     lookup = object_lookup(arena, objects)
     for row in range(40):
         for color in range(4):
             for cell in range(16):
                 way = int(direction[row, color, cell])
                 here = int(distance[row, color, cell])
-                assert (way < 0) == (here == 0 or here == FAR)
+                assert (way < 0) == (here == 0 or here == UNREACHABLE)
                 if way < 0:
                     continue
                 ahead = cell + STEPS[way][0] * 4 + STEPS[way][1]
@@ -86,11 +86,11 @@ def test_a_direction_leads_to_a_cell_from_which_it_is_nearer() -> None:
 def test_random_layouts_have_a_way_to_every_color_and_differ() -> None:
     arena = Arena()
     layouts = sample_layouts(arena, 200, random_state())
-    cells = torch.cat([layouts.objects, layouts.start[:, None]], 1)
+    cells = torch.cat([layouts.objects, layouts.agent[:, None]], 1)
     assert all(len(set(row)) == 6 for row in cells.tolist())
-    distance = distance_fields(arena, layouts.objects)
-    origins = torch.cat([layouts.objects[:, :4], layouts.start[:, None]], 1)
-    assert int(distance.gather(2, origins[:, None].expand(-1, 4, -1)).max()) < FAR
+    distance = all_distances(arena, layouts.objects)
+    origins = torch.cat([layouts.objects[:, :4], layouts.agent[:, None]], 1)
+    assert int(distance.gather(2, origins[:, None].expand(-1, 4, -1)).max()) < UNREACHABLE
     assert len(torch.unique(layouts.objects, dim=0)) > 190
     assert len(torch.unique(cells[:, -1])) == 16
 
@@ -110,6 +110,6 @@ def test_planes_that_cannot_be_are_refused(changes: dict[str, float], message: s
 
 
 def test_a_plane_without_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metacontroller.domains.ant_pinpad.layouts.MAX_RESAMPLES", 20)
-    with pytest.raises(ValueError, match="no layout with a way to every color was found in 20 tries for size 3"):
+    monkeypatch.setattr("metacontroller.domains.pinpad_layouts.MAX_RESAMPLES", 20)
+    with pytest.raises(ValueError, match="no feasible layout was found in 20 tries for size 3"):
         sample_layouts(Arena(size=3, num_colors=8, num_walls=0), 4, random_state())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metacontroller.domains.ant_pinpad.layouts import Arena, sample_layouts
+from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import (
     heading,
     objects_of,
@@ -20,6 +20,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     symexp,
     symlog,
 )
+from metacontroller.domains.pinpad_layouts import sample_layouts
 
 ARENA = Arena()
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts
 from metacontroller.domains.pinpad_tasks import pad_tasks
 
 

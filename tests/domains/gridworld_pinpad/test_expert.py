@@ -6,10 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, UNREACHABLE, distance_fields, expert_trajectories
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig, sample_layouts
+from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, expert_trajectories
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
 from metacontroller.domains.pinpad_tasks import TABLE_A1, TABLE_A2, pad_tasks
+from metacontroller.domains.pinpad_ways import UNREACHABLE, distance_fields
 
 SMALL = PinpadConfig(size=5, num_colors=4, num_walls=4)
 
@@ -48,7 +50,7 @@ def layouts_of(config, trajectories):
 @given(seed=st.integers(0, 2**31 - 1))
 def test_distances_equal_networkx(seed):
     layouts = sample_layouts(SMALL, 2, generator(seed))
-    fields = distance_fields(SMALL, layouts, torch.tensor([[0, 3], [2, 1]]))
+    fields = distance_fields(SMALL, layouts.objects, torch.tensor([[0, 3], [2, 1]]))
     for grid, colors in enumerate([(0, 3), (2, 1)]):
         objects = layouts.objects[grid].tolist()
         for place, color in enumerate(colors):
@@ -60,7 +62,7 @@ def test_distances_equal_networkx(seed):
 
 def test_distances_avoid_walls_and_other_colors(picture):
     config, layouts = picture("A10# .#.. .#.. ....")
-    distances = distance_fields(config, layouts, torch.tensor([[0]])).view(4, 4).tolist()
+    distances = distance_fields(config, layouts.objects, torch.tensor([[0]])).view(4, 4).tolist()
     far = UNREACHABLE
     assert [[min(value, far) for value in row] for row in distances] == [
         [8, 1, 0, far],

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
 
 from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, observation_size
 from metacontroller.domains.ant_pinpad.rendering import painter
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
-from metacontroller.domains.pinpad_tasks import Task, check_tasks, read_tasks
+from metacontroller.domains.pinpad_gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
 from metacontroller.errors import UserError
 
-TaskSpec = str | Iterable[str | Sequence[int]]
 LIMIT = 25.0
 """Of observations: MuJoCo gives up on numbers beyond 1e10, whose symlog is 23."""
 FRAMES_PER_SECOND = 20
 """A step of the world is 0.05 s."""
 
 
-class _Episodes:
-    """Shared by the two environments: the plane, the tasks, the start of an episode, and pictures."""
+class _Ants(Episodes):
+    """Ants for the two environments. camera: see `AntPinpadEnv`. threads: of MuJoCo."""
 
     def __init__(
         self,
@@ -38,43 +36,36 @@ class _Episodes:
         camera: str,
         threads: int,
     ) -> None:
-        if tasks is not None and task is not None:
-            raise UserError("both tasks and task were given; give tasks to sample from, or the one of every episode.")
-        if render_mode not in (None, "rgb_array"):
-            raise UserError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None.")
+        super().__init__(tasks, task, table="A2", num_colors=arena.num_colors, render_mode=render_mode)
         if camera not in CAMERAS:
             raise UserError(f"camera is {camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
-        self.arena, self.render_mode, self.camera, self.threads = arena, render_mode, camera, threads
-        self.tasks: tuple[Task, ...] = (
-            read_tasks("A2" if tasks is None else tasks) if task is None else (read_tasks([task]))
-        )
-        check_tasks(self.tasks, arena.num_colors)
+        self.arena, self.camera, self.threads = arena, camera, threads
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (observation_size(arena),), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_ACTIONS,), np.float32)
         self.longest = max(map(len, self.tasks))
 
-    def start(self, n: int, random: np.random.Generator) -> AntBatch:
-        """n new episodes; all their randomness comes from the numpy generator."""
-        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        drawn = torch.randint(len(self.tasks), (n,), generator=generator).tolist()
-        return start_ants(self.arena, [self.tasks[i] for i in drawn], generator, self.threads, width=self.longest)
+    def begin(self, drawn: Tensor, generator: torch.Generator) -> AntBatch:
+        tasks = [self.tasks[number] for number in drawn.tolist()]
+        return start_ants(self.arena, tasks, generator, self.threads, width=self.longest)
 
-    def render(self, ants: AntBatch | None) -> list[np.ndarray] | None:
-        """A picture of each episode; None without a render mode."""
-        if self.render_mode is None:
-            return None
-        brush, ants = painter(self.arena), started(ants)
-        return [brush.draw(*row, self.camera) for row in zip(ants.state, ants.objects, strict=True)]
+    def observe(self, batch: AntBatch) -> np.ndarray:
+        return batch.observation.numpy()
+
+    def one_action(self, action: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(action)[None])
+
+    def actions(self, actions: np.ndarray, n: int) -> Tensor:
+        return torch.as_tensor(np.asarray(actions))  # `AntBatch` refuses other shapes
+
+    def told(self, batch: AntBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return batch.tasks[:, :-1], batch.subgoals_done, batch.goal()
+
+    def pictures(self, batch: AntBatch) -> list[np.ndarray]:
+        brush = painter(self.arena)
+        return [brush.draw(*row, self.camera) for row in zip(batch.state, batch.objects, strict=True)]
 
 
-def started(ants: AntBatch | None) -> AntBatch:
-    """The episodes; RuntimeError before the first."""
-    if ants is None:
-        raise RuntimeError("no episode has started: call reset() before step() or render().")
-    return ants
-
-
-class AntPinpadEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class AntPinpadEnv(PinpadEnv):
     """ant-pinpad, ``metacontroller/AntPinpad-v0``: walk to the colors of a hidden task in order.
 
     World: a plane of ``size`` x ``size`` cells, each ``cell_size`` meters a side, with ``num_colors`` colored cells and
@@ -125,39 +116,10 @@ class AntPinpadEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         camera: str = "above",
     ) -> None:
         arena = Arena(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps, cell_size=cell_size)
-        self.render_mode = render_mode
-        self._episodes = _Episodes(arena, tasks, task, render_mode, camera, threads=1)
-        self._ants: AntBatch | None = None
-        self.observation_space = self._episodes.observation_space
-        self.action_space = self._episodes.action_space
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode with a random layout and task; the same seed gives the same episodes."""
-        super().reset(seed=seed)
-        self._ants = self._episodes.start(1, self.np_random)
-        return self._ants.observation[0].numpy(), self._info(self._ants)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Applies torques (8,) for 0.05 s."""
-        ants = started(self._ants)
-        reward = float(ants.step(torch.as_tensor(np.asarray(action)[None])))
-        observation = ants.observation[0].numpy()
-        return observation, reward, bool(ants.terminated), bool(ants.truncated), self._info(ants)
-
-    def render(self) -> np.ndarray | None:
-        """A picture, uint8 (224, 224, 3); None without a render mode."""
-        pictures = self._episodes.render(self._ants)
-        return None if pictures is None else pictures[0]
-
-    @staticmethod
-    def _info(ants: AntBatch) -> dict[str, Any]:
-        task = tuple(ants.tasks[0, : int(ants.task_lengths)].tolist())
-        return {"task": task, "colors_done": int(ants.subgoals_done), "subgoal": int(ants.goal())}
+        super().__init__(_Ants(arena, tasks, task, render_mode, camera, threads=1))
 
 
-class AntPinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+class AntPinpadVectorEnv(PinpadVectorEnv):
     """Many ants of `AntPinpadEnv` that step together on MuJoCo's threads, for ``gymnasium.make_vec``.
 
     Spaces, rewards and endings are those of `AntPinpadEnv`, with a leading axis of ``num_envs``.
@@ -195,46 +157,5 @@ class AntPinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         camera: str = "above",
         threads: int = 0,
     ) -> None:
-        if num_envs < 1:
-            raise UserError(f"num_envs is {num_envs}; ask for at least one ant.")
         arena = Arena(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps, cell_size=cell_size)
-        self.num_envs, self.render_mode = num_envs, render_mode
-        self._episodes = _Episodes(arena, tasks, task, render_mode, camera, threads)
-        self._ants: AntBatch | None = None
-        self.single_observation_space = self._episodes.observation_space
-        self.single_action_space = self._episodes.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode in every row; one integer seed determines the episodes of all."""
-        super().reset(seed=seed)
-        self._ants = self._episodes.start(self.num_envs, self.np_random)
-        return self._ants.observation.numpy(), self._info(self._ants)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Applies torques (num_envs, 8); rows that had ended start a new episode instead."""
-        ants = started(self._ants)
-        ended = (ants.terminated | ants.truncated).nonzero().squeeze(1)
-        rewards = ants.step(torch.as_tensor(np.asarray(actions)))
-        if len(ended):
-            ants.replace(ended, self._episodes.start(len(ended), self.np_random))
-        return (
-            ants.observation.numpy(),
-            rewards.numpy(),
-            ants.terminated.numpy(),
-            ants.truncated.numpy(),
-            self._info(ants),
-        )
-
-    def render(self) -> tuple[np.ndarray, ...] | None:
-        """A picture of each row; None without a render mode."""
-        pictures = self._episodes.render(self._ants)
-        return None if pictures is None else tuple(pictures)
-
-    def _info(self, ants: AntBatch) -> dict[str, Any]:
-        values = {"task": ants.tasks[:, :-1], "colors_done": ants.subgoals_done, "subgoal": ants.goal()}
-        info: dict[str, Any] = {name: value.numpy() for name, value in values.items()}
-        return info | {f"_{name}": np.ones(self.num_envs, dtype=bool) for name in values}
+        super().__init__(num_envs, _Ants(arena, tasks, task, render_mode, camera, threads))

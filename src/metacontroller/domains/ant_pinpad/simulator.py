@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metacontroller.domains.ant_pinpad.layouts import Arena, object_lookup, sample_layouts
+from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, STATE_SIZE, observe
+from metacontroller.domains.pinpad_layouts import object_lookup, sample_layouts
 from metacontroller.domains.pinpad_tasks import pad_tasks
 from metacontroller.errors import UserError
 
@@ -63,7 +64,7 @@ class AntBatch:
         self.terminated = torch.zeros_like(lengths, dtype=torch.bool)
         self.truncated = torch.zeros_like(self.terminated)
         self._visited = torch.full_like(lengths, -1)
-        self._lookup = object_lookup(arena, objects)
+        self._lookup = object_lookup(arena, objects).long()
         self.observation = observe(arena, state, self.cell, objects)
 
     def __len__(self) -> int:
@@ -176,7 +177,7 @@ def start_ants(
 ) -> AntBatch:
     """An episode for each of the tasks, on a random layout; () is none. width: tasks are padded to at least that."""
     layouts = sample_layouts(arena, len(tasks), generator)
-    state = sample_states(arena, layouts.start, generator)
+    state = sample_states(arena, layouts.agent, generator)
     padded, lengths = pad_tasks(tasks, generator.device)
     padded = F.pad(padded.long(), (0, max(0, width - padded.shape[1])), value=-1)
     return AntBatch(arena, layouts.objects, state, padded, lengths, threads)

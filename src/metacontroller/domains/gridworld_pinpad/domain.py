@@ -14,9 +14,10 @@ from torch import Tensor
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
-from metacontroller.domains.gridworld_pinpad.layouts import Layouts, PinpadConfig, random_symmetry, sample_layouts
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, FreePinpadBatch, PinpadBatch, start_grids
+from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
 from metacontroller.domains.pinpad_tasks import (
     A1_POST,
     TABLE_A1,

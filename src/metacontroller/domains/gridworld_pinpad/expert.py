@@ -1,6 +1,6 @@
-"""The expert of gridworld-pinpad: exact shortest paths, computed for all grids at once, and episodes that follow them.
+"""The expert of gridworld-pinpad: episodes that follow exact shortest paths.
 
-Axes: b grid of the batch, k target, n cell, t time, o object, a action.
+Axes: b grid of the batch, t time, o object, a action.
 """
 
 from __future__ import annotations
@@ -10,69 +10,19 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.gridworld_pinpad.layouts import (
-    Layouts,
-    PinpadConfig,
-    check_layouts,
-    feasible,
-    move_table,
-    object_lookup,
-    sample_layouts,
-    sweeps,
-)
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_table
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch
+from metacontroller.domains.pinpad_layouts import Layouts, check_layouts, feasible, object_lookup, sample_layouts
 from metacontroller.domains.pinpad_tasks import Task, check_tasks, pad_tasks, subgoal_chunks
+from metacontroller.domains.pinpad_ways import UNREACHABLE, distance_fields
 from metacontroller.errors import UserError
 
 TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the first moves of shortest paths, see `expert_trajectories`."""
 
 TIE_BREAKS: tuple[str, ...] = get_args(TieBreak)
-
-UNREACHABLE = 16_000
-"""Distance of cells from which the target cannot be reached; far above any path, far below int16's limit."""
-
-
-def _nearest_neighbor(distance: Tensor) -> Tensor:
-    """Smallest distance among the four neighbors of each cell, for (size, size, rows)."""
-    padded = F.pad(distance, (0, 0, 1, 1, 1, 1), value=UNREACHABLE)
-    vertical = torch.minimum(padded[:-2, 1:-1], padded[2:, 1:-1])
-    horizontal = torch.minimum(padded[1:-1, :-2], padded[1:-1, 2:])
-    return torch.minimum(vertical, horizontal)
-
-
-def distance_fields(config: PinpadConfig, layouts: Layouts, targets: Tensor) -> Tensor:
-    """Return int16 (b, k, n): steps of the shortest path from each cell to each target color, walls and others avoided.
-
-    Args:
-        config: the grid's configuration.
-        layouts: b layouts.
-        targets: int64 (b, k), colors.
-
-    A path may start on another color, as it does after that color was visited, but never enters one. Walls and cells
-    without a path have a distance of at least `UNREACHABLE`. Exact: relaxation runs until nothing changes. It sweeps
-    over the grids row by row and column by column in both directions, so that distances propagate through a whole grid
-    in one sweep; all grids and targets are contiguous in memory.
-    """
-    batch, num_targets = targets.shape
-    objects = object_lookup(config, layouts).T.contiguous()[:, :, None]  # (n, b, 1)
-    target = objects == targets
-    grid = (config.size, config.size, batch * num_targets)
-    penalty = ((objects >= 0) & ~target).to(torch.int16).mul_(UNREACHABLE).view(grid)
-    distance = torch.where(target, 0, UNREACHABLE).to(torch.int16).view(grid)
-    before = torch.empty_like(distance)
-    while not torch.equal(before, distance):
-        before.copy_(distance)
-        for here, neighbor in sweeps(config.size):
-            step = (distance[neighbor] + 1).maximum(penalty[here])
-            torch.minimum(distance[here], step, out=distance[here])
-    # No path may enter another color, but one may start there.
-    departing = torch.minimum(distance, _nearest_neighbor(distance) + 1).view(-1, batch, num_targets)
-    fields = departing.masked_fill_(objects >= config.num_colors, UNREACHABLE)
-    return fields.permute(1, 2, 0).contiguous()
 
 
 def expert_trajectories(
@@ -152,8 +102,8 @@ class _ExpertPolicy:
         self.epsilon = epsilon
         self.generator = generator
         colors = torch.arange(config.num_colors, device=device).expand(len(batch), -1)
-        self.distances = distance_fields(config, batch.layouts, colors).flatten(1)
-        self.lookup = object_lookup(config, batch.layouts)
+        self.distances = distance_fields(config, batch.layouts.objects, colors).flatten(1)
+        self.lookup = object_lookup(config, batch.layouts.objects)
         self.moves = move_table(config.size, device).T.contiguous()
         self.fixed_preference = torch.arange(NUM_ACTIONS, 0, -1, device=device) / NUM_ACTIONS
 

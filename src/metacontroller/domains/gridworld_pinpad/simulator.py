@@ -17,14 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.gridworld_pinpad.layouts import (
-    Layouts,
-    PinpadConfig,
-    check_layouts,
-    move_table,
-    object_lookup,
-    sample_layouts,
-)
+from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_table
+from metacontroller.domains.pinpad_layouts import Layouts, check_layouts, object_lookup, sample_layouts
 from metacontroller.domains.pinpad_tasks import Task, single_colors
 from metacontroller.errors import UserError
 
@@ -76,7 +70,7 @@ class PinpadBatch(BatchedEnv):
         self.steps = torch.zeros_like(self.agent)
         self.terminated = torch.zeros_like(self.agent, dtype=torch.bool)
         self.truncated = torch.zeros_like(self.terminated)
-        self._lookup = object_lookup(config, layouts)
+        self._lookup = object_lookup(config, layouts.objects)
         self._visited = torch.full_like(self.agent, -1, dtype=torch.int16)
         # One more column, so that a finished task has a next color too: one that nothing equals.
         self._next_colors = torch.cat([tasks, torch.full_like(tasks[:, :1], -1)], dim=1).to(torch.int16)

@@ -15,7 +15,8 @@ from metacontroller.data.spaces import action_options, encoder_options
 from metacontroller.data.statistics import normalization
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain, DomainSpec, Split
-from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments, environment_facts
+from metacontroller.domains.guarded_environment import environment_facts
+from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 
 

@@ -1,0 +1,211 @@
+"""One Gymnasium environment: found by its ID, asked for its spaces, and guarded so that it can step beside others."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from metacontroller.data.spaces import readable, without_text
+from metacontroller.errors import UserError
+
+FLAGS = ("terminated", "truncated", "success", "lost")
+OWN_PACKAGE = "metacontroller-rl"
+
+LOST: Counter[tuple[str, str]] = Counter()
+"""Exceptions in this process, by the environment's ID and their type."""
+
+
+@lru_cache
+def environment_id(name: str) -> str:
+    """A Gymnasium ID as ``module:ID`` where a package has to be imported for Gymnasium to know it.
+
+    Packages register their environments when they are imported. If the ID alone is not known, the installed packages
+    that build on Gymnasium are imported, those first whose name is part of the ID. UserError if none knows it.
+    """
+    reason = _unknown(name)
+    if reason is None:
+        return name
+    for module in [] if ":" in name else _modules_on_gymnasium(name):
+        if _unknown(f"{module}:{name}") is None:
+            return f"{module}:{name}"
+    raise UserError(
+        f"env {name!r} is no environment of Gymnasium's or of an installed package ({reason}); install the package "
+        "that has it, or write module:ID where importing a module of yours registers it."
+    )
+
+
+def _unknown(name: str) -> str | None:
+    """What Gymnasium has against an ID; None if it knows it."""
+    module, _, known = name.rpartition(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
+            if module:
+                importlib.import_module(module)
+            gymnasium.spec(known)
+    except (ImportError, gymnasium.error.Error) as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _modules_on_gymnasium(name: str) -> list[str]:
+    """Modules of the installed packages that need Gymnasium; first those whose name is part of the environment's."""
+    packages = []
+    for distribution in metadata.distributions():
+        package = distribution.metadata["Name"] or ""
+        needs = [need.partition(";") for need in distribution.requires or []]
+        if package != OWN_PACKAGE and any(
+            need.startswith("gymnasium") and "extra" not in mark for need, _, mark in needs
+        ):
+            packages.append(package.replace("-", "_"))
+    return sorted(set(packages), key=lambda package: (package.lower() not in name.lower(), package))
+
+
+class EnvironmentFacts(NamedTuple):
+    """Spaces, those of observations as far as a model reads them, and the time limit, None if there is none."""
+
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    max_steps: int | None
+
+
+@lru_cache
+def environment_facts(name: str) -> EnvironmentFacts:
+    """What one environment says of itself; UserError if it cannot be made."""
+    env = make_environment(name)
+    try:
+        limit = None if env.spec is None else env.spec.max_episode_steps
+        own = getattr(env.unwrapped, "max_steps", None)
+        limits = [int(steps) for steps in (limit, own) if isinstance(steps, int | np.integer) and steps > 0]
+        return EnvironmentFacts(readable(env.observation_space), env.action_space, min(limits, default=None))
+    finally:
+        env.close()
+
+
+def make_environment(name: str) -> gymnasium.Env:
+    """A new environment of that ID; UserError if it cannot be made."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gymnasium.make(environment_id(name), disable_env_checker=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"env {name!r} cannot be made: {type(error).__name__}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class GuardedEnvironment:
+    """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`."""
+
+    name: str
+    success_return: float | None = None
+
+    def __call__(self) -> Guard:
+        return Guard(self)
+
+
+class Guard(gymnasium.Env):
+    """An environment that can step beside others that have ended, and that outlives its own exceptions.
+
+    Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
+    episode has ended, and while ``held`` is set, it ignores actions, with reward 0. An exception in ``step``, or in any
+    ``reset`` but the first, ends the episode as truncated and lost, and so does a reward that is not finite; the next
+    ``reset`` makes a new environment. ``options["max_steps"]`` of ``reset``: a time limit.
+
+    Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
+    whether the return is at least that; without, whether the episode terminated with a positive reward.
+    """
+
+    def __init__(self, maker: GuardedEnvironment) -> None:
+        self.maker, self.env = maker, make_environment(maker.name)
+        self.action_space = self.env.action_space
+        inner = readable(self.env.observation_space)
+        self.observation_space = spaces.Dict({"observation": inner, **{flag: spaces.Discrete(2) for flag in FLAGS}})
+        self.flags, self.held = dict.fromkeys(FLAGS, False), False
+        self.last: Any = None  # observation, as the environment gave it
+        self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self.flags["lost"]:
+            with suppress(Exception):  # it may be broken
+                self.env.close()
+            self.env = make_environment(self.maker.name)
+        self.flags = dict.fromkeys(FLAGS, False)
+        self.returned, self.steps, self.reported = 0.0, 0, False
+        self.max_steps = (options or {}).get("max_steps") or sys.maxsize
+        try:
+            self.last, _ = self.env.reset(seed=seed)
+        except Exception as error:
+            if self.last is None:
+                raise
+            self._lose(error)
+        return self._observed(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Never ends for the vector environment: what has ended stands in the observation."""
+        if self.held or self.ended:
+            return self.seen, 0.0, False, False, {}
+        try:
+            self.last, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            self._lose(error)
+            return self._observed(), 0.0, False, False, {}
+        reward = float(reward)
+        if not np.isfinite(reward):
+            self._lose(ValueError(f"the reward is {reward}"))
+            return self._observed(), 0.0, False, False, {}
+        self.returned, self.steps = self.returned + reward, self.steps + 1
+        truncated = (truncated or self.steps >= self.max_steps) and not terminated
+        self.flags |= {"terminated": bool(terminated), "truncated": bool(truncated)}
+        self.flags["success"] = self._success(info, reward)
+        return self._observed(), reward, False, False, {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether the episode has."""
+        return self.flags["terminated"] or self.flags["truncated"]
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _lose(self, error: Exception) -> None:
+        """Ends the episode; the first, tenth, hundredth ... such exception of this process is printed."""
+        self.flags |= {"truncated": True, "success": False, "lost": True}
+        kind = type(error).__name__
+        LOST[self.maker.name, kind] += 1
+        count = LOST[self.maker.name, kind]
+        if str(count).strip("0") == "1":
+            often = "" if count == 1 else f" ({count:,} times by now)"
+            print(
+                f"metacontroller: {self.maker.name} raised {kind}: {error}; its episode ends here{often}.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _success(self, info: dict[str, Any], reward: float) -> bool:
+        for name in ("success", "is_success"):
+            if name in info:
+                self.reported = True
+                return bool(np.all(info[name]))
+        if self.reported:
+            return self.flags["success"]
+        if self.maker.success_return is not None:
+            return self.returned >= self.maker.success_return
+        return self.flags["terminated"] and reward > 0
+
+    def _observed(self) -> dict[str, Any]:
+        observation = without_text(self.env.observation_space, self.last)
+        self.seen = {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
+        return self.seen

@@ -1,0 +1,175 @@
+"""Layouts of the pinpad worlds: the size of a square of cells, where everything is when an episode begins, and whether
+all of it can be reached.
+
+Cells are numbered ``row * size + column``. Axes: b episode, o object (every color, then every wall), n cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metacontroller.errors import UserError
+
+MAX_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Size and content of a square of cells. UserError for values that do not fit together.
+
+    surface, walker: what a world calls the square, and who walks on it.
+    """
+
+    surface: ClassVar[str] = "board"
+    walker: ClassVar[str] = "walker"
+
+    size: int
+    """G, cells along each side."""
+    num_colors: int
+    """O, colored cells, numbered from 0."""
+    num_walls: int
+    """W, wall cells."""
+    max_steps: int
+    """T, steps after which an episode is truncated."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        if self.num_objects + 1 > self.num_cells:
+            raise UserError(
+                f"a {self.surface} of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} "
+                f"colors, {self.num_walls} walls and the {self.walker}; raise size or take fewer colors or walls."
+            )
+
+    @property
+    def num_objects(self) -> int:
+        """Colors and walls together."""
+        return self.num_colors + self.num_walls
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the square."""
+        return self.size * self.size
+
+
+@dataclass
+class Layouts:
+    """Cells of all objects and of the agent at the start of an episode.
+
+    Attributes:
+        objects: int64 (b, o), the cell of each color and then of each wall; no two in the same cell.
+        agent: int64 (b,), the start cell, never that of an object.
+    """
+
+    objects: Tensor
+    agent: Tensor
+
+    def __len__(self) -> int:
+        return len(self.agent)
+
+    def index(self, rows: Tensor) -> Layouts:
+        """Return the layouts of the given rows (indices or a boolean mask)."""
+        return Layouts(self.objects[rows], self.agent[rows])
+
+    def repeat(self, n: int) -> Layouts:
+        """Return each layout n times in a row: a, a, b, b, …"""
+        return Layouts(self.objects.repeat_interleave(n, dim=0), self.agent.repeat_interleave(n, dim=0))
+
+    def to(self, device: torch.device | str) -> Layouts:
+        """Return the same layouts on another device."""
+        return Layouts(self.objects.to(device), self.agent.to(device))
+
+
+def check_layouts(board: Board, layouts: Layouts) -> None:
+    """UserError unless the layouts fit the board: shapes, cells within range, and no two things in one cell."""
+    expected = (len(layouts.agent), board.num_objects)
+    if layouts.agent.ndim != 1 or tuple(layouts.objects.shape) != expected:
+        raise UserError(
+            f"layouts have objects of shape {tuple(layouts.objects.shape)} and agent of shape "
+            f"{tuple(layouts.agent.shape)}: expected (batch, {board.num_objects}) and (batch,)."
+        )
+    cells = torch.cat([layouts.objects, layouts.agent[:, None]], dim=1).sort(dim=1).values
+    if ((cells < 0) | (cells >= board.num_cells)).any():
+        raise UserError(f"a layout names a cell off the {board.surface}: cells run from 0 to {board.num_cells - 1}.")
+    if (cells[:, 1:] == cells[:, :-1]).any():
+        raise UserError(
+            f"a layout has two things in one cell: give every color, wall and the {board.walker} a cell of its own."
+        )
+
+
+def object_lookup(board: Board, objects: Tensor) -> Tensor:
+    """objects int64 (b, o), the cell of each -> int16 (b, n): the number of the object in each cell, -1 for none."""
+    lookup = torch.full((len(objects), board.num_cells), -1, dtype=torch.int16, device=objects.device)
+    numbers = torch.arange(board.num_objects, dtype=torch.int16, device=objects.device)
+    return lookup.scatter_(1, objects, numbers.expand(len(objects), -1))
+
+
+Line = tuple[int | slice, ...]
+
+
+@cache
+def sweeps(size: int) -> list[tuple[Line, Line]]:
+    """Indices of the rows and columns of a square (size, size, ...), each with those of the one before it.
+
+    Following them in order sweeps the square down, up, right and left.
+    """
+    everything = slice(None)
+    rows: list[tuple[Line, Line]] = [((i,), (i - 1,)) for i in range(1, size)]
+    rows += [((i,), (i + 1,)) for i in range(size - 2, -1, -1)]
+    return rows + [((everything, *here), (everything, *neighbor)) for here, neighbor in rows]
+
+
+def feasible(board: Board, layouts: Layouts) -> Tensor:
+    """Return bool (b,): every color can be reached from the start, and from every other color, over empty cells only.
+
+    The empty cells connected to the start are flooded. A color can be reached from the start exactly when it touches
+    the flooded region; when all colors touch it, each can also be reached from each other.
+    """
+    batch, size = len(layouts), board.size
+    empty = (object_lookup(board, layouts.objects) < 0).T.reshape(size, size, batch)
+    flooded = torch.zeros_like(empty).view(-1, batch).scatter_(0, layouts.agent[None], True).view(size, size, batch)
+    before = torch.zeros_like(flooded)
+    while not torch.equal(before, flooded):
+        before.copy_(flooded)
+        for here, neighbor in sweeps(size):
+            flooded[here] |= flooded[neighbor] & empty[here]
+    touched = flooded.clone()
+    for here, neighbor in sweeps(size):
+        touched[here] |= flooded[neighbor]
+    return touched.view(-1, batch).gather(0, layouts.objects[:, : board.num_colors].T).all(dim=0)
+
+
+def sample_layouts(
+    board: Board, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Layouts:
+    """Sample n layouts uniformly from the feasible ones, see `feasible`; on the generator's device unless one is given.
+
+    Infeasible layouts are sampled again: our choice, the paper does not mention them. UserError if no feasible layout
+    is found, as on a board that is nearly full.
+    """
+    if device is None:
+        device = "cpu" if generator is None else generator.device
+    layouts = _sample_any_layouts(board, n, generator, device)
+    bad = (~feasible(board, layouts)).nonzero().squeeze(1)
+    for _ in range(MAX_RESAMPLES):
+        if len(bad) == 0:
+            return layouts
+        again = _sample_any_layouts(board, len(bad), generator, device)
+        layouts.objects[bad], layouts.agent[bad] = again.objects, again.agent
+        bad = bad[~feasible(board, again)]
+    raise UserError(
+        f"no feasible layout was found in {MAX_RESAMPLES} tries for size {board.size}, {board.num_colors} colors and "
+        f"{board.num_walls} walls: raise size or take fewer colors or walls."
+    )
+
+
+def _sample_any_layouts(board: Board, n: int, generator: torch.Generator | None, device: torch.device | str) -> Layouts:
+    keys = torch.rand((n, board.num_cells), generator=generator, device=device)
+    cells = keys.topk(board.num_objects + 1, dim=1).indices
+    return Layouts(cells[:, :-1].contiguous(), cells[:, -1].contiguous())
