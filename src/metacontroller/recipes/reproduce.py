@@ -20,6 +20,7 @@ import torch
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.errors import UserError
+from metacontroller.ranges import PROCESSES, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
 from metacontroller.recipes.jobs import in_processes, usable_cores
 from metacontroller.recipes.machine import environment_facts
@@ -143,8 +144,7 @@ def reproduce(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1.")
+    check_number("workers", workers, PROCESSES)
     figures.require_matplotlib()
     folder = RunFolder(out)
     with folder.held():

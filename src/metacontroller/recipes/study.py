@@ -26,6 +26,7 @@ from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, copy_artefact
 from metacontroller.phases.pretrain import snapshot_path
+from metacontroller.ranges import PROCESSES, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, read_config, to_json, with_seed
 from metacontroller.recipes.jobs import Job, run_jobs
 from metacontroller.recipes.measure import measure_variant
@@ -167,8 +168,7 @@ def study(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds are {seeds}; give at least one, each once.")
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1.")
+    check_number("workers", workers, PROCESSES)
     folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
     with folder.held():
         return _run_all(config, folder, own, seeds, workers, quiet, device)

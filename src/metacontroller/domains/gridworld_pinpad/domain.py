@@ -30,6 +30,7 @@ from metacontroller.domains.pinpad_tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_SIDE, PROBABILITY, WIDTH, Whole, check_fields
 
 View = Literal["absolute", "egocentric"]
 
@@ -70,9 +71,8 @@ class GridworldPinpadConfig:
         check_tasks([*self.tasks, self.post_task], self.grid.num_colors)
         if self.tie_break not in TIE_BREAKS:
             raise UserError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
-        for name in ("epsilon", "discovery_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a probability between 0 and 1.")
+        check_fields(self, epsilon=PROBABILITY, discovery_epsilon=PROBABILITY, colors_per_subgoal=WIDTH)
+        check_fields(self, reach=Whole(most=MOST_SIDE, none=True))
         if self.view not in get_args(View):
             raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
         _ = self.subgoals  # raises for tasks that are not made of whole subgoals

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_SIDE, MOST_STEPS, MOST_WIDTH, WIDTH, Whole, check_fields
 
 MAX_RESAMPLES = 1000
 
@@ -30,10 +31,8 @@ class PinpadConfig:
     """T, steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"{name} is {value}: it must be at least {least}.")
+        check_fields(self, size=Whole(2, MOST_SIDE), num_colors=WIDTH, num_walls=Whole(0, MOST_WIDTH))
+        check_fields(self, max_steps=Whole(most=MOST_STEPS))
         if self.num_objects + 1 > self.num_cells:
             raise UserError(
                 f"a grid of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} colors, "
