@@ -1,4 +1,4 @@
-"""Ranges of numbers in configs and arguments, and the one sentence that refuses what lies outside of them.
+"""Ranges of numbers and names of options in configs and arguments, and the one sentence that refuses all else.
 
 NaN, infinity, a fraction where whole numbers are meant, and True or False where numbers are meant are always refused.
 The upper bounds are far above any sane use: they turn what would hang or exhaust the memory into a sentence.
@@ -7,6 +7,8 @@ The upper bounds are far above any sane use: they turn what would hang or exhaus
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container, Iterable, Mapping
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -40,7 +42,7 @@ class Whole(NamedTuple):
     def expected(self, value: Any) -> str | None:
         """What was expected instead of a value; None if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral):
-            return f"a whole number of at least {self.least}"
+            return "a whole number" if self.least < 0 else f"a whole number of at least {self.least}"
         if value < self.least:
             return f"at least {self.least}"
         return f"at most {self.most}" if value > self.most else None
@@ -105,6 +107,29 @@ def check_warmup(name: str, between: Any) -> None:
     whole = isinstance(between, (tuple, list)) and len(between) == 2
     if not whole or any(Whole(0).expected(step) for step in between) or between[0] > between[1]:
         raise UserError(f"{name} is {shown(between)}; expected (from, to), whole numbers with 0 <= from <= to.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """UserError unless the value is one of a few names."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{name} is {shown(value)}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_options(name: str, options: Any, kind: Callable[..., Any], given: Container[str] = ()) -> None:
+    """UserError unless ``options`` is a mapping with the keywords that ``kind`` takes, and all that it needs.
+
+    name: of the argument that holds them. given: keywords that are passed besides.
+    """
+    if not isinstance(options, Mapping):
+        raise UserError(f"{name} is {shown(options)}; expected a dict of options.")
+    known = {key: part for key, part in signature(kind).parameters.items() if key not in given and key != "self"}
+    unknown = sorted(str(option) for option in options if option not in known)
+    if unknown:
+        raise UserError(f"{name} has an unknown option {unknown[0]!r}; expected {', '.join(known)}.")
+    missing = [key for key, part in known.items() if part.default is Parameter.empty and key not in options]
+    if missing:
+        raise UserError(f"{name} is {shown(dict(options))} and lacks {missing[0]!r}; expected {', '.join(known)}.")
 
 
 def shown(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
-from metacontroller.ranges import COUNT, MOST_STEPS, ROWS, Whole, check_fields, check_number
+from metacontroller.ranges import COUNT, MOST_STEPS, ROWS, Whole, check_choice, check_fields, check_number
 
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
@@ -62,6 +62,8 @@ def evaluate(
     UserError for ``episodes`` below 1 or a missing metacontroller.
     """
     check_number("episodes", episodes, COUNT)
+    check_number("seed", seed, Whole(0))
+    check_choice("policy", policy, get_args(Policy))
     if policy in ("prior", "internal-rl") and meta_controller is None:
         raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)

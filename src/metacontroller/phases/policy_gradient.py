@@ -68,11 +68,11 @@ class InternalRLConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, episodes=COUNT, batch_size=ROWS, update_epochs=COUNT, minibatches=ROWS)
-        check_fields(self, checkpoint_every=COUNT, min_better=Whole(), seed=SEED)
+        check_fields(self, checkpoint_every=COUNT, seed=SEED)
         check_fields(self, lr=POSITIVE, weight_decay=NOT_NEGATIVE, max_grad_norm=POSITIVE, eps_clip=POSITIVE)
         check_fields(self, entropy_weight=NOT_NEGATIVE, delta=NOT_NEGATIVE, target_kl=Number(0, above=True, none=True))
-        if not 1 <= self.min_better <= self.batch_size:
-            raise UserError(f"min_better is {self.min_better}; expected 1..{self.batch_size}, a batch's episodes.")
+        if Whole().expected(self.min_better) or self.min_better > self.batch_size:
+            raise UserError(f"min_better is {self.min_better!r}; expected 1..{self.batch_size}, a batch's episodes.")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 

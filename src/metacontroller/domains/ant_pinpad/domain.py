@@ -79,7 +79,8 @@ class AntPinpadConfig:
     """Threads of MuJoCo, which change no number; 0: one a core."""
 
     def __post_init__(self) -> None:
-        check_tasks([*self.tasks, self.post_task], self.arena.num_colors)
+        check_tasks(self.tasks, self.arena.num_colors)
+        check_tasks([self.post_task], self.arena.num_colors)
         check_fields(self, episodes=COUNT, threads=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
         if self.camera not in CAMERAS:
             raise UserError(f"camera is {self.camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
