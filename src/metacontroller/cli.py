@@ -6,11 +6,13 @@ Only the module of the command asked for is imported, so that help and typing er
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from metacontroller import __version__
 from metacontroller.errors import UserError
+from metacontroller.storage.system_errors import BROKEN_PIPE, Refusal, refusal
 from metacontroller.storage.user_function import trusting
 from metacontroller.training.interruption import Interrupted, listening, say, signal_name, starting
 
@@ -107,12 +110,15 @@ LAUNCHABLE = ("pretrain", "discover", "internal-rl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: that of a `UserError`, or 143 or 130 after SIGTERM or SIGINT, which
-    leave one line with the command that resumes.
+    """Runs one command; returns the exit status: that of a `UserError`, that of what the system refused (see
+    `storage.system_errors`), or 143 or 130 after SIGTERM or SIGINT, which leave one line with the command that resumes.
 
     Any other exception is a bug and is let through, with its traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than a path or a table
 
     def farewell(number: int) -> None:
         say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
@@ -128,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "launcher."
                 )
             command()
+            sys.stdout.flush()
             leave()
         except UserError as error:
             print(f"metacontroller: {error}", file=sys.stderr)
@@ -138,7 +145,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 farewell(stopped.number)
             leave(stopped.status)
             return stopped.status
+        except UnicodeError as error:
+            print(f"metacontroller: a name or a file is not UTF-8 ({error}); rename or mend it.", file=sys.stderr)
+            return UserError.status
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            return _refused(refused)
     return 0
+
+
+def _refused(refused: Refusal) -> int:
+    """Says what the system refused, where anything can still be said; returns the exit status."""
+    with suppress(OSError):
+        print(f"metacontroller: {refused.sentence}.", file=sys.stderr)
+    if refused.status == BROKEN_PIPE and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it exits
+    return refused.status
 
 
 def _given(words: Sequence[str]) -> list[str]:

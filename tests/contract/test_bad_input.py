@@ -226,7 +226,7 @@ def test_models_that_cannot_be(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim_latent": 0}, "dim_latent 0"),
+        ({"dim_latent": 0}, "dim_latent is 0"),
         ({"rank": 9}, "rank is 9; expected None (full) or 1..8"),
         ({"gate": {"mode": "often"}}, "gate mode is 'often'"),
         ({"gate": {"threshold": 2.0}}, "gate threshold is 2.0"),

@@ -95,7 +95,7 @@ def test_apply_is_that_of_any_module() -> None:
     [
         ({"rank": 0}, "rank is 0"),
         ({"rank": WIDTH + 1}, f"1..{WIDTH}"),
-        ({"hidden": 0}, "hidden 0"),
+        ({"hidden": 0}, "hidden of the controller is 0"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:

@@ -191,7 +191,7 @@ def test_variance_scaling_has_the_papers_spread() -> None:
     [
         ({"depth": -1}, "depth is -1"),
         ({"depth": 1, "heads": 3}, "dim 8 is not a multiple of heads 3"),
-        ({"depth": 1, "heads": 0}, "heads 0"),
+        ({"depth": 1, "heads": 0}, "heads is 0"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:

@@ -138,7 +138,7 @@ def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": -0.1}, "alpha is -0.1 and alpha_start 0.015; expected at least 0"),
+        ({"alpha": -0.1}, "alpha is -0.1; expected a number of at least 0"),
         ({"alpha_warmup": (5, 2)}, r"alpha_warmup is \(5, 2\); expected \(from, to\)"),
         ({"alpha_warmup": (-1, 2)}, r"alpha_warmup is \(-1, 2\)"),
     ],

@@ -71,5 +71,5 @@ def test_a_snapshot_is_the_model_of_that_update(tmp_path: Path) -> None:
     final = (tmp_path / "new" / "run" / "base_model.safetensors").read_bytes()
     assert (kept / "base_model-40.safetensors").read_bytes() == final
     assert (kept / "base_model-1.safetensors").read_bytes() != final
-    with pytest.raises(ValueError, match="snapshots are"):
+    with pytest.raises(ValueError, match=r"snapshots\[0\] is 0; expected at least 1"):
         PretrainConfig(optimizer=OPTIMIZER, snapshots=(0,))

@@ -23,8 +23,8 @@ from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
 from metacontroller.metrics.gate import subgoal_changes
+from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.figures import gate_figure
-from metacontroller.storage.config_file import check_positive
 from metacontroller.training.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Episodes(Analysis):
         """Held-out episodes."""
 
         def __post_init__(self) -> None:
-            check_positive(self, ("episodes",))
+            check_fields(self, episodes=ROWS)
 
     @torch.no_grad()
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:

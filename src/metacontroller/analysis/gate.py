@@ -20,8 +20,8 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment, gate_report
 from metacontroller.phases.evaluate import MAX_BATCH
+from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.analysis_figures import gate_histogram_figure
-from metacontroller.storage.config_file import check_positive
 from metacontroller.training.seeding import noise_generator, stream_seed
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Gate(Analysis):
         """Held-out episodes to judge by."""
 
         def __post_init__(self) -> None:
-            check_positive(self, ("episodes",))
+            check_fields(self, episodes=ROWS)
 
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
         gate = held_out_gate(run, config.episodes, stream_seed(run.seed, "analyse"))

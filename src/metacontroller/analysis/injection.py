@@ -20,8 +20,8 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import Domain
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.analysis_figures import injection_figure
-from metacontroller.storage.config_file import check_positive
 from metacontroller.training.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Injection(Analysis):
         """For each subgoal, free and forced."""
 
         def __post_init__(self) -> None:
-            check_positive(self, ("walks",))
+            check_fields(self, walks=ROWS)
 
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
         generator = torch.Generator(run.device).manual_seed(stream_seed(run.seed, "analyse"))

@@ -25,7 +25,7 @@ from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.analysis.steering import play_chained, tells_goals
 from metacontroller.data.trajectories import Trajectories, length_mask
 from metacontroller.phases.rollout import Proposal, rollout_abstract
-from metacontroller.storage.config_file import check_positive
+from metacontroller.ranges import ROWS, check_fields
 from metacontroller.training.seeding import noise_generator, stream_seed
 
 USED_NATS = 0.1
@@ -155,7 +155,7 @@ class Oracle(Analysis):
         """Held-out episodes of each kind."""
 
         def __post_init__(self) -> None:
-            check_positive(self, ("episodes",))
+            check_fields(self, episodes=ROWS)
 
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
         seed = stream_seed(run.seed, "analyse")

@@ -19,8 +19,8 @@ from metacontroller.data.batching import EpisodeStream, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.ranges import COUNT, POSITIVE, ROWS, check_fields
 from metacontroller.report.analysis_figures import probes_figure
-from metacontroller.storage.config_file import check_positive
 from metacontroller.storage.training_state import module_tensors
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator, stream_seed
@@ -129,9 +129,7 @@ class LayerConfig:
     """Held-out episodes to judge by."""
 
     def __post_init__(self) -> None:
-        check_positive(self, ("steps", "batch_size", "episodes"))
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}; expected a number above 0.")
+        check_fields(self, steps=COUNT, batch_size=ROWS, episodes=ROWS, lr=POSITIVE)
 
 
 def layer_rows(results: Sequence[Results]) -> Rows:

@@ -33,11 +33,11 @@ from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentN
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
-from metacontroller.errors import UserError
 from metacontroller.metrics.gate import gate_alignment
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import META_CONTROLLER, SEGMENTATION, artefact_path
+from metacontroller.ranges import MOST_DEPTH, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, Whole, check_fields, check_warmup
 from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -69,12 +69,9 @@ class CompileConfig:
     """Seed of the episodes and, in a separate stream, of the noise; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        if self.alpha_code < 0 or self.alpha_boundary < 0:
-            raise UserError(
-                f"alpha_code is {self.alpha_code} and alpha_boundary {self.alpha_boundary}; expected at least 0."
-            )
-        if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+        check_fields(self, segments=Whole(2, MOST_DEPTH), hidden=WIDTH, temperature=POSITIVE, prior_rate=POSITIVE)
+        check_fields(self, alpha_code=NOT_NEGATIVE, alpha_boundary=NOT_NEGATIVE, seed=SEED)
+        check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_code_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""

@@ -101,7 +101,9 @@ class Figures:
     @classmethod
     def at_preset(cls, preset: str | None) -> Figures:
         """The defaults of all options."""
-        return cls(config=preset_config(preset), study=presets.study_config(preset or presets.DEFAULT))
+        return cls(
+            config=preset_config(preset), study=presets.study_config(presets.DEFAULT if preset is None else preset)
+        )
 
     def __call__(self) -> None:
         require_matplotlib()

@@ -44,7 +44,7 @@ class Tracked(Training):
 
 def preset_config(preset: str | None = None) -> ExperimentConfig:
     """The config that the options of --config change; UserError for an unknown preset."""
-    return presets.preset(preset or presets.DEFAULT)
+    return presets.preset(presets.DEFAULT if preset is None else preset)
 
 
 def chosen_config(config: ExperimentConfig, preset: str | None, run: RunFolder, resume: bool) -> ExperimentConfig:

@@ -10,7 +10,7 @@ from metacontroller.control.sequence_embedder import EmbedderKind
 from metacontroller.control.switching import GateConfig
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision
-from metacontroller.storage.config_file import check_positive
+from metacontroller.ranges import DEPTH, MOST_WIDTH, NOT_NEGATIVE, POSITIVE, WIDTH, Whole, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,10 @@ class MetaControllerConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        names = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
-        check_positive(self, (*names, "embedder_dim", "embedder_depth", "policy_hidden"))
+        widths = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
+        check_fields(self, **dict.fromkeys((*widths, "embedder_dim", "policy_hidden"), WIDTH))
+        check_fields(self, embedder_depth=DEPTH, rank=Whole(most=MOST_WIDTH, none=True))
+        check_fields(self, free_bits=NOT_NEGATIVE, policy_std=POSITIVE)
         make_codes(self.code, self.dim_latent, self.free_bits).start(self.policy_std)
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:
@@ -64,5 +66,3 @@ class MetaControllerConfig:
             raise UserError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
         if self.embedder_dim % 4:
             raise UserError(f"embedder_dim is {self.embedder_dim}; expected a multiple of 4, its heads.")
-        if self.rank is not None:
-            check_positive(self, ("rank",))

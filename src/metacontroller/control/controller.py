@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
 
 
 class Controller(nn.Module):
@@ -24,14 +25,15 @@ class Controller(nn.Module):
         self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16, depth: int = 1
     ) -> None:
         super().__init__()
+        check_number("hidden of the controller", hidden, WIDTH)
+        check_number("rank", rank, Whole(-MOST_WIDTH, MOST_WIDTH, none=True))
         if dim_latent < 1 or dim_model < 1 or hidden < 1:
             raise UserError(
                 f"dim_latent is {dim_latent}, dim_model {dim_model}, hidden {hidden}; expected at least 1 each."
             )
         if rank is not None and not 1 <= rank <= dim_model:
             raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
-        if depth < 1:
-            raise UserError(f"depth is {depth}; expected at least 1 hidden layer.")
+        check_number("depth of the controller", depth, DEPTH)
         self.dim_model, self.rank = dim_model, rank
         self.code_to_hidden = nn.Linear(dim_latent, hidden)
         self.deeper = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1)) if depth > 1 else None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metacontroller.errors import DivergedError, UserError
+from metacontroller.errors import DivergedError
+from metacontroller.ranges import COUNT, check_number
 from metacontroller.storage.training_state import not_finite
 
 
@@ -24,8 +25,7 @@ def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, 
     UserError for ``num_generations`` below 1; DivergedError, with the policy as it was before, for a fitness or weights
     that are not finite; ImportError without x-evolution.
     """
-    if num_generations < 1:
-        raise UserError(f"num_generations is {num_generations}; expected at least 1.")
+    check_number("num_generations", num_generations, COUNT)
     if importlib.util.find_spec("x_evolution") is None:
         raise ImportError("x-evolution is not installed; install it with `pip install 'metacontroller-rl[evo]'`.")
     from x_evolution import EvoStrategy

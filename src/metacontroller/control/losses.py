@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import masked_mean
+from metacontroller.data.trajectories import check_tensor, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.ranges import NOT_NEGATIVE
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -54,6 +55,7 @@ def trajectory_advantages(returns: Tensor, delta: float = 1e-3) -> Tensor:
 
     Zeros where all returns are equal, whatever delta is.
     """
+    check_tensor("returns", returns)
     advantages = (returns - returns.mean()) / (returns.std(correction=0) + delta)
     return torch.where(returns.max() == returns.min(), torch.zeros_like(advantages), advantages)
 
@@ -87,7 +89,10 @@ def clipped_surrogate(
     log-probabilities (b, t, entries) each entry of a code has a ratio of its own, and their terms are summed; the
     paper's ratio is that of the code's joint density, one a decision.
     """
-    low, high = (eps_clip, eps_clip) if isinstance(eps_clip, (int, float)) else eps_clip
+    pair = (eps_clip, eps_clip) if isinstance(eps_clip, (int, float)) else tuple(eps_clip)
+    if len(pair) != 2 or any(NOT_NEGATIVE.expected(bound) for bound in pair):
+        raise UserError(f"eps_clip is {eps_clip}; expected a finite number of at least 0, or two (below, above).")
+    low, high = pair
     if log_prob.dim() == 3:
         ratio, advantage = torch.exp(log_ratio(log_prob, old_log_prob, mask[..., None])), advantage[..., None]
         terms = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)

@@ -30,9 +30,21 @@ from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.stepping import SteeringSteps
 from metacontroller.control.switching import GateConfig, SwitchingUnit
-from metacontroller.data.trajectories import check_lengths, length_mask
+from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision, products
+from metacontroller.ranges import (
+    COUNT,
+    DEPTH,
+    MOST_WIDTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WIDTH,
+    Number,
+    Whole,
+    check_number,
+    check_options,
+)
 from metacontroller.storage.module_file import Saveable
 
 
@@ -115,12 +127,20 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         super().__init__()
         self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0})
         check_precision(precision)
-        if dim_model < 1 or dim_latent < 1:
-            raise UserError(f"dim_model is {dim_model} and dim_latent {dim_latent}; expected at least 1 each.")
-        if target_segment_length <= 1:
+        widths = {"dim_model": dim_model, "dim_meta_controller": dim_meta_controller}
+        more = {"dim_history": dim_history, "dim_sequence": dim_sequence, "encoder_hidden": encoder_hidden}
+        more |= {"policy_hidden": policy_hidden, "embedder_dim": embedder_dim, "rank": rank}
+        for name, value in (widths | {"dim_latent": dim_latent, "switch_hidden": switch_hidden}).items():
+            check_number(name, value, WIDTH)
+        for name, value in more.items():
+            check_number(name, value, Whole(0 if name != "rank" else -MOST_WIDTH, MOST_WIDTH, none=True))
+        check_number("embedder_depth", embedder_depth, DEPTH)
+        check_number("ratio_loss_weight", ratio_loss_weight, NOT_NEGATIVE)
+        if Number().expected(target_segment_length) or target_segment_length <= 1:
             raise UserError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
-        if eps_clip <= 0:
-            raise UserError(f"eps_clip is {eps_clip}; expected a number above 0.")
+        check_number("eps_clip", eps_clip, POSITIVE)
+        if not isinstance(gate, GateConfig):
+            check_options("gate", gate or {}, GateConfig)
         width = dim_meta_controller
         n_h, n_s = dim_history or width, dim_sequence or width
         self.codes = make_codes(code, dim_latent, free_bits)
@@ -168,6 +188,10 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
         check_lengths(episode_lens, batch, steps, wait=False)
+        if noise is not None and noise.gate.shape != (batch, steps):
+            raise UserError(
+                f"noise is for (episodes, steps) {tuple(noise.gate.shape)}; expected {(batch, steps)}, as the residual."
+            )
         lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         mask = length_mask(lengths, steps)
         read = self.norm(residual)
@@ -185,6 +209,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
 
     def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
         """Noise for ``discover`` on ``batch`` episodes of ``steps`` steps."""
+        check_number("batch", batch, COUNT)
         weight = self.policy.readout.weight
         options = {"generator": generator, "device": weight.device}
         precise = torch.promote_types(weight.dtype, torch.float32)
@@ -205,6 +230,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
 
     def initial_state(self, batch: int) -> ControlState:
         """The state before the first step of ``batch`` episodes."""
+        check_number("batch", batch, Whole(0))
         weight = self.policy.readout.weight
         return ControlState(
             history=weight.new_zeros(batch, self.dim_history),
@@ -248,6 +274,8 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         state = self.initial_state(len(residual)) if state is None else state
+        if len(state.history) != len(residual):
+            raise UserError(f"the state has {len(state.history)} episodes; expected {len(residual)}, as the residual.")
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
         distribution, advanced = self.policy(residual, state.policy)
@@ -258,6 +286,9 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         return self.steer(residual, next_state.z[:, None]), output
 
     def _check_residual(self, residual: Tensor) -> None:
+        check_tensor("the residual stream", residual)
+        if not residual.is_floating_point():
+            raise UserError(f"the residual stream has dtype {residual.dtype}; expected a floating-point one.")
         if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:
             raise UserError(
                 f"the residual stream has shape {tuple(residual.shape)}; expected (batch, time, {self.dim_model}) "

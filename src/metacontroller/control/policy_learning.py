@@ -6,7 +6,7 @@ Axes: b batch, t steps, n_e residual, n_z code, entries of a code's log-probabil
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from metacontroller.control.codes import Codes
 from metacontroller.control.evolution import evolve
 from metacontroller.control.losses import clipped_surrogate, target_policy_loss
 from metacontroller.control.switching import GateConfig
-from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.ranges import POSITIVE, check_choice, check_number
 
 Objective = Literal["clipped", "target"]
 
@@ -53,6 +54,8 @@ class PolicyLearning:
 
     def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each entry of the codes: (b, t, p), (b, t, n_z) -> (b, t, n_z), or a bit each."""
+        check_tensor("action_dist", action_dist)
+        check_tensor("actions", actions)
         if actions.shape[-1] != self.dim_latent or action_dist.shape[-1] != self.codes.params:
             raise UserError(
                 f"action_dist has shape {tuple(action_dist.shape)} and actions {tuple(actions.shape)}; expected last "
@@ -101,6 +104,8 @@ class PolicyLearning:
         episodes, whose scores are their mean log-probability a decision, see `losses.target_policy_loss`.
         UserError for shapes that do not fit.
         """
+        check_choice("objective", objective, get_args(Objective))
+        check_number("eta", eta, POSITIVE)
         decided = self._decisions(states, old_log_probs, actions, advantages, switch_betas, episode_lens)
         kl = masked_mean(self.codes.kl(decided.distribution), decided.mask)
         if objective == "target":
@@ -129,6 +134,9 @@ class PolicyLearning:
     ) -> _Decisions:
         self._check_residual(states)
         batch, steps = states.shape[:2]
+        stored = {"old_log_probs": old_log_probs, "actions": actions, "advantages": advantages}
+        for name, value in (stored | {"switch_betas": switch_betas}).items():
+            check_tensor(name, value, none=name == "switch_betas")
         for name, value, entries in (
             ("old_log_probs", old_log_probs, self.codes.entries),
             ("actions", actions, self.dim_latent),
@@ -145,10 +153,20 @@ class PolicyLearning:
                 f"expected {(batch, steps)}, and {(batch,)} or {(batch, steps)}."
             )
         check_lengths(episode_lens, batch, steps)
+        if not advantages.is_floating_point() or not bool(advantages.isfinite().all()):
+            raise UserError(
+                f"advantages have dtype {advantages.dtype} and range over {float(advantages.min()):g}.."
+                f"{float(advantages.max()):g}; expected finite floating-point numbers."
+            )
         switch = switch_betas >= self.gate_config.threshold
-        if episode_lens is not None:
-            switch = switch & length_mask(episode_lens, steps)
+        real = torch.ones_like(switch) if episode_lens is None else length_mask(episode_lens, steps)
+        if bool((switch_betas.isnan() & real).any()):
+            raise UserError("switch_betas hold NaN; expected numbers from 0 to 1.")
+        switch = switch & real
         states, actions, old = states.detach(), actions.detach(), old_log_probs.detach()
+        for name, value in (("states", states), ("actions", actions), ("old_log_probs", old)):
+            if not bool((value.isfinite().all(-1) | ~switch).all()):
+                raise UserError(f"{name} hold NaN or infinite values at decisions; expected finite numbers.")
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand(-1, steps)
         if not self.policy.every_step:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metacontroller.errors import UserError
 from metacontroller.kernels.gate import GateOutput, gate_scan
 from metacontroller.kernels.linear_scan import linear_scan
+from metacontroller.ranges import COUNT, POSITIVE, Number, check_number
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
 
@@ -36,12 +37,9 @@ class GateConfig:
         modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
         if self.mode not in modes:
             raise UserError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
-        if not 0 < self.threshold < 1:
-            raise UserError(f"gate threshold is {self.threshold}; expected a number between 0 and 1.")
-        if self.temperature <= 0:
-            raise UserError(f"gate temperature is {self.temperature}; expected a number above 0.")
-        if self.period < 1:
-            raise UserError(f"gate period is {self.period}; expected at least 1 step.")
+        check_number("gate threshold", self.threshold, Number(0, 1, above=True, below=True))
+        check_number("gate temperature", self.temperature, POSITIVE)
+        check_number("gate period", self.period, COUNT)
 
 
 class SwitchingUnit(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories, with_finite_padding
 from metacontroller.errors import UserError
+from metacontroller.ranges import ROWS, check_number, shown
 
 Generate = Callable[[int, torch.Generator], Trajectories]
 """A source of behaviour: ``generate(n, generator)`` returns n episodes, generated or sampled from a dataset."""
@@ -65,8 +66,9 @@ def length_sorted_batches(
     Yields ``len // batch_size`` batches. Episodes that do not fill a batch are left out; which ones is random at each
     call. UserError if there are fewer episodes than ``batch_size``.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; expected at least 1.")
+    check_number("batch_size", batch_size, ROWS)
+    if not isinstance(trajectories, Trajectories):
+        raise UserError(f"trajectories are {shown(trajectories)}; expected Trajectories, as from_episodes makes them.")
     count = trajectories.batch // batch_size
     if count == 0:
         raise UserError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Trajectories, length_mask
 from metacontroller.errors import UserError
+from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage.files import write_text
 from metacontroller.storage.plain_files import check_regular, read_json
 from metacontroller.storage.versions import warn_of_versions
@@ -59,6 +60,7 @@ class Episodes:
             raise UserError(
                 f"rows range over {index.min()}..{index.max()}; each must lie in 0..{len(self) - 1}, the episodes held."
             )
+        check_number("longest", longest, Whole(none=True))
         whole = self.lengths[index]
         lengths = whole if longest is None else np.minimum(whole, longest)
         skipped = np.zeros_like(whole) if rng is None else rng.integers(0, whole - lengths + 1)
@@ -84,6 +86,8 @@ class TrajectoryStore(Episodes):
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise UserError(f"path is {shown(path)}; expected the folder of a trajectory store.")
         self.path = Path(path)
         if not (self.path / HEADER).is_file():
             raise UserError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
@@ -102,6 +106,10 @@ class TrajectoryStore(Episodes):
 
         meta: JSON values to keep beside them. UserError for a folder that is neither empty nor a store.
         """
+        if not isinstance(trajectories, Trajectories):
+            raise UserError(
+                f"trajectories are {shown(trajectories)}; expected Trajectories, as from_episodes makes them."
+            )
         return TrajectoryStore.join(path, [Episodes.of(trajectories)], meta)
 
     @staticmethod
@@ -117,13 +125,20 @@ class TrajectoryStore(Episodes):
         beside: names that may be in the folder, and stay there.
         """
         target = Path(path)
+        parts = list(parts)
+        if not parts:
+            raise UserError("parts are empty; give the episodes of at least one.")
+        try:
+            json.dumps(dict(meta or {}))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"meta is {shown(meta)} ({error}); expected values of JSON.") from error
         _refuse_others(target, beside)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             draft = work / "draft"
             draft.mkdir()
-            _save_arrays(draft, list(parts), dict(meta or {}), most)
+            _save_arrays(draft, parts, dict(meta or {}), most)
             if target.exists() and any(target.iterdir()):
                 _exchange(draft, target)
             else:

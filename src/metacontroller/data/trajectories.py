@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metacontroller.data.minari import minari_episodes, open_minari
 from metacontroller.errors import UserError
+from metacontroller.ranges import ROWS, check_number, shown
 
 ENDINGS = ("terminated", "truncated")
 PER_EPISODE = ("lengths", *ENDINGS, "seeds")
@@ -51,6 +52,10 @@ class Trajectories:
     seeds: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_tensor(field.name, getattr(self, field.name), none=field.default is None)
+        if self.actions.dim() < 2:
+            raise UserError(f"actions have shape {tuple(self.actions.shape)}; expected (episodes, steps, ...).")
         batch, steps = self.actions.shape[:2]
         if batch == 0:
             raise UserError("Trajectories hold 0 episodes; give at least one.")
@@ -62,6 +67,19 @@ class Trajectories:
         if self.lengths.shape != (batch,):
             raise UserError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
         check_lengths(self.lengths, batch, steps, "lengths", wait=False)
+        self._check_labels(batch, steps)
+
+    def _check_labels(self, batch: int, steps: int) -> None:
+        """UserError for what training does not read and does not fit the actions."""
+        for name in ("subgoals", "segments", "rewards", *ENDINGS, "seeds"):
+            value, expected = getattr(self, name), (batch,) if name in PER_EPISODE else (batch, steps)
+            kind = "bool" if name in ENDINGS else "numbers" if name == "rewards" else "int64"
+            if value is None or (value.shape == expected and kind in ("numbers", str(value.dtype)[6:])):
+                continue
+            raise UserError(
+                f"{name} have shape {tuple(value.shape)} and dtype {value.dtype}; expected {expected} {kind}, one "
+                f"{'an episode' if name in PER_EPISODE else 'a step'}."
+            )
 
     @property
     def batch(self) -> int:
@@ -79,6 +97,7 @@ class Trajectories:
 
     def index(self, rows: Tensor) -> Trajectories:
         """The episodes with indices ``rows`` (m,), cut to the longest of them."""
+        check_rows(rows, self.batch)
         steps = int(self.lengths[rows].max())
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         selected = {
@@ -95,6 +114,9 @@ class Trajectories:
 
     def sample(self, n: int, generator: torch.Generator) -> Trajectories:
         """n of the episodes, drawn with replacement, on the generator's device: a `data.batching.Generate`."""
+        check_number("n", n, ROWS)
+        if not isinstance(generator, torch.Generator):
+            raise UserError(f"generator is {shown(generator)}; expected a torch.Generator.")
         rows = torch.randint(self.batch, (n,), generator=generator, device=generator.device)
         return self.index(rows.to(self.lengths.device)).to(generator.device)
 
@@ -106,13 +128,16 @@ class Trajectories:
         ``terminated`` and ``truncated`` (a bool each) and ``seeds`` (a number) are kept. UserError for other names, and
         for episodes that do not fit together.
         """
-        rows = [{name: torch.as_tensor(np.asarray(value)) for name, value in row.items()} for row in episodes]
+        if not isinstance(episodes, Iterable):
+            raise UserError(f"episodes are {shown(episodes)}; expected a list of mappings, one an episode.")
+        rows = [_as_tensors(row, index) for index, row in enumerate(episodes)]
         if not rows:
             raise UserError("from_episodes was given no episode; give at least one.")
         known = {field.name for field in fields(cls)} - {"lengths"}
         names = rows[0].keys()
         for index, row in enumerate(rows):
             _check_episode(row, index, names, known)
+            _check_alike(row, index, rows[0])
         lengths = torch.tensor([len(row["actions"]) for row in rows])
         steps = int(lengths.max())
         padded = {name: torch.stack([_padded(name, row[name], steps) for row in rows]) for name in names}
@@ -134,12 +159,40 @@ class Trajectories:
             }
 
 
+def _as_tensors(row: Any, index: int) -> dict[str, Tensor]:
+    """The fields of episode number ``index`` as tensors; UserError for what is no array of numbers."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"episode {index} is {shown(row)}; expected a mapping of a field's name to an array.")
+    tensors = {}
+    for name, value in row.items():
+        try:
+            tensors[name] = torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"episode {index} has {name} {shown(value)}; expected an array of numbers.") from error
+    return tensors
+
+
+def _check_alike(row: Mapping[str, Tensor], index: int, first: Mapping[str, Tensor]) -> None:
+    """UserError unless each step of an episode looks like a step of the first one."""
+    for name, value in row.items():
+        other = first[name]
+        if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
+            raise UserError(
+                f"episode {index} has {name} of shape {tuple(value.shape)} and dtype {value.dtype} and episode 0 of "
+                f"shape {tuple(other.shape)} and dtype {other.dtype}; expected the same but for the steps."
+            )
+
+
 def _check_episode(row: Mapping[str, Tensor], index: int, names: Any, known: set[str]) -> None:
     if not {"states", "actions"} <= row.keys() or not row.keys() <= known or row.keys() != names:
         raise UserError(
             f"episode {index} has the fields {sorted(row)} and episode 0 {sorted(names)}; expected the same, with "
             f"states and actions, of {', '.join(sorted(known))}."
         )
+    for name, value in row.items():
+        if (value.dim() == 0) != (name in PER_EPISODE):
+            expected = "one value" if name in PER_EPISODE else "one entry a step"
+            raise UserError(f"episode {index} has {name} of shape {tuple(value.shape)}; expected {expected}.")
     steps = len(row["actions"])
     for name, value in row.items():
         expected = steps + (name == "states")
@@ -185,6 +238,28 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0).sum() / mask.to(values.dtype).sum().clamp_min(1)
 
 
+def check_tensor(name: str, value: Any, *, none: bool = False) -> None:
+    """UserError unless the value is a tensor; none: or None."""
+    if not isinstance(value, Tensor) and not (none and value is None):
+        article = "an" if type(value).__name__[0] in "aeiou" else "a"
+        found = "None" if value is None else f"{article} {type(value).__name__}"
+        raise UserError(f"{name} is {found}; expected a torch.Tensor, as torch.as_tensor makes of lists and arrays.")
+
+
+def check_rows(rows: Tensor, count: int) -> None:
+    """UserError unless ``rows`` are indices, (m,) int64 with m of at least 1, of ``count`` episodes; their values are
+    checked on the CPU only."""
+    check_tensor("rows", rows)
+    if rows.dim() != 1 or not len(rows) or rows.dtype != torch.int64:
+        raise UserError(
+            f"rows have shape {tuple(rows.shape)} and dtype {rows.dtype}; expected (m,) int64, at least one index."
+        )
+    if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise UserError(
+            f"rows range over {int(rows.min())}..{int(rows.max())}; each must lie in 0..{count - 1}, the episodes held."
+        )
+
+
 def check_lengths(
     lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens", *, wait: bool = True
 ) -> None:
@@ -195,7 +270,8 @@ def check_lengths(
     """
     if lengths is None:
         return
-    if lengths.shape != (batch,) or lengths.dtype.is_floating_point:
+    check_tensor(name, lengths)
+    if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise UserError(
             f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
             f"expected ({batch},) whole numbers, one per episode."

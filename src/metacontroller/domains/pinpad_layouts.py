@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_SIDE, MOST_STEPS, MOST_WIDTH, WIDTH, Whole, check_fields
 
 MAX_RESAMPLES = 1000
 
@@ -38,9 +39,8 @@ class Board:
     """T, steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 2), ("num_colors", 1), ("num_walls", 0), ("max_steps", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        check_fields(self, size=Whole(2, MOST_SIDE), num_colors=WIDTH, num_walls=Whole(0, MOST_WIDTH))
+        check_fields(self, max_steps=Whole(most=MOST_STEPS))
         if self.num_objects + 1 > self.num_cells:
             raise UserError(
                 f"a {self.surface} of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} "

@@ -11,6 +11,7 @@ from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_COUNT, Whole, check_number
 
 
 def parse_task(text: str) -> tuple[int, ...]:
@@ -84,6 +85,8 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int, remedy: str = "
     for task in tasks:
         if len(task) == 0:
             raise UserError("an empty task has nothing to visit: give each task at least one color.")
+        for color in task:
+            check_number("a color of a task", color, Whole(-MOST_COUNT))
         unknown = [color for color in task if not 0 <= color < num_colors]
         if unknown:
             raise UserError(

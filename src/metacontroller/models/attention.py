@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from metacontroller.errors import UserError
 from metacontroller.models.condition import make_norm, normalized
+from metacontroller.ranges import MOST_DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
 
 
 @dataclass
@@ -183,10 +184,11 @@ class AttentionBody(nn.Module):
         final_norm: bool = False,
     ) -> None:
         super().__init__()
-        if depth < 0:
-            raise UserError(f"depth is {depth}; expected a number of blocks, 0 or more.")
-        if dim < 1 or heads < 1:
-            raise UserError(f"dim is {dim} and heads {heads}; expected at least 1 each.")
+        check_number("depth", depth, Whole(0, MOST_DEPTH))
+        check_number("dim", dim, WIDTH)
+        check_number("heads", heads, WIDTH)
+        check_number("dim_head", dim_head, Whole(most=MOST_WIDTH, none=True))
+        check_number("mlp_dim", mlp_dim, Whole(most=MOST_WIDTH, none=True))
         if dim_head is None and dim % heads:
             raise UserError(f"dim {dim} is not a multiple of heads {heads}; change one or give dim_head.")
         self.heads = heads

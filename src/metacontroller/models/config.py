@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision
 from metacontroller.models.transformer import Transformer
-from metacontroller.storage.config_file import check_positive
+from metacontroller.ranges import DEPTH, MOST_DEPTH, WIDTH, Whole, check_fields
 
 GROUP = "metacontroller.models"
+
+MOST_WEIGHTS = 2**34
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        check_positive(self, ("dim", "upper_depth", "heads", "mlp_dim"))
-        if self.lower_depth < 0:
-            raise UserError(f"lower_depth is {self.lower_depth}; expected at least 0.")
+        check_fields(self, dim=WIDTH, lower_depth=Whole(0, MOST_DEPTH), upper_depth=DEPTH, heads=WIDTH, mlp_dim=WIDTH)
+        weights = (self.lower_depth + self.upper_depth) * self.dim * (4 * self.dim + 2 * self.mlp_dim)
+        if weights > MOST_WEIGHTS:
+            raise UserError(
+                f"dim {self.dim}, mlp_dim {self.mlp_dim} and {self.lower_depth + self.upper_depth} blocks make about "
+                f"{weights:.1e} weights; expected at most {MOST_WEIGHTS:.1e}, which take 64 GiB; lower one of them."
+            )
         if self.dim % self.heads:
             raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
         if self.body not in ("attention", "hawk"):

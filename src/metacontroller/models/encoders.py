@@ -23,6 +23,7 @@ from metacontroller.models.readouts import (
     MultiCategoricalReadout,
     register_statistics,
 )
+from metacontroller.ranges import ROWS, check_number, check_options, shown
 
 NORMALIZED_LIMIT = 10.0
 """Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
@@ -45,8 +46,7 @@ class VectorEncoder(nn.Module):
         self, dim_state: int, dim: int, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        if dim_state < 1:
-            raise UserError(f"num_continuous is {dim_state}; expected at least 1.")
+        check_number("num_continuous", dim_state, ROWS)
         self.dim_state = dim_state
         self.statistics = {"mean": mean, "std": std}
         register_statistics(self, dim_state, mean, std)
@@ -317,23 +317,28 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
 
     UserError for other options.
     """
-    if set(options) == {"grid"}:
-        return GridEncoder(dim, **options["grid"])
+    kinds: dict[str, Any] = {
+        "grid": GridEncoder,
+        "tokens": TokenEncoder,
+        "picture": PictureEncoder,
+        "symbolic_grid": SymbolicGridEncoder,
+    }
+    given = shown(options)
+    if not isinstance(options, dict):
+        options = {}
+    name = next(iter(options), "")
+    if len(options) == 1 and name in kinds:
+        check_options(f"state_embed_readout[{name!r}]", options[name], kinds[name], given=("dim",))
+        return kinds[name](dim, **options[name])
     if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
         statistics = {name: options[name] for name in ("mean", "std") if name in options}
         return VectorEncoder(options["num_continuous"], dim, **statistics)
     if set(options) == {"num_discrete"} and not isinstance(options["num_discrete"], int):
         return TokenEncoder(dim, sizes=options["num_discrete"])
-    if set(options) == {"tokens"}:
-        return TokenEncoder(dim, **options["tokens"])
     if set(options) == {"image"}:
         return ImageEncoder(dim, options["image"])
-    if set(options) == {"picture"}:
-        return PictureEncoder(dim, **options["picture"])
-    if set(options) == {"symbolic_grid"}:
-        return SymbolicGridEncoder(dim, **options["symbolic_grid"])
     raise UserError(
-        f"state_embed_readout is {options!r}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
+        f"state_embed_readout is {given}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
         "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images, "
         "dict(picture = dict(...)) for images with categories beside them or dict(grid = dict(...)) for grid tokens."
     )

@@ -19,6 +19,7 @@ from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import variance_scaling_
 from metacontroller.models.condition import make_norm, normalized
+from metacontroller.ranges import MOST_DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
 
 TAPS = 4
 """Width of the convolution in steps, with the current one (Griffin, section 2.4)."""
@@ -136,10 +137,11 @@ class HawkBody(nn.Module):
         final_norm: bool = False,
     ) -> None:
         super().__init__()
-        if depth < 0:
-            raise UserError(f"depth is {depth}; expected a number of blocks, 0 or more.")
-        if dim < 1:
-            raise UserError(f"dim is {dim}; expected at least 1.")
+        check_number("depth", depth, Whole(0, MOST_DEPTH))
+        check_number("dim", dim, WIDTH)
+        check_number("width", width, Whole(most=MOST_WIDTH, none=True))
+        check_number("heads", heads, WIDTH)
+        check_number("mlp_dim", mlp_dim, Whole(most=MOST_WIDTH, none=True))
         self.width = dim if width is None else width
         self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
         self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes, dim_condition=dim_condition) for _ in range(depth))

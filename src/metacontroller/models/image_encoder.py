@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from metacontroller.errors import UserError
 from metacontroller.models.readouts import GaussianReadout
+from metacontroller.ranges import WIDTH, shown
 
 MAX_CHANNELS = 64
 MAX_SIDE = 8
@@ -31,8 +32,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, dim: int, shape: Sequence[int]) -> None:
         super().__init__()
-        if len(shape) not in (2, 3) or min(shape) < 1:
-            raise UserError(f"image is {list(shape)}; expected (height, width), with channels first or last.")
+        if isinstance(shape, str) or len(shape) not in (2, 3) or any(WIDTH.expected(side) for side in shape):
+            raise UserError(f"image is {shown(shape)}; expected (height, width), with channels first or last.")
         self.shape = tuple(shape)
         self.channels_first = len(shape) == 3 and shape[0] < shape[2]
         channels, *sides = self._channels_first(torch.zeros(self.shape)).shape

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metacontroller.data.trajectories import check_lengths, length_mask, masked_mean
+from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.encoders import Encoder
@@ -175,6 +175,8 @@ class SteerableModel(Saveable, nn.Module):
 
     def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
         """UserError for wrong shapes, dtypes or lengths, NaN states, or actions out of range."""
+        check_tensor("state", states)
+        check_tensor("actions", actions)
         if states.dim() < 3 or 0 in states.shape:
             raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
         batch, steps = states.shape[:2]

@@ -8,7 +8,7 @@ Axes: b batch, t steps, n model width, a action or state size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_COUNT, MOST_ROWS, ROWS, Number, Whole, check_each, check_number
 
 
 class CategoricalReadout(nn.Module):
@@ -24,6 +25,7 @@ class CategoricalReadout(nn.Module):
 
     def __init__(self, dim: int, num_discrete: int, *, embeds: bool = False) -> None:
         super().__init__()
+        check_number("num_discrete", num_discrete, Whole(-MOST_COUNT, MOST_ROWS))
         if num_discrete < 2:
             raise UserError(f"num_discrete is {num_discrete}; a choice needs at least 2.")
         self.num_discrete = num_discrete
@@ -84,8 +86,10 @@ class MultiCategoricalReadout(nn.Module):
 
     def __init__(self, dim: int, num_discrete: Sequence[int], *, embeds: bool = False) -> None:
         super().__init__()
-        if not num_discrete or min(num_discrete) < 1:
-            raise UserError(f"num_discrete is {list(num_discrete)}; expected at least one number, each at least 1.")
+        if not num_discrete or any(ROWS.expected(number) for number in num_discrete):
+            raise UserError(
+                f"num_discrete is {list(num_discrete)}; expected at least one whole number, each at least 1."
+            )
         self.num_discrete = tuple(num_discrete)
         self.linear = nn.Linear(dim, sum(num_discrete))
         self.register_buffer("offsets", block_starts(self.num_discrete), persistent=False)
@@ -158,8 +162,7 @@ class GaussianReadout(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if num_continuous < 1:
-            raise UserError(f"num_continuous is {num_continuous}; expected at least 1.")
+        check_number("num_continuous", num_continuous, ROWS)
         self.num_continuous = num_continuous
         register_statistics(self, num_continuous, mean, std)
         self.linear = nn.Linear(dim, 2 * num_continuous)
@@ -218,6 +221,7 @@ def register_statistics(
     for name, numbers in values.items():
         if (numbers is None) != (mean is None) or (numbers is not None and len(numbers) != size):
             raise UserError(f"{name} is {numbers!r}; expected {size} numbers, for mean and std both or neither.")
+        check_each(name, () if numbers is None else numbers, Number())
         tensor = None if numbers is None else torch.tensor(numbers, dtype=torch.get_default_dtype())
         module.register_buffer(name, tensor, persistent=False)
     if std is not None and not min(std) > 0:
@@ -270,11 +274,11 @@ Readout = CategoricalReadout | MultiCategoricalReadout | GaussianReadout
 def make_readout(dim: int, name: str, options: dict[str, Any], *, embeds: bool = False) -> Readout:
     """The readout for ``dict(num_discrete = ...)``, a number or a list of them for several choices at once, or
     ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be; UserError for other options."""
-    if set(options) == {"num_discrete"}:
+    if isinstance(options, dict) and set(options) == {"num_discrete"}:
         number = options["num_discrete"]
-        if isinstance(number, int):
+        if isinstance(number, str) or not isinstance(number, Iterable):
             return CategoricalReadout(dim, number, embeds=embeds)
         return MultiCategoricalReadout(dim, number, embeds=embeds)
-    if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
+    if isinstance(options, dict) and set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
         return GaussianReadout(dim, **options, embeds=embeds)
     raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

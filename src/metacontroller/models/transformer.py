@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metacontroller.data.trajectories import check_tensor
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.cache_store import ModelStore, make_body_store
@@ -21,6 +22,7 @@ from metacontroller.models.hawk import HawkBody, HawkCache
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
+from metacontroller.ranges import MOST_WIDTH, WIDTH, Whole, check_number, check_options, shown
 
 Body = AttentionBody | HawkBody
 BodyCache = AttentionCache | HawkCache
@@ -35,10 +37,11 @@ class PreviousHiddens(NamedTuple):
 
 
 class TransformerOutput(NamedTuple):
-    """Cache after a step: residual (b, 1, n_e) before steering, and ``prev_hiddens``."""
+    """Cache after a step: residual (b, 1, n_e) before steering, ``prev_hiddens``, and the number of steps so far."""
 
     residual: Tensor
     prev_hiddens: PreviousHiddens
+    steps: int
 
 
 @dataclass
@@ -91,6 +94,8 @@ class Transformer(SteerableModel):
     ) -> None:
         super().__init__()
         check_precision(precision)
+        check_number("dim", dim, WIDTH)
+        check_number("dim_condition", dim_condition, Whole(most=MOST_WIDTH, none=True))
         given = {name: value for name, value in locals().items() if name != "meta_controller"}
         self.remember_arguments(given, {"dim_condition": None})
         self.dim, self.condition_on_actions = dim, condition_on_actions
@@ -143,7 +148,7 @@ class Transformer(SteerableModel):
         The outputs without steering do not change; earlier caches become invalid. UserError if the bodies differ.
         """
         blocks = [*self.lower_body.blocks, *self.upper_body.blocks]
-        if not 0 <= lower_depth <= len(blocks):
+        if Whole(0).expected(lower_depth) or lower_depth > len(blocks):
             raise UserError(f"lower_depth is {lower_depth}; expected 0..{len(blocks)}, the model's number of blocks.")
         sizes = [(type(body).__name__, body.sizes) for body in (self.lower_body, self.upper_body)]
         if sizes[0] != sizes[1]:
@@ -199,7 +204,8 @@ class Transformer(SteerableModel):
             state = None if hiddens.meta_controller is None else hiddens.meta_controller.state
             steered, output = meta_controller.act(residual, state, generator)
         logits = self.action_readout(self.upper(steered, hiddens.upper_body))
-        return logits, TransformerOutput(residual, PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output))
+        after = PreviousHiddens(hiddens.lower_body, hiddens.upper_body, output)
+        return logits, TransformerOutput(residual, after, 1 if cache is None else cache.steps + 1)
 
     def evolve(self, num_generations: int, environment: Callable[[Transformer], float], **options: Any) -> Any:
         """Trains the policy of ``self.meta_controller`` by evolution strategies, see its ``evolve_policy``."""
@@ -232,11 +238,15 @@ class Transformer(SteerableModel):
         if discovery_phase:
             if meta_controller is None:
                 raise UserError("meta_controller is missing; discovery_phase = True needs one.")
+            if not hasattr(meta_controller, "discovery_loss"):
+                raise UserError(f"meta_controller is {shown(meta_controller)}; expected a MetaController.")
             return meta_controller.discovery_loss(self, state, actions, episode_lens)
         return self.behavior_cloning_loss(state, actions, episode_lens)
 
     def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
         """UserError for arguments that do not fit ``step``."""
+        check_tensor("state", states)
+        check_tensor("actions", past_actions, none=True)
         if states.dim() < 3 or states.shape[1] != 1 or 0 in states.shape:
             raise UserError(f"state has shape {tuple(states.shape)}; expected (batch, 1, ...): one step at a time.")
         self.encoder.check(states)
@@ -244,6 +254,14 @@ class Transformer(SteerableModel):
             self.action_readout.check(past_actions, (len(states), 1))
         if cache is None:
             return
+        if not isinstance(cache, TransformerOutput):
+            raise UserError(f"cache is {shown(cache)}; expected what a step returned beside its logits.")
+        written = getattr(cache.prev_hiddens.lower_body, "length", cache.steps)
+        if cache.steps != written:
+            raise UserError(
+                f"the cache of step {cache.steps} was continued before, up to step {written}, and serves only once; "
+                "give that of the last step, or begin again without one."
+            )
         if len(cache.residual) != len(states):
             raise UserError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
         if self.condition_on_actions and past_actions is None:
@@ -258,10 +276,13 @@ def make_body(dim: int, name: str, arguments: dict[str, Any] | nn.Module, dim_co
     if isinstance(arguments, nn.Module):
         return arguments  # pyright: ignore[reportReturnType] - whatever has a body's methods
     kinds: dict[str, Callable[..., Body]] = {"attention": AttentionBody, "hawk": HawkBody}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{name} is {shown(arguments)}; expected a dict, such as dict(depth = 2), or a body.")
     options = {key: value for key, value in arguments.items() if key != "kind"}
     kind = arguments.get("kind", "attention")
     if kind not in kinds:
         raise UserError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+    check_options(name, options, kinds[kind], given=("dim", "dim_condition"))
     if dim_condition is not None:
         options["dim_condition"] = dim_condition
     return kinds[kind](dim, **options)

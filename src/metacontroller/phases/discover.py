@@ -20,11 +20,11 @@ from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
-from metacontroller.errors import UserError
 from metacontroller.metrics.gate import codes_taken, gate_alignment
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
+from metacontroller.ranges import NOT_NEGATIVE, SEED, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import BatchExtras, train
@@ -54,10 +54,8 @@ class DiscoverConfig:
     """Seed of the episodes and, in a separate stream, of the noise in codes and gate; derived from the run's seed."""
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.alpha_start < 0:
-            raise UserError(f"alpha is {self.alpha} and alpha_start {self.alpha_start}; expected at least 0.")
-        if not 0 <= self.alpha_warmup[0] <= self.alpha_warmup[1]:
-            raise UserError(f"alpha_warmup is {self.alpha_warmup}; expected (from, to) with 0 <= from <= to.")
+        check_fields(self, alpha=NOT_NEGATIVE, alpha_start=NOT_NEGATIVE, state_loss_weight=NOT_NEGATIVE, seed=SEED)
+        check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_at(self, step: int) -> float:
         """Weight of the codes' KL at update number ``step``, counted from 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
-from metacontroller.storage.config_file import check_positive
+from metacontroller.ranges import COUNT, MOST_STEPS, ROWS, Whole, check_choice, check_fields, check_number
 
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
@@ -39,9 +39,8 @@ class EvaluateConfig:
     """Updates of the linear probe and of the supervised controllers that a summary reports."""
 
     def __post_init__(self) -> None:
-        check_positive(self, ("episodes", "codes", "layouts_per_code", "link_updates"))
-        if self.walk_steps is not None:
-            check_positive(self, ("walk_steps",))
+        check_fields(self, episodes=COUNT, codes=ROWS, layouts_per_code=ROWS, link_updates=COUNT)
+        check_fields(self, walk_steps=Whole(most=MOST_STEPS, none=True))
 
 
 def evaluate(
@@ -62,8 +61,9 @@ def evaluate(
     Where an environment can raise, lost is the number of episodes that ended so, unsolved.
     UserError for ``episodes`` below 1 or a missing metacontroller.
     """
-    if episodes < 1:
-        raise UserError(f"episodes is {episodes}; expected at least 1.")
+    check_number("episodes", episodes, COUNT)
+    check_number("seed", seed, Whole(0))
+    check_choice("policy", policy, get_args(Policy))
     if policy in ("prior", "internal-rl") and meta_controller is None:
         raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)

@@ -30,6 +30,7 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.internal_env import CODE_LIMIT, check_gaussian
 from metacontroller.phases.rollout import survivors
 from metacontroller.phases.single_rows import SingleRows
+from metacontroller.ranges import ROWS, check_number
 
 
 class _ReplaceableEnv(BatchedEnv, Protocol):
@@ -126,8 +127,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         task: Any = None,
         warped: bool = False,
     ) -> None:
-        if num_envs < 1:
-            raise UserError(f"num_envs is {num_envs}; expected at least 1 row.")
+        check_number("num_envs", num_envs, ROWS)
         if model.dim != meta_controller.dim_model:
             raise UserError(
                 f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."

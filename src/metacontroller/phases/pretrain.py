@@ -14,9 +14,9 @@ from torch import Tensor
 
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
+from metacontroller.ranges import COUNT, NOT_NEGATIVE, SEED, check_each, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import BatchExtras, train
@@ -37,8 +37,8 @@ class PretrainConfig:
     """Seed of the episodes; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        if any(step < 1 for step in self.snapshots):
-            raise UserError(f"snapshots are {self.snapshots}; expected numbers of updates, at least 1.")
+        check_fields(self, state_loss_weight=NOT_NEGATIVE, seed=SEED)
+        check_each("snapshots", self.snapshots, COUNT)
 
 
 def pretrain(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -32,8 +33,15 @@ OWN_DATA = "offline"
 def preset(name: str) -> ExperimentConfig:
     """The config of a preset, with the seeds of its phases derived from its own; UserError if there is none of that
     name."""
+    if not isinstance(name, str):
+        raise UserError(f"preset is {name!r}; expected a name, such as {DEFAULT!r}.")
     module, function = _find(name)
-    config = _function(name, module, function)()
+    chosen = _function(name, module, function)
+    try:
+        signature(chosen).bind()
+    except TypeError as error:
+        raise UserError(f"preset {name!r} takes arguments ({error}); name a function that takes none.") from None
+    config = chosen()
     if not isinstance(config, ExperimentConfig):
         raise UserError(
             f"preset {name!r} returned a {type(config).__name__}; expected an ExperimentConfig "

@@ -28,8 +28,8 @@ from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, PROCESSES, Number, Whole, check_fields, check_number
 from metacontroller.recipes.jobs import in_processes
-from metacontroller.storage.config_file import check_positive
 from metacontroller.storage.files import left_behind, plain, read_object, write_text
 from metacontroller.storage.lock import LOCK, held
 from metacontroller.storage.user_function import import_user_function
@@ -69,7 +69,7 @@ class CollectConfig:
     """From which each episode's seed derives."""
 
     def __post_init__(self) -> None:
-        check_positive(self, ("episodes",))
+        check_fields(self, episodes=COUNT, success_return=Number(none=True), seed=Whole(0))
 
 
 def collect(
@@ -83,8 +83,7 @@ def collect(
     UserError for a folder of something else, for one that is begun without ``resume``, and for a policy that hardly
     ever succeeds where only successes are kept.
     """
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1.")
+    check_number("workers", workers, PROCESSES)
     import_user_function("policy", config.policy)
     environment_facts(config.env)
     with held(out):

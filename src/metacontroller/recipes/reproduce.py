@@ -20,6 +20,7 @@ import torch
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.errors import UserError
+from metacontroller.ranges import PROCESSES, Whole, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
 from metacontroller.recipes.jobs import in_processes, usable_cores
 from metacontroller.recipes.machine import environment_facts
@@ -29,6 +30,7 @@ from metacontroller.report import figures
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.training.progress import announce
+from metacontroller.training.seeding import MAX_SEED
 from metacontroller.training.tracking import Tracker
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -143,8 +145,9 @@ def reproduce(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1.")
+    check_number("workers", workers, PROCESSES)
+    for seed in seeds:
+        check_number("seed", seed, Whole(0, MAX_SEED))
     figures.require_matplotlib()
     folder = RunFolder(out)
     with folder.held():

@@ -22,6 +22,7 @@ from typing import Any
 
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION, copy_artefact
+from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROCESSES, check_each, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, read_config, to_json, with_seed
 from metacontroller.recipes.jobs import Engine, Job, run_jobs
 from metacontroller.recipes.measure import discovery_figures
@@ -150,8 +151,10 @@ def sweep(
     for name, values in (("seeds", seeds), ("alphas", alphas), ("lrs", lrs)):
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name} are {list(values)}; give at least one, each once.")
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1.")
+    check_each("alphas", alphas, NOT_NEGATIVE)
+    check_each("lrs", lrs, POSITIVE)
+    check_number("minutes", minutes, COUNT)
+    check_number("workers", workers, PROCESSES)
     folder = RunFolder(out)
     with folder.held():
         open_folder(folder, config, resume=resume, option="--out")

@@ -8,12 +8,25 @@ from typing import Literal
 
 from metacontroller.control.switching import GateConfig
 from metacontroller.phases.discover import DiscoverConfig
+from metacontroller.ranges import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    ROWS,
+    Number,
+    Whole,
+    check_each,
+    check_fields,
+    check_warmup,
+)
 from metacontroller.recipes.config import ExperimentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """How much of everything. What begins with the command of an analysis is an option of that analysis."""
+    """How much of everything. What begins with the command of an analysis is an option of that analysis. UserError for
+    values out of range."""
 
     forced_alpha: float | None = None
     """Weight of the KL where switching is forced, searched for that baseline; the reproduction's unless given."""
@@ -59,6 +72,19 @@ class StudyConfig:
     """Held-out episodes to judge the gate by."""
     oracle_episodes: int = 1024
     """Held-out episodes of each kind to play experts' codes in."""
+
+    def __post_init__(self) -> None:
+        weight, learning_rate = Number(0, none=True), POSITIVE
+        check_fields(self, forced_alpha=weight, cotrained_alpha=weight, probe_lr=learning_rate, steer_lr=learning_rate)
+        check_fields(self, rate_steps=COUNT, discovery_steps=COUNT, pretraining_steps=COUNT, episodes=COUNT)
+        check_fields(self, few_seeds=Whole(0), probe_steps=COUNT, steer_steps=COUNT)
+        check_fields(self, probe_episodes=ROWS, steer_episodes=ROWS, inject_walks=ROWS, gate_episodes=ROWS)
+        check_fields(self, oracle_episodes=ROWS)
+        for name in ("alphas", "weight_decays", "state_loss_weights"):
+            check_each(name, getattr(self, name), NOT_NEGATIVE)
+        check_each("snapshots", self.snapshots, COUNT)
+        check_each("epsilons", self.epsilons, PROBABILITY)
+        check_warmup("alpha_warmup", self.alpha_warmup)
 
 
 Group = Literal["baseline", "rate", "pretraining", "control"]

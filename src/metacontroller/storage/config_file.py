@@ -71,10 +71,3 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} is {value!r}; expected {hint.__name__}.")
     return value
-
-
-def check_positive(config: Any, names: tuple[str, ...]) -> None:
-    """UserError unless the fields ``names`` are at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; expected at least 1.")

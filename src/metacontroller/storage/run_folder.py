@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
+from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage import manifest
 from metacontroller.storage.files import inside, plain, read_object, replacing, strict_json, write_text
 from metacontroller.storage.lock import held
@@ -114,8 +115,12 @@ class RunFolder:
         """Append one line to metrics.jsonl.
 
         Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
+        UserError for others.
         """
-        scalars = {name: float(value) for name, value in values.items()}
+        if not isinstance(phase, str):
+            raise UserError(f"phase is {shown(phase)}; expected its name.")
+        check_number("step", step, Whole(0))
+        scalars = {name: _scalar(name, value) for name, value in values.items()}
         self._append_metrics({"phase": phase, "step": step, **scalars})
         for listener in self.listeners:
             listener(phase, step, scalars)
@@ -269,6 +274,14 @@ def peak_rss_mb() -> float:
 
 
 # -- details ----------------------------------------------------------------------------------------------------------
+
+
+def _scalar(name: str, value: Any) -> float:
+    """A metric as a number; UserError if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the metric {name} is {shown(value)}; expected a number, or a tensor of one.") from error
 
 
 def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:

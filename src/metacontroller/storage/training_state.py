@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import shown
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -30,6 +31,9 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file of copies on the CPU, because safetensors refuses tensors that share memory."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"the tensor {name} is {shown(tensor)}; expected a torch.Tensor.")
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(copies, path, metadata=metadata)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.training_state import (
     generator_tensor,
@@ -50,11 +51,8 @@ class OptimizerConfig:
     """Updates from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}; expected a number above 0.")
+        check_fields(self, steps=COUNT, batch_size=ROWS, log_every=COUNT, checkpoint_every=COUNT)
+        check_fields(self, lr=POSITIVE, weight_decay=NOT_NEGATIVE, decay_steps=Whole(0), max_grad_norm=POSITIVE)
         if not 0 <= self.decay_steps <= self.steps:
             raise UserError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
 

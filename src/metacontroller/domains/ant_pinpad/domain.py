@@ -36,6 +36,7 @@ from metacontroller.domains.pinpad_tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_fields
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
@@ -78,10 +79,9 @@ class AntPinpadConfig:
     """Threads of MuJoCo, which change no number; 0: one a core."""
 
     def __post_init__(self) -> None:
-        check_tasks([*self.tasks, self.post_task], self.arena.num_colors)
-        for name, least in (("episodes", 1), ("threads", 0), ("dataset_seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+        check_tasks(self.tasks, self.arena.num_colors)
+        check_tasks([self.post_task], self.arena.num_colors)
+        check_fields(self, episodes=COUNT, threads=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
         if self.camera not in CAMERAS:
             raise UserError(f"camera is {self.camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metacontroller.domains.pinpad_layouts import Board, object_lookup
 from metacontroller.domains.pinpad_ways import UNREACHABLE, entering_fields
-from metacontroller.errors import UserError
+from metacontroller.ranges import Number, check_fields
 
 UP, DOWN, LEFT, RIGHT = range(4)
 """Directions of the shortest ways, numbered as the grid world numbers its moves."""
@@ -47,8 +47,7 @@ class Arena(Board):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.cell_size > 0:
-            raise UserError(f"cell_size is {self.cell_size}; expected a number of meters above 0.")
+        check_fields(self, cell_size=Number(0, above=True, noun="number of meters"))
 
     @property
     def half(self) -> float:

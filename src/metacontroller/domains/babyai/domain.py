@@ -25,6 +25,17 @@ from metacontroller.domains.pinpad_tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import (
+    COUNT,
+    MOST_PROCESSES,
+    MOST_SIDE,
+    MOST_STEPS,
+    SEED,
+    SHARE,
+    Number,
+    Whole,
+    check_fields,
+)
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
@@ -79,14 +90,10 @@ class BabyAIConfig:
         check_tasks([*self.tasks, self.post_task], len(self.objects), MORE_OBJECTS)
         if len(set(self.objects)) < len(self.objects):
             raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
-        for name, low in (("room_size", 5), ("max_steps", 1), ("episodes", 1), ("workers", 0), ("dataset_seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least {low}.")
-        for name in ("mission_share", "epsilon", "discovery_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
-        if not 0 < self.easiest <= 1:
-            raise UserError(f"easiest is {self.easiest}; expected a share above 0, at most 1.")
+        check_fields(self, room_size=Whole(5, MOST_SIDE), max_steps=Whole(most=MOST_STEPS), episodes=COUNT)
+        check_fields(self, workers=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
+        check_fields(self, mission_share=SHARE, epsilon=SHARE, discovery_epsilon=SHARE)
+        check_fields(self, easiest=Number(0, 1, above=True, noun="share"))
 
     @property
     def mission_length(self) -> int:

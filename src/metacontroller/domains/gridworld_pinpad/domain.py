@@ -31,6 +31,7 @@ from metacontroller.domains.pinpad_tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, MOST_SIDE, PROBABILITY, WIDTH, Whole, check_choice, check_fields, check_number
 
 View = Literal["absolute", "egocentric"]
 
@@ -68,12 +69,12 @@ class GridworldPinpadConfig:
     """Cells beyond which an egocentric view shows only the direction; none: no limit."""
 
     def __post_init__(self) -> None:
-        check_tasks([*self.tasks, self.post_task], self.grid.num_colors)
+        check_tasks(self.tasks, self.grid.num_colors)
+        check_tasks([self.post_task], self.grid.num_colors)
         if self.tie_break not in TIE_BREAKS:
             raise UserError(f"tie_break is {self.tie_break!r}; expected one of {', '.join(map(repr, TIE_BREAKS))}.")
-        for name in ("epsilon", "discovery_epsilon"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a probability between 0 and 1.")
+        check_fields(self, epsilon=PROBABILITY, discovery_epsilon=PROBABILITY, colors_per_subgoal=WIDTH)
+        check_fields(self, reach=Whole(most=MOST_SIDE, none=True))
         if self.view not in get_args(View):
             raise UserError(f"view is {self.view!r}; expected 'absolute' or 'egocentric'.")
         _ = self.subgoals  # raises for tasks that are not made of whole subgoals
@@ -110,11 +111,13 @@ class GridworldPinpad(Domain):
         return DomainSpec({"grid": grid}, {"num_discrete": NUM_ACTIONS}, config.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
+        check_choice("split", split, get_args(Split))
         epsilon = self.config.epsilon if split == "pretrain" else self.config.discovery_epsilon
         return self._experts(self.config.tasks, n, generator, epsilon=epsilon)
 
     def _experts(self, tasks: Sequence[Task], n: int, generator: torch.Generator, **options: Any) -> Trajectories:
         config = self.config
+        check_number("n", n, COUNT)
         return expert_trajectories(
             config.grid,
             tasks,
@@ -139,6 +142,9 @@ class GridworldPinpad(Domain):
         Unlike in the paper, episodes without a task (`FREE`) do not end when a color is visited.
         """
         config = self.config.grid if max_steps is None else replace(self.config.grid, max_steps=max_steps)
+        check_number("n", n, COUNT)
+        if isinstance(task, str):
+            raise UserError(f"task is {task!r}; expected colors in order, such as (0, 1); parse_task reads text.")
         if task is FREE:
             layouts = sample_layouts(config, n, generator, generator.device)
             return FreePinpadBatch(config, layouts, subgoals=self.subgoals)

@@ -21,6 +21,7 @@ from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_t
 from metacontroller.domains.pinpad_layouts import Layouts, check_layouts, object_lookup, sample_layouts
 from metacontroller.domains.pinpad_tasks import Task, single_colors
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, check_number, shown
 
 NUM_ACTIONS = 4
 
@@ -100,11 +101,15 @@ class PinpadBatch(BatchedEnv):
     def step(self, actions: Tensor) -> Tensor:
         """Apply one action per grid, int64 (b,) in 0..3, and return the rewards, float32 (b,).
 
-        The values of the actions are not checked, since that would synchronize with the device: see `check_actions`.
-        UserError for a wrong shape.
+        UserError for a wrong shape or type, and on the CPU for values out of range; elsewhere those are not checked,
+        since that would synchronize with the device: see `check_actions`.
         """
+        if not isinstance(actions, Tensor) or actions.dtype != torch.int64:
+            raise UserError(f"actions are {shown(actions)}: expected an int64 tensor, one per grid.")
         if actions.shape != self.agent.shape:
             raise UserError(f"actions have shape {tuple(actions.shape)}: expected one per grid, ({len(self)},).")
+        if actions.device.type == "cpu" and len(actions):
+            check_actions(actions, len(self))
         ahead = self._moves[actions * self.config.num_cells + self.agent]
         objects = self._lookup.gather(1, ahead[:, None]).squeeze(1)
         ended = self.terminated | self.truncated
@@ -231,6 +236,7 @@ def start_grids(
     subgoals: Sequence[Task] | None = None,
 ) -> PinpadBatch:
     """Return n grids with random layouts and the same task. subgoals: the vocabulary, see `PinpadBatch`."""
+    check_number("n", n, COUNT)
     tasks = torch.tensor([task]).expand(n, -1).to(generator.device)
     lengths = torch.full((n,), len(task), device=generator.device)
     layouts = sample_layouts(config, n, generator, generator.device)
@@ -278,6 +284,8 @@ def check_actions(actions: Tensor, batch: int) -> None:
         raise UserError(
             f"actions have shape {tuple(actions.shape)} and type {actions.dtype}: expected ({batch},) integers."
         )
-    bad = actions[(actions < 0) | (actions >= NUM_ACTIONS)]
-    if len(bad):
-        raise UserError(f"action {int(bad[0])} is out of range: take 0 (up), 1 (down), 2 (left) or 3 (right).")
+    low, high = (int(value) for value in actions.aminmax())
+    if low < 0 or high >= NUM_ACTIONS:
+        raise UserError(
+            f"action {low if low < 0 else high} is out of range: take 0 (up), 1 (down), 2 (left) or 3 (right)."
+        )

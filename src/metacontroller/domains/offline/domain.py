@@ -18,6 +18,7 @@ from metacontroller.domains.base import Domain, DomainSpec, Split
 from metacontroller.domains.guarded_environment import environment_facts
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
+from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,8 @@ class OfflineConfig:
     """Of longer episodes only so many steps are read at once, from a step drawn at random."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("workers", 0), ("window", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}; expected at least {least}.")
+        check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True), workers=Whole(0, MOST_PROCESSES))
+        check_fields(self, success_return=Number(none=True), window=Whole(most=MOST_STEPS))
 
 
 class Offline(Domain):

@@ -1,0 +1,171 @@
+"""Sixty lines of the source, each with what breaks it and the tests that should notice; `mutate.py` runs them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """file: below src/metacontroller. old: text that stands there once. new: what breaks it. tests: below tests."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
+    """Mutations of one file, all for the same tests."""
+    return [Mutation(file, old, new, tests) for old, new in changes]
+
+
+LOSSES = "control/test_losses.py control/test_policy_losses.py"
+GATE = "kernels/test_gate.py control/test_switching_unit.py"
+EXPERT = "domains/gridworld_pinpad/test_expert.py"
+GRID = "domains/gridworld_pinpad/test_simulator.py"
+RL = "phases/test_internal_rl.py"
+
+MUTATIONS: list[Mutation] = [
+    *of(
+        "control/losses.py",
+        LOSSES,
+        ("0.5 * (mean.square() + (2", "0.5 * (mean.square() - (2"),
+        (".exp() - 1 - 2 * log_std).sum(-1)", ".exp() - 1 - log_std).sum(-1)"),
+        ("returns - returns.mean()) /", "returns + returns.mean()) /"),
+        ("returns.std(correction=0) + delta", "returns.std(correction=1) + delta"),
+        ("return (log_prob - old_log_prob).masked", "return (old_log_prob - log_prob).masked"),
+        (
+            "-masked_mean(torch.minimum(ratio * advantage, clipped",
+            "masked_mean(torch.minimum(ratio * advantage, clipped",
+        ),
+        (
+            "torch.minimum(ratio * advantage, clipped * advantage)",
+            "torch.maximum(ratio * advantage, clipped * advantage)",
+        ),
+        ("clipped = ratio.clamp(1 - low, 1 + high)", "clipped = ratio.clamp(1 - high, 1 + low)"),
+        ("terms.sum(-1), mask)", "terms.mean(-1), mask)"),
+        ("u / eta).softmax(-1).detach()", "u * eta).softmax(-1).detach()"),
+        (
+            "return n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))",
+            "return n / (n - 1) * (n * share * soft + (1 - share) * (1 - soft))",
+        ),
+    ),
+    *of(
+        "control/codes.py",
+        f"control/test_code_distributions.py {LOSSES}",
+        ("masked_mean(log_std, mask) + 0.5 * self.dim", "masked_mean(log_std, mask) - 0.5 * self.dim"),
+        ("self.dim * math.log(2 * math.pi * math.e)", "self.dim * math.log(2 * math.pi)"),
+        ("torch.tensor([0.0, math.log(std)]).repeat", "torch.tensor([math.log(std), 0.0]).repeat"),
+    ),
+    *of(
+        "control/policy_learning.py",
+        "control/test_policy.py control/test_policy_losses.py",
+        ("switch_betas >= self.gate_config.threshold", "switch_betas > self.gate_config.threshold"),
+        ("torch.argsort((~switch).long()", "torch.argsort(switch.long()"),
+        ("log_prob.sum(-1), old.sum(-1)", "log_prob.mean(-1), old.mean(-1)"),
+    ),
+    *of(
+        "control/switching.py",
+        GATE,
+        ("return (held >= config.period)", "return (held > config.period)"),
+        ("device=fresh.device) % period == 0", "device=fresh.device) % period == 1"),
+        ("kept = (1 - beta)[..., None]", "kept = beta[..., None]"),
+    ),
+    *of(
+        "kernels/gate_reference.py",
+        GATE,
+        ("torch.relu(drive[:, t] + z @ w_code.T)", "torch.relu(drive[:, t])"),
+        ("masked_fill(fresh[:, t], 1.0)", "masked_fill(fresh[:, t], 0.0)"),
+        ("hard = (beta >= options.threshold)", "hard = (beta > options.threshold)"),
+    ),
+    *of(
+        "control/controller.py",
+        "control/test_controller.py",
+        ("F.pad(hidden, (0, 1), value=1.0)", "F.pad(hidden, (0, 1), value=0.0)"),
+        ('"...k,...ko->...o", hidden, products', '"...k,...ko->...o", hidden.abs() + 1, products'),
+    ),
+    *of(
+        "control/metacontroller.py",
+        "control/test_metacontroller.py",
+        ("F.pad(self.history(read)[0], (0, 0, 1, -1))", "self.history(read)[0]"),
+        ("held=torch.where(switch, 1, state.held + 1)", "held=torch.where(switch, 0, state.held + 1)"),
+        ("torch.where(state.started, beta, torch.ones_like(beta))", "beta"),
+        ("return residual + self.controller(", "return residual - self.controller("),
+        ("switch = beta >= self.gate_config.threshold", "switch = beta < self.gate_config.threshold"),
+    ),
+    *of(
+        "models/readouts.py",
+        "models/test_readouts.py",
+        ("return -(log_prob.exp() * log_prob).sum(-1)", "return (log_prob.exp() * log_prob).sum(-1)"),
+        ("return -F.cross_entropy(logits.flatten", "return F.cross_entropy(logits.flatten"),
+        ("(log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)", "(log_std + 0.5 * math.log(2 * math.pi)).sum(-1)"),
+        ("return mean + log_std.exp() * noise", "return mean + log_std * noise"),
+        (".square() - log_std - 0.5 * math.log", ".square() + log_std - 0.5 * math.log"),
+    ),
+    *of(
+        "models/attention.py",
+        "models/test_attention.py",
+        (".triu(keys - queries + 1)", ".triu(keys - queries + 2)"),
+        ("cache.length += steps", "cache.length += steps - 1"),
+        ("first = capacity - keys  #", "first = capacity - keys + 1  #"),
+    ),
+    *of(
+        "data/trajectories.py",
+        "data/test_trajectories.py",
+        ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
+        ("values.masked_fill(~mask, 0).sum()", "values.masked_fill(mask, 0).sum()"),
+        ('beyond = ~length_mask(lengths + (name == "states")', "beyond = ~length_mask(lengths + (name == 'actions')"),
+    ),
+    *of(
+        "data/store.py",
+        "data/test_trajectories.py",
+        ("np.minimum(offsets, lengths[:, None] - 1)]", "np.minimum(offsets, lengths[:, None])]"),
+        ("self.starts[index] + (index if extra else 0)", "self.starts[index] + (0 if extra else 0)"),
+    ),
+    *of(
+        "domains/gridworld_pinpad/expert.py",
+        EXPERT,
+        (
+            "wrong = (objects >= 0) & (objects < num_colors) & (objects != target) & (ahead != here)",
+            "wrong = (objects >= 0) & (objects < num_colors) & (objects != target)",
+        ),
+        (
+            "(objects < num_colors) & (objects != target) & (ahead",
+            "(objects < num_colors) & (objects == target) & (ahead",
+        ),
+        ("ahead = torch.where(objects >= num_colors, here, ahead)", "ahead = torch.where(objects < 0, here, ahead)"),
+        ("allowed = distance == distance.amin(dim=1", "allowed = distance == distance.amax(dim=1"),
+        ("device=ahead.device) < self.epsilon", "device=ahead.device) > self.epsilon"),
+    ),
+    *of(
+        "domains/gridworld_pinpad/simulator.py",
+        GRID,
+        ("success | (entered & ~correct)", "success"),
+        ("(self.steps >= self.config.max_steps) & ~self", "(self.steps > self.config.max_steps) & ~self"),
+        ("self.steps = self.steps + ~ended", "self.steps = self.steps + 1"),
+        ("(objects >= self.config.num_colors) | ended", "(objects > self.config.num_colors) | ended"),
+    ),
+    *of(
+        "phases/policy_gradient.py",
+        RL,
+        ("difference.exp() - 1 - difference, mask", "difference.exp() - 1 + difference, mask"),
+        ("(difference.exp() - 1).abs() > eps_clip", "(difference.exp() - 1) > eps_clip"),
+        ("share = rollout.decisions[chunk].sum() / total", "share = 1 / len(rollout.decisions)"),
+    ),
+    *of(
+        "training/optimizer.py",
+        "training/test_loop.py",
+        ("left = self.steps - step\n", "left = self.steps - step - 1\n"),
+        ("(step - start) / (end - start)", "(step - start + 1) / (end - start)"),
+    ),
+    *of(
+        "metrics/gate.py",
+        "analysis/test_held_out_gate.py phases/test_discover.py",
+        ("width = 2 * tolerance + 1", "width = 2 * tolerance + 3"),
+        (
+            "changed[:, 1:] = segments[:, 1:] != segments[:, :-1]",
+            "changed[:, :-1] = segments[:, 1:] != segments[:, :-1]",
+        ),
+        ("masked_mean(_near(switch, tolerance)", "masked_mean(_near(change, tolerance + 1)"),
+    ),
+]
