@@ -2,7 +2,8 @@
 
 Every variant is written once, in names that both libraries take, so both run the same lines of this file. A step is
 forward, backward and AdamW over a batch of episodes. A measurement is a process of its own, ours and the peer's in
-turn: medians over steps. Memory is the highest resident memory during the steps, less what was resident before the first one.
+turn: medians over steps. Memory is the highest resident memory during the steps, less what was resident before the
+first one.
 Prints JSON, with ratios ours / peer's of both where there is a peer.
 
     python benchmarks/variants.py VARIANT ... [--peer PYTHON] [--width 256] [--batch 64] [--length 32] [--steps 5]
