@@ -44,6 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(["discover", path, *QUIET]) == 0
     assert cli.main(["internal-rl", path, *QUIET]) == 0
     assert cli.main(["internal-rl", path, "--raw", *QUIET]) == 0
+    small = ["--evolution.generations", "2", "--evolution.population", "4", "--evolution.episodes", "2"]
+    assert cli.main(["evolve", path, *small, *QUIET]) == 0
     return Path(path)
 
 
@@ -61,7 +63,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_the_phases_leave_their_artefacts_and_the_whole_config(run: Path) -> None:
-    artefacts = ("base_model", "meta_controller", "internal_rl_policy", "raw_action_model")
+    artefacts = ("base_model", "meta_controller", "internal_rl_policy", "raw_action_model", "evolved_policy")
     assert all((run / f"{name}.safetensors").is_file() for name in artefacts)
     config = from_json(json.loads((run / "config.json").read_text()))
     assert config.pretrain.optimizer.steps == 8
@@ -70,14 +72,14 @@ def test_the_phases_leave_their_artefacts_and_the_whole_config(run: Path) -> Non
     assert config.model == debug().model
 
 
-@pytest.mark.parametrize("policy", ["base", "raw", "prior", "internal-rl"])
+@pytest.mark.parametrize("policy", ["base", "raw", "prior", "internal-rl", "evolved"])
 def test_evaluate_prints_json(run: Path, capsys: pytest.CaptureFixture[str], policy: str) -> None:
     argv = ["evaluate", str(run), "--episodes", "20", "--seed", "7", "--json", "--policy", policy, "--task", "0-3-2"]
     assert cli.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     keys = {"run", "policy", "task", "episodes", "success", "success_se", "mean_return", "return_se"}
     keys |= {"subgoals", "steps", "decisions"}
-    if policy in ("prior", "internal-rl"):
+    if policy not in ("base", "raw"):
         keys |= {"gate_recall", "gate_precision", "gate_binary_fraction", "code_subgoal_bits"}
     assert set(result) == keys
     assert (result["policy"], result["task"], result["episodes"]) == (policy, "0-3-2", 20)

@@ -48,6 +48,9 @@ COMMANDS = {
     ),
     "discover": Command("train", "Discover", "Phase 2: find abstract actions inside the frozen action model of RUN."),
     "internal-rl": Command("train", "InternalRL", "Phase 3: reinforcement learning over the abstract actions of RUN."),
+    "evolve": Command(
+        "evolve", "Evolve", "Phase 3 without gradients: evolve the policy over the abstract actions of RUN."
+    ),
     "evaluate": Command(
         "evaluate", "Evaluate", "Measure a run, or every seed of a reproduction, in held-out episodes."
     ),
@@ -102,7 +105,7 @@ COMMANDS = {
     ),
 }
 
-RESUMABLE = ("pretrain", "discover", "internal-rl", "reproduce", "sweep", "collect")
+RESUMABLE = ("pretrain", "discover", "internal-rl", "evolve", "reproduce", "sweep", "collect")
 """Commands that need --resume to go on; the others do so, or have nothing to go on with."""
 
 LAUNCHABLE = ("pretrain", "discover", "internal-rl")

@@ -15,6 +15,7 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import (
     BASE_MODEL,
     COTRAINED_MODEL,
+    EVOLVED,
     META_CONTROLLER,
     POLICY,
     RAW_MODEL,
@@ -91,6 +92,15 @@ class LoadedRun:
         return load_artefact(MetaController, self.folder, POLICY, self.device)
 
     @cached_property
+    def evolved(self) -> MetaController:
+        """The same with the policy that evolution trained."""
+        return load_artefact(MetaController, self.folder, EVOLVED, self.device)
+
+    def steering(self, policy: Policy) -> MetaController:
+        """The metacontroller with the policy of that name; one over codes."""
+        return self.evolved if policy == "evolved" else self.meta_controller if policy == "prior" else self.policy
+
+    @cached_property
     def segmentation(self) -> CompILE | None:
         """CompILE's, where it stands in place of discovery."""
         return load_artefact(CompILE, self.folder, SEGMENTATION, self.device) if self.segmented else None
@@ -106,5 +116,5 @@ class LoadedRun:
         if policy in ("base", "raw"):
             model, meta_controller = self.base if policy == "base" else self.raw_model, None
         else:
-            model, meta_controller = self.model, self.meta_controller if policy == "prior" else self.policy
+            model, meta_controller = self.model, self.steering(policy)
         return evaluate(model, meta_controller, self.domain, policy, task, episodes, seed)

@@ -73,7 +73,7 @@ def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator)
     if policy in ("base", "raw"):
         rollout_raw(run.base if policy == "base" else run.raw_model, env, generator)
     else:
-        steering = run.meta_controller if policy == "prior" else run.policy
-        proposal = policy_proposal if policy == "internal-rl" else prior_proposal
+        steering = run.steering(policy)
+        proposal = prior_proposal if policy == "prior" else policy_proposal
         rollout_abstract(run.model, steering, env, proposal(steering, generator), generator)
     return torch.stack(states)

@@ -34,7 +34,8 @@ class Evaluate:
     task: str | None = None
     """A task of the run's world, written as that world writes it; the post-training task unless given."""
     policy: Policy = "internal-rl"
-    """Who acts: raw actions before (base) or after (raw) raw-action RL, codes of the prior or of the trained policy."""
+    """Who acts: raw actions before (base) or after (raw) raw-action RL, codes of the prior, of the trained policy or of
+    the evolved one."""
     video: Path | None = None
     """Film some of the episodes too: a file that ends in .mp4 or .gif."""
     json: bool = False

@@ -108,7 +108,7 @@ class Transformer(HouseTransformer):
         super().__init__(
             dim,
             action_embed_readout=action_embed_readout,
-            state_embed_readout=_states_as_entries(state_embed_readout),
+            state_embed_readout=states_as_entries(state_embed_readout),
             lower_body=bodies[0],
             upper_body=bodies[1],
             condition_on_actions=embed_past_actions,
@@ -168,7 +168,7 @@ class Transformer(HouseTransformer):
         if learns and not return_embed:
             if actions is None:
                 raise UserError("actions are missing; behavior cloning and discovery need them.")
-            lengths = _clamped(episode_lens, actions.shape[1])
+            lengths = clamped_lengths(episode_lens, actions.shape[1])
             self.check_batch(state, actions, lengths)
         embedded = self.embed(state, actions[:, : state.shape[1] - 1] if learns and actions is not None else actions)
         if return_embed:
@@ -309,13 +309,13 @@ class Transformer(HouseTransformer):
     running_discovery_action_loss = property(lambda self: self._running("discovery_action"))
 
 
-def _states_as_entries(options: dict[str, Any]) -> dict[str, Any]:
+def states_as_entries(options: dict[str, Any]) -> dict[str, Any]:
     """A single choice as a list of one, as the house's encoder of choices takes it."""
     number = options.get("num_discrete")
     return {**options, "num_discrete": [number]} if isinstance(number, int) else options
 
 
-def _clamped(lengths: Tensor | None, steps: int) -> Tensor | None:
+def clamped_lengths(lengths: Tensor | None, steps: int) -> Tensor | None:
     """Lengths of at most ``steps``, with a warning where they were longer."""
     if lengths is None or int(lengths.max()) <= steps:
         return lengths

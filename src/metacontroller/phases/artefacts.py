@@ -19,6 +19,7 @@ COTRAINED_MODEL = "cotrained_model"
 META_CONTROLLER = "meta_controller"
 SEGMENTATION = "compile"
 POLICY = "internal_rl_policy"
+EVOLVED = "evolved_policy"
 _MADE_BY = {
     BASE_MODEL: "pretrain",
     RAW_MODEL: "internal-rl --raw",
@@ -26,6 +27,7 @@ _MADE_BY = {
     META_CONTROLLER: "discover",
     SEGMENTATION: "discover",
     POLICY: "internal-rl",
+    EVOLVED: "evolve",
 }
 
 

@@ -18,8 +18,9 @@ from metacontroller.ranges import COUNT, MOST_STEPS, ROWS, Whole, check_choice, 
 
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
-Policy = Literal["base", "raw", "prior", "internal-rl"]
-"""What acts: the model's own actions before (base) or after (raw) raw-action RL, or codes of the prior or policy."""
+Policy = Literal["base", "raw", "prior", "internal-rl", "evolved"]
+"""What acts: the model's own actions before (base) or after (raw) raw-action RL, or codes of the prior, of the policy
+that internal RL trained, or of the one that evolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def evaluate(
     check_number("episodes", episodes, COUNT)
     check_number("seed", seed, Whole(0))
     check_choice("policy", policy, get_args(Policy))
-    if policy in ("prior", "internal-rl") and meta_controller is None:
+    if policy not in ("base", "raw") and meta_controller is None:
         raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
@@ -76,7 +77,7 @@ def evaluate(
             rollout = rollout_raw(model, env, generator)
         else:
             assert meta_controller is not None
-            proposal = policy_proposal if policy == "internal-rl" else prior_proposal
+            proposal = prior_proposal if policy == "prior" else policy_proposal
             rollout = rollout_abstract(model, meta_controller, env, proposal(meta_controller, generator), generator)
             kept["decisions"].append(rollout.lengths)
         kept["success"].append(rollout.success)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import BASE_MODEL, load_artefact
 from metacontroller.phases.discover import discover
+from metacontroller.phases.evolution import EvolutionConfig, evolution
 from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.policy_gradient import Reset
 from metacontroller.phases.pretrain import pretrain
@@ -63,6 +65,16 @@ def run_internal_rl(
     loaded = load_run(run, device, config)
     model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
     return internal_rl(config.internal_rl, model, meta_controller, reset, run, resume=resume, quiet=quiet)
+
+
+def run_evolution(
+    config: ExperimentConfig, settings: EvolutionConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+) -> MetaController:
+    """Phase 3 without gradients in a run folder that holds a base model and a metacontroller."""
+    loaded = load_run(run, device, config)
+    settings = replace(settings, seed=stream_seed(config.seed, "internal_rl"))
+    model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
+    return evolution(settings, model, meta_controller, reset, run, resume=resume, quiet=quiet)
 
 
 def run_raw_action_rl(

@@ -34,6 +34,7 @@ MEASURES = ("internal_rl_success", "gate_recall", "gate_precision", "gate_binary
 
 POLICIES = {
     "internal-rl": "internal RL",
+    "evolved": "evolution",
     "prior": "codes from the prior",
     "raw": "raw-action RL",
     "base": "base model unsteered",

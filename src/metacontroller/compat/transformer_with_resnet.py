@@ -1,0 +1,114 @@
+"""`TransformerWithResnet`: the action model over images, which a residual network turns into vectors."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.errors import UserError
+from metacontroller.models.attention import AttentionBody
+from metacontroller.models.resnet import ResNet, ResNetDecoder, pixel_losses
+
+from .compat_transformer import BehavioralCloningLosses, Transformer, body_options
+
+__all__ = ["TransformerWithResnet"]
+
+
+class TransformerWithResnet(Transformer):
+    """States (b, t, y, x, c), or (b, t, c, y, x) without ``is_channel_last``: floats, or uint8 that are divided by 255.
+
+    resnet_type: "resnet18", "resnet34" or "resnet50". The number of features is that of
+    ``state_embed_readout=dict(num_continuous=...)``; they are what the state loss predicts, without a gradient there.
+    use_layernorm: instead of batch norm. norm_final_encoding: a layer norm over the features. encoder_kwargs: of a
+    two-sided attention body over the cells of the feature map, before they are pooled.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        resnet_type: str = "resnet18",
+        is_channel_last: bool = True,
+        use_layernorm: bool = False,
+        norm_final_encoding: bool = False,
+        encoder_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "options")}
+        super().__init__(dim, **options)
+        options.pop("meta_controller", None)
+        self.remember_arguments({**given, **options})
+        features = options["state_embed_readout"].get("num_continuous")
+        depth = resnet_type.removeprefix("resnet")
+        if not depth.isdecimal() or features is None:
+            raise UserError(
+                f"resnet_type is {resnet_type!r} and state_embed_readout {options['state_embed_readout']!r}; expected "
+                "'resnet18', 'resnet34' or 'resnet50', and dict(num_continuous=...)."
+            )
+        self.is_channel_last = is_channel_last
+        self.visual_encoder = ResNet(int(depth), features, layer_norm=use_layernorm)
+        channels = self.visual_encoder.map_channels
+        self.visual_decoder = ResNetDecoder(channels, layer_norm=use_layernorm)
+        self.final_norm = nn.LayerNorm(features) if norm_final_encoding else nn.Identity()
+        attention = None if encoder_kwargs is None else body_options(encoder_kwargs, channels)
+        self.attn = None if attention is None else AttentionBody(channels, causal=False, **attention)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        state: Tensor,
+        actions: Tensor | None = None,
+        return_visual_autoencoder_loss: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As of `Transformer`, and with ``return_visual_autoencoder_loss`` the pixel loss beside it.
+
+        Where a metacontroller steers, the model is frozen, and so is what sees.
+        """
+        given = options.get("meta_controller")
+        steered = (self.meta_controller if given is None else given) is not None
+        with torch.no_grad() if steered and not options.get("force_behavior_cloning") else nullcontext():
+            images = self._images(state)
+            feature_map = self.visual_encoder.feature_map(images.flatten(0, 1))
+            encoded = self._encoded(feature_map).unflatten(0, state.shape[:2])
+            pixels = None
+            if return_visual_autoencoder_loss:
+                pixels = self._pixel_loss(feature_map, images, options.get("episode_lens"))
+        result = super().forward(encoded, actions, **options)
+        return result if pixels is None else (result, pixels)
+
+    def visual_encode(self, state: Tensor) -> Tensor:
+        """Features (b, t, n) of images."""
+        images = self._images(state)
+        return self._encoded(self.visual_encoder.feature_map(images.flatten(0, 1))).unflatten(0, state.shape[:2])
+
+    def _images(self, state: Tensor) -> Tensor:
+        """(b, t, c, y, x) floats; UserError for another shape."""
+        images = state.movedim(-1, 2) if self.is_channel_last and state.dim() == 5 else state
+        if images.dim() != 5 or images.shape[2] != 3:
+            order = "(batch, time, height, width, 3)" if self.is_channel_last else "(batch, time, 3, height, width)"
+            raise UserError(f"state has shape {tuple(state.shape)}; expected images {order}.")
+        weight = self.visual_encoder.readout.weight
+        return images.to(weight.dtype) / 255 if images.dtype == torch.uint8 else images
+
+    def _encoded(self, feature_map: Tensor) -> Tensor:
+        """(images, c, y, x) -> (images, n)."""
+        cells = feature_map.flatten(2).mT
+        cells = cells if self.attn is None else self.attn(cells)
+        return self.final_norm(self.visual_encoder.readout(cells.mean(1)))
+
+    def _pixel_loss(self, feature_map: Tensor, images: Tensor, lengths: Tensor | None) -> Tensor:
+        """The mean over real states of -log p of their pixels; a scalar."""
+        batch, steps = images.shape[:2]
+        mean, log_variance = self.visual_decoder(feature_map, images.shape[-2:])
+        losses = pixel_losses(mean, log_variance, images.flatten(0, 1)).view(batch, steps)
+        real = torch.full((batch,), steps, device=images.device) if lengths is None else lengths
+        return masked_mean(losses, length_mask(real, steps))
+
+    def _losses(
+        self, phase: str, hidden: Tensor, logits: Tensor, state: Tensor, *others: Any
+    ) -> BehavioralCloningLosses:
+        """The next state is a target alone: features that came to meet their prediction could all become one."""
+        return super()._losses(phase, hidden, logits, state.detach(), *others)

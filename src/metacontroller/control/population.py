@@ -1,0 +1,189 @@
+"""A population of policies that act in one batch: low-rank perturbations (EGGROLL, arXiv 2511.16652).
+
+Member 2 j has the weights W + scale E_j, member 2 j + 1 the weights W - scale E_j. Of a matrix, E = A B^T / sqrt(r)
+with standard normal A and B of r columns; of a vector, E is standard normal itself. So
+
+    (W + scale E) x = W x + scale A (B^T x) / sqrt(r)
+
+costs one product with W for all rows, whoever they belong to, and two of rank r for each row: no member's weights are
+ever formed. The gradient of the mean fitness is estimated by (1/n) sum_i s_i (+-E_i), with the scores s_i.
+
+Axes: m rows of a batch, p pairs of members, i in, o out, r rank, n_e residual.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metacontroller.errors import UserError
+
+
+@dataclass
+class _Turn:
+    """Whose turn it is: of each row the pair (m,) of its member, and the signed scale (m, 1) of its perturbation."""
+
+    pair: Tensor
+    scale: Tensor
+
+
+class LowRank:
+    """Perturbations A B^T / sqrt(r) of a matrix (o, i): left (p, o, r), right (p, i, r)."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right, self.shrink = left, right, left.shape[-1] ** -0.5
+
+    def matrix(self, pair: int) -> Tensor:
+        """E of one pair, (o, i)."""
+        return self.left[pair] @ self.right[pair].T * self.shrink
+
+    def of_rows(self, x: Tensor, turn: _Turn) -> Tensor:
+        """x (m, i) -> (m, o): each row times the perturbation of its member."""
+        inner = torch.einsum("mi,mir->mr", x, self.right[turn.pair])
+        return torch.einsum("mr,mor->mo", inner, self.left[turn.pair]) * (turn.scale * self.shrink)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum over pairs of weights (p,) times E, (o, i): one product over pairs and columns together."""
+        left = (self.left * weights[:, None, None]).permute(1, 0, 2).flatten(1)
+        return left @ self.right.permute(0, 2, 1).flatten(0, 1) * self.shrink
+
+
+class Dense:
+    """Perturbations of a vector, values (p, o)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def matrix(self, pair: int) -> Tensor:
+        """E of one pair, (o,)."""
+        return self.values[pair]
+
+    def of_rows(self, x: Tensor, turn: _Turn) -> Tensor:
+        """(m, o): the perturbation of each row's member, whatever x is."""
+        return self.values[turn.pair] * turn.scale
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum over pairs of weights (p,) times E, (o,)."""
+        return weights @ self.values
+
+
+Perturbation = LowRank | Dense
+
+
+class _Member(nn.Module):
+    """A layer of the policy with the perturbations of its parameters by name, and whose turn it is."""
+
+    def __init__(self, layer: nn.Module, noise: dict[str, Perturbation], turn: _Turn) -> None:
+        super().__init__()
+        self.layer, self.noise, self.turn = layer, noise, turn
+
+    def product(self, x: Tensor, weight: str, bias: str) -> Tensor:
+        """x (m, i) times the weights of each row's member, (m, o)."""
+        out = F.linear(x, getattr(self.layer, weight), getattr(self.layer, bias)) + self.noise[weight].of_rows(
+            x, self.turn
+        )
+        return out + self.noise[bias].of_rows(x, self.turn) if bias in self.noise else out
+
+
+class _MemberLinear(_Member):
+    """A linear map, (m, 1, i) -> (m, 1, o)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x[:, 0], "weight", "bias")[:, None]
+
+
+class _MemberNorm(_Member):
+    """A layer norm, (m, 1, i) -> (m, 1, i)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self.layer
+        scale, shift = (self.noise[name].of_rows(x, self.turn) for name in ("weight", "bias"))
+        plain = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+        return plain * (norm.weight + scale[:, None]) + (norm.bias + shift[:, None])
+
+
+class _MemberGRU(_Member):
+    """One step of a GRU, x (m, 1, i), state (m, h) -> (m, 1, h), (m, h); gates in PyTorch's order: r, z, n."""
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        read = self.product(x[:, 0], "weight_ih_l0", "bias_ih_l0").chunk(3, -1)
+        kept = self.product(state, "weight_hh_l0", "bias_hh_l0").chunk(3, -1)
+        reset, update = torch.sigmoid(read[0] + kept[0]), torch.sigmoid(read[1] + kept[1])
+        new = torch.tanh(read[2] + reset * kept[2])
+        after = new + update * (state - new)
+        return after[:, None], after
+
+
+class Population:
+    """One generation: perturbed policies that share a batch, and what their scores say of the policy's gradient.
+
+    policy: one that reads switches alone (`control.policy`); linear maps, layer norms and the GRU are perturbed, the
+    convolution and the gates of a Hawk block stay as they are. members: an even number. scale: of the perturbations.
+    rank: r. generator: of the noise, on the policy's device. UserError for values out of range, or a policy that reads
+    every step.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        members: int,
+        *,
+        scale: float,
+        rank: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if members < 2 or members % 2:
+            raise UserError(f"the population has {members} members; expected an even number, in pairs of + and -.")
+        if not scale > 0 or rank < 1:
+            raise UserError(f"scale is {scale} and rank {rank}; expected a scale above 0 and a rank of at least 1.")
+        if policy.every_step:
+            raise UserError("this policy reads every step; a population acts with policies that read switches alone.")
+        self.policy, self.members, self.scale = policy, members, scale
+        self.noise: dict[str, Perturbation] = {}
+        weight = policy.readout.weight
+        self.turn = _Turn(torch.zeros(0, dtype=torch.long), torch.zeros(0, 1))
+        options = {"generator": generator, "device": weight.device, "dtype": weight.dtype}
+        self.acting = copy.deepcopy(policy).requires_grad_(False)
+        kinds = {nn.Linear: _MemberLinear, nn.LayerNorm: _MemberNorm, nn.GRU: _MemberGRU}
+        for name, layer in policy.named_modules():
+            kind = next((member for base, member in kinds.items() if isinstance(layer, base)), None)
+            if kind is None:
+                continue
+            own = {key: _noise(value.shape, members // 2, rank, options) for key, value in layer.named_parameters()}
+            self.noise |= {f"{name}.{key}": value for key, value in own.items()}
+            self.acting.set_submodule(name, kind(layer, own, self.turn))
+
+    @torch.no_grad()
+    def __call__(self, residual: Tensor, state: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of many rows, each with the weights of its member, int64 (m,).
+
+        residual (m, 1, n_e), state (m, s) -> distributions (m, 1, p), next state (m, s).
+        """
+        self.turn.pair = member // 2
+        self.turn.scale = self.scale * (1 - 2 * (member % 2)).to(residual.dtype)[:, None]
+        return self.acting(residual, state)
+
+    def weights(self, member: int) -> dict[str, Tensor]:
+        """The parameters of one member's policy, by name: what the batch never forms."""
+        sign = self.scale if member % 2 == 0 else -self.scale
+        found = {name: value.detach().clone() for name, value in self.policy.named_parameters()}
+        for name, noise in self.noise.items():
+            found[name] += sign * noise.matrix(member // 2)
+        return found
+
+    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+        """The direction of a higher fitness by parameter, from scores (members,): (1/n) sum of s_i (+-E_i)."""
+        weights = (scores[0::2] - scores[1::2]) / self.members
+        return {name: noise.weighted_sum(weights) for name, noise in self.noise.items()}
+
+
+def _noise(shape: torch.Size, pairs: int, rank: int, options: dict[str, Any]) -> Perturbation:
+    """Standard normal perturbations of a parameter, of low rank if it is a matrix."""
+    if len(shape) == 2:
+        return LowRank(torch.randn(pairs, shape[0], rank, **options), torch.randn(pairs, shape[1], rank, **options))
+    return Dense(torch.randn(pairs, *shape, **options))

@@ -1,0 +1,185 @@
+"""Internal RL without gradients: evolution of the policy, the whole population in one rollout (arXiv 2511.16652).
+
+As in `phases.internal_rl` the frozen model, gate and controller together with the task are the environment. A
+generation plays ``population`` perturbed policies side by side, ``episodes`` episodes each, in one batch
+(`control.population`).
+A member's fitness is the mean return of its episodes, and the fitness of the generation, normalised as advantages
+are (C.5), are the scores of the gradient's estimate, which AdamW follows. Codes and actions are sampled as in internal
+RL, so that what evolves is the policy that is evaluated.
+
+Metrics: ``success``, ``return``, ``steps``, ``subgoals_done`` and ``decisions`` per episode of the generation; ``best``
+and ``fitness_std``, the highest fitness and the standard deviation; ``episodes`` so far; ``grad_norm``. In a generation
+whose members are all equally fit nothing is learned, and the last is not logged.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacontroller.control.losses import trajectory_advantages
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.population import Population
+from metacontroller.domains.base import BatchedEnv
+from metacontroller.errors import UserError
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.phases.artefacts import EVOLVED, artefact_path
+from metacontroller.phases.policy_gradient import Reset
+from metacontroller.phases.rollout import AbstractRollout, Proposal, rollout_abstract
+from metacontroller.storage.config_file import check_positive
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
+from metacontroller.training.interruption import finishing, requested, stop
+from metacontroller.training.optimizer import Learner
+from metacontroller.training.progress import track
+
+PHASE = "evolution"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolutionConfig:
+    """Evolution of the policy. UserError for values out of range."""
+
+    generations: int = 100
+    """Updates of the policy."""
+    population: int = 256
+    """Members of a generation, an even number."""
+    episodes: int = 4
+    """Episodes of each member."""
+    scale: float = 0.1
+    """Standard deviation of the perturbations."""
+    rank: int = 1
+    """Rank of the perturbations of matrices."""
+    lr: float = 1e-2
+    """Learning rate of AdamW."""
+    checkpoint_every: int = 10
+    """Generations from one checkpoint to the next."""
+    seed: int = 0
+    """Seed of perturbations, layouts, codes and actions."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("generations", "population", "episodes", "rank", "checkpoint_every"))
+        if self.population % 2:
+            raise UserError(f"population is {self.population}; expected an even number, in pairs of + and -.")
+        for name in ("scale", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a number above 0.")
+
+
+def evolution(
+    config: EvolutionConfig,
+    model: SteerableModel,
+    meta_controller: MetaController,
+    reset: Reset,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> MetaController:
+    """Evolves the policy of ``meta_controller`` in place on episodes from ``reset(n, generator)``.
+
+    Writes the metacontroller, of which only the policy has changed, to ``evolved_policy.safetensors`` in the run.
+    UserError if the run holds a checkpoint of this phase and ``resume`` is false; DivergedError at the first return or
+    parameter that is not finite.
+    """
+    model.eval()
+    meta_controller.eval()
+    policy = meta_controller.policy
+    parameters = list(policy.parameters())
+    generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
+    learner = Learner(policy, parameters, generator, lr=config.lr, weight_decay=0.0, max_grad_norm=math.inf)
+    run.begin(PHASE, resume=resume)
+    first = learner.restore(run, PHASE)[0] if resume else 0
+    with track(config.generations, PHASE, start=first, quiet=quiet) as progress, finishing():
+        run.rewind_metrics(PHASE, first)
+        for generation in range(first, config.generations):
+            population = Population(
+                policy, config.population, scale=config.scale, rank=config.rank, generator=generator
+            )
+            env = reset(config.population * config.episodes, generator)
+            rollout = play_population(model, meta_controller, population, env, generator)
+            done = generation + 1
+            metrics: dict[str, Any] = {"episodes": done * config.population * config.episodes, **_means(rollout)}
+            try:
+                check_returns(rollout.returns)
+                fitness = fitness_of(rollout, config.population)
+                metrics |= {"best": fitness.max(), "fitness_std": fitness.std(correction=0)}
+                metrics |= _learn(learner, population, fitness)
+                check_module(policy)
+                run.log_metrics(PHASE, done, **metrics)
+                progress.update(done, **{name: metrics[name] for name in ("success", "return", "best", "episodes")})
+                if requested() or done % config.checkpoint_every == 0 or done == config.generations:
+                    learner.save(run, PHASE, done)
+            except NotFinite as found:
+                facts = {"lr": config.lr, "metrics": {name: float(value) for name, value in metrics.items()}}
+                batch = {name: value for name, value in vars(rollout).items() if value is not None}
+                raise diverged(run, PHASE, done, found, policy, batch, writes=True, **facts) from None
+            if requested():
+                stop()
+    meta_controller.save(artefact_path(run, EVOLVED))
+    return meta_controller
+
+
+def play_population(
+    model: SteerableModel,
+    meta_controller: MetaController,
+    population: Population,
+    env: BatchedEnv,
+    generator: torch.Generator | None = None,
+) -> AbstractRollout:
+    """Plays every row of ``env`` to its end, the same number of rows for each member, side by side in order.
+
+    UserError unless the rows divide among the members.
+    """
+    if len(env) % population.members:
+        raise UserError(f"{len(env)} episodes do not divide among {population.members} members.")
+    member = torch.arange(len(env), device=env.steps.device) // (len(env) // population.members)
+    return rollout_abstract(
+        model, meta_controller, env, population_proposal(meta_controller, population, member, generator), generator
+    )
+
+
+def population_proposal(
+    meta_controller: MetaController, population: Population, member: Tensor, generator: torch.Generator | None
+) -> Proposal:
+    """Codes from the policy of each row's member, (b,) int64."""
+    codes = meta_controller.codes
+
+    def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        distribution, advanced = population(residual[:, None], state, member[rows])
+        code = codes.sample(distribution[:, 0], generator)
+        return code, codes.log_prob(distribution[:, 0], code).sum(-1), advanced
+
+    return propose
+
+
+def fitness_of(rollout: AbstractRollout, members: int) -> Tensor:
+    """(members,): the mean return of each member's episodes, which lie side by side."""
+    return rollout.returns.view(members, -1).mean(1)
+
+
+def _learn(learner: Learner, population: Population, fitness: Tensor) -> dict[str, Tensor]:
+    """One step along the estimated gradient; none where all members are equally fit."""
+    scores = trajectory_advantages(fitness)
+    if not bool(scores.any()):
+        return {}
+    estimate = population.gradient(scores)
+    for name, parameter in population.policy.named_parameters():
+        parameter.grad = -estimate[name] if name in estimate else None
+    return {"grad_norm": learner.optimizer_step(-fitness.mean())}
+
+
+def _means(rollout: AbstractRollout) -> dict[str, Tensor]:
+    """Means over the generation's episodes."""
+    means = {
+        "success": rollout.success.float().mean(),
+        "return": rollout.returns.mean(),
+        "steps": rollout.steps.float().mean(),
+        "subgoals_done": rollout.subgoals_done.float().mean(),
+        "decisions": rollout.lengths.float().mean(),
+    }
+    return means if rollout.lost is None else means | {"lost": rollout.lost.float().mean()}
