@@ -43,9 +43,9 @@ class Whole(NamedTuple):
         """What was expected instead of a value; None if it is in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral):
             return "a whole number" if self.least < 0 else f"a whole number of at least {self.least}"
-        if value < self.least:
+        if int(value) < self.least:
             return f"at least {self.least}"
-        return f"at most {self.most}" if value > self.most else None
+        return f"at most {self.most}" if int(value) > self.most else None
 
 
 class Number(NamedTuple):
@@ -62,8 +62,9 @@ class Number(NamedTuple):
     def expected(self, value: Any) -> str | None:
         """What was expected instead of a value; None if it is in the range."""
         if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
-            low = self.least < value if self.above else self.least <= value
-            high = value < self.most if self.below else value <= self.most
+            number = float(value)
+            low = self.least < number if self.above else self.least <= number
+            high = number < self.most if self.below else number <= self.most
             if low and high:
                 return None
         if self.most < math.inf:

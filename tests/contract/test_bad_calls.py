@@ -1,5 +1,8 @@
 """Bad calls of what is public: each is answered by one sentence that names the value and what was expected."""
 
+# pyright: reportArgumentType=false
+# What is passed is wrong on purpose.
+
 from __future__ import annotations
 
 import dataclasses

@@ -317,7 +317,8 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     [
         ({"episodes": 0}, "episodes is 0; expected at least 1"),
         ({"update_epochs": 0}, "update_epochs is 0; expected at least 1"),
-        ({"min_better": 0}, "min_better is 0; expected 1"),
+        ({"min_better": 0}, "min_better is 0; expected at least 1"),
+        ({"min_better": 9}, "min_better is 9; expected 1..8, a batch's episodes"),
         ({"target_kl": 0.0}, "target_kl is 0.0; expected a number above 0"),
         ({"entropy_weight": -0.1}, "entropy_weight is -0.1; expected a number of at least 0"),
         ({"minibatches": 3}, "batch_size 8 is not a multiple of minibatches 3"),

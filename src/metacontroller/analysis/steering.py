@@ -174,8 +174,10 @@ def play_chained(
 
 @analysis("steering", command="steer", figure="4")
 class Steering(Analysis):
-    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4). They have
-    the rank of the controllers that discovery looks for."""
+    """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).
+
+    They have the rank of the controllers that discovery looks for.
+    """
 
     Config = LayerConfig
 

@@ -276,9 +276,9 @@ def make_readout(dim: int, name: str, options: dict[str, Any], *, embeds: bool =
     ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be; UserError for other options."""
     if isinstance(options, dict) and set(options) == {"num_discrete"}:
         number = options["num_discrete"]
-        if isinstance(number, str) or not isinstance(number, Iterable):
-            return CategoricalReadout(dim, number, embeds=embeds)
-        return MultiCategoricalReadout(dim, number, embeds=embeds)
+        if isinstance(number, Iterable) and not isinstance(number, str):
+            return MultiCategoricalReadout(dim, list(number), embeds=embeds)
+        return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
     if isinstance(options, dict) and set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
         return GaussianReadout(dim, **options, embeds=embeds)
     raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

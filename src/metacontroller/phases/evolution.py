@@ -30,7 +30,7 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import EVOLVED, artefact_path
 from metacontroller.phases.policy_gradient import Reset
 from metacontroller.phases.rollout import AbstractRollout, Proposal, rollout_abstract
-from metacontroller.storage.config_file import check_positive
+from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
 from metacontroller.training.interruption import finishing, requested, stop
@@ -62,12 +62,10 @@ class EvolutionConfig:
     """Seed of perturbations, layouts, codes and actions."""
 
     def __post_init__(self) -> None:
-        check_positive(self, ("generations", "population", "episodes", "rank", "checkpoint_every"))
+        check_fields(self, generations=COUNT, population=ROWS, episodes=ROWS, rank=Whole(most=MOST_WIDTH))
+        check_fields(self, checkpoint_every=COUNT, seed=SEED, scale=POSITIVE, lr=POSITIVE)
         if self.population % 2:
             raise UserError(f"population is {self.population}; expected an even number, in pairs of + and -.")
-        for name in ("scale", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a number above 0.")
 
 
 def evolution(

@@ -15,7 +15,7 @@ from metacontroller.data.trajectories import masked_mean
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.phases.rollout import AbstractRollout, Rollout
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, Whole, check_fields
+from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
@@ -71,8 +71,9 @@ class InternalRLConfig:
         check_fields(self, checkpoint_every=COUNT, seed=SEED)
         check_fields(self, lr=POSITIVE, weight_decay=NOT_NEGATIVE, max_grad_norm=POSITIVE, eps_clip=POSITIVE)
         check_fields(self, entropy_weight=NOT_NEGATIVE, delta=NOT_NEGATIVE, target_kl=Number(0, above=True, none=True))
-        if Whole().expected(self.min_better) or self.min_better > self.batch_size:
-            raise UserError(f"min_better is {self.min_better!r}; expected 1..{self.batch_size}, a batch's episodes.")
+        check_fields(self, min_better=COUNT)
+        if self.min_better > self.batch_size:
+            raise UserError(f"min_better is {self.min_better}; expected 1..{self.batch_size}, a batch's episodes.")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
 
