@@ -121,6 +121,46 @@ def test_advantages_can_be_those_of_all_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+WAITING = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [sys.argv[1]]
+from test_internal_rl import InternalRLConfig, internal_rl, make_model, make_steering, new_grids
+
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import leave, processes
+
+config = InternalRLConfig(episodes=16 * 12, batch_size=16, lr=2e-3, min_better=8, checkpoint_every=1)
+policies = []
+for name, parts in (("whole", [12]), ("parts", [1, 2, 5, 6, 9, 12])):
+    for done in parts:
+        torch.manual_seed(0)
+        run, steering = RunFolder(Path(sys.argv[2]) / name), make_steering()
+        part = replace(config, episodes=16 * done)
+        internal_rl(part, make_model(), steering, new_grids, run, quiet=True, resume=done > parts[0])
+    policies.append(torch.cat([value.detach().flatten() for value in steering.policy.parameters()]))
+shares = processes("cpu").gather(policies[0])
+assert torch.equal(shares[0], shares[1])
+assert torch.equal(policies[0], policies[1])
+lines = [RunFolder(Path(sys.argv[2]) / name).read_metrics("internal_rl") for name in ("whole", "parts")]
+assert lines[0] == lines[1]
+waited = [line for line in lines[0] if line["success"] > 0 and "grad_norm" not in line]
+assert waited and len(waited) < len(lines[0])
+leave()
+"""
+
+
+def test_episodes_of_two_processes_wait_together_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    done = launch(str(script), str(Path(__file__).parents[1] / "phases"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 class Share(Processes):
     """One of two processes, of which both together made so many decisions."""
 

@@ -2,10 +2,9 @@
 
 As in `phases.internal_rl` the frozen model, gate and controller together with the task are the environment. A
 generation plays ``population`` perturbed policies side by side, ``episodes`` episodes each, in one batch
-(`control.population`).
-A member's fitness is the mean return of its episodes, and the fitness of the generation, normalised as advantages
-are (C.5), are the scores of the gradient's estimate, which AdamW follows. Codes and actions are sampled as in internal
-RL, so that what evolves is the policy that is evaluated.
+(`control.population`). A member's fitness is the mean return of its episodes, and the fitness of the generation,
+normalised as advantages are (C.5), are the scores of the gradient's estimate, which AdamW follows. Codes and actions
+are sampled as in internal RL, so that what evolves is the policy that is evaluated.
 
 Metrics: ``success``, ``return``, ``steps``, ``subgoals_done`` and ``decisions`` per episode of the generation; ``best``
 and ``fitness_std``, the highest fitness and the standard deviation; ``episodes`` so far; ``grad_norm``. In a generation
@@ -28,7 +27,7 @@ from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import EVOLVED, artefact_path
-from metacontroller.phases.policy_gradient import Reset
+from metacontroller.phases.policy_gradient import Reset, episode_means
 from metacontroller.phases.rollout import AbstractRollout, Proposal, rollout_abstract
 from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
@@ -101,7 +100,10 @@ def evolution(
             env = reset(config.population * config.episodes, generator)
             rollout = play_population(model, meta_controller, population, env, generator)
             done = generation + 1
-            metrics: dict[str, Any] = {"episodes": done * config.population * config.episodes, **_means(rollout)}
+            metrics: dict[str, Any] = {
+                "episodes": done * config.population * config.episodes,
+                **episode_means(rollout, learner.processes),
+            }
             try:
                 check_returns(rollout.returns)
                 fitness = fitness_of(rollout, config.population)
@@ -169,15 +171,3 @@ def _learn(learner: Learner, population: Population, fitness: Tensor) -> dict[st
     for name, parameter in population.policy.named_parameters():
         parameter.grad = -estimate[name] if name in estimate else None
     return {"grad_norm": learner.optimizer_step(-fitness.mean())}
-
-
-def _means(rollout: AbstractRollout) -> dict[str, Tensor]:
-    """Means over the generation's episodes."""
-    means = {
-        "success": rollout.success.float().mean(),
-        "return": rollout.returns.mean(),
-        "steps": rollout.steps.float().mean(),
-        "subgoals_done": rollout.subgoals_done.float().mean(),
-        "decisions": rollout.lengths.float().mean(),
-    }
-    return means if rollout.lost is None else means | {"lost": rollout.lost.float().mean()}

@@ -139,7 +139,7 @@ def reinforce(
             rng = workers.own_generator(generator)
             rollout = play(episodes, rng)
             done = update + 1
-            metrics = {"episodes": done * config.batch_size, **_episode_means(rollout, workers)}
+            metrics = {"episodes": done * config.batch_size, **episode_means(rollout, workers)}
             if kept:
                 rollout = rollout.preceded_by(kept)
             try:
@@ -250,7 +250,7 @@ def _surrogate_in_chunks(
     return whole, metrics
 
 
-def _episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
+def episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
     """Means over the batch's episodes of all processes."""
     means = {
         "success": rollout.success.float().mean(),
