@@ -66,7 +66,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *of(
         "control/switching.py",
-        GATE,
+        f"{GATE} control/test_stepping.py",
         ("return (held >= config.period)", "return (held > config.period)"),
         ("device=fresh.device) % period == 0", "device=fresh.device) % period == 1"),
         ("kept = (1 - beta)[..., None]", "kept = beta[..., None]"),
@@ -160,7 +160,7 @@ MUTATIONS: list[Mutation] = [
     ),
     *of(
         "metrics/gate.py",
-        "analysis/test_held_out_gate.py phases/test_discover.py",
+        "metrics/test_gate_alignment.py",
         ("width = 2 * tolerance + 1", "width = 2 * tolerance + 3"),
         (
             "changed[:, 1:] = segments[:, 1:] != segments[:, :-1]",

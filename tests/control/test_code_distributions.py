@@ -179,3 +179,9 @@ def test_compile_refuses_binary_codes() -> None:
     config = preset("debug")
     with pytest.raises(UserError, match="CompILE finds Gaussian codes"):
         replace(config, discovery="compile", meta_controller=replace(config.meta_controller, code="binary"))
+
+
+def test_a_policy_starts_from_the_prior_or_wider() -> None:
+    assert GaussianCodes(2).start().tolist() == [0.0] * 4
+    assert GaussianCodes(2).start(2.0).tolist() == [0.0, 0.0, pytest.approx(math.log(2)), pytest.approx(math.log(2))]
+    assert BinaryCodes(3).start().tolist() == [0.0] * 3

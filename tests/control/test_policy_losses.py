@@ -129,3 +129,17 @@ def test_losses_over_stored_episodes(every_step: bool, code: Any) -> None:
     torch.testing.assert_close(steering.policy_loss(*args, (0.2, 0.3)), losses.surrogate)
     with pytest.raises(UserError, match="one an episode"):
         steering.policy_losses(states, old, actions, betas, betas, lengths, objective="target")
+
+
+def test_a_step_whose_gate_is_at_the_threshold_is_a_decision() -> None:
+    torch.manual_seed(0)
+    steering = MetaController(4, dim_meta_controller=8, dim_latent=2, rank=2, gate={"threshold": 0.5}).double()
+    states, codes, old = random(BATCH, TIME, 4), random(BATCH, TIME, 2), random(BATCH, TIME, 2)
+
+    def loss(beta: float) -> Tensor:
+        betas = torch.full((BATCH, TIME), beta).double()
+        betas[:, 0] = 1.0  # an episode begins with a decision
+        return steering.policy_loss(states, old, codes, torch.arange(BATCH).double(), switch_betas=betas)
+
+    assert torch.equal(loss(0.5), loss(1.0))
+    assert not torch.equal(loss(0.5), loss(0.4))

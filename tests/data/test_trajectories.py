@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
-from metacontroller.data.trajectories import masked_mean
+from metacontroller.data.trajectories import masked_mean, with_finite_padding
 from metacontroller.errors import UserError
 
 
@@ -268,3 +268,12 @@ def test_a_damaged_store_is_refused(tmp_path: Path, name: str, content: Any, mes
     (path / name).write_bytes(damaged)
     with pytest.raises(UserError, match=message):
         TrajectoryStore(path)
+
+
+def test_only_what_lies_beyond_an_episode_is_made_finite() -> None:
+    nan = float("nan")
+    states = torch.tensor([1.0, 2.0, nan, nan])[None, :, None]  # after two actions the third state is the last
+    actions = torch.tensor([3.0, nan, nan])[None, :, None]
+    fixed = with_finite_padding(Trajectories(states=states, actions=actions, lengths=torch.tensor([2])))
+    assert [str(value) for value in fixed.states.flatten().tolist()] == ["1.0", "2.0", "nan", "0.0"]
+    assert [str(value) for value in fixed.actions.flatten().tolist()] == ["3.0", "nan", "0.0"]

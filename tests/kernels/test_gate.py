@@ -147,6 +147,13 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("metacontroller.kernels.gate_triton", None)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_probability_at_the_threshold_switches(backend: str) -> None:
+    inputs = {name: torch.zeros_like(value) for name, value in make_inputs().items()}  # beta is exactly 1/2
+    for threshold, gate in ((0.5, 1.0), (0.6, 0.0)):
+        assert bool((scan(inputs, backend=backend, threshold=threshold).gate == gate).all())
+
+
 @needs_triton
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.5.0", reason="Triton 3.6's interpreter needs NumPy < 2.5")
 @pytest.mark.parametrize("mode", MODES)

@@ -23,7 +23,7 @@ from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient
 from metacontroller.phases.internal_rl import internal_rl
-from metacontroller.phases.policy_gradient import InternalRLConfig, reinforce
+from metacontroller.phases.policy_gradient import InternalRLConfig, ratio_metrics, reinforce
 from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
 
@@ -292,6 +292,15 @@ def test_a_policy_starts_with_the_spread_asked_for() -> None:
             MetaController(DIM, dim_meta_controller=8, dim_latent=2, code=code, policy_std=std)
         with pytest.raises(UserError, match=message):
             MetaControllerConfig(dim_latent=2, code=code, policy_std=std)
+
+
+def test_ratios_are_measured_on_both_sides_of_one() -> None:
+    old, mask = torch.zeros(1, 5, dtype=torch.float64), torch.tensor([[True, True, True, True, False]])
+    new = torch.tensor([[1.5, 0.5, 1.1, 0.9, 9.0]], dtype=torch.float64).log()
+    measured = ratio_metrics(new, old, mask, 0.2)
+    assert float(measured["clip_fraction"]) == 0.5
+    expected = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1, 0.9)) / 4
+    assert float(measured["approx_kl"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:

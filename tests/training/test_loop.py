@@ -13,7 +13,7 @@ from metacontroller.data import Trajectories
 from metacontroller.data.batching import EpisodeStream
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.loop import train
-from metacontroller.training.optimizer import OptimizerConfig
+from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 from metacontroller.training.seeding import noise_generator
 
 
@@ -152,3 +152,8 @@ def test_the_learning_rate_falls_to_zero_at_the_end() -> None:
 def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**({"steps": 10, "batch_size": 1, "lr": 0.1} | change))
+
+
+def test_a_warm_up_is_linear_between_its_ends() -> None:
+    assert [linear_warmup(step, (10, 20)) for step in (0, 10, 11, 15, 20, 30)] == [0.0, 0.0, 0.1, 0.5, 1.0, 1.0]
+    assert linear_warmup(0, (0, 0)) == 1.0

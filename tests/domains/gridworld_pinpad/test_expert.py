@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, expert_trajectories
+from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, _ExpertPolicy, expert_trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
@@ -242,3 +242,15 @@ def test_an_infeasible_layout_is_rejected(picture):
     config, layouts = picture("A.. .## .#0")
     with pytest.raises(ValueError, match="layout 0 is infeasible"):
         expert_trajectories(config, [(0,)], 1, layouts=layouts)
+
+
+def test_a_deviating_expert_may_stay_on_a_color_that_it_has_visited():
+    """In the corner, on color 0: two of the four moves lead nowhere, which visits nothing and ends nothing."""
+    config, rows = PinpadConfig(size=3, num_colors=2, num_walls=0), 400
+    layouts = Layouts(torch.tensor([[0, 8]]), torch.tensor([1])).repeat(rows)
+    batch = PinpadBatch(config, layouts, torch.tensor([[0, 1]]).expand(rows, -1), torch.full((rows,), 2))
+    batch.step(torch.full((rows,), 2))  # left, onto color 0
+    moves = _ExpertPolicy(batch, "random", 1.0, generator()).act()
+    assert set(moves.tolist()) == {0, 1, 2, 3}
+    batch.step(moves)
+    assert not bool(batch.terminated.any())

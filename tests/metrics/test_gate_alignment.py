@@ -1,0 +1,42 @@
+"""Switches against changes of subgoal, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metacontroller.metrics.gate import codes_taken, gate_alignment, subgoal_changes
+
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 9]])  # changes at steps 3 and 7; the last step is padding
+LENGTHS = torch.tensor([9])
+
+
+def beta(*switches: int) -> torch.Tensor:
+    values = torch.full((1, 10), 0.2)
+    values[0, 0] = values[0, 9] = 1.0  # the first step always switches, padding does not count
+    values[0, list(switches)] = 0.5  # at the threshold
+    return values
+
+
+def test_a_change_is_the_first_step_of_a_new_subgoal() -> None:
+    assert subgoal_changes(SEGMENTS, LENGTHS).nonzero()[:, 1].tolist() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("switches", "tolerance", "recall", "precision"),
+    [
+        ((3, 7), 0, 1.0, 1.0),
+        ((2, 8), 0, 0.0, 0.0),
+        ((2, 8), 1, 1.0, 1.0),
+        ((1, 5), 1, 0.0, 0.0),
+        ((1, 5), 2, 1.0, 1.0),
+        ((3,), 1, 0.5, 1.0),
+        ((3, 5, 7), 1, 1.0, 2 / 3),
+        ((), 1, 0.0, 0.0),
+    ],
+)
+def test_recall_and_precision(switches: tuple[int, ...], tolerance: int, recall: float, precision: float) -> None:
+    found = gate_alignment(beta(*switches), SEGMENTS, LENGTHS, tolerance=tolerance)
+    assert float(found["gate_recall"]) == pytest.approx(recall)
+    assert float(found["gate_precision"]) == pytest.approx(precision)
+    assert codes_taken(beta(*switches), LENGTHS, threshold=0.5).tolist() == [1 + len(switches)]
