@@ -116,7 +116,7 @@ def quick() -> ExperimentConfig:
     config = laptop()
     rl = replace(
         config.internal_rl,
-        episodes=250 * 1024,
+        episodes=400 * 1024,
         min_better=4,
         update_epochs=32,
         target_kl=0.05,
