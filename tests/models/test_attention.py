@@ -70,6 +70,20 @@ def test_steps_from_the_cache_equal_the_sequence(chunks: list[int], capacity: in
     assert len(cache.keys[0]) == len(cache.values[1]) >= max(TIME, capacity)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_acting_reuses_memory_and_gives_the_same_bits(dtype: torch.dtype) -> None:
+    body, x = make_body().to(dtype), states().to(dtype)
+    recorded, acting = body.empty_cache(BATCH, 4), body.empty_cache(BATCH, 4)
+    used = set()
+    for step in x.split(1, 1):
+        expected = body(step, recorded)
+        with torch.no_grad():
+            torch.testing.assert_close(body(step, acting), expected, rtol=0, atol=0)
+        used |= set() if acting.scratch is None else {acting.scratch.data_ptr()}
+    assert recorded.scratch is None
+    assert 1 <= len(used) <= 3  # one for each capacity: 4, 8 and 16 steps
+
+
 @pytest.mark.parametrize("rows", [[0, 2], [3, 1], [2]])
 def test_rows_dropped_in_the_middle_leave_the_others_as_they_are(rows: list[int]) -> None:
     body, x = make_body(), states()

@@ -25,7 +25,8 @@ class AttentionCache:
     keys, values: per block (capacity, b, h, d); time comes first, so that writing a step and reading all steps so far
     are contiguous. bias: per block (capacity, 1, h), the position bias at distances capacity - 1 to 0. length: steps
     already written, the same for every row. padding (capacity, b, 1), if rows did not begin together: -inf at steps
-    before a row's first, else 0; read only where one step is taken.
+    before a row's first, else 0; read only where one step is taken. scratch: memory for products, used again at each
+    step: to ask for a little more of it at each would leave holes that grow with the square of the steps.
     """
 
     keys: list[Tensor]
@@ -33,6 +34,17 @@ class AttentionCache:
     bias: list[Tensor]
     length: int = 0
     padding: Tensor | None = None
+    scratch: Tensor | None = None
+
+    def room(self, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Where a product may be written that has as many elements as the keys so far; None while gradients are
+        recorded."""
+        if torch.is_grad_enabled():
+            return None
+        size = math.prod(shape) * dtype.itemsize
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = self.keys[0].new_empty(self.keys[0].numel() * dtype.itemsize, dtype=torch.uint8)
+        return self.scratch[:size].view(dtype).view(shape)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied."""
@@ -156,10 +168,13 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(normalized(self.attention_norm, x, condition)).to(keys.dtype)
         q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
         keys[now], values[now] = k.detach(), v.detach()
-        scores = (keys[: now + 1] * (q * q.shape[-1] ** -0.5)).sum(-1) + cache.bias[block][-now - 1 :]  # (s, b, h)
+        keys, values = keys[: now + 1], values[: now + 1]
+        products = torch.mul(keys, q * q.shape[-1] ** -0.5, out=cache.room(keys.shape, keys.dtype))  # (s, b, h, d)
+        scores = products.sum(-1) + cache.bias[block][-now - 1 :]
         if cache.padding is not None:
             scores += cache.padding[: now + 1]
-        mixed = (scores.softmax(0)[..., None] * values[: now + 1]).sum(0)
+        shares = scores.softmax(0)[..., None]
+        mixed = torch.mul(shares, values, out=cache.room(values.shape, torch.result_type(shares, values))).sum(0)
         x = x + self.to_out(mixed.flatten(1))
         return x + self.mlp_out(F.relu(self.mlp_in(normalized(self.mlp_norm, x, condition))))
 
