@@ -229,12 +229,17 @@ def _recipe(config: BabyAIConfig, tasks: tuple[Task, ...], epsilon: float, seed:
     )
 
 
-@cache
-def _open(config: BabyAIConfig, split: Split) -> Any:
-    """The dataset of one phase; those of the two phases hold different rooms."""
+def recipe_of(config: BabyAIConfig, split: Split) -> Any:
+    """The `Recipe` of the demonstrations of one phase; those of the two phases have different rooms."""
     first = split == "pretrain"
     epsilon = config.epsilon if first else config.discovery_epsilon
-    recipe = _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
+    return _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
+
+
+@cache
+def _open(config: BabyAIConfig, split: Split) -> Any:
+    """The dataset of one phase."""
+    recipe = recipe_of(config, split)
     return _minigrid().open_dataset(recipe, config.episodes, Path(config.dataset), config.workers)
 
 
