@@ -42,7 +42,9 @@ def test_the_phases_see_images(tmp_path: Path) -> None:
     seeing = [model.visual_encoder, model.visual_decoder, model.final_norm, model.attn]
     assert all(parameter.grad is not None for part in seeing for parameter in part.parameters())
     with torch.no_grad():
-        encoded = model.visual_encode(images)
+        encoded, feature_map, seen = model.visual_encode(images, return_feature_map=True)
+        assert model.visual_encode(images)[1:] == (None, None)
+        torch.testing.assert_close(model.visual_reconstruction_loss(feature_map, seen, lengths), pixels)
     base = super(TransformerWithResnet, model).forward
     torch.testing.assert_close(
         model(images, actions, episode_lens=lengths), base(encoded, actions, episode_lens=lengths)
@@ -77,7 +79,7 @@ def test_features_that_are_predicted_get_no_gradient() -> None:
 def test_channels_may_come_first_and_wrong_images_are_named() -> None:
     model = make(is_channel_last=False)
     images = torch.rand(1, 2, 3, 32, 32)
-    torch.testing.assert_close(model.visual_encode(images)[0], model.visual_encoder(images[0]))
+    torch.testing.assert_close(model.visual_encode(images)[0][0], model.visual_encoder(images[0]))
     with pytest.raises(UserError, match=r"expected images \(batch, time, 3, height, width\)"):
         model(images.movedim(2, -1), torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(UserError, match="resnet_type is 'vit'"):

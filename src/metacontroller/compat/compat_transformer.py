@@ -72,7 +72,7 @@ class Residual(NamedTuple):
 def body_options(options: dict[str, Any], dim: int) -> dict[str, Any]:
     """Options of a body under our names; UserError for those that we do not have."""
     ours = {RENAMED.get(name, name): value for name, value in options.items() if name not in IGNORED}
-    if ours.get("kind") != "hawk" and dim % ours.get("heads", 4):
+    if ours.get("kind", "attention") == "attention" and dim % ours.get("heads", 4):
         ours.setdefault("dim_head", 64)
     if "ff_mult" in ours:
         ours["mlp_dim"] = int(ours.pop("ff_mult") * dim)
@@ -132,7 +132,7 @@ class Transformer(TheirSave, HouseTransformer):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        state: Tensor,
+        state: Tensor | tuple[Tensor, Tensor],
         actions: Tensor | None = None,
         meta_controller: Any = None,
         cache: TransformerOutput | None = None,
@@ -156,7 +156,10 @@ class Transformer(TheirSave, HouseTransformer):
         hard_switch: bool | None = None,
         metacontroller_residual_stream_dropout: float = 0.0,
     ) -> Any:
-        """Embeds, clones, discovers or acts, as the arguments say; UserError where they do not go together."""
+        """Embeds, clones, discovers or acts, as the arguments say; UserError where they do not go together.
+
+        state: a pair, choices (b, t) or (b, t, k) and numbers (b, t, m), where the model reads both.
+        """
         if discovery_phase and force_behavior_cloning:
             raise UserError("discovery_phase and force_behavior_cloning are both true; choose one.")
         steering = self.meta_controller if meta_controller is None else meta_controller
@@ -164,7 +167,7 @@ class Transformer(TheirSave, HouseTransformer):
         self._ensure_consistent_device(steering)
         if discovery_phase and steering is None:
             raise UserError("meta_controller is missing; discovery_phase = True needs one.")
-        state = state[..., None] if state.dim() == 2 and not state.is_floating_point() else state  # one choice a step
+        state = joined_states(state)
         clones = steering is None and not return_raw_action_dist and not return_cache
         learns = (discovery_phase or clones) and not return_action_cache and state.shape[1] > 1
         if clones and state.shape[1] == 1 and cache is None and not return_embed:
@@ -344,6 +347,14 @@ def states_as_entries(options: dict[str, Any]) -> dict[str, Any]:
     """A single choice as a list of one, as the house's encoder of choices takes it."""
     number = options.get("num_discrete")
     return {**options, "num_discrete": [number]} if isinstance(number, int) else options
+
+
+def joined_states(state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """States as one tensor (b, t, ...): a single choice (b, t) as (b, t, 1), choices and numbers side by side."""
+    if not isinstance(state, Tensor):
+        chosen, numbers = joined_states(state[0]), state[1]
+        return torch.cat([chosen.to(numbers.dtype), numbers], -1)
+    return state[..., None] if state.dim() == 2 and not state.is_floating_point() else state
 
 
 def clamped_lengths(lengths: Tensor | None, steps: int) -> Tensor | None:

@@ -24,6 +24,7 @@ from metacontroller.control.schedules import LossWeights
 from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
 from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
 from metacontroller.control.switching import regular_switches
+from metacontroller.ranges import check_options
 
 from . import compat_losses as losses
 from .compat_losses import (
@@ -83,6 +84,7 @@ __all__ = [
 ]
 
 HOUSE_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
+EMBEDDER_GIVEN = ("dim_model", "dim_sequence", "dim")
 ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
 
 
@@ -149,14 +151,11 @@ class MetaController(TheirSave, HouseMetaController):
         if compact_sequence_embedding:
             embedder = LastState(dim_model)
         if isinstance(embedder, dict):
-            self.sequence_embedder = SequenceEmbedder(
-                dim_model,
-                dim_sequence_summary_embed,
-                dim=dim_model,
-                kind="attention" if bidirectional else "causal-attention",
-                pooled=bidirectional and pool_embedded_sequence,
-                **body_options(embedder, dim_model),
-            )
+            options = {"kind": "attention", **body_options(embedder, dim_model), "pooled": pool_embedded_sequence}
+            if options["kind"] == "attention" and not bidirectional:
+                options |= {"kind": "causal-attention", "pooled": False}
+            check_options("internal_sequence_embedder", options, SequenceEmbedder, given=EMBEDDER_GIVEN)
+            self.sequence_embedder = SequenceEmbedder(dim_model, dim_sequence_summary_embed, dim=dim_model, **options)
         else:
             self.sequence_embedder = ModuleEmbedder(embedder, dim_model, dim_sequence_summary_embed)
         proposer: Any = ATTENTION if action_proposer is None else action_proposer

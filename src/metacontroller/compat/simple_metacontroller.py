@@ -16,7 +16,7 @@ from metacontroller.models.latent_prediction import sigreg
 
 from .compat_losses import beside, z_score
 from .compat_names import TheirSave, other_name
-from .compat_transformer import body_options, clamped_lengths, states_as_entries
+from .compat_transformer import body_options, clamped_lengths, joined_states, states_as_entries
 from .metacontroller_with_binary_mapper import LOG_TWO, BinaryMapper
 
 __all__ = [
@@ -161,7 +161,7 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
 
     def forward(
         self,
-        state: Tensor,
+        state: Tensor | tuple[Tensor, Tensor],
         actions: Tensor | None = None,
         episode_lens: Tensor | None = None,
         return_loss: bool = True,
@@ -175,7 +175,7 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
         A cache is brought up to date in place, and can be used once. use_temporal_sequence_embed: whether the switch
         reads the summary of the episode, by default where there are losses. UserError for missing actions.
         """
-        state = state[..., None] if state.dim() == 2 and not state.is_floating_point() else state
+        state = joined_states(state)
         whole = return_loss if use_temporal_sequence_embed is None else use_temporal_sequence_embed
         options = {"whole": whole, "update": update_entropy_quantile}
         if return_loss:
