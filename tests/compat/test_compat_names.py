@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from metacontroller import Transformer
+from metacontroller.control.codes import BinaryCodes
 from metacontroller.errors import UserError
 
 theirs = import_module("metacontroller.metacontroller")
@@ -87,6 +89,32 @@ def test_parts_of_a_transformer_have_their_names() -> None:
     assert torch.equal(made.action_readout.sample(logits, temperature=0.0), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("kind", [theirs.MetaController, Binary])
+def test_a_policy_that_reads_every_step_steers_our_own_model_too(kind: Any) -> None:
+    house = Transformer(
+        8,
+        state_embed_readout={"num_continuous": 3},
+        action_embed_readout={"num_discrete": 4},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+    )
+    made = kind(8, dim_meta_controller=8, internal_sequence_embedder=BODY, action_proposer=BODY)
+    nn.init.normal_(made.policy.readout.weight, std=0.5)
+    states, cache, outputs, logits, past = torch.randn(2, 5, 3), None, [], [], None
+    for t in range(5):
+        step, cache = house.step(states[:, t : t + 1], past, made, cache, torch.Generator().manual_seed(t))
+        past = house.action_readout.sample(step, temperature=0.0)
+        outputs.append(cache.prev_hiddens.meta_controller)
+        logits.append(step)
+    stored = torch.cat([output.input_residual_stream for output in outputs], 1)
+    dist = torch.cat([output.action_dist for output in outputs], 1)
+    torch.testing.assert_close(made.get_action_dist_for_internal_rl(stored), dist)
+    again, _ = house.step(states[:, :1], None, made, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again, logits[0])
+    other, _ = house.step(states[:, :1], None, made, None, torch.Generator().manual_seed(1))
+    assert not torch.equal(other, logits[0])
+
+
 def test_small_modules_are_the_houses() -> None:
     scale = theirs.LossNormalizer(2, beta=0.5)
     losses = torch.tensor([1.0, 3.0])
@@ -133,9 +161,7 @@ def test_binary_codes_are_sampled_by_their_mapper() -> None:
     assert (output.actions.argmax(-1) == 0).all()
     noise = torch.randn(2, 5, 3)
     logits = torch.randn(2, 5, 3)
-    torch.testing.assert_close(
-        made.codes.sample(logits, noise=noise), super(type(made.codes), made.codes).sample(logits, noise=noise)
-    )
+    torch.testing.assert_close(made.codes.sample(logits, noise=noise), BinaryCodes(3).sample(logits, noise=noise))
     made.binary_mapper.forward = original
     made.binary_mapper.deterministic_on_eval = True
     made.eval()
