@@ -86,3 +86,20 @@ def test_channels_may_come_first_and_wrong_images_are_named() -> None:
         make(resnet_type="vit")
     with pytest.raises(UserError, match="depth is 101"):
         make(resnet_type="resnet101")
+
+
+def test_batch_norms_are_frozen_where_a_metacontroller_steers() -> None:
+    steering = MetaController(
+        8, dim_meta_controller=8, dim_latent=2, internal_sequence_embedder=BODY, action_proposer=BODY
+    )
+    model = make(use_layernorm=False)
+    images, actions = torch.rand(2, 3, 32, 32, 3), torch.randint(4, (2, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(images, actions, meta_controller=steering, discovery_phase=True, return_visual_autoencoder_loss=True)
+    logits, _ = model(images[:1, :1], meta_controller=steering, return_cache=True)  # one image has no variance
+    assert logits.shape == (1, 1, 4)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.visual_encoder.training
+    model(images, actions)
+    after = model.state_dict()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items() if "running_mean" in name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,17 +66,30 @@ class TransformerWithResnet(Transformer):
     ) -> Any:
         """As of `Transformer`, and with ``return_visual_autoencoder_loss`` the pixel loss beside it.
 
-        Where a metacontroller steers, the model is frozen, and so is what sees.
+        Where a metacontroller steers, the model is frozen, and so is what sees: batch norms keep their statistics.
         """
         given = options.get("meta_controller")
         steered = (self.meta_controller if given is None else given) is not None
-        with torch.no_grad() if steered and not options.get("force_behavior_cloning") else nullcontext():
+        with self._still() if steered and not options.get("force_behavior_cloning") else nullcontext():
             encoded, feature_map, images = self._seen(state)
             pixels = None
             if return_visual_autoencoder_loss:
                 pixels = self.visual_reconstruction_loss(feature_map, images, options.get("episode_lens"))
         result = super().forward(encoded, actions, **options)
         return result if pixels is None else (result, pixels)
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Context in which what sees gets no gradient and keeps its statistics."""
+        parts = [part for part in (self.visual_encoder, self.visual_decoder) if part.training]
+        for part in parts:
+            part.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part in parts:
+                part.train()
 
     def visual_encode(self, x: Tensor, return_feature_map: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Features (b, t, n) of images, and if asked the maps (b, t, c, y, x) they are means of, and the pixels."""
