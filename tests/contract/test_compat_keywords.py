@@ -17,9 +17,10 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
+pytestmark = pytest.mark.slow
 CASES = [  # width, continuous, with lengths
     pytest.param(((8, False, False), (16, True, True)), id="two"),
-    pytest.param(((8, False, True), (16, True, False)), id="others", marks=pytest.mark.slow),
+    pytest.param(((8, False, True), (16, True, False)), id="others"),
 ]
 BODY = {"depth": 1, "attn_dim_head": 4, "heads": 2}
 STEPS, STATE, ACTIONS, CONDITION = 6, 3, 4, 5

@@ -18,15 +18,15 @@ Binary = import_module("metacontroller.metacontroller_with_binary_mapper").MetaC
 
 BODY = {"depth": 1, "attn_dim_head": 4, "heads": 2}
 STEPS, STATE, ACTIONS, CONDITION = 6, 3, 4, 5
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CASES = [(8, False, True), (16, True, False)], [(8, True, True), (16, False, False)]  # the others only if asked
 each = pytest.mark.parametrize(
     ("width", "continuous", "lengths", "device"),
     [
-        pytest.param(*case, *getattr(device, "values", [device]), marks=getattr(device, "marks", ()))
-        for case, device in product([(8, False, True), (16, True, False), (8, True, True), (16, False, False)], DEVICES)
+        pytest.param(*case, device, marks=marks)
+        for cases, slow in zip(CASES, ((), (pytest.mark.slow,)), strict=True)
+        for device, marks in (("cpu", slow), ("cuda", (*slow, GPU)))
+        for case in cases
     ],
 )
 
@@ -123,6 +123,9 @@ def test_of_bodies_and_states(width: int, continuous: bool, lengths: bool, devic
     states, actions, given = batch(continuous, lengths, device)
     wide = make_model(width, continuous, device, lower_body={**BODY, "attn_dim_head": 12})
     assert wide.lower_body.blocks[0].to_out.in_features == 2 * 12
+    dynamic = make_model(width, continuous, device, dynamics_hidden_dim=5, dynamics_num_layers=2).dynamics_model
+    assert [layer.out_features for layer in dynamic.hidden] == [5, 5]
+    assert dynamic.last.out_features == width
     built = make_model(width, continuous, device)
     handed = make_model(width, continuous, device, lower_body=built.lower_body, upper_body=built.upper_body)
     assert handed.lower_body is built.lower_body
@@ -403,6 +406,8 @@ def test_of_sizes_embedders_and_proposers(kind: Any, width: int, continuous: boo
         dim_sequence_summary_embed=6,
     )
     assert sized.to_sequence_summary_embed.out_features == 6
+    assert sized.decoder.code_to_hidden.out_features == 3 * n_z
+    assert sized.summary_gru.hidden_size == 12
     z = torch.randn(2, STEPS, n_z, device=device)
     matrix = torch.stack(  # U, column by column
         [sized.decoder(z, row.expand(2, STEPS, -1)) for row in torch.eye(width, device=device)], -1
