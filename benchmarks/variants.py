@@ -155,7 +155,7 @@ def resnet(size: Size) -> Case:
     return Case(model, loss)
 
 
-def single_phase(size: Size) -> Case:
+def single_phase(size: Size, **options: Any) -> Case:
     """The single-phase model."""
     model = module("simple_metacontroller").TransformerWithMetacontroller(
         size.width,
@@ -165,6 +165,7 @@ def single_phase(size: Size) -> Case:
         upper_body=body(size),
         emitter_decoder=body(size),
         dim_code_bits=8,
+        **options,
     )
     states, actions = batch(size)
 
@@ -201,6 +202,8 @@ VARIANTS: dict[str, Callable[[Size], Case]] = {
     "symbolic-grid": symbolic_grid,
     "resnet": resnet,
     "single-phase": single_phase,
+    "entropy-switch": lambda size: single_phase(size, switch_entropy_quantiles=(0.5, 0.9)),
+    "switch-summary": lambda size: single_phase(size, temporal_sequence_embedder=body(size)),
 }
 
 

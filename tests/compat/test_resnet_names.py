@@ -42,7 +42,9 @@ def test_the_phases_see_images(tmp_path: Path) -> None:
     seeing = [model.visual_encoder, model.visual_decoder, model.final_norm, model.attn]
     assert all(parameter.grad is not None for part in seeing for parameter in part.parameters())
     with torch.no_grad():
-        encoded = model.visual_encode(images)
+        encoded, feature_map, seen = model.visual_encode(images, return_feature_map=True)
+        assert model.visual_encode(images)[1:] == (None, None)
+        torch.testing.assert_close(model.visual_reconstruction_loss(feature_map, seen, lengths), pixels)
     base = super(TransformerWithResnet, model).forward
     torch.testing.assert_close(
         model(images, actions, episode_lens=lengths), base(encoded, actions, episode_lens=lengths)
@@ -77,10 +79,27 @@ def test_features_that_are_predicted_get_no_gradient() -> None:
 def test_channels_may_come_first_and_wrong_images_are_named() -> None:
     model = make(is_channel_last=False)
     images = torch.rand(1, 2, 3, 32, 32)
-    torch.testing.assert_close(model.visual_encode(images)[0], model.visual_encoder(images[0]))
+    torch.testing.assert_close(model.visual_encode(images)[0][0], model.visual_encoder(images[0]))
     with pytest.raises(UserError, match=r"expected images \(batch, time, 3, height, width\)"):
         model(images.movedim(2, -1), torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(UserError, match="resnet_type is 'vit'"):
         make(resnet_type="vit")
     with pytest.raises(UserError, match="depth is 101"):
         make(resnet_type="resnet101")
+
+
+def test_batch_norms_are_frozen_where_a_metacontroller_steers() -> None:
+    steering = MetaController(
+        8, dim_meta_controller=8, dim_latent=2, internal_sequence_embedder=BODY, action_proposer=BODY
+    )
+    model = make(use_layernorm=False)
+    images, actions = torch.rand(2, 3, 32, 32, 3), torch.randint(4, (2, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(images, actions, meta_controller=steering, discovery_phase=True, return_visual_autoencoder_loss=True)
+    logits, _ = model(images[:1, :1], meta_controller=steering, return_cache=True)  # one image has no variance
+    assert logits.shape == (1, 1, 4)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.visual_encoder.training
+    model(images, actions)
+    after = model.state_dict()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items() if "running_mean" in name)

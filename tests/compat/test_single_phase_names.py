@@ -78,8 +78,81 @@ def test_losses_acting_and_internal_rl(
     torch.testing.assert_close(loaded.state_dict(), model.state_dict())
 
 
-def test_what_is_not_here_is_named() -> None:
-    with pytest.raises(UserError, match="switch_entropy_quantiles is no option here"):
-        make(switch_entropy_quantiles=(0.5,))
+def test_every_option_has_an_effect_and_its_names() -> None:
+    """Both sizes, kinds and lengths: in each pair of options something named by the other library differs."""
+    cases: dict[str, Any] = {
+        "temporal_sequence_embedder": BODY,
+        "switch_entropy_quantiles": 0.5,
+        "residual_stream_dropout": 0.5,
+        "residual_stream_drop_prob": 0.5,
+        "future_entropy_weights": (1.0, 4.0),
+        "predict_next_switch_embed": True,
+        "sigreg_loss_kwargs": {"num_slices": 8, "domain": (-1, 1), "num_knots": 3},
+        "num_latent_pred_steps": 3,
+        "control_penalty_floor": 0.0,
+        "target_avg_token_length": 6.0,
+        "kl_loss_threshold": 0.01,
+    }
+    for width, continuous, lengths in ((8, False, None), (16, True, torch.tensor([6, 3]))):
+        state, actions = batch(continuous)
+        for name, value in cases.items():
+            found = []
+            for options in ({}, {name: value}):
+                torch.manual_seed(0)
+                model = make(width, continuous, **options)
+                losses, output = model(state, actions, episode_lens=lengths)
+                assert output.latent_pred_entropy.shape == output.switch_beta.shape == (2, 6)
+                assert (output.quantile_indices is None) == (name != "switch_entropy_quantiles" or not options)
+                found.append([float(term.detach()) for term in losses] + output.latent_pred_entropy.flatten().tolist())
+            assert found[0] != found[1], name
+
+
+def test_switches_by_entropy_follow_only_where_asked() -> None:
+    model = make(switch_entropy_quantiles=(0.5, 0.9), eval_switch_entropy_quantile=0.9, switch_entropy_quantile_lr=1.0)
+    state, actions = batch(False)
+    model.eval()
+    model(state, actions)
+    assert model.running_entropy_quantiles.tolist() == [10.0, 10.0]
+    _, output = model(state, actions, update_entropy_quantile=True, return_loss=False)
+    torch.testing.assert_close(
+        model.running_entropy_quantiles, torch.quantile(output.latent_pred_entropy, torch.tensor([0.5, 0.9]))
+    )
+    _, output = model(state, actions, return_loss=False)
+    assert output.quantile_indices.tolist() == [1, 1]
+    stored = simple.extract_grpo_data(model, output)
+    assert stored.quantile_indices is output.quantile_indices
+    logits, kl = model.get_action_dist_for_internal_rl(
+        stored.state, stored.switch_beta, stored.quantile_indices, return_kl_loss=True
+    )
+    torch.testing.assert_close(logits, output.action_dist)
+    torch.testing.assert_close(kl, model.calculate_kl_loss(output.action_dist))
+    assert not hasattr(make(), "running_entropy_quantiles")
+
+
+def test_a_replaced_mapper_is_what_samples() -> None:
+    model = make()
+    mapper = model.binary_mapper
+    original = mapper.forward
+    mapper.forward = lambda logits, *others, **options: original(0 * logits + 50.0, *others, **options)
+    _, output = model(*batch(False), return_loss=False)
+    assert (output.actions.argmax(-1) == 7).all()
+    assert mapper.codes.shape == (8, 3)
+    _, kl, index = original(torch.full((2, 3), 50.0), return_indices=True, reduce_aux_kl_loss=False)
+    assert index.tolist() == [7, 7]
+    assert kl.shape == (2,)
+    logits = torch.zeros(2, 3, requires_grad=True)
+    assert original(logits, straight_through=False)[0].grad_fn is None
+    assert original(logits)[0].grad_fn is not None
+    assert float(original(logits + 3.0, calc_aux_loss=False)[1]) == 0
+
+
+def test_what_cannot_be_is_named() -> None:
     with pytest.raises(UserError, match="actions are missing"):
         make()(batch(False)[0])
+    with pytest.raises(UserError, match="reduction is 'none'"):
+        make(sigreg_loss_kwargs={"reduction": "none"})
+    vectors = torch.randn(2, 6, 8)
+    torch.manual_seed(0)
+    first = simple.TransformerWithMetacontroller.sigreg_loss(vectors, torch.ones(2, 6).bool(), num_slices=4)
+    torch.manual_seed(0)
+    torch.testing.assert_close(simple.TransformerWithMetacontroller.sigreg_loss(vectors, num_slices=4), first)

@@ -208,7 +208,8 @@ def test_codes_and_residuals_of_other_widths() -> None:
         (
             {"state_embed_readout": {"num_discrete": 4}},
             "state_embed_readout is {'num_discrete': 4}; expected dict(num_continuous = ...) for vectors, "
-            "dict(num_discrete = [...]) for choices, dict(tokens = dict(...)) for categories with a condition, "
+            "dict(num_discrete = [...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for "
+            "categories with a condition, "
             "dict(image = [...]) for images, dict(picture = dict(...)) for images with categories beside them or "
             "dict(grid = dict(...)) for grid tokens.",
         ),

@@ -209,6 +209,7 @@ def test_acting_holds_code_and_policy_state_while_the_gate_is_shut() -> None:
         before = state or steering.initial_state(BATCH)
         steered, output = steering.act(residual[:, t : t + 1], before, generator)
         state = output.state
+        assert state is not None
         switch = output.switch_beta[:, 0] >= 0.5
         distribution, advanced = steering.policy(residual[:, t : t + 1], before.policy)
         torch.testing.assert_close(output.action_dist, distribution)

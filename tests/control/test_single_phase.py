@@ -116,7 +116,7 @@ def test_losses_equal_each_episode_alone(continuous: bool, lengths: Tensor | Non
     for row, length in enumerate(rows):
         one, act = states[[row], : length + 1], actions[[row], :length]
         e = model.model.lower(model.model.embed(one[:, :-1], act[:, :-1]))
-        probability, _ = model.switch(e)
+        probability, _ = model.switch(e)  # pyright: ignore[reportOptionalCall]
         code, z, u = output.actions[[row]], torch.zeros(4, dtype=torch.float64), []
         for t in range(length):
             z = code[0, t] if probability[0, t] >= 0.5 else z

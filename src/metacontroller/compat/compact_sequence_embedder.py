@@ -1,5 +1,5 @@
 """`CompactSequenceEmbedder`: the last state of a GRU at each episode's end, repeated."""
 
-from metacontroller.control.sequence_embedder import LastState as CompactSequenceEmbedder
+from .compat_parts import CompactSequenceEmbedder
 
 __all__ = ["CompactSequenceEmbedder"]

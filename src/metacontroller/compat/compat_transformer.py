@@ -18,6 +18,8 @@ from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import make_readout
 from metacontroller.models.transformer import Transformer as HouseTransformer
 
+from .compat_names import TheirSave, other_name
+
 RENAMED = {"attn_dim_head": "dim_head", "attn_heads": "heads", "pre_norm_has_final_norm": "final_norm"}
 """Options of bodies: theirs to ours."""
 
@@ -70,6 +72,8 @@ class Residual(NamedTuple):
 def body_options(options: dict[str, Any], dim: int) -> dict[str, Any]:
     """Options of a body under our names; UserError for those that we do not have."""
     ours = {RENAMED.get(name, name): value for name, value in options.items() if name not in IGNORED}
+    if ours.get("kind", "attention") == "attention" and dim % ours.get("heads", 4):
+        ours.setdefault("dim_head", 64)
     if "ff_mult" in ours:
         ours["mlp_dim"] = int(ours.pop("ff_mult") * dim)
     known = {"kind", "depth", "heads", "dim_head", "mlp_dim", "width", "final_norm"}
@@ -79,7 +83,7 @@ def body_options(options: dict[str, Any], dim: int) -> dict[str, Any]:
     return ours
 
 
-class Transformer(HouseTransformer):
+class Transformer(TheirSave, HouseTransformer):
     """The house's action model under the other library's keywords; ``forward`` dispatches to one of four calls."""
 
     def __init__(
@@ -128,7 +132,7 @@ class Transformer(HouseTransformer):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        state: Tensor,
+        state: Tensor | tuple[Tensor, Tensor],
         actions: Tensor | None = None,
         meta_controller: Any = None,
         cache: TransformerOutput | None = None,
@@ -152,14 +156,18 @@ class Transformer(HouseTransformer):
         hard_switch: bool | None = None,
         metacontroller_residual_stream_dropout: float = 0.0,
     ) -> Any:
-        """Embeds, clones, discovers or acts, as the arguments say; UserError where they do not go together."""
+        """Embeds, clones, discovers or acts, as the arguments say; UserError where they do not go together.
+
+        state: a pair, choices (b, t) or (b, t, k) and numbers (b, t, m), where the model reads both.
+        """
         if discovery_phase and force_behavior_cloning:
             raise UserError("discovery_phase and force_behavior_cloning are both true; choose one.")
         steering = self.meta_controller if meta_controller is None else meta_controller
         steering = None if force_behavior_cloning else steering
+        self._ensure_consistent_device(steering)
         if discovery_phase and steering is None:
             raise UserError("meta_controller is missing; discovery_phase = True needs one.")
-        state = state[..., None] if state.dim() == 2 and not state.is_floating_point() else state  # one choice a step
+        state = joined_states(state)
         clones = steering is None and not return_raw_action_dist and not return_cache
         learns = (discovery_phase or clones) and not return_action_cache and state.shape[1] > 1
         if clones and state.shape[1] == 1 and cache is None and not return_embed:
@@ -275,6 +283,12 @@ class Transformer(HouseTransformer):
             self.eval()
         steering.train_internal_rl(eval_rest)
 
+    def _ensure_consistent_device(self, network: Any) -> None:
+        """Moves a metacontroller to the model's device, where it lies on another one."""
+        device = self.norm.weight.device
+        if isinstance(network, nn.Module) and next(network.parameters()).device != device:
+            network.to(device)
+
     def _steering(self, meta_controller: Any = None) -> Any:
         steering = self.meta_controller if meta_controller is None else meta_controller
         if steering is None:
@@ -300,9 +314,29 @@ class Transformer(HouseTransformer):
         return 0.0 if self.meta_controller is None else self.meta_controller.current_kl_loss_weight
 
     def _running(self, name: str) -> Tensor | None:
-        scales: Any = self.loss_scales
-        return scales[name].scale if self.normalize_state_action_losses else None
+        scale = self._normalizer(name)
+        return None if scale is None else scale.scale
 
+    state_embed = other_name("encoder")
+    dynamics_model = other_name("next_latent")
+    next_latent_prediction_action_embed = other_name("next_latent_action")
+
+    @property
+    def action_embed(self) -> Any:
+        """What embeds past actions, None where they are not read."""
+        return self.action_readout.embed if self.condition_on_actions else None
+
+    @property
+    def has_next_latent_loss(self) -> bool:
+        return self.next_latent_loss_weight > 0
+
+    def _normalizer(self, name: str) -> Any:
+        return self.loss_scales[name] if self.normalize_state_action_losses else None
+
+    bc_state_loss_normalizer = property(lambda self: self._normalizer("bc_state"))
+    bc_action_loss_normalizer = property(lambda self: self._normalizer("bc_action"))
+    discovery_state_loss_normalizer = property(lambda self: self._normalizer("discovery_state"))
+    discovery_action_loss_normalizer = property(lambda self: self._normalizer("discovery_action"))
     running_bc_state_loss = property(lambda self: self._running("bc_state"))
     running_bc_action_loss = property(lambda self: self._running("bc_action"))
     running_discovery_state_loss = property(lambda self: self._running("discovery_state"))
@@ -313,6 +347,14 @@ def states_as_entries(options: dict[str, Any]) -> dict[str, Any]:
     """A single choice as a list of one, as the house's encoder of choices takes it."""
     number = options.get("num_discrete")
     return {**options, "num_discrete": [number]} if isinstance(number, int) else options
+
+
+def joined_states(state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """States as one tensor (b, t, ...): a single choice (b, t) as (b, t, 1), choices and numbers side by side."""
+    if not isinstance(state, Tensor):
+        chosen, numbers = joined_states(state[0]), state[1]
+        return torch.cat([chosen.to(numbers.dtype), numbers], -1)
+    return state[..., None] if state.dim() == 2 and not state.is_floating_point() else state
 
 
 def clamped_lengths(lengths: Tensor | None, steps: int) -> Tensor | None:

@@ -6,24 +6,45 @@ by docs/from-metacontroller-pytorch.md. The module is importable as ``metacontro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from metacontroller.control.codes import bounded
-from metacontroller.control.losses import ratio_loss as house_ratio_loss
-from metacontroller.control.losses import target_policy_loss, z_score
 from metacontroller.control.metacontroller import MetaController as HouseMetaController
-from metacontroller.control.proposers import ModuleProposer, StepwisePolicy, make_proposer
+from metacontroller.control.proposers import (
+    BodyProposer,
+    GruProposer,
+    MinGruProposer,
+    MlpProposer,
+    ModuleProposer,
+    StepwisePolicy,
+    make_proposer,
+)
 from metacontroller.control.schedules import LossWeights
 from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
 from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
 from metacontroller.control.switching import regular_switches
-from metacontroller.data.trajectories import length_mask
-from metacontroller.models.loss_scale import LossScale as LossNormalizer
-from metacontroller.models.next_latent import NextLatent as ResidualDynamics
+from metacontroller.ranges import check_options
 
+from . import compat_losses as losses
+from .compat_losses import (
+    GRPOOutput,
+    binary_entropy,
+    extract_grpo_data,
+    policy_loss,
+    ratio_loss,
+    tpo_loss,
+    tpo_target,
+    z_score,
+)
+from .compat_names import TheirSave, other_name
+from .compat_parts import (
+    ActionProposerWrapper,
+    BidirectionalSequenceEmbedder,
+    CausalSequenceEmbedder,
+    LossNormalizer,
+    ResidualDynamics,
+)
 from .compat_transformer import (
     BehavioralCloningLosses,
     DiscoveryLosses,
@@ -32,10 +53,15 @@ from .compat_transformer import (
     TransformerOutput,
     body_options,
 )
+from .sequential_action_selection import SequentialActionSelectionOutput, perform_sequential_action_selection
+
+SequentialSelectionOutput = SequentialActionSelectionOutput
 
 __all__ = [
     "ActionProposerWrapper",
     "BehavioralCloningLosses",
+    "BidirectionalSequenceEmbedder",
+    "CausalSequenceEmbedder",
     "DiscoveryLosses",
     "GRPOOutput",
     "Hiddens",
@@ -43,39 +69,26 @@ __all__ = [
     "MetaController",
     "MetaControllerOutput",
     "ResidualDynamics",
+    "SequentialActionSelectionOutput",
+    "SequentialSelectionOutput",
     "Transformer",
     "TransformerOutput",
     "binary_entropy",
-    "bounded",
     "extract_grpo_data",
+    "perform_sequential_action_selection",
     "policy_loss",
     "ratio_loss",
-    "target_policy_loss",
+    "tpo_loss",
+    "tpo_target",
     "z_score",
 ]
 
+HOUSE_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
+EMBEDDER_GIVEN = ("dim_model", "dim_sequence", "dim")
 ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
 
 
-class GRPOOutput(NamedTuple):
-    """What internal RL stores of a step: (b, 1, n_e), (b, 1, n_z), (b, 1, entries), (b, 1)."""
-
-    state: Tensor
-    action: Tensor
-    log_prob: Tensor
-    switch_beta: Tensor
-
-
-class ActionProposerWrapper(ModuleProposer):
-    """Any module as an action proposer."""
-
-    def __init__(
-        self, module: nn.Module, cache_key: str = "cache", return_cache_key: str | None = "return_hiddens"
-    ) -> None:
-        super().__init__(module, cache_key, return_cache_key)
-
-
-class MetaController(HouseMetaController):
+class MetaController(TheirSave, HouseMetaController):
     """The house's metacontroller under the other library's keywords.
 
     The policy over codes (its action proposer) reads every step. The first positional arguments and defaults are those
@@ -133,26 +146,22 @@ class MetaController(HouseMetaController):
             **codes,
         )
         self.remember_arguments(given | codes)
+        self.compact_sequence_embedding = compact_sequence_embedding
         embedder: Any = ATTENTION if internal_sequence_embedder is None else internal_sequence_embedder
         if compact_sequence_embedding:
             embedder = LastState(dim_model)
         if isinstance(embedder, dict):
-            self.sequence_embedder = SequenceEmbedder(
-                dim_model,
-                dim_sequence_summary_embed,
-                dim=dim_model,
-                kind="attention" if bidirectional else "causal-attention",
-                pooled=bidirectional and pool_embedded_sequence,
-                **body_options(embedder, dim_model),
-            )
+            options = {"kind": "attention", **body_options(embedder, dim_model), "pooled": pool_embedded_sequence}
+            if options["kind"] == "attention" and not bidirectional:
+                options |= {"kind": "causal-attention", "pooled": False}
+            check_options("internal_sequence_embedder", options, SequenceEmbedder, given=EMBEDDER_GIVEN)
+            self.sequence_embedder = SequenceEmbedder(dim_model, dim_sequence_summary_embed, dim=dim_model, **options)
         else:
             self.sequence_embedder = ModuleEmbedder(embedder, dim_model, dim_sequence_summary_embed)
         proposer: Any = ATTENTION if action_proposer is None else action_proposer
         if isinstance(proposer, dict):
             proposer = make_proposer(dim_model, **body_options(proposer, dim_model))
-        elif not hasattr(proposer, "cache_key"):
-            proposer = ModuleProposer(proposer)
-        self.policy = StepwisePolicy(proposer, dim_model, self.codes.params)
+        self.policy = StepwisePolicy(as_proposer(proposer), dim_model, self.codes.params)
         self.switch_temperature, self.hard_switch = switch_temperature, hard_switch
         self.straight_through, self.code_bound = hard_switch_straight_through, latent_action_barrier_scale
         self.ratio_chunk = ratio_loss_chunk_size
@@ -166,7 +175,7 @@ class MetaController(HouseMetaController):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Modules that the other library lets one replace, under its names."""
+        """Modules that the other library lets one replace, under its names, and the weight that has a schedule."""
         if name == "internal_sequence_embedder":
             self.sequence_embedder = ModuleEmbedder(
                 value, self.dim_model, self.sequence_embedder.project_out.out_features
@@ -174,7 +183,9 @@ class MetaController(HouseMetaController):
         elif name == "emitter":
             self.encoder = nn.Sequential(value, nn.Identity(), self.encoder[-1])
         elif name == "action_proposer":
-            self.policy.proposer = value
+            self.policy.proposer = as_proposer(value)
+        elif name == "ratio_loss_weight" and self.__dict__.get("ratio_loss_weight") is not None:
+            self.loss_weights.ratio_start = self.__dict__["ratio_loss_weight"] = value  # pyright: ignore[reportOptionalMemberAccess]
         else:
             super().__setattr__(name, value)
 
@@ -187,24 +198,29 @@ class MetaController(HouseMetaController):
         return self.encoder[:-1] if isinstance(self.encoder[1], nn.ReLU) else self.encoder[0]
 
     @property
-    def action_proposer(self) -> nn.Module:
-        return self.policy.proposer
+    def has_ratio_loss(self) -> bool:
+        return self.ratio_loss_weight > 0
 
-    @property
-    def decoder(self) -> nn.Module:
-        return self.controller
+    # parts and options under the other library's names
 
-    @property
-    def switching_unit(self) -> nn.Module:
-        return self.switching
-
-    @property
-    def summary_gru(self) -> nn.Module:
-        return self.history
-
-    @property
-    def target_temporal_segment_len(self) -> float:
-        return self.target_segment_length
+    action_proposer = other_name("policy.proposer")
+    action_proposer_mean_log_var = other_name("policy.readout")
+    decoder = other_name("controller")
+    switching_unit = other_name("switching")
+    summary_gru = other_name("history")
+    to_sequence_summary_embed = other_name("sequence_embedder.project_out")
+    target_temporal_segment_len = other_name("target_segment_length")
+    ratio_loss_chunk_size = other_name("ratio_chunk")
+    hard_switch_straight_through = other_name("straight_through")
+    latent_action_barrier_scale = other_name("code_bound")
+    kl_loss_weight = other_name("loss_weights.kl")
+    kl_loss_warmup_steps = other_name("loss_weights.kl_warmup")
+    kl_loss_step_count = other_name("loss_weights.count")
+    apply_kl_loss_weight = other_name("loss_weights.apply_kl")
+    current_kl_loss_weight = other_name("loss_weights.current_kl")
+    current_ratio_loss_weight = other_name("loss_weights.current_ratio")
+    ratio_loss_final_weight = other_name("loss_weights.ratio_final")
+    ratio_loss_warmdown_steps = other_name("loss_weights.ratio_warmdown")
 
     # internal RL
 
@@ -235,103 +251,24 @@ class MetaController(HouseMetaController):
         """KL to the prior: of Gaussian codes by entry, of binary ones as a whole, beyond the free bits."""
         return self.codes.kl_entries(action_dist) if self.codes.kind == "gaussian" else self.codes.kl(action_dist)
 
-    def policy_loss(self, *arguments: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """See `policy_loss`."""
-        return policy_loss(self, *arguments, **options)
+    def log_prob(self, action_dist: Tensor, sampled_latent_action: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Log-probability of each entry of the codes, (b, t, entries)."""
+        return super().log_prob(action_dist, sampled_latent_action)
 
-    def ratio_loss(self, *arguments: Any, **options: Any) -> Tensor:
-        """See `ratio_loss`."""
-        return ratio_loss(self, *arguments, **options)
-
-    # weights of losses
-
-    @property
-    def kl_loss_weight(self) -> float:
-        return self.loss_weights.kl if self.loss_weights is not None else 1.0
-
-    @property
-    def current_kl_loss_weight(self) -> float:
-        return self.loss_weights.current_kl if self.loss_weights is not None else 1.0
-
-    @property
-    def current_ratio_loss_weight(self) -> float:
-        return self.loss_weights.current_ratio if self.loss_weights is not None else self.ratio_loss_weight
+    policy_loss = losses.policy_loss  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride] - theirs
+    ratio_loss = losses.ratio_loss
 
     def maybe_increment_kl_loss_step(self) -> None:
         """Counts an update, for weights that change with their number."""
-        if self.loss_weights is not None:
-            self.loss_weights.step()
+        self.loss_weights.step()  # pyright: ignore[reportOptionalMemberAccess] - set in __init__
 
     def reset_kl_loss_warmup(self) -> None:
         """Begins the count again."""
-        if self.loss_weights is not None:
-            self.loss_weights.reset()
+        self.loss_weights.reset()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def policy_loss(
-    meta_controller: HouseMetaController,
-    state: Tensor,
-    old_log_probs: Tensor,
-    actions: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    episode_lens: Tensor | None = None,
-    eps_clip: float | tuple[float, float] = 0.2,
-    switch_beta_frequency: int | None = None,
-    return_kl_loss: bool = False,
-    kl_loss_weight: float = 0.0,
-    use_tpo: bool = False,
-    tpo_eta: float = 1.0,
-    tpo_group_size: int | None = None,
-    per_entry: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The policy's loss on stored episodes, and if asked for the weighted KL; see ``policy_losses`` of the house.
-
-    mask (b, t) or (b, t, 1): switches, every step if None. switch_beta_frequency: switches at regular steps instead.
-    """
-    batch, steps = state.shape[:2]
-    if switch_beta_frequency is not None:
-        mask = regular_switches(batch, steps, switch_beta_frequency).to(state.device)
-    losses = HouseMetaController.policy_losses(
-        meta_controller,
-        state,
-        old_log_probs,
-        actions,
-        advantages.flatten() if advantages.numel() == batch else advantages.view(batch, steps),
-        mask[..., 0] if mask is not None and mask.dim() == 3 else mask,
-        episode_lens,
-        eps_clip,
-        objective="target" if use_tpo else "clipped",
-        eta=tpo_eta,
-        group=tpo_group_size,
-        per_entry=per_entry,
-    )
-    return (losses.surrogate, losses.kl * kl_loss_weight) if return_kl_loss else losses.surrogate
-
-
-def ratio_loss(
-    meta_controller: HouseMetaController,
-    target_segment_len: float,
-    switch_beta: Tensor,
-    hard_switch_beta: Tensor | None = None,
-    episode_lens: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Tensor:
-    """The ratio loss of given switching probabilities (b, t); hard switches are those at 0.5 and above if not given."""
-    steps = switch_beta.shape[1]
-    lengths = switch_beta.new_full((len(switch_beta),), steps) if episode_lens is None else episode_lens
-    return house_ratio_loss(
-        switch_beta, length_mask(lengths, steps), target_segment_len, chunk=chunk_size, hard=hard_switch_beta
-    )
-
-
-def extract_grpo_data(meta_controller: Any, transformer_output: Any) -> GRPOOutput:
-    """What internal RL stores of the step that left ``transformer_output``."""
-    output = transformer_output.prev_hiddens.meta_controller
-    log_prob = meta_controller.log_prob(output.action_dist, output.actions)
-    return GRPOOutput(output.input_residual_stream, output.actions, log_prob, output.switch_beta)
-
-
-def binary_entropy(probability: Tensor) -> Tensor:
-    """Entropy of Bernoullis in nats, elementwise."""
-    return torch.special.entr(probability) + torch.special.entr(1 - probability)
+def as_proposer(module: nn.Module) -> nn.Module:
+    """A module as a proposer of the house: one that is one as it is, others as they take a cache, a GRU its state."""
+    if isinstance(module, HOUSE_PROPOSERS):
+        return module
+    return ModuleProposer(module, "hx" if isinstance(module, nn.GRU) else "cache")

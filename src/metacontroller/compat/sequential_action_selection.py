@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.kernels.gru_gate import gru_gate
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "SequentialActionSelectionOutput",
     "perform_sequential_action_selection",
     "pytorch_sequential_action_selection",
+    "torch_jax_sequential_selection",
 ]
 
 HAS_JAX = False
@@ -57,3 +59,8 @@ def perform_sequential_action_selection(
 
 
 pytorch_sequential_action_selection = perform_sequential_action_selection
+
+
+def torch_jax_sequential_selection(*arguments: Any, **options: Any) -> SequentialActionSelectionOutput:
+    """UserError: there is no JAX here."""
+    raise UserError("torch_jax_sequential_selection needs JAX, which is not used here; HAS_JAX is False.")

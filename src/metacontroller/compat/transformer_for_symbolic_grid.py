@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from metacontroller.errors import UserError
+
 from .compat_transformer import Transformer
 
 __all__ = ["TransformerForSymbolicGrid"]
@@ -22,6 +24,8 @@ class TransformerForSymbolicGrid(Transformer):
         convnext_kernel_size: int = 3,
         **options: Any,
     ) -> None:
+        if "state_embed_readout" in options:
+            raise UserError("state_embed_readout is given; leave it out: num_discrete and grid_size say what is read.")
         grid = {"sizes": list(num_discrete), "side": grid_size}
         depth = {"depth": spatial_processor_depth, "kernel": convnext_kernel_size}
         super().__init__(dim, state_embed_readout={"symbolic_grid": grid | depth}, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from metacontroller.models.resnet import ResNet, ResNetDecoder, pixel_losses
 
 from .compat_transformer import BehavioralCloningLosses, Transformer, body_options
 
-__all__ = ["TransformerWithResnet"]
+__all__ = ["TransformerWithResnet", "resnet18", "resnet34", "resnet50"]
 
 
 class TransformerWithResnet(Transformer):
@@ -65,24 +66,44 @@ class TransformerWithResnet(Transformer):
     ) -> Any:
         """As of `Transformer`, and with ``return_visual_autoencoder_loss`` the pixel loss beside it.
 
-        Where a metacontroller steers, the model is frozen, and so is what sees.
+        Where a metacontroller steers, the model is frozen, and so is what sees: batch norms keep their statistics.
         """
         given = options.get("meta_controller")
         steered = (self.meta_controller if given is None else given) is not None
-        with torch.no_grad() if steered and not options.get("force_behavior_cloning") else nullcontext():
-            images = self._images(state)
-            feature_map = self.visual_encoder.feature_map(images.flatten(0, 1))
-            encoded = self._encoded(feature_map).unflatten(0, state.shape[:2])
+        with self._still() if steered and not options.get("force_behavior_cloning") else nullcontext():
+            encoded, feature_map, images = self._seen(state)
             pixels = None
             if return_visual_autoencoder_loss:
-                pixels = self._pixel_loss(feature_map, images, options.get("episode_lens"))
+                pixels = self.visual_reconstruction_loss(feature_map, images, options.get("episode_lens"))
         result = super().forward(encoded, actions, **options)
         return result if pixels is None else (result, pixels)
 
-    def visual_encode(self, state: Tensor) -> Tensor:
-        """Features (b, t, n) of images."""
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Context in which what sees gets no gradient and keeps its statistics."""
+        parts = [part for part in (self.visual_encoder, self.visual_decoder) if part.training]
+        for part in parts:
+            part.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part in parts:
+                part.train()
+
+    def visual_encode(self, x: Tensor, return_feature_map: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Features (b, t, n) of images, and if asked the maps (b, t, c, y, x) they are means of, and the pixels."""
+        encoded, feature_map, images = self._seen(x)
+        return (encoded, feature_map, images) if return_feature_map else (encoded, None, None)
+
+    def _seen(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (b, t, n), feature maps and pixels (b, t, c, y, x)."""
         images = self._images(state)
-        return self._encoded(self.visual_encoder.feature_map(images.flatten(0, 1))).unflatten(0, state.shape[:2])
+        feature_map = self.visual_encoder.feature_map(images.flatten(0, 1))
+        return tuple(
+            part.unflatten(0, images.shape[:2])
+            for part in (self._encoded(feature_map), feature_map, images.flatten(0, 1))
+        )  # pyright: ignore[reportReturnType]
 
     def _images(self, state: Tensor) -> Tensor:
         """(b, t, c, y, x) floats; UserError for another shape."""
@@ -99,10 +120,13 @@ class TransformerWithResnet(Transformer):
         cells = cells if self.attn is None else self.attn(cells)
         return self.final_norm(self.visual_encoder.readout(cells.mean(1)))
 
-    def _pixel_loss(self, feature_map: Tensor, images: Tensor, lengths: Tensor | None) -> Tensor:
-        """The mean over real states of -log p of their pixels; a scalar."""
+    def visual_reconstruction_loss(
+        self, feature_map: Tensor, normalized_pixels: Tensor, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The mean over real states of -log p of their pixels, from what `visual_encode` gives; a scalar."""
+        images = normalized_pixels
         batch, steps = images.shape[:2]
-        mean, log_variance = self.visual_decoder(feature_map, images.shape[-2:])
+        mean, log_variance = self.visual_decoder(feature_map.flatten(0, 1), images.shape[-2:])
         losses = pixel_losses(mean, log_variance, images.flatten(0, 1)).view(batch, steps)
         real = torch.full((batch,), steps, device=images.device) if lengths is None else lengths
         return masked_mean(losses, length_mask(real, steps))
@@ -112,3 +136,18 @@ class TransformerWithResnet(Transformer):
     ) -> BehavioralCloningLosses:
         """The next state is a target alone: features that came to meet their prediction could all become one."""
         return super()._losses(phase, hidden, logits, state.detach(), *others)
+
+
+def resnet18(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
+    """The house's network of 18 layers, images (b, 3, y, x) -> (b, num_classes)."""
+    return ResNet(18, num_classes, layer_norm=use_layernorm)
+
+
+def resnet34(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
+    """The same of 34 layers."""
+    return ResNet(34, num_classes, layer_norm=use_layernorm)
+
+
+def resnet50(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
+    """The same of 50 layers."""
+    return ResNet(50, num_classes, layer_norm=use_layernorm)

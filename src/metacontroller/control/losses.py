@@ -114,10 +114,19 @@ def target_policy_loss(
     positive and b is a multiple of ``group``.
     """
     group = len(scores) if group is None else group
-    if eta <= 0:
-        raise UserError(f"eta is {eta}; expected a number above 0.")
     if group < 1 or len(scores) % group:
         raise UserError(f"{len(scores)} episodes do not divide into groups of {group}.")
     old, new, u = (values.view(-1, group) for values in (old_scores, scores, advantages))
-    target = (old.log_softmax(-1) + u / eta).softmax(-1).detach()
-    return -(target * new.log_softmax(-1)).sum(-1).mean()
+    return cross_entropy(new.log_softmax(-1), policy_target(old, u, eta).detach())
+
+
+def policy_target(old_scores: Tensor, advantages: Tensor, eta: float = 1.0) -> Tensor:
+    """q = softmax(log softmax(old_scores) + u / eta) along the last axis, u the advantages (`target_policy_loss`)."""
+    if eta <= 0:
+        raise UserError(f"eta is {eta}; expected a number above 0.")
+    return (old_scores.log_softmax(-1) + advantages / eta).softmax(-1)
+
+
+def cross_entropy(log_p: Tensor, q: Tensor) -> Tensor:
+    """-sum q log p along the last axis, a mean over the others; a scalar."""
+    return -(q * log_p).sum(-1).mean()

@@ -262,17 +262,19 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         with products(self.precision, residual):
             return residual + self.controller(z.to(residual.dtype), residual)
 
-    def act(
-        self, residual: Tensor, state: ControlState | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, MetaControllerOutput]:
+    def act(self, residual: Tensor, state: Any = None, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
         """One acting step: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and `MetaControllerOutput`.
 
         The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but its state
-        and the code change only at switches.
+        and the code change only at switches. A policy that reads every step has a state of its own, and an output as of
+        a module call.
         """
         self._check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
+        if self.policy.every_step:
+            control, output = self._steer(residual, state, False, True, False, None, 1.0, None, generator)
+            return residual + control, output
         state = self.initial_state(len(residual)) if state is None else state
         if len(state.history) != len(residual):
             raise UserError(f"the state has {len(state.history)} episodes; expected {len(residual)}, as the residual.")

@@ -47,7 +47,7 @@ class StepwisePolicy(nn.Module):
 
     def initial_state(self, batch: int) -> Tensor:
         """UserError: rollouts carry the state of a policy that reads switches alone."""
-        raise UserError("this policy reads every step; act by calls of the metacontroller, and not in rollouts.")
+        raise UserError("this policy reads every step; act step by step with the model, and not in rollouts.")
 
 
 class BodyProposer(nn.Module):

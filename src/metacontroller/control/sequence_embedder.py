@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
@@ -31,6 +32,7 @@ class SequenceEmbedder(nn.Module):
         depth: int = 1,
         heads: int = 4,
         dim_head: int | None = None,
+        mlp_dim: int | None = None,
         kind: EmbedderKind = "attention",
         pooled: bool = True,
     ) -> None:
@@ -40,11 +42,12 @@ class SequenceEmbedder(nn.Module):
         self.kind, self.pooled = kind, pooled
         self.project_in = nn.Linear(dim_model, dim)
         if kind == "hawk":
-            self.body = HawkBody(dim, depth=depth, heads=heads)
+            self.body = HawkBody(dim, depth=depth, heads=heads, mlp_dim=mlp_dim)
         elif kind == "gru":
             self.body = nn.GRU(dim, dim, num_layers=depth, batch_first=True)
         else:
-            self.body = AttentionBody(dim, depth=depth, heads=heads, dim_head=dim_head, causal=kind != "attention")
+            sizes = {"depth": depth, "heads": heads, "dim_head": dim_head, "mlp_dim": mlp_dim}
+            self.body = AttentionBody(dim, **sizes, causal=kind != "attention")
         self.norm = nn.LayerNorm(dim)
         self.project_out = nn.Linear(dim, dim_sequence)
 
@@ -68,6 +71,26 @@ class SequenceEmbedder(nn.Module):
         return self.project_out((x * weight).sum(1) / weight.sum(1))
 
 
+class PooledBody(nn.Module):
+    """An attention body with a norm at its end, whose mean over real steps is repeated at each of them if ``pooled``.
+
+    causal, options: of `AttentionBody`.
+    """
+
+    def __init__(self, dim: int, *, pooled: bool, causal: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.body, self.norm = AttentionBody(dim, causal=causal, **options), nn.LayerNorm(dim)
+        self.pooled = pooled
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **ignored: Any) -> Tensor:
+        """x (b, t, n); mask (b, t) bool of real steps, all if None -> (b, t, n)."""
+        hidden = self.norm(self.body(x, mask=mask))
+        if not self.pooled:
+            return hidden
+        weight = torch.ones_like(x[..., :1]) if mask is None else mask.to(x.dtype)[..., None]
+        return ((hidden * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).expand_as(hidden)
+
+
 class ModuleEmbedder(nn.Module):
     """Any module as a sequence embedder: ``module(residual, mask=mask)`` -> (b, t, n), then a linear map to n_s."""
 
@@ -82,11 +105,14 @@ class ModuleEmbedder(nn.Module):
 
 
 class LastState(nn.Module):
-    """A GRU's last state at each episode's end, repeated: (b, t, n) -> (b, t, n), the same at every step."""
+    """A GRU's last state at each episode's end, repeated: (b, t, n) -> (b, t, n), the same at every step.
 
-    def __init__(self, dim: int) -> None:
+    options: of the GRU, such as num_layers.
+    """
+
+    def __init__(self, dim: int, **options: Any) -> None:
         super().__init__()
-        self.gru = nn.GRU(dim, dim, batch_first=True)
+        self.gru = nn.GRU(dim, dim, batch_first=True, **options)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, episode_lens: Tensor | None = None) -> Tensor:
         """x (b, t, n); mask (b, t) bool or episode_lens (b,) tell the real steps, all if neither is given."""

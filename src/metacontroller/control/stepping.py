@@ -139,6 +139,7 @@ class SteeringSteps:
         given: Tensor | None,
         temperature: float,
         lengths: Tensor | None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, SteeringOutput]:
         batch, steps = residual.shape[:2]
         read = self.norm(residual)
@@ -154,7 +155,7 @@ class SteeringSteps:
         else:
             policy_state = self.policy.initial_state(batch) if policy_state is None else policy_state
             distribution, advanced = self.policy(residual, policy_state)
-        proposed = self.codes.sample(distribution, temperature=temperature)
+        proposed = self.codes.sample(distribution, generator, temperature=temperature)
         proposal = bounded(proposed, self.code_bound)
         z_before = proposal.new_zeros(batch, self.dim_latent) if state is None else state.z
         fresh = torch.zeros(batch, steps, dtype=torch.bool, device=residual.device)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from metacontroller.errors import UserError
 from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.image_encoder import ImageEncoder
+from metacontroller.models.mixed_encoder import MixedEncoder
 from metacontroller.models.readouts import (
     CategoricalReadout,
     GaussianReadout,
@@ -307,13 +308,15 @@ class PictureEncoder(nn.Module):
         return states[..., : self.pixels].unflatten(-1, self.image.shape), states[..., self.pixels :].long()
 
 
-Encoder = VectorEncoder | TokenEncoder | ImageEncoder | PictureEncoder | GridEncoder | SymbolicGridEncoder
+Encoder = (
+    VectorEncoder | TokenEncoder | ImageEncoder | PictureEncoder | GridEncoder | SymbolicGridEncoder | MixedEncoder
+)
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture = dict(...))``, ``dict(grid =
-    dict(...))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
+    [...])``, both of them without statistics, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture =
+    dict(...))``, ``dict(grid = dict(...))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
 
     UserError for other options.
     """
@@ -335,10 +338,13 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         return VectorEncoder(options["num_continuous"], dim, **statistics)
     if set(options) == {"num_discrete"} and not isinstance(options["num_discrete"], int):
         return TokenEncoder(dim, sizes=options["num_discrete"])
+    if set(options) == {"num_discrete", "num_continuous"} and not isinstance(options["num_discrete"], int):
+        return MixedEncoder(dim, sizes=options["num_discrete"], num_continuous=options["num_continuous"])
     if set(options) == {"image"}:
         return ImageEncoder(dim, options["image"])
     raise UserError(
         f"state_embed_readout is {given}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
-        "[...]) for choices, dict(tokens = dict(...)) for categories with a condition, dict(image = [...]) for images, "
+        "[...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for categories with a condition, "
+        "dict(image = [...]) for images, "
         "dict(picture = dict(...)) for images with categories beside them or dict(grid = dict(...)) for grid tokens."
     )

@@ -1,9 +1,12 @@
-"""Prediction of the next residuals, and what keeps residuals from collapsing meanwhile.
+"""Prediction of the next residuals and of that at the next switch, and what keeps residuals from collapsing meanwhile.
 
 Axes: b batch, t steps, n width, k steps ahead, m directions, s points of integration.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +46,42 @@ class LatentPrediction(nn.Module):
         log_prob = self.readout.log_prob(self.readout(residual[:, : -self.ahead]), following.flatten(2))
         return -masked_mean(log_prob, inside) / following[0, 0].numel()
 
+    def entropy(self, residual: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+        """Differential entropy in nats of the predictions, without a gradient: residual (b, t, n) -> (b, t).
 
-def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
+        weights (k,): of the residuals ahead; 1, 1/2, 1/4, .. if not given.
+        """
+        chosen = [0.5**step for step in range(self.ahead)] if weights is None else list(weights)
+        with torch.no_grad():
+            log_std = self.readout(residual).chunk(2, -1)[1].unflatten(-1, (-1, self.ahead))  # (b, t, n, k)
+            each = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-2)
+            return each @ each.new_tensor(chosen)
+
+
+class NextSwitch(nn.Module):
+    """Predicts the residual at the next switch from what the emitter knows at this one."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def loss(self, emitted: Tensor, residual: Tensor, switched: Tensor) -> Tensor:
+        """Mean absolute error over pairs of successive switches of an episode, 0 without any; a scalar.
+
+        emitted, residual (b, t, n_e), of which the residual gets no gradient; switched (b, t) bool.
+        """
+        rows, steps = switched.nonzero(as_tuple=True)  # of one row after another, in time
+        same = rows[1:] == rows[:-1]
+        now, following = (rows[:-1][same], steps[:-1][same]), (rows[1:][same], steps[1:][same])
+        predicted = self.linear(emitted[now])
+        if not len(predicted):
+            return predicted.sum()
+        return F.l1_loss(predicted, residual[following].detach())
+
+
+def sigreg(
+    vectors: Tensor, directions: Tensor, domain: tuple[float, float] = (-SPAN, SPAN), points: int = POINTS
+) -> Tensor:
     """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far vectors are from N(0, I).
 
     vectors (b, n), directions (m, n) of any length above 0 -> scalar. Along each unit direction, the characteristic
@@ -53,10 +90,13 @@ def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
         integral over -5..5 of |mean exp(i s x) - exp(-s^2 / 2)|^2 exp(-s^2 / 2) ds
 
     by the trapezoidal rule; a mean over directions. It is the statistic of Epps and Pulley without its factor b.
+    domain, points: of the integral, if not -5..5 and 17. UserError for fewer than 2 points.
     """
-    points = torch.linspace(-SPAN, SPAN, POINTS, device=vectors.device, dtype=vectors.dtype)
+    if points < 2:
+        raise UserError(f"points is {points}; expected at least 2.")
+    at = torch.linspace(*domain, points, device=vectors.device, dtype=vectors.dtype)
     projected = vectors @ F.normalize(directions, dim=-1).T  # (b, m)
-    angles = projected[..., None] * points
-    normal = torch.exp(-0.5 * points.square())
+    angles = projected[..., None] * at
+    normal = torch.exp(-0.5 * at.square())
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # (m, s)
-    return torch.trapezoid(distance * normal, points).mean()
+    return torch.trapezoid(distance * normal, at).mean()

@@ -15,21 +15,22 @@ from metacontroller.data.trajectories import masked_mean
 class NextLatent(nn.Module):
     """u_{t+1} = u_t + f(u_t, embedding of a_t), a residual MLP whose last layer starts at 0.
 
-    dim: n. hidden: width of the MLP. layers: of it, at least 1.
+    dim: n. dim_action: width of the embeddings, n if not given. hidden: width of the MLP. layers: of it, at least 1.
     """
 
-    def __init__(self, dim: int, *, hidden: int | None = None, layers: int = 3) -> None:
+    def __init__(self, dim: int, *, dim_action: int | None = None, hidden: int | None = None, layers: int = 3) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        self.norm = nn.LayerNorm(2 * dim)
-        widths = [2 * dim, *[hidden] * (layers - 1)]
+        inputs = dim + (dim if dim_action is None else dim_action)
+        self.norm = nn.LayerNorm(inputs)
+        widths = [inputs, *[hidden] * (layers - 1)]
         self.hidden = nn.ModuleList(nn.Linear(width, hidden) for width in widths)
         self.last = nn.Linear(hidden, dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        """latent (b, t, n), embedding of the action (b, t, n) -> the next latent (b, t, n)."""
+        """latent (b, t, n), embedding of the action (b, t, its width) -> the next latent (b, t, n)."""
         x = self.norm(torch.cat([latent, action], -1))
         for layer in self.hidden:
             x = F.silu(layer(x))

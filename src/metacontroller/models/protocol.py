@@ -17,6 +17,7 @@ from metacontroller.data.trajectories import check_lengths, check_tensor, length
 from metacontroller.errors import UserError
 from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.encoders import Encoder
+from metacontroller.models.mixed_encoder import MixedReadout
 from metacontroller.models.readouts import Readout
 from metacontroller.storage.module_file import Saveable
 
@@ -48,7 +49,7 @@ class SteerableModel(Saveable, nn.Module):
     dim: int
     encoder: Encoder
     action_readout: Readout
-    state_readout: Readout
+    state_readout: Readout | MixedReadout
 
     @property
     def depth(self) -> int:

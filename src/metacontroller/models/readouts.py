@@ -50,9 +50,12 @@ class CategoricalReadout(nn.Module):
         """Entropy in nats, (..., num_discrete) -> (...)."""
         return _categorical_entropy(logits)
 
-    def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One sample per step, (b, t) int64, by the Gumbel-max trick, which does not synchronize with the device."""
-        return (logits.float() + gumbel_noise(logits, generator)).argmax(-1)
+    def sample(self, logits: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
+        """One sample per step, (b, t) int64, by the Gumbel-max trick, which does not synchronize with the device.
+
+        temperature: divides the logits; 0 takes the likeliest.
+        """
+        return (logits.float() + temperature * gumbel_noise(logits, generator)).argmax(-1)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
         """UserError unless ``values`` are int64 of shape ``steps`` (b, t), within 0..num_discrete-1."""
@@ -114,9 +117,9 @@ class MultiCategoricalReadout(nn.Module):
         """Entropy in nats of all choices together, (..., sum of num_discrete) -> (...)."""
         return torch.stack([_categorical_entropy(block) for block in logits.split(self.num_discrete, -1)]).sum(0)
 
-    def sample(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One sample per step, (b, t, k) int64, by the Gumbel-max trick."""
-        perturbed = logits.float() + gumbel_noise(logits, generator)
+    def sample(self, logits: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
+        """One sample per step, (b, t, k) int64, by the Gumbel-max trick; temperature: divides the logits."""
+        perturbed = logits.float() + temperature * gumbel_noise(logits, generator)
         return torch.stack([block.argmax(-1) for block in perturbed.split(self.num_discrete, -1)], -1)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
@@ -193,9 +196,11 @@ class GaussianReadout(nn.Module):
         log_std = params.chunk(2, -1)[1]
         return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
-    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One sample per step, (b, t, a)."""
-        return sample_gaussian(params, generator)
+    def sample(self, params: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
+        """One sample per step, (b, t, a); temperature: multiplies the standard deviation."""
+        mean = params.chunk(2, -1)[0]
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return sample_gaussian(params, noise=noise if temperature == 1 else temperature * noise)
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:
         """UserError unless ``values`` are finite floats of shape (*steps, a), where ``steps`` is (b, t)."""
