@@ -23,6 +23,7 @@ from metacontroller.data.spaces import (
     without_text,
 )
 from metacontroller.errors import UserError
+from metacontroller.storage.plain_files import check_regular
 
 
 def open_minari(dataset: Any) -> Any:
@@ -33,6 +34,9 @@ def open_minari(dataset: Any) -> Any:
     if not isinstance(dataset, str):
         return dataset
     minari = _minari(f"dataset {dataset!r} is no folder and no package.module:function; as the ID of Minari's it needs")
+    for path in minari.storage.get_dataset_path(dataset).glob("data/*"):
+        if not path.is_dir():
+            check_regular(path)  # a pipe would be waited for
     if dataset not in minari.list_local_datasets():
         known = ", ".join(minari.list_local_datasets()) or "none"
         raise UserError(

@@ -258,7 +258,9 @@ def _open(path: Path) -> np.ndarray:
     check_regular(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy parses the header as Python does, and fails in as many ways
         raise UserError(f"{path} is no whole array ({error}); write the store again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim < 1:
         raise UserError(f"{path} holds no array of numbers; write the store again.")

@@ -82,13 +82,7 @@ def verify(path: Path) -> None:
     """UserError unless the manifest of the file's folder lists its content; a folder without one is told once."""
     folder = _folder_of(path)
     if folder is None:
-        if (path.parent / CONFIG).exists() and path.parent not in _warned:
-            _warned.add(path.parent)
-            print(
-                f"metacontroller: {path.parent} has no {NAME}: its files are read unchecked.",
-                file=sys.stderr,
-                flush=True,
-            )
+        _say_unchecked(path.parent)
         return
     entry = _read(folder).get(_key(folder, path))
     mend = f"copy it from where it was made, or delete it and run again what made it; {folder / NAME} lists what is."
@@ -108,9 +102,18 @@ def verify(path: Path) -> None:
 def listed_metrics(folder: Path) -> dict[str, Any] | None:
     """The size and SHA-256 of the first part of metrics.jsonl; None where none is listed. Ask before reading it."""
     if not (folder / NAME).exists():
+        if (folder / METRICS).exists():
+            _say_unchecked(folder)
         return None
     entry = _read(folder).get(METRICS)
     return None if entry is None else entry["versions"][0]
+
+
+def _say_unchecked(folder: Path) -> None:
+    """Tells once that a run's folder has no manifest."""
+    if (folder / CONFIG).exists() and folder not in _warned:
+        _warned.add(folder)
+        print(f"metacontroller: {folder} has no {NAME}: its files are read unchecked.", file=sys.stderr, flush=True)
 
 
 def _config_versions(folder: Path) -> list[dict[str, Any]]:

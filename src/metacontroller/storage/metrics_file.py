@@ -29,7 +29,9 @@ def read_lines(path: Path, listed: Mapping[str, Any] | None) -> list[dict[str, A
         return []
     left, digest = 0 if listed is None else listed["size"], hashlib.sha256()
     if check_regular(path) < left:
-        raise UserError(f"{path} has less than the {left} bytes that were written: it was cut or swapped; {_mend(path)}")
+        raise UserError(
+            f"{path} has less than the {left} bytes that were written: it was cut or swapped; {_mend(path)}"
+        )
     kept: list[dict[str, Any]] = []
     reached: dict[str, dict[str, Any]] = {}  # by phase: its last line
     with path.open("rb") as file:

@@ -220,13 +220,18 @@ class RunFolder:
             present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
             raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
         check_regular(path)
+        incomplete = UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            opened = safe_open(path, framework="pt", device=str(device))
+        except (SafetensorError, MemoryError) as error:  # MemoryError: of a length that cannot be mapped
+            raise incomplete from error
+        try:
+            with opened as file:
                 header = (file.metadata() or {}).get(_HEADER)
                 manifest.verify(path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
+            raise incomplete from error
         check_finite(tensors, str(path))
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}

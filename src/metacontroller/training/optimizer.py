@@ -144,6 +144,8 @@ class Learner:
             load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
             load_generator(self.generator, tensors["generator"])
             return int(meta["step"]), tensors
+        except UserError as error:
+            raise UserError(f"{run.checkpoint_path(phase)}: {error}") from error
         except (KeyError, TypeError, IndexError, RuntimeError) as error:
             raise UserError(
                 f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
