@@ -15,8 +15,8 @@ A trial damages one file of a sound folder (`damage_kinds`), reads the folder (`
     memory            more than `MEMORY_MB` beyond what the process needed after it had read every sound file
 
 of which the first three are as they should be. Trials run in processes of their own; each limits its address space
-(RLIMIT_AS) to what it had after importing everything and reading every sound file, and `MEMORY_MB` more, so that a reader
-that asks for more meets a MemoryError whatever it would have touched; peaks of resident memory are told beside.
+(RLIMIT_AS) to what it had after importing everything and reading every sound file, and `MEMORY_MB` more, so that a
+reader that asks for more meets a MemoryError whatever it would have touched; peaks of resident memory are told beside.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ class Process:
 
     def __init__(self, work: Path, seed: int, trials: list[int], start: Callable[..., Any]) -> None:
         self.work, self.seed, self.left, self.start_process = work, seed, trials, start
+        self.slow: set[int] = set()  # trials that had no end in time once; on a busy machine that may be chance
         self.start()
 
     def start(self) -> None:
@@ -239,12 +240,16 @@ class Process:
                 return
             failure = ("traceback", f"the process ended with status {self.process.exitcode}")
         if self.trial is not None and time.monotonic() - self.since > HANG_S:
-            failure = ("hang", f"no end after {HANG_S} s")
+            failure = ("hang", f"no end after {HANG_S} s, twice")
         if failure is None:
             return
         self.stop()
         if self.trial is None:
             sys.exit(f"a process did not begin: {failure[1]}")
+        if failure[0] == "hang" and self.trial not in self.slow:
+            self.slow.add(self.trial)
+            self.start()
+            return
         findings.add(Found(self.trial, reader_of(self.trial, self.seed, readers)[0], "?", *failure))
         self.left = [trial for trial in self.left if trial != self.trial]
         self.start()

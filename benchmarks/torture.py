@@ -1,9 +1,9 @@
 """What does a run survive? `make torture` kills, signals, starves and damages runs of the preset debug.
 
-Commands are killed and signalled at random instants and resumed; what they leave must be that of a command that was left
-alone, bit by bit (`torture_runs`). Then every fault of the system (`torture_faults`), and files that are damaged at random
-(`damage`): each has to meet an error that names it, or to mean what it meant. Prints each trial that fails as it does, and
-one page of tables at the end, which --out writes too. Exits with status 1 if anything failed.
+Commands are killed and signalled at random instants and resumed; what they leave must be that of a command that was
+left alone, bit by bit (`torture_runs`). Then every fault of the system (`torture_faults`), and files that are damaged
+at random (`damage`): each has to meet an error that names it, or to mean what it meant. Prints each trial that fails as
+it does, and one page of tables at the end, which --out writes too. Exits with status 1 if anything failed.
 
     python benchmarks/torture.py [--kills 100] [--signals 40] [--files 10000] [--minutes 30] [--seed 0] [--out PAGE.md]
 
@@ -83,10 +83,10 @@ def page(tally: Tally, refused: dict[str, str | None], files: Findings, minutes:
     """All results as a page."""
     lines = ["# What runs survive", "", f"`{command}`, {minutes:.1f} minutes on {machine()}.", ""]
     lines += [
-        "Commands of the preset debug, killed (SIGKILL) or told to stop (SIGTERM, SIGINT) at a random instant and resumed. "
-        "Failed: anything of what is left, tensor, array, metric or result, is not that of the command left alone; or a "
-        f"signal did not end it with status 143 or 130, within {FAREWELL_S:.0f} s, with one line that names the command "
-        "which resumes (that line is what resumed it).",
+        "Commands of the preset debug, killed (SIGKILL) or told to stop (SIGTERM, SIGINT) at a random instant, and "
+        "resumed. Failed: anything of what is left, tensor, array, metric or result, is not that of the command left "
+        f"alone; or a signal did not end it with status 143 or 130, within {FAREWELL_S:.0f} s, with one line that "
+        "names the command which resumes (that line is what resumed it).",
         "",
         *tally.table(),
         "",
@@ -96,14 +96,14 @@ def page(tally: Tally, refused: dict[str, str | None], files: Findings, minutes:
         "|---|---|",
         *(f"| {name} | {told(failure)} |" for name, failure in refused.items()),
         "",
-        f"{files.total} damaged files, by what read them; good are the first three columns. Said unchecked: values changed "
-        "where the format has no place for a checksum, and the reader or the documentation says so (folders without a "
-        "manifest and stores of format 1, as older releases wrote them; Minari).",
+        f"{files.total} damaged files, by what read them; good are the first three columns. Said unchecked: values "
+        "changed where the format has no place for a checksum, and the reader or the documentation says so (folders "
+        "without a manifest and stores of format 1, as older releases wrote them; Minari).",
         "",
         *table_of_files(files),
         "",
-        f"Address space was limited to {MEMORY_MB} MB beyond what a process had after reading every sound file; at most "
-        f"{files.peak_mb:.0f} MB of it were resident. Kinds of damage: "
+        f"Address space was limited to {MEMORY_MB} MB beyond what a process had after reading every sound file; at "
+        f"most {files.peak_mb:.0f} MB of it were resident. Kinds of damage: "
         + ", ".join(f"{name} {count}" for name, count in sorted(files.kinds.items()))
         + ".",
         "",

@@ -1,7 +1,7 @@
 """What the system refuses, one fault after the other: a part of `torture.py`.
 
-Each has to end a command with the status that docs/reliability.md names and with one line on standard error; where there
-is something to go on with, the command then goes on and leaves what an undisturbed one leaves.
+Each has to end a command with the status that docs/reliability.md names and with one line on standard error; where
+there is something to go on with, the command then goes on and leaves what an undisturbed one leaves.
 """
 
 from __future__ import annotations

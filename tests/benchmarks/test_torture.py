@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,14 @@ def _grasps(path: Path) -> str:
     raise MemoryError
 
 
+def script(name: str) -> Any:
+    """A module of the folder benchmarks."""
+    return import_module(name)
+
+
 def _outcomes(work: Path, read: Callable[[Path], str], trials: int = 12, **facts: Any) -> set[str]:
     """What damaged files come to with a reader; never by a pipe or an endless file, which these would read."""
-    import damage
-    import damage_kinds
-
+    damage, damage_kinds = script("damage"), script("damage_kinds")
     damage_kinds.ANY = [damage_kinds.cut, damage_kinds.noise, damage_kinds.a_pickle]
     damage_kinds.BY_SUFFIX = {".json": [damage_kinds.near_value]}
     reader = damage.Reader("run/a.json", lambda folder: read(folder / "run" / "a.json"), **facts)
@@ -95,7 +100,7 @@ def test_what_readers_do_with_damage_is_told(work: Path) -> None:
 def test_a_process_that_hangs_or_dies_is_told_and_the_rest_goes_on(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import damage
+    damage = script("damage")
 
     class Stuck:
         """A process that begins its first trial, and either waits for ever or ends there."""
@@ -103,7 +108,7 @@ def test_a_process_that_hangs_or_dies_is_told_and_the_rest_goes_on(
         exitcode = -11
 
         def __init__(self, sender: Any, trials: list[int]) -> None:
-            self.sender = sender.__class__(__import__("os").dup(sender.fileno()))
+            self.sender = sender.__class__(os.dup(sender.fileno()))
             sender.send(trials[0])
             if trials[0] == 8:
                 self.kill()
@@ -131,7 +136,8 @@ FAREWELL = "metacontroller: stopped by SIGTERM; go on with: metacontroller disco
 
 
 def test_how_a_command_ends_is_judged() -> None:
-    from torture_runs import ending
+    module = script("torture_runs")
+    ending = module.ending
 
     term = signal.SIGTERM
     failure, onwards = ending(term, 143, FAREWELL, 1.0)
@@ -148,7 +154,8 @@ def test_how_a_command_ends_is_judged() -> None:
 
 
 def test_one_other_bit_of_what_is_left_is_seen(tmp_path: Path) -> None:
-    from torture_runs import differs, left_behind
+    module = script("torture_runs")
+    differs, left_behind = module.differs, module.left_behind
 
     (tmp_path / "summary.json").write_text('{"success": 0.5, "seconds": 3}')
     (tmp_path / "metrics.jsonl").write_text('{"phase": "p", "step": 1, "loss": 0.5}\n')
@@ -166,7 +173,8 @@ def test_one_other_bit_of_what_is_left_is_seen(tmp_path: Path) -> None:
 
 
 def test_every_command_meets_kills_and_signals() -> None:
-    from torture_runs import COMMANDS, schedule
+    module = script("torture_runs")
+    COMMANDS, schedule = module.COMMANDS, module.schedule
 
     trials = schedule(100, 40, list(COMMANDS), 0)
     assert len(trials) == 140
@@ -176,7 +184,8 @@ def test_every_command_meets_kills_and_signals() -> None:
 
 
 def test_a_refusal_is_one_line_and_its_status() -> None:
-    from torture_faults import stands
+    module = script("torture_faults")
+    stands = module.stands
 
     def done(status: int, said: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], status, "", said)

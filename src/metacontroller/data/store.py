@@ -219,7 +219,8 @@ def _read_header(folder: Path) -> dict[str, Any]:
     elif folder not in _said:
         _said.add(folder)
         print(f"metacontroller: {folder} has format 1: it is read unchecked.", file=sys.stderr, flush=True)
-    names, files = meta.get("arrays"), meta.get("files", {})
+    names: Any = meta.get("arrays")
+    files = meta.get("files", {})
     known = {field.name for field in fields(Trajectories)}
     sound = isinstance(names, list) and {"states", "actions", "lengths"} <= set(map(str, names)) <= known
     if not sound or not isinstance(files, dict) or not all(_FILE.fullmatch(str(file)) for file in files.values()):

@@ -139,8 +139,8 @@ class Expert(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> tuple[Expert, dict[str, Any]]:
-        """The expert that ``save`` wrote, and ``about``; no code is run from the file. UserError for another file, and for
-        one that was changed."""
+        """The expert that ``save`` wrote, and ``about``; no code is run from the file. UserError for another file, and
+        for one that was changed."""
         if not path.is_file():
             raise UserError(f"there is no expert in {path}; train one with examples/ant_expert.py, or name its file.")
         try:
@@ -159,7 +159,8 @@ class Expert(nn.Module):
     @classmethod
     def _of_shapes(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Expert | None:
         """The expert with these weights; None unless they are finite floats of the shapes that the header says."""
-        features, hidden, about = (header.get(name) for name in ("features", "hidden", "about"))
+        features: Any = header.get("features")
+        hidden, about = header.get("hidden"), header.get("about")
         if not isinstance(about, dict) or not isinstance(hidden, list):
             return None
         whole = all(type(width) is int and 0 < width <= 2**20 for width in [features, *hidden])
