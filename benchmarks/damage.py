@@ -55,7 +55,8 @@ class Reader(NamedTuple):
 
     unchecked: why a changed value in this file cannot be found, where its format has no place for a checksum: None
     where it has. says: whether the reader then has to say on standard error that it reads unchecked. writes: whether
-    reading changes the folder. named: what names the file in an error.
+    reading changes the folder. named: what names the file in an error. swapped: the sound file that may take the place
+    of this one, any of its kind unless given: what belongs to no folder can be taken for another of its kind.
     """
 
     file: str
@@ -65,6 +66,7 @@ class Reader(NamedTuple):
     says: bool = False
     writes: str | None = None
     named: tuple[str, ...] = ()
+    swapped: str | None = None
 
 
 class Found(NamedTuple):
@@ -122,7 +124,7 @@ def attempt(trial: int, seed: int, work: Path, readers: dict[str, Reader], meani
     reader, origin, folder = readers[name], work / "sound", work / "damaged"
     path, content = folder / reader.file, (origin / reader.file).read_bytes()
     alike = sorted(other.file for other in readers.values() if Path(other.file).suffix == path.suffix)
-    other = (origin / chance.choice(alike)).read_bytes()
+    other = (origin / (chance.choice(alike) if reader.swapped is None else reader.swapped)).read_bytes()
     kind = damage(Case(path, content, other, chance))
     outcome, said = _read(reader, folder, path, meanings[name])
     if Path(os.environ[CANARY]).exists():

@@ -164,6 +164,7 @@ READERS: dict[str, Reader] = {
     "module saved alone": Reader(
         "alone/m.safetensors",
         lambda folder: meaning(MetaController.init_and_load(folder / "alone" / "m.safetensors").state_dict()),
+        swapped="run/base_model.safetensors",
     ),
     "store.json": Reader("store/store.json", lambda folder: _store(folder / "store"), 18),
     "store, states": Reader("store/states.npy", lambda folder: _store(folder / "store")),

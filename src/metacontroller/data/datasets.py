@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, write_minari
+from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, refusing_damage, write_minari
 from metacontroller.data.spaces import encoder_options, model_dtype, space_from_json, space_to_json
 from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
@@ -93,8 +93,9 @@ def load_dataset(name: str) -> Dataset:
 def read_minari(name: Any) -> Dataset:
     """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps, or files that cannot be
     read; a number that was changed in them is not found: Minari keeps no checksums."""
-    try:
-        dataset, columns = open_minari(name), {}
+    columns: dict[str, list[np.ndarray]] = {}
+    with refusing_damage(name):
+        dataset = open_minari(name)
         for episode in minari_episodes(dataset):
             for field, value in {**episode, "lengths": len(episode["actions"])}.items():
                 columns.setdefault(field, []).append(np.atleast_1d(value))
@@ -102,12 +103,6 @@ def read_minari(name: Any) -> Dataset:
             raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
         arrays = {field: np.concatenate(values) for field, values in columns.items()}
         return Dataset(Episodes(arrays), *minari_spaces(dataset))
-    except (UserError, MemoryError, PermissionError):
-        raise
-    except Exception as error:  # of Minari, h5py or numpy, whatever they make of a damaged file
-        raise UserError(
-            f"the Minari dataset {name} cannot be read ({shown(error)}); download or write it again."
-        ) from error
 
 
 def dataset_of_store(store: TrajectoryStore) -> Dataset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from metacontroller.data.spaces import (
     without_text,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import shown
 from metacontroller.storage.plain_files import check_regular
 
 
@@ -44,6 +46,19 @@ def open_minari(dataset: Any) -> Any:
             f"(there: {known}); `minari download ID` brings one."
         )
     return minari.load_dataset(dataset)
+
+
+@contextmanager
+def refusing_damage(dataset: Any) -> Iterator[None]:
+    """Context in which a dataset is opened and read: UserError, with its name, for files that cannot be read."""
+    try:
+        yield
+    except (UserError, MemoryError, PermissionError):
+        raise
+    except Exception as error:  # of Minari, h5py or numpy, whatever they make of a damaged file
+        raise UserError(
+            f"the Minari dataset {shown(dataset)} cannot be read ({shown(error)}); download or write it again."
+        ) from error
 
 
 def minari_spaces(dataset: Any) -> tuple[spaces.Space, spaces.Space, str | None]:

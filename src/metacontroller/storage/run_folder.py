@@ -287,4 +287,7 @@ def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
         )
     if not all(type(content["meta"].get(name, 0.0)) in (int, float) for name in ("seconds", "peak_rss_mb")):
         raise damaged
+    versions = content["meta"].get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise damaged
     return content["meta"]

@@ -146,7 +146,7 @@ class Learner:
             return int(meta["step"]), tensors
         except UserError as error:
             raise UserError(f"{run.checkpoint_path(phase)}: {error}") from error
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        except (KeyError, TypeError, IndexError, RuntimeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
                 "phase again."
