@@ -30,7 +30,7 @@ import torch
 
 from damage import MEMORY_MB, Findings, damaged_files
 from damage import table as table_of_files
-from torture_faults import faults
+from torture_faults import NEEDED, faults
 from torture_runs import COMMANDS, FAREWELL_S, Runs, schedule
 
 AT_ONCE = 2
@@ -147,7 +147,7 @@ def main() -> int:
     runs = Runs(work, options.commands)
     tally = Tally(runs, options.seed)
     if options.kills + options.signals or not options.skip_faults:
-        runs.undisturbed()
+        runs.undisturbed(also=() if options.skip_faults else NEEDED)
     refused = {} if options.skip_faults else faults(runs, deadline)
     (work / "files").mkdir()
     third = time.monotonic() + max(0.0, deadline - time.monotonic()) / 3

@@ -19,6 +19,8 @@ from metacontroller.storage.run_folder import RunFolder
 from torture_runs import COMMANDS, Runs, differs, environment, finish, words
 
 DISCOVER = COMMANDS["discover"].words
+NEEDED = ("discover", "internal-rl")
+"""Commands that have to have been run undisturbed."""
 
 
 class LeftOut(Exception):
@@ -34,7 +36,7 @@ class Faults:
     def each(self) -> dict[str, Callable[[], str | None]]:
         """The faults by name; each returns what is wrong, or None. `LeftOut` where it cannot be made here."""
         return {
-            "disk full: a tmpfs of 200 kB": self.full_tmpfs,
+            "disk full: a tmpfs with 20 kB left": self.full_tmpfs,
             "disk full: a limit on a file's size": self.file_limit,
             "disk full: output to /dev/full": self.full_output,
             "no permission": self.no_permission,

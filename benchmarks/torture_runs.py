@@ -140,9 +140,9 @@ class Runs:
         self.expected: dict[str, dict[str, str]] = {}
         work.joinpath("torture_policy.py").write_text(POLICY)
 
-    def undisturbed(self) -> None:
-        """Runs every command, on a copy of what it starts from; exits if one fails by itself."""
-        for name in self._with_origins():
+    def undisturbed(self, also: tuple[str, ...] = ()) -> None:
+        """Runs every command, and those of ``also``, on a copy of what it starts from; exits if one fails by itself."""
+        for name in _with_origins([*self.names, *also]):
             run, start = self.folder(name), time.monotonic()
             self.origin(name, run)
             done = finish(words(COMMANDS[name].words, run), self.work)
@@ -150,15 +150,6 @@ class Runs:
             if done.returncode:
                 sys.exit(f"{name} ends with status {done.returncode} when it is left alone: {done.stderr[-500:]}")
             self.expected[name] = left_behind(run)
-
-    def _with_origins(self) -> list[str]:
-        needed: dict[str, None] = {}
-        for name in self.names:
-            chain = [name]
-            while (before := COMMANDS[chain[0]].after) is not None:
-                chain.insert(0, before)
-            needed |= dict.fromkeys(chain)
-        return list(needed)
 
     def folder(self, name: str) -> Path:
         """What a command left when it was undisturbed."""
@@ -208,6 +199,17 @@ class Runs:
         if done.returncode:
             return f"resumed with status {done.returncode}: {done.stderr[-300:]}"
         return differs(run, self.expected[name])
+
+
+def _with_origins(names: list[str]) -> list[str]:
+    """The commands with those whose results they start from, in an order in which they can be run."""
+    needed: dict[str, None] = {}
+    for name in names:
+        chain = [name]
+        while (before := COMMANDS[chain[0]].after) is not None:
+            chain.insert(0, before)
+        needed |= dict.fromkeys(chain)
+    return list(needed)
 
 
 def ending(by: signal.Signals, status: int, said: str, took: float) -> tuple[str | None, list[str] | None]:
