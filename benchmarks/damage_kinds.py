@@ -326,7 +326,7 @@ def tensor_metadata(case: Case) -> bytes:
         metadata = header.get("__metadata__", {})
         for key, text in metadata.items():
             inner = Case(Path("m.json"), text.encode(), case.other, case.chance)
-            metadata[key] = case.chance.choice(JSON)(inner).decode(errors="replace")
+            metadata[key] = (case.chance.choice(JSON)(inner) or b"").decode(errors="replace")
         if not metadata or case.chance.random() < 0.1:
             header["__metadata__"] = case.chance.choice([{}, {"x": "y"}, {"metacontroller": "[" * 10_000}])
 
