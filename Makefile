@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format reproduce figures bench gpu mutate clean
+.PHONY: help venv test test-slow lint types format reproduce figures bench gpu mutate torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,13 +54,16 @@ figures: $(STAMP) ## all baselines, analyses and figures of the laptop preset, t
 	$(BIN)/metacontroller figures --preset laptop --out runs/laptop $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
-	@set -e; for script in $(filter-out $(addprefix benchmarks/,gpu.py mutate.py mutations.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out $(addprefix benchmarks/,gpu.py mutate.py mutations.py torture.py torture_runs.py torture_faults.py damage.py damage_kinds.py damage_readers.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call resumes the last
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 mutate: $(STAMP) ## break sixty lines of the source, one at a time, and say which breakage no test notices
 	$(BIN)/python benchmarks/mutate.py $(ARGS)
+
+torture: $(STAMP) ## kill, signal, starve and damage runs, and say what does not survive; half an hour
+	$(BIN)/python benchmarks/torture.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -16,9 +16,6 @@ from contextlib import suppress
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
-import tyro
-from tyro.conf import FlagCreatePairsOff
-
 from metacontroller import __version__
 from metacontroller.errors import UserError
 from metacontroller.storage.system_errors import BROKEN_PIPE, Refusal, refusal
@@ -195,6 +192,9 @@ def parse(argv: list[str]) -> Any:
 
     --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
     """
+    import tyro  # within main, so that a signal meanwhile is heard
+    from tyro.conf import FlagCreatePairsOff
+
     argv = _without_trust(argv)
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:

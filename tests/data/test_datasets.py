@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.datasets import Dataset, load_dataset, read_minari
+from metacontroller.data.datasets import Dataset, load_dataset, read_minari, space_meta
 from metacontroller.data.statistics import normalization
 from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
@@ -183,6 +184,43 @@ def test_minari_both_ways_is_exact(
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     read = Trajectories.from_minari("own/test-v0")
     assert read.lengths.tolist() == [2, 5, 3]
+
+
+@pytest.mark.parametrize("damage", ["cut", "pipe"])
+def test_a_minari_dataset_that_cannot_be_read_is_named(
+    tmp_path: Path, local_minari: dict[str, Any], damage: str
+) -> None:
+    rows = [{"states": np.zeros((3, 1)), "actions": np.zeros(2, int), "rewards": np.zeros(2)}]
+    space = spaces.Box(-1, 1, (1,), np.float64)
+    Dataset(Episodes.of(Trajectories.from_episodes(rows)), space, CHOICE).write_minari("own/cut-v0", **local_minari)
+    path = tmp_path / "own" / "cut-v0" / "data" / "main_data.hdf5"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[:600])
+    else:
+        os.mkfifo(path)
+    for read in (read_minari, Trajectories.from_minari):
+        with pytest.raises(UserError, match="own/cut-v0"):
+            read("own/cut-v0")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"observation_space": 3}, "a space is 3 "),
+        ({"observation_space": {"type": "Box"}}, "KeyError"),
+        ({"action_space": {"type": "MultiBinary", "n": [2**20, 2**20]}}, "expected at most 16777216 entries"),
+        ({"action_space": {"type": "MultiDiscrete", "nvec": [2, 2], "start": [0, 0], "dtype": "int64"}}, "2 numbers a"),
+        ({"env": ["A"]}, r"env of the dataset is \['A'\]"),
+    ],
+)
+def test_spaces_that_do_not_describe_the_data_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    episodes = Trajectories.from_episodes([{"states": np.zeros((3, 3), np.float32), "actions": np.zeros(2, int)}])
+    meta = {**space_meta(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), None), **change}
+    TrajectoryStore.write(tmp_path / "store", episodes, meta)
+    with pytest.raises(UserError, match=rf"store\.json: .*{said}"):
+        load_dataset(str(tmp_path / "store"))
 
 
 def test_a_dataset_that_is_not_there_is_named(local_minari: dict[str, Any]) -> None:

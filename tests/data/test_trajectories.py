@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
+from metacontroller.data import store as store_module
+from metacontroller.data.datasets import load_dataset
 from metacontroller.data.trajectories import masked_mean, with_finite_padding
 from metacontroller.errors import UserError
+from metacontroller.storage.sealed import seal
 
 
 def make_trajectories(lengths: list[int], padded: int | None = None, labels: bool = True) -> Trajectories:
@@ -268,6 +271,43 @@ def test_a_damaged_store_is_refused(tmp_path: Path, name: str, content: Any, mes
     (path / name).write_bytes(damaged)
     with pytest.raises(UserError, match=message):
         TrajectoryStore(path)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_changed_byte_of_an_array_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    """Of a small store when it is opened; of a large one by `verify`, and when it is loaded as a dataset."""
+    path = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3])).path
+    monkeypatch.setattr(store_module, "HASHED_ON_OPEN", 0 if large else 2**20)
+    for name in ("states.npy", "actions.npy"):
+        sound = (path / name).read_bytes()
+        (path / name).write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} is not what was written"):
+            load_dataset(str(path))
+        with pytest.raises(UserError, match=f"{name} is not what was written"):
+            TrajectoryStore(path).verify() if large else TrajectoryStore(path)
+        (path / name).write_bytes(sound)
+    (path / "actions.npy").write_bytes(sound + b"\0")
+    with pytest.raises(UserError, match=r"actions\.npy has \d+ bytes where \d+ were written"):
+        TrajectoryStore(path)
+
+
+def test_a_changed_header_is_found_and_an_older_one_is_read_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3]), {"env": "A-v0", "arrays": 1}).path
+    header = json.loads((path / "store.json").read_text())
+    for change in ({"env": "B-v0"}, {"format": 1}, {"sealed": ""}, {"listed": {}}):
+        (path / "store.json").write_text(json.dumps({**header, **change}))
+        with pytest.raises(UserError, match=r"store\.json is not what was written"):
+            TrajectoryStore(path)
+    (path / "store.json").write_text(json.dumps(seal({**header, "listed": {"states": 3}})))
+    with pytest.raises(UserError, match=r"store\.json lists .* expected the size and SHA-256 of every array"):
+        TrajectoryStore(path)
+    old = {name: value for name, value in header.items() if name not in ("listed", "sealed")}
+    (path / "store.json").write_text(json.dumps({**old, "format": 1}))
+    for _ in range(2):
+        assert len(TrajectoryStore(path)) == 2
+    assert capsys.readouterr().err == f"metacontroller: {path} has format 1: it is read unchecked.\n"
 
 
 def test_only_what_lies_beyond_an_episode_is_made_finite() -> None:

@@ -128,6 +128,9 @@ def test_demonstrations_follow_the_expert_of_their_phase() -> None:
     ("change", "sentence"),
     [
         (lambda d: d.update(colour=1), r"config has an unknown field 'colour'; known are domain, model"),
+        (lambda d: d["domain"].pop("size"), r"config\.domain lacks the field 'size'; add it\."),
+        (lambda d: d["pretrain"]["optimizer"].pop("weight_decay"), r"optimizer lacks the field 'weight_decay'"),
+        (lambda d: d.pop("discovery"), r"config lacks the field 'discovery'; add it\."),
         (lambda d: d.pop("model"), r"config lacks the field 'model'; add it\."),
         (lambda d: d["model"].update(dim="64"), r"config\.model\.dim is '64'; expected int\."),
         (lambda d: d["model"].update(dim=True), r"config\.model\.dim is True; expected int\."),

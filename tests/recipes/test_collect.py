@@ -81,6 +81,20 @@ def test_a_policy_that_never_succeeds_is_stopped(tmp_path: Path, monkeypatch: py
         collect(config, tmp_path / "data", quiet=True)
 
 
+@pytest.mark.parametrize(("old", "new"), [('"lost": ', '"lost": 1'), ("[1.0", "[0.0"), ('"returns"', '"return"')])
+def test_a_part_that_was_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    monkeypatch.setattr(module, "_join", lambda config, out: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        collect(CONFIG, tmp_path / "data", quiet=True)
+    path = tmp_path / "data" / "parts" / "part-00001.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"part-00001\.json is not what was written"):
+        collect(CONFIG, tmp_path / "data", resume=True, quiet=True)
+
+
 def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = collect(CONFIG, tmp_path / "whole", quiet=True)
     play_part, played = module._play_part, []

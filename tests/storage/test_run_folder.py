@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metacontroller.errors import UserError
 from metacontroller.storage import run_folder
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.storage.training_state import (
@@ -293,6 +294,31 @@ def test_a_checkpoint_from_before_there_were_seconds_can_be_resumed(run: RunFold
     clock[0] += 2.0
     run.save_checkpoint("phase", {}, {})
     assert saved_seconds(run, "phase") == 2.0
+
+
+@pytest.mark.parametrize("meta", [{"versions": ["a"]}, {"versions": {"a": 1}}, {"seconds": "1"}])
+def test_a_header_of_other_types_is_damaged(run: RunFolder, meta: dict[str, Any]):
+    path = run.save_checkpoint("phase", {}, {})
+    save_file({}, path, metadata={"metacontroller": json.dumps({"format": 1, "meta": meta})})
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"phase\.safetensors has a damaged header"):
+        run.load_checkpoint("phase")
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(UserError, match="is not UTF-8"):
+        RunFolder(tmp_path / "\udcff")
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    run.save_checkpoint("phase", {}, {})
+
+    def refuse(path: Any, *_: Any) -> int:  # as for others than root, whom nothing is refused
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError, match=r"phase\.safetensors"):
+        run.load_checkpoint("phase")
 
 
 def test_begun_work_is_not_begun_again(run: RunFolder):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from metacontroller.data import Trajectories
 from metacontroller.data.batching import EpisodeStream
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.training.loop import train
+from metacontroller.training.distributed import processes
+from metacontroller.training.loop import _Means, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 from metacontroller.training.seeding import noise_generator
 
@@ -115,6 +116,16 @@ def test_after_resuming_between_log_points_the_means_cover_the_steps_since(tmp_p
     assert torch.equal(again, weight)
     assert [(line["step"], line["number"]) for line in lines] == [(4, 1.5), (6, 4.5), (8, 6.5), (12, 9.5)]
     assert lines[-1] == whole[-1]
+
+
+def test_metrics_keep_their_order_after_resuming_between_log_points() -> None:
+    workers, step = processes("cpu"), {"loss": torch.tensor(1.0), "error": torch.tensor(2.0)}
+    means, resumed = _Means(), _Means()
+    means.add(step)
+    resumed.restore(dict(sorted(means.tensors(workers).items())), workers, torch.device("cpu"))  # as files hold them
+    for one in (means, resumed):
+        one.add(step)
+    assert list(resumed.take(workers).items()) == list(means.take(workers).items()) == [("loss", 1.0), ("error", 2.0)]
 
 
 def test_a_phase_that_does_not_resume_drops_what_was_logged_before(tmp_path: Path) -> None:

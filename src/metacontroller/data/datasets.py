@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, write_minari
-from metacontroller.data.spaces import model_dtype, space_from_json, space_to_json
-from metacontroller.data.store import Episodes, TrajectoryStore
+from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, refusing_damage, write_minari
+from metacontroller.data.spaces import encoder_options, model_dtype, space_from_json, space_to_json
+from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
+from metacontroller.ranges import shown
 from metacontroller.storage.user_function import import_user_function
 
 
@@ -74,10 +76,10 @@ def load_dataset(name: str) -> Dataset:
     """A dataset by its ID: a folder of ours, a function as package.module:function, or a dataset of Minari's.
 
     The function takes no arguments and returns a `Dataset`, or `Trajectories`, whose spaces are then read from the
-    data. UserError if there is no such dataset.
+    data. UserError if there is no such dataset, and for a folder of which a file was changed: all of it is read once.
     """
     if Path(name).is_dir():
-        return dataset_of_store(TrajectoryStore(name))
+        return dataset_of_store(TrajectoryStore(name).verify())
     if ":" in name:
         made = import_user_function("dataset", name)()
         if isinstance(made, Dataset):
@@ -89,31 +91,55 @@ def load_dataset(name: str) -> Dataset:
 
 
 def read_minari(name: Any) -> Dataset:
-    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps."""
-    dataset, columns = open_minari(name), {}
-    for episode in minari_episodes(dataset):
-        for field, value in {**episode, "lengths": len(episode["actions"])}.items():
-            columns.setdefault(field, []).append(np.atleast_1d(value))
-    if not columns:
-        raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
-    arrays = {field: np.concatenate(values) for field, values in columns.items()}
-    return Dataset(Episodes(arrays), *minari_spaces(dataset))
+    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps, or files that cannot be
+    read; a number that was changed in them is not found: Minari keeps no checksums."""
+    columns: dict[str, list[np.ndarray]] = {}
+    with refusing_damage(name):
+        dataset = open_minari(name)
+        for episode in minari_episodes(dataset):
+            for field, value in {**episode, "lengths": len(episode["actions"])}.items():
+                columns.setdefault(field, []).append(np.atleast_1d(value))
+        if not columns:
+            raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
+        arrays = {field: np.concatenate(values) for field, values in columns.items()}
+        return Dataset(Episodes(arrays), *minari_spaces(dataset))
 
 
 def dataset_of_store(store: TrajectoryStore) -> Dataset:
     """A folder's episodes with the spaces in its header, or with those that the data show."""
-    return dataset_of(store, store.meta)
+    try:
+        return dataset_of(store, store.meta)
+    except UserError as error:
+        raise UserError(f"{store.path / HEADER}: {error}") from error
 
 
 def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
     """Episodes with the spaces that ``meta`` holds, or that the data show."""
     if "observation_space" in meta:
-        observation_space, action_space = (
-            space_from_json(meta[name]) for name in ("observation_space", "action_space")
-        )
-        return Dataset(episodes, observation_space, action_space, meta.get("env"))
+        observation_space, action_space = (space_from_json(meta.get(name)) for name in _FITTED)
+        for name, space in zip(_FITTED, (observation_space, action_space), strict=True):
+            _refuse_misfit(name, space, episodes.arrays[_FITTED[name]])
+        env = meta.get("env")
+        if not isinstance(env, str | None):
+            raise UserError(f"env of the dataset is {shown(env)}; expected the ID of an environment, or none.")
+        return Dataset(episodes, observation_space, action_space, env)
     observed, taken = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
     return Dataset(episodes, observed, taken, stated=False)
+
+
+_FITTED = {"observation_space": "states", "action_space": "actions"}
+"""Names in a store's meta, and the arrays that hold values of these spaces."""
+
+
+def _refuse_misfit(name: str, space: spaces.Space, array: np.ndarray) -> None:
+    """UserError unless a step of the array has as many entries as a value of the space has for a model."""
+    options = encoder_options(space)
+    count = options.get("num_continuous") or math.prod(options.get("image") or [len(options.get("num_discrete", ()))])
+    if math.prod(array.shape[1:]) != count:
+        raise UserError(
+            f"{name} of the dataset is {shown(space)}, {count} numbers a step, and its {_FITTED[name]} have "
+            f"{math.prod(array.shape[1:])}; write the dataset again."
+        )
 
 
 def _shown(name: str, array: np.ndarray) -> spaces.Space:

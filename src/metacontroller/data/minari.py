@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from metacontroller.data.spaces import (
     without_text,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import shown
+from metacontroller.storage.plain_files import check_regular
 
 
 def open_minari(dataset: Any) -> Any:
@@ -33,6 +36,9 @@ def open_minari(dataset: Any) -> Any:
     if not isinstance(dataset, str):
         return dataset
     minari = _minari(f"dataset {dataset!r} is no folder and no package.module:function; as the ID of Minari's it needs")
+    for path in minari.storage.get_dataset_path(dataset).glob("data/*"):
+        if not path.is_dir():
+            check_regular(path)  # a pipe would be waited for
     if dataset not in minari.list_local_datasets():
         known = ", ".join(minari.list_local_datasets()) or "none"
         raise UserError(
@@ -40,6 +46,19 @@ def open_minari(dataset: Any) -> Any:
             f"(there: {known}); `minari download ID` brings one."
         )
     return minari.load_dataset(dataset)
+
+
+@contextmanager
+def refusing_damage(dataset: Any) -> Iterator[None]:
+    """Context in which a dataset is opened and read: UserError, with its name, for files that cannot be read."""
+    try:
+        yield
+    except (UserError, MemoryError, PermissionError):
+        raise
+    except Exception as error:  # of Minari, h5py or numpy, whatever they make of a damaged file
+        raise UserError(
+            f"the Minari dataset {shown(dataset)} cannot be read ({shown(error)}); download or write it again."
+        ) from error
 
 
 def minari_spaces(dataset: Any) -> tuple[spaces.Space, spaces.Space, str | None]:

@@ -11,6 +11,7 @@ and an action (t,) or (t, k) int64, or (t, d) of a Box. Parts of a Dict or Tuple
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ import numpy as np
 from gymnasium import spaces
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import shown
+
+MOST_ENTRIES = 2**24
+"""Of a space that a file describes."""
 
 MIN_IMAGE_SIDE = 8
 """Of a uint8 Box with two axes, below which it is a vector."""
@@ -224,15 +229,24 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
     return {"type": kind, "n": list(space.shape)}
 
 
-def space_from_json(data: dict[str, Any]) -> spaces.Space:
+def space_from_json(data: Any) -> spaces.Space:
     """The space that `space_to_json` wrote; UserError for anything else."""
+    try:
+        return _space(data)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"a space is {shown(data)} ({shown(error)}); expected one as this version writes it.") from None
+
+
+def _space(data: dict[str, Any]) -> spaces.Space:
     kind, options = data.get("type"), {name: value for name, value in data.items() if name != "type"}
     if kind == "Dict":
-        return spaces.Dict({key: space_from_json(part) for key, part in options["spaces"].items()})
+        return spaces.Dict({key: _space(part) for key, part in options["spaces"].items()})
     if kind == "Tuple":
-        return spaces.Tuple([space_from_json(part) for part in options["spaces"]])
+        return spaces.Tuple([_space(part) for part in options["spaces"]])
     if kind == "Box":
-        shape, dtype = options["shape"], np.dtype(options["dtype"])
+        shape, dtype = _bounded(options["shape"]), np.dtype(options["dtype"])
         low, high = (np.broadcast_to(np.array(options[name], dtype), shape) for name in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
     if kind == "Discrete":
@@ -241,9 +255,16 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space:
         nvec, start, dtype = np.array(options["nvec"]), np.array(options["start"]), np.dtype(options["dtype"])
         return spaces.MultiDiscrete(nvec, dtype.type, start=start)
     if kind == "MultiBinary":
-        shape = options["n"]
+        shape = _bounded(options["n"])
         return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
     raise UserError(f"a space has the type {kind!r}; expected one that this version writes; write the data anew.")
+
+
+def _bounded(shape: list[int]) -> list[int]:
+    """The shape; UserError for one that no observation has, before memory is taken for it."""
+    if min(shape, default=1) < 0 or math.prod(shape) > MOST_ENTRIES:
+        raise UserError(f"a space has the shape {shown(shape)}; expected at most {MOST_ENTRIES} entries.")
+    return shape
 
 
 def _short(bound: np.ndarray) -> Any:

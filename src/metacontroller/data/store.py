@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -21,11 +22,18 @@ from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Traj
 from metacontroller.errors import UserError
 from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage.files import write_text
-from metacontroller.storage.plain_files import check_regular, read_json
+from metacontroller.storage.plain_files import check_regular, file_digest, read_json
+from metacontroller.storage.sealed import SEAL, check_seal, seal
 from metacontroller.storage.versions import warn_of_versions
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
+"""Format 1 had no sizes, no SHA-256 and no seal: it is read unchecked, which is said once."""
 HEADER = "store.json"
+HASHED_ON_OPEN = 64 * 2**20
+"""Bytes of arrays up to which they are verified when a store is opened; more take a noticeable time."""
+_OWN = ("format", "arrays", "files", "listed", SEAL)
+"""What a header says beside what ``write`` was given."""
+_said: set[Path] = set()
 _FILE = re.compile(rf"({'|'.join(field.name for field in fields(Trajectories))})(-\d+)?\.npy")
 """Files of arrays: a store that replaces another has numbers in their names."""
 
@@ -82,7 +90,8 @@ class TrajectoryStore(Episodes):
     """Episodes on disk, memory-mapped: a folder of plain ``.npy`` arrays without padding and a ``store.json``.
 
     Loading runs no code: arrays are read with ``allow_pickle=False``. meta: what store.json holds, with whatever
-    ``write`` was given. UserError if the folder is no store.
+    ``write`` was given. UserError if the folder is no store, if a file is not as long as it was written, and, for
+    arrays of at most `HASHED_ON_OPEN` bytes, if their SHA-256 differ; see ``verify`` for larger ones.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -94,6 +103,22 @@ class TrajectoryStore(Episodes):
         self.meta = _read_header(self.path)
         super().__init__({name: _open(self.path / file) for name, file in _array_files(self.meta).items()})
         _check_arrays(self)
+        self._verified = "listed" not in self.meta
+        if not self._verified and _check_sizes(self.path, self.meta) <= HASHED_ON_OPEN:
+            self.verify()
+
+    def verify(self) -> TrajectoryStore:
+        """This store, once all its files have been read and have the SHA-256 of what was written; UserError names one
+        that was changed. Once is enough: a phase does so before it trains on a dataset."""
+        if not self._verified:
+            for name, file in _array_files(self.meta).items():
+                if file_digest(self.path / file) != self.meta["listed"][name]:
+                    raise UserError(
+                        f"{self.path / file} is not what was written (its SHA-256 differs): it was changed or swapped; "
+                        "copy it from where it was made, or write the store again."
+                    )
+        self._verified = True
+        return self
 
     def check_versions(self, here: Mapping[str, str]) -> None:
         """Warns if ``meta["versions"]`` names other versions of packages than those here, by name."""
@@ -177,24 +202,51 @@ def _exchange(draft: Path, target: Path) -> None:
         candidates = (f"{name}{number}.npy" for number in ("", *(f"-{count}" for count in range(1, 1000))))
         files[name] = next(file for file in candidates if file not in old)
         os.replace(draft / f"{name}.npy", target / files[name])
-    write_text(target / HEADER, json.dumps({**header, "files": files}))
+    write_text(target / HEADER, json.dumps(seal({**header, "files": files})))
     for entry in target.iterdir():
         if _FILE.fullmatch(entry.name) and entry.name not in files.values():
             entry.unlink()
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    """store.json; UserError for one of another format, or with arrays that are none of ours."""
+    """store.json; UserError for one of another format, that was changed, or with arrays that are none of ours."""
     path = folder / HEADER
     meta = read_json(path, infinite=True)  # bounds of spaces
-    if meta.get("format") != STORE_FORMAT:
-        raise UserError(f"{path} has format {meta.get('format')!r}; this version reads {STORE_FORMAT}.")
-    names, files = meta.get("arrays"), meta.get("files", {})
+    if meta.get("format") not in (1, STORE_FORMAT) or isinstance(meta["format"], bool):
+        raise UserError(f"{path} has format {shown(meta.get('format'))}; this version reads 1 and {STORE_FORMAT}.")
+    if meta["format"] == STORE_FORMAT or meta.keys() & {"listed", SEAL}:
+        check_seal(path, meta)
+    elif folder not in _said:
+        _said.add(folder)
+        print(f"metacontroller: {folder} has format 1: it is read unchecked.", file=sys.stderr, flush=True)
+    names: Any = meta.get("arrays")
+    files = meta.get("files", {})
     known = {field.name for field in fields(Trajectories)}
     sound = isinstance(names, list) and {"states", "actions", "lengths"} <= set(map(str, names)) <= known
     if not sound or not isinstance(files, dict) or not all(_FILE.fullmatch(str(file)) for file in files.values()):
-        raise UserError(f"{path} names arrays {names!r} in {files!r}; expected those of Trajectories.")
+        raise UserError(f"{path} names arrays {shown(names)} in {shown(files)}; expected those of Trajectories.")
+    if meta["format"] == STORE_FORMAT and not _sound_list(meta.get("listed"), names):
+        raise UserError(f"{path} lists {shown(meta.get('listed'))}; expected the size and SHA-256 of every array.")
     return meta
+
+
+def _sound_list(listed: Any, names: list[str]) -> bool:
+    if not isinstance(listed, dict) or listed.keys() != set(names):
+        return False
+    kinds = [{name: type(value) for name, value in entry.items()} for entry in listed.values() if type(entry) is dict]
+    return kinds == [{"size": int, "sha256": str}] * len(names)
+
+
+def _check_sizes(folder: Path, meta: Mapping[str, Any]) -> int:
+    """The sum of the sizes of a store's files; UserError for one that is not of the size that was written."""
+    for name, file in _array_files(meta).items():
+        size, listed = check_regular(folder / file), meta["listed"][name]["size"]
+        if size != listed:
+            raise UserError(
+                f"{folder / file} has {size} bytes where {listed} were written: it was cut or swapped; copy it from "
+                "where it was made, or write the store again."
+            )
+    return sum(entry["size"] for entry in meta["listed"].values())
 
 
 def _array_files(meta: Mapping[str, Any]) -> dict[str, str]:
@@ -207,7 +259,9 @@ def _open(path: Path) -> np.ndarray:
     check_regular(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy parses the header as Python does, and fails in as many ways
         raise UserError(f"{path} is no whole array ({error}); write the store again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim < 1:
         raise UserError(f"{path} holds no array of numbers; write the store again.")
@@ -254,8 +308,11 @@ def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most
         array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", first.dtype, shape)
         np.concatenate(cuts, out=array)
         array.flush()
-    header = {"format": STORE_FORMAT, "arrays": list(parts[0].arrays), **meta}
-    (folder / HEADER).write_text(json.dumps(header))
+    names = list(parts[0].arrays)
+    listed = {name: file_digest(folder / f"{name}.npy") for name in names}
+    kept_meta = {name: value for name, value in meta.items() if name not in _OWN}
+    header = {"format": STORE_FORMAT, "arrays": names, "listed": listed, **kept_meta}
+    (folder / HEADER).write_text(json.dumps(seal(header)))
 
 
 def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metacontroller.data.minari import minari_episodes, open_minari
+from metacontroller.data.minari import minari_episodes, open_minari, refusing_damage
 from metacontroller.errors import UserError
 from metacontroller.ranges import ROWS, check_number, shown
 
@@ -146,7 +146,8 @@ class Trajectories:
     @classmethod
     def from_minari(cls, dataset: Any) -> Trajectories:
         """All episodes of a `minari.MinariDataset`, or of the local one with that ID; see `data.minari`."""
-        return cls.from_episodes(minari_episodes(open_minari(dataset)))
+        with refusing_damage(dataset):
+            return cls.from_episodes(minari_episodes(open_minari(dataset)))
 
     def episodes(self) -> Iterator[dict[str, Tensor]]:
         """The episodes one by one, without padding, as ``from_episodes`` takes them."""

@@ -17,6 +17,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, SEED, check_each, check_fields
+from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import BatchExtras, train
@@ -91,4 +92,4 @@ def pretrain(
 
 def snapshot_path(run: RunFolder, step: int) -> Path:
     """The file of the model after ``step`` updates."""
-    return run.path / "snapshots" / f"{BASE_MODEL}-{step}.safetensors"
+    return inside(run.path, run.path / "snapshots" / f"{BASE_MODEL}-{step}.safetensors")

@@ -30,8 +30,10 @@ from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, PROCESSES, Number, Whole, check_fields, check_number
 from metacontroller.recipes.jobs import in_processes
-from metacontroller.storage.files import left_behind, plain, read_object, write_text
+from metacontroller.storage.files import left_behind, plain, write_text
 from metacontroller.storage.lock import LOCK, held
+from metacontroller.storage.plain_files import read_json
+from metacontroller.storage.sealed import SEAL, check_seal, seal
 from metacontroller.storage.user_function import import_user_function
 from metacontroller.training.progress import track
 
@@ -104,18 +106,18 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         begun = (request.name, "parts")
         if out.is_dir() and any(path.name not in begun and not left_behind(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files of something else; choose another --out.")
-        write_text(request, json.dumps(plain(config), indent=2))
+        write_text(request, json.dumps(seal(plain(config)), indent=2))
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else read_object(request)
+    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_request(request)
     if asked != plain(config):
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
 
 def _join(config: CollectConfig, out: Path) -> None:
     """Writes the first episodes of all parts as one dataset, which replaces the parts."""
-    parts = [(read_object(path), path.with_suffix("")) for path in _finished(out)]
+    parts = [(_read_part(path), path.with_suffix("")) for path in _finished(out)]
     kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
     found = len(kept["returns"])
     returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
@@ -154,7 +156,7 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
     size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
     with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
         for index in itertools.count(rank, workers):
-            kept = sum(len(read_object(path)["lengths"]) for path in _finished(out))
+            kept = sum(len(_read_part(path)["lengths"]) for path in _finished(out))
             progress.update(min(kept, config.episodes))
             if kept >= config.episodes:
                 break
@@ -172,6 +174,27 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
 def _part(out: Path, index: int) -> Path:
     """What a part says of itself; its episodes stand beside it, in a folder."""
     return out / "parts" / f"part-{index:05}.json"
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    """What collect.json asks for; UserError for one that was changed."""
+    content = read_json(path)
+    if SEAL in content:
+        check_seal(path, content)
+    return {name: value for name, value in content.items() if name != SEAL}
+
+
+def _read_part(path: Path) -> dict[str, Any]:
+    """What a part says of itself; UserError for one that was changed."""
+    content = read_json(path)
+    if SEAL in content:
+        check_seal(path, content)
+    lists = [content.get(name) for name in ("returns", "success", "lengths")]
+    counts = [content.get(name) for name in ("played", "lost")]
+    whole = {*content} - {SEAL} == {"played", "lost", "returns", "success", "lengths"}
+    if not whole or any(type(entry) is not list for entry in lists) or any(type(entry) is not int for entry in counts):
+        raise UserError(f"{path} is no report of a part; delete the folder and start again.")
+    return content
 
 
 def _finished(out: Path) -> list[Path]:
@@ -194,7 +217,7 @@ def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, at
         "success": [episode["success"] for episode in kept],
         "lengths": [len(episode["rewards"]) for episode in kept],
     }
-    write_text(path, json.dumps(report))
+    write_text(path, json.dumps(seal(report)))
 
 
 def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:

@@ -147,9 +147,12 @@ def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
 
 def read_config(run: RunFolder) -> ExperimentConfig:
     """The config in a run folder; UserError if it names code that the user has not, see `storage.user_function`."""
-    content = run.read_config()
-    refuse_unknown_code(content, run.path / "config.json")
-    return from_json(content)
+    content, path = run.read_config(), run.path / "config.json"
+    refuse_unknown_code(content, path)
+    try:
+        return from_json(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, option: str) -> None:

@@ -16,7 +16,7 @@ def from_plain(kind: type[Config], data: Any, where: str = "config") -> Config:
     """Builds the dataclass ``kind``, with nested dataclasses and tuples, from a parsed JSON object.
 
     The value of a field of type ``Any`` is not converted. where: name of the object, for errors. UserError for an
-    unknown field, a missing one without a default, or a value of the wrong type.
+    unknown field, for a missing one, whether or not it has a default, and for a value of the wrong type.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is {data!r}; expected an object with the fields of {kind.__name__}.")
@@ -24,15 +24,11 @@ def from_plain(kind: type[Config], data: Any, where: str = "config") -> Config:
     unknown = sorted(data.keys() - fields.keys())
     if unknown:
         raise UserError(f"{where} has an unknown field {unknown[0]!r}; known are {', '.join(fields)}.")
-    missing = [name for name, field in fields.items() if name not in data and not _has_default(field)]
+    missing = [name for name in fields if name not in data]
     if missing:
         raise UserError(f"{where} lacks the field {missing[0]!r}; add it.")
     hints = get_type_hints(kind)
     return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
-
-
-def _has_default(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

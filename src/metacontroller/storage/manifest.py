@@ -4,7 +4,8 @@
 
 A file is listed before it is put in its place, beside its versions before: a kill in between leaves one that is listed.
 ``config`` is the SHA-256 of the config.json with which a safetensors file was made: it says which run it belongs to.
-metrics.jsonl, to which lines are appended, is not listed.
+metrics.jsonl, to which lines are appended, is listed with each safetensors file as far as it goes then: what stands
+after that is written again when the run is resumed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from metacontroller.errors import UserError
-from metacontroller.storage.plain_files import read_json
+from metacontroller.storage.plain_files import file_digest, read_json
 
 try:
     import fcntl
@@ -28,11 +29,14 @@ except ImportError:  # no such locks on this system
 
 NAME, FORMAT = "manifest.json", 1
 CONFIG = "config.json"
+METRICS = "metrics.jsonl"
 LISTED = (".json", ".safetensors")
 KEPT = 4
 """Versions of a file that stay listed: each that a kill keeps from its place takes one."""
 
 _warned: set[Path] = set()
+_hashed: dict[Path, _Lines] = {}
+"""Of the metrics of the folders that this process writes to."""
 
 
 def begin(folder: Path) -> None:
@@ -43,7 +47,7 @@ def begin(folder: Path) -> None:
     found = [path for pattern in ("*", "analyses/*", "snapshots/*") for path in sorted(folder.glob(pattern))]
     with _alone(folder):
         if not (folder / NAME).exists():
-            files = {_key(folder, path): {"versions": [_digest(path)]} for path in found if _listed(path)}
+            files = {_key(folder, path): {"versions": [file_digest(path)]} for path in found if _listed(path)}
             _write(folder, files)
 
 
@@ -52,27 +56,33 @@ def record(path: Path, draft: Path) -> None:
     folder = _folder_of(path)
     if folder is None or path.suffix not in LISTED or path.name == NAME:
         return
-    new = _digest(draft)
+    new = file_digest(draft)
     with _alone(folder):
         files, key = _read(folder), _key(folder, path)
         versions = [version for version in files.get(key, {}).get("versions", []) if version != new]
         files[key] = {"versions": [new, *versions][:KEPT]}
         if path.suffix == ".safetensors" and CONFIG in files:
             files[key]["config"] = files[CONFIG]["versions"][0]["sha256"]
+        if path.suffix == ".safetensors":
+            _record_lines(folder, files)
         _write(folder, files)
+
+
+def _record_lines(folder: Path, files: dict[str, Any]) -> None:
+    """Lists metrics.jsonl up to its last whole line, which is synced first: a crash must not lose what is listed."""
+    path = folder / METRICS
+    if not path.is_file() or path.is_symlink():
+        return
+    lines = _hashed.setdefault(path.resolve(), _Lines())
+    if lines.read(path) or (lines.size and METRICS not in files):
+        files[METRICS] = {"versions": [{"size": lines.size, "sha256": lines.digest.hexdigest()}]}
 
 
 def verify(path: Path) -> None:
     """UserError unless the manifest of the file's folder lists its content; a folder without one is told once."""
     folder = _folder_of(path)
     if folder is None:
-        if (path.parent / CONFIG).exists() and path.parent not in _warned:
-            _warned.add(path.parent)
-            print(
-                f"metacontroller: {path.parent} has no {NAME}: its files are read unchecked.",
-                file=sys.stderr,
-                flush=True,
-            )
+        _say_unchecked(path.parent)
         return
     entry = _read(folder).get(_key(folder, path))
     mend = f"copy it from where it was made, or delete it and run again what made it; {folder / NAME} lists what is."
@@ -83,10 +93,27 @@ def verify(path: Path) -> None:
         raise UserError(
             f"{path} has {size} bytes where {listed[0]['size']} were written: it was cut or swapped; {mend}"
         )
-    if _digest(path) not in listed:
+    if file_digest(path) not in listed:
         raise UserError(f"{path} is not what was written (its SHA-256 differs): it was changed or swapped; {mend}")
     if "config" in entry and entry["config"] not in {version["sha256"] for version in _config_versions(folder)}:
         raise UserError(f"{path} was made with another {CONFIG} than that of {folder}; {mend}")
+
+
+def listed_metrics(folder: Path) -> dict[str, Any] | None:
+    """The size and SHA-256 of the first part of metrics.jsonl; None where none is listed. Ask before reading it."""
+    if not (folder / NAME).exists():
+        if (folder / METRICS).exists():
+            _say_unchecked(folder)
+        return None
+    entry = _read(folder).get(METRICS)
+    return None if entry is None else entry["versions"][0]
+
+
+def _say_unchecked(folder: Path) -> None:
+    """Tells once that a run's folder has no manifest."""
+    if (folder / CONFIG).exists() and folder not in _warned:
+        _warned.add(folder)
+        print(f"metacontroller: {folder} has no {NAME}: its files are read unchecked.", file=sys.stderr, flush=True)
 
 
 def _config_versions(folder: Path) -> list[dict[str, Any]]:
@@ -94,6 +121,32 @@ def _config_versions(folder: Path) -> list[dict[str, Any]]:
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """The SHA-256 of the whole lines of a file that grows: each byte is read once."""
+
+    def __init__(self) -> None:
+        self.inode, self.size, self.digest = 0, 0, hashlib.sha256()
+
+    def read(self, path: Path) -> bool:
+        """Goes on to the last whole line; returns whether there are more than the last time, and then syncs them."""
+        handle = os.open(path, os.O_RDWR)
+        try:
+            found = os.fstat(handle)
+            if found.st_ino != self.inode or found.st_size < self.size:  # another file of that name
+                self.inode, self.size, self.digest = found.st_ino, 0, hashlib.sha256()
+            os.lseek(handle, self.size, os.SEEK_SET)
+            before, left = self.size, b""
+            while piece := os.read(handle, 1 << 20):
+                whole, end, left = (left + piece).rpartition(b"\n")
+                self.digest.update(whole + end)
+                self.size += len(whole + end)
+            if self.size > before:
+                os.fsync(handle)
+            return self.size > before
+        finally:
+            os.close(handle)
 
 
 def _folder_of(path: Path) -> Path | None:
@@ -107,14 +160,6 @@ def _listed(path: Path) -> bool:
 
 def _key(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _read(folder: Path) -> dict[str, Any]:

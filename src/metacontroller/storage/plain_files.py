@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,33 @@ MAX_JSON_BYTES = 64 * 2**20
 """Of a JSON file; parsed, it takes some ten times as much memory."""
 
 
+def file_digest(path: Path) -> dict[str, Any]:
+    """The size of a file and its SHA-256, as files list it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
 class NotStrictError(ValueError):
     """JSON that Python reads and the standard does not allow; `read_json` tells the user of it."""
 
 
 def check_regular(path: Path) -> int:
-    """The size of a file; UserError unless it is a regular one, or a link to one: a pipe or a device may never end."""
+    """The size of a file; UserError unless it is a regular one, or a link to one: a pipe or a device may never end.
+
+    PermissionError for one that may not be read, of which some readers would say that it is not there.
+    """
     try:
         found = path.stat()
+    except PermissionError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is no regular file; put the file there that a run has written.")
+    os.close(os.open(path, os.O_RDONLY))
     return found.st_size
 
 

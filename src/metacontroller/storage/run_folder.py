@@ -4,7 +4,7 @@
     summary.json        the run's results
     analyses/NAME.json  results of analyses
     metrics.jsonl       one JSON object per line: phase, step and the metrics logged there; only appended to
-    manifest.json       sizes and SHA-256 of all but metrics.jsonl, see `storage.manifest`
+    manifest.json       sizes and SHA-256 of all, see `storage.manifest`
     NAME.safetensors    a checkpoint: tensors, and in the file's metadata JSON values such as the seconds of work and
                         the peak memory so far
 
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,8 @@ from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage import manifest
 from metacontroller.storage.files import inside, plain, read_object, replacing, strict_json, write_text
 from metacontroller.storage.lock import held
-from metacontroller.storage.plain_files import check_regular, parse_json
+from metacontroller.storage.metrics_file import drop_torn_line, read_lines
+from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.training_state import check_finite, write_tensors
 from metacontroller.storage.user_function import remember_code
 from metacontroller.storage.versions import warn_of_versions
@@ -51,6 +52,10 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the path {str(path)!r} is not UTF-8, as its files need it; choose another.") from None
         self.versions: dict[str, str] = {}
         self._torn_line_dropped = False
         self._opened = time.monotonic()
@@ -128,19 +133,10 @@ class RunFolder:
     def read_metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
         """Return the logged lines of one phase or of all, without rewound ones and without an incomplete last line.
 
-        UserError for a line that is not valid.
+        UserError for a line that is not valid or stands there twice, and for a file that is not what was written up to
+        the last checkpoint.
         """
-        if not self.metrics_path.exists():
-            return []
-        check_regular(self.metrics_path)
-        complete, _, _ = self.metrics_path.read_bytes().rpartition(b"\n")
-        lines: list[dict[str, Any]] = []
-        for number, text in enumerate(complete.splitlines(), 1):
-            line = self._parse_metrics(number, text)
-            if line.get("rewound"):
-                lines = [kept for kept in lines if kept["phase"] != line["phase"] or kept["step"] <= line["step"]]
-            else:
-                lines.append(line)
+        lines = read_lines(self.metrics_path, manifest.listed_metrics(self.path))
         return [line for line in lines if phase is None or line["phase"] == phase]
 
     def rewind_metrics(self, phase: str, step: int) -> None:
@@ -161,23 +157,8 @@ class RunFolder:
     def _drop_torn_line(self) -> None:
         """Cut metrics.jsonl after its last complete line, so that the next line does not continue an incomplete one."""
         if self.metrics_path.exists():
-            content = self.metrics_path.read_bytes()
-            complete = content.rfind(b"\n") + 1
-            if complete < len(content):
-                os.truncate(self.metrics_path, complete)
+            drop_torn_line(self.metrics_path)
         self._torn_line_dropped = True
-
-    def _parse_metrics(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            parsed = parse_json(line)
-        except (ValueError, RecursionError):
-            parsed = None
-        if not _is_metrics(parsed):
-            raise UserError(
-                f"Line {number} of {self.metrics_path} is not a JSON object with a phase and a step, and numbers; "
-                "delete that line."
-            )
-        return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -239,13 +220,18 @@ class RunFolder:
             present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
             raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
         check_regular(path)
+        incomplete = UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            opened = safe_open(path, framework="pt", device=str(device))
+        except (SafetensorError, MemoryError) as error:  # MemoryError: of a length that cannot be mapped
+            raise incomplete from error
+        try:
+            with opened as file:
                 header = (file.metadata() or {}).get(_HEADER)
                 manifest.verify(path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.") from error
+            raise incomplete from error
         check_finite(tensors, str(path))
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
@@ -284,16 +270,6 @@ def _scalar(name: str, value: Any) -> float:
         raise UserError(f"the metric {name} is {shown(value)}; expected a number, or a tensor of one.") from error
 
 
-def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a line of metrics.jsonl has a phase, a step and otherwise numbers or null, or marks a rewind."""
-    if not isinstance(line, dict) or not isinstance(line.get("phase"), str) or type(line.get("step")) is not int:
-        return False
-    rest = {name: value for name, value in line.items() if name not in ("phase", "step")}
-    if "rewound" in rest:
-        return len(rest) == 1 and rest["rewound"] is True
-    return all(value is None or type(value) in (int, float) for value in rest.values())
-
-
 def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
         raise UserError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
@@ -310,5 +286,8 @@ def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
             "load it with the release that wrote it."
         )
     if not all(type(content["meta"].get(name, 0.0)) in (int, float) for name in ("seconds", "peak_rss_mb")):
+        raise damaged
+    versions = content["meta"].get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise damaged
     return content["meta"]

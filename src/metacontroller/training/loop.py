@@ -28,9 +28,12 @@ class _Means:
         self.count = 0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds one step's scalars, without synchronizing with the device."""
+        """Adds one step's scalars, without synchronizing with the device; their order is this step's, also after
+        ``restore``."""
+        sums = {}
         for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+            sums[name] = self.sums.pop(name) + value.detach() if name in self.sums else value.detach()
+        self.sums = {**sums, **self.sums}
         self.count += 1
 
     def tensors(self, workers: Processes) -> dict[str, Tensor]:

@@ -144,7 +144,9 @@ class Learner:
             load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
             load_generator(self.generator, tensors["generator"])
             return int(meta["step"]), tensors
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        except UserError as error:
+            raise UserError(f"{run.checkpoint_path(phase)}: {error}") from error
+        except (KeyError, TypeError, IndexError, RuntimeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
                 "phase again."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from metacontroller.domains.ant_pinpad.expert import Expert, Guide, feature_count, play
 from metacontroller.domains.ant_pinpad.layouts import LEFT, STEPS, UP, Arena
@@ -101,6 +104,28 @@ def test_a_saved_expert_comes_back(tmp_path: Path) -> None:
     for name, message in (("c", "is not a complete safetensors file"), ("d", "there is no expert in .*train one")):
         with pytest.raises(ValueError, match=message):
             Expert.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": torch.ones(7)}, {"mean": torch.zeros(8)}, {"std": torch.full((7,), torch.nan)}, {"more": torch.ones(1)}],
+)
+def test_an_expert_that_was_changed_is_refused(tmp_path: Path, change: dict[str, torch.Tensor]) -> None:
+    Expert(7, (4,)).save(tmp_path / "a", {"success": 0.5})
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    save_file({**tensors, **change}, tmp_path / "a", metadata=metadata)
+    with pytest.raises(ValueError, match="is not what was written"):
+        Expert.load(tmp_path / "a")
+    header = json.loads(metadata["ant-expert"])
+    for said in ({**header, "about": {"success": 1.0}}, {**header, "hidden": [2**40]}, {**header, "features": "7"}):
+        save_file(tensors, tmp_path / "a", metadata={"ant-expert": json.dumps(said)})
+        with pytest.raises(ValueError, match="is not what was written"):
+            Expert.load(tmp_path / "a")
+    del header["sha256"]  # as before there was one
+    save_file(tensors, tmp_path / "a", metadata={"ant-expert": json.dumps(header)})
+    assert Expert.load(tmp_path / "a")[1] == {"success": 0.5}
 
 
 def test_an_expert_of_another_plane_is_refused() -> None:

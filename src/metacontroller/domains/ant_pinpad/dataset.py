@@ -70,7 +70,7 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path) -> TrajectoryStore:
     path = root / recipe.folder(episodes)
     if not (path / "store.json").is_file():
         return write_dataset(recipe, episodes, path)
-    store = TrajectoryStore(path)
+    store = TrajectoryStore(path).verify()
     store.check_versions(versions())
     return store
 

@@ -133,25 +133,53 @@ class Expert(nn.Module):
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes weights and ``about``, JSON values such as versions and success, to one file."""
         header = {"format": FORMAT, "hidden": self.hidden, "features": self.features, "about": about}
+        header["sha256"] = self._seal(header)
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, path, metadata={_HEADER: json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> tuple[Expert, dict[str, Any]]:
-        """The expert that ``save`` wrote, and ``about``; no code is run from the file. UserError for another file."""
+        """The expert that ``save`` wrote, and ``about``; no code is run from the file. UserError for another file, and
+        for one that was changed."""
         if not path.is_file():
             raise UserError(f"there is no expert in {path}; train one with examples/ant_expert.py, or name its file.")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, RecursionError, MemoryError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({error}); write it again.") from None
-        if header.get("format") != FORMAT:
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise UserError(f"{path} holds no expert of format {FORMAT}; name one that examples/ant_expert.py wrote.")
-        expert = cls(header["features"], header["hidden"])
-        expert.load_state_dict(tensors)
+        expert = cls._of_shapes(tensors, header)
+        if expert is None or header.get("sha256", expert._seal(header)) != expert._seal(header):
+            raise UserError(f"{path} is not what was written (other weights, shapes or SHA-256); write it again.")
         return expert, header["about"]
+
+    @classmethod
+    def _of_shapes(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Expert | None:
+        """The expert with these weights; None unless they are finite floats of the shapes that the header says."""
+        features: Any = header.get("features")
+        hidden, about = header.get("hidden"), header.get("about")
+        if not isinstance(about, dict) or not isinstance(hidden, list):
+            return None
+        whole = all(type(width) is int and 0 < width <= 2**20 for width in [features, *hidden])
+        if not whole or len(hidden) > len(tensors):
+            return None
+        with torch.device("meta"):  # the shapes alone
+            expected = {name: (value.shape, value.dtype) for name, value in cls(features, hidden).state_dict().items()}
+        if {name: (value.shape, value.dtype) for name, value in tensors.items()} != expected:
+            return None
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            return None
+        expert = cls(features, hidden)
+        expert.load_state_dict(tensors)
+        return expert
+
+    def _seal(self, header: dict[str, Any]) -> str:
+        """SHA-256 of the weights and of what a header says of them."""
+        said = {name: value for name, value in header.items() if name != "sha256"}
+        return hashlib.sha256(f"{self.fingerprint()} {json.dumps(said, sort_keys=True)}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """The same for equal weights alone."""

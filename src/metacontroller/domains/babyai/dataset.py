@@ -65,7 +65,7 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int) -> Tra
     """
     path = root / recipe.folder(episodes)
     if (path / "store.json").is_file():
-        return TrajectoryStore(path)
+        return TrajectoryStore(path).verify()
     return TrajectoryStore.write(path, by_difficulty(generate(recipe, episodes, workers)))
 
 
