@@ -44,7 +44,7 @@ MUTATIONS: list[Mutation] = [
         ),
         ("clipped = ratio.clamp(1 - low, 1 + high)", "clipped = ratio.clamp(1 - high, 1 + low)"),
         ("terms.sum(-1), mask)", "terms.mean(-1), mask)"),
-        ("u / eta).softmax(-1).detach()", "u * eta).softmax(-1).detach()"),
+        ("advantages / eta).softmax(-1)", "advantages * eta).softmax(-1)"),
         (
             "return n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))",
             "return n / (n - 1) * (n * share * soft + (1 - share) * (1 - soft))",
