@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint types format reproduce figures bench gpu mutate torture clean
+.PHONY: help venv test test-slow coverage lint types format reproduce figures bench gpu mutate torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the tests, without the slow ones, in two processes
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage: $(STAMP) ## run the tests of `make test` and say which lines and branches of src they leave out
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check
@@ -66,5 +69,5 @@ torture: $(STAMP) ## kill, signal, starve and damage runs, and say what does not
 	$(BIN)/python benchmarks/torture.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .coverage* .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

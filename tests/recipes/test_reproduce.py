@@ -120,7 +120,7 @@ def test_an_interrupted_phase_is_resumed_bit_for_bit(
 ) -> None:
     folder, artefact = tmp_path / "seed-0", f"{ARTEFACTS[phase]}.safetensors"
     shutil.copytree(finished / "seed-0", folder)
-    for name in (f"{phase}.safetensors", artefact, "metrics.jsonl"):
+    for name in (f"{phase}.safetensors", artefact, "metrics.jsonl", "manifest.json"):
         (folder / name).unlink()
     with monkeypatch.context() as patch:
         interrupt_at(patch, phase)

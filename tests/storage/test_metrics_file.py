@@ -96,3 +96,10 @@ def test_a_line_without_end_takes_no_memory(run: RunFolder) -> None:
     refused(run, r"Line 8 of .*metrics\.jsonl is not a JSON object")
     with pytest.raises(UserError, match=f"the last line of .* has more than {LONGEST} bytes"):
         RunFolder(run.path).log_metrics("pretrain", 5, loss=1.0)
+
+
+def test_metrics_that_are_gone_are_missed(run: RunFolder) -> None:
+    run.metrics_path.unlink()
+    refused(run, r"metrics\.jsonl is not there any more, but \d+ bytes were written; copy it")
+    (run.path / "manifest.json").unlink()
+    assert run.read_metrics() == []

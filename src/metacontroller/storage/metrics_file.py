@@ -25,8 +25,10 @@ def read_lines(path: Path, listed: Mapping[str, Any] | None) -> list[dict[str, A
     listed: the size and SHA-256 of its first part, or None. UserError for a file that does not begin so, and for a line
     that is not valid or stands there twice.
     """
-    if not path.exists() and listed is None:
-        return []
+    if not path.exists():
+        if listed is None:
+            return []
+        raise UserError(f"{path} is not there any more, but {listed['size']} bytes were written; {_mend(path)}")
     left, digest = 0 if listed is None else listed["size"], hashlib.sha256()
     if check_regular(path) < left:
         raise UserError(
@@ -93,7 +95,7 @@ def _bad_line(path: Path, number: int) -> UserError:
 
 
 def _mend(path: Path) -> str:
-    return f"copy it from where it was made, or move it and {path.parent / 'manifest.json'} away, and go on without."
+    return f"copy it from where it was made, or move {path.parent / 'manifest.json'} and what is left of it away, and go on without."
 
 
 def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:
