@@ -95,7 +95,8 @@ def _bad_line(path: Path, number: int) -> UserError:
 
 
 def _mend(path: Path) -> str:
-    return f"copy it from where it was made, or move {path.parent / 'manifest.json'} and what is left of it away, and go on without."
+    others = path.parent / "manifest.json"
+    return f"copy it from where it was made, or move {others} and what is left of it away, and go on without."
 
 
 def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:
