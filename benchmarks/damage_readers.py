@@ -181,7 +181,9 @@ READERS: dict[str, Reader] = {
         "bare/metrics.jsonl", _run("bare", RunFolder.read_metrics), 9, NO_MANIFEST, True
     ),
     "checkpoint, no manifest": Reader("bare/pretrain.safetensors", _run("bare", _resumed), 9, NO_MANIFEST, True),
-    "artefact, no manifest": Reader("bare/base_model.safetensors", _run("bare", _artefact("base_model")), 9),
+    "artefact, no manifest": Reader(
+        "bare/base_model.safetensors", _run("bare", _artefact("base_model")), 9, NO_MANIFEST, True
+    ),
     "store of format 1": Reader("old/store.json", lambda folder: _dataset(folder / "old"), 9, OLD_STORE, True),
     "store of format 1, states": Reader("old/states.npy", lambda folder: _dataset(folder / "old"), 9, OLD_STORE, True),
     "Minari, data": Reader(f"{_IN_MINARI}/main_data.hdf5", _minari, 6, NOT_OURS, named=(MINARI,)),

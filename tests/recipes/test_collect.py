@@ -121,6 +121,38 @@ def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path: Path, monk
     assert len(played) == 3
 
 
+def test_what_a_quicker_worker_played_besides_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect(CONFIG, tmp_path / "whole", quiet=True)
+    needed, join = 3, module._join
+
+    def one_more(config: CollectConfig, out: Path) -> None:
+        env = module.GuardedEnvironment(config.env)()
+        attempts = range(45 * needed, 45 * (needed + 1))
+        module._play_part(config, env, small_or_wrong, module._part(out, needed), attempts)
+        join(config, out)
+
+    monkeypatch.setattr(module, "_join", one_more)
+    assert collect(CONFIG, tmp_path / "data", quiet=True) == whole
+    assert (tmp_path / "data/store.json").read_bytes() == (tmp_path / "whole/store.json").read_bytes()
+
+
+def test_parts_that_a_kill_left_beside_the_whole_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect(CONFIG, tmp_path / "whole", quiet=True)
+    join = module._join
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_join", lambda *arguments: (join(*arguments), interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            collect(CONFIG, tmp_path / "data", quiet=True)
+    assert (tmp_path / "data/parts").exists()
+    assert collect(CONFIG, tmp_path / "data", resume=True, quiet=True) == whole
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("data", "whole")]
+    assert names[0] == names[1]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_worker_processes_play_the_same_episodes(tmp_path: Path) -> None:
     config = CollectConfig(env="CartPole-v1", policy=f"{__name__}:at_random", episodes=80)
     stores = []

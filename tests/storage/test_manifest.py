@@ -92,9 +92,11 @@ def test_files_that_no_one_listed_and_newer_manifests_are_refused(run: RunFolder
     path.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(UserError, match=r"manifest\.json has format 2 and this release reads 1"):
         run.read_config()
-    path.write_text(json.dumps({**content, "files": {"config.json": []}}))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        run.read_config()
+    version = {"size": 1, "sha256": "0"}
+    for entry in ([], {"versions": [{**version, "size": {}}]}, {"versions": [{**version, "sha256": 0}]}):
+        path.write_text(json.dumps({**content, "files": {"config.json": entry}}))
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            run.read_config()
 
 
 def test_a_kill_between_listing_and_replacing_leaves_a_file_that_is_listed(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import equal
 
 from metacontroller import cli
+from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training import interruption
 from metacontroller.training.interruption import Interrupted, finishing, listening, requested
@@ -160,6 +161,16 @@ if __name__ == "__main__":
     )
     assert (done.returncode, done.stderr) == (130, "")
     assert [(tmp_path / name).read_text() for name in "ab"] == [str(int(signal.SIGTERM))] * 2
+
+
+def note_blocked(path: Path) -> None:
+    path.write_text(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+
+def test_a_worker_that_is_being_born_knows_no_interrupt(tmp_path: Path) -> None:
+    in_processes(note_blocked, [(tmp_path / "blocked",)])
+    assert (tmp_path / "blocked").read_text() == "True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_while_it_starts_a_command_ends_at_once(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def collect(
             else:
                 in_processes(_play_parts, jobs, at_once=workers)
             _join(config, out)
+        shutil.rmtree(out / "parts", ignore_errors=True)
+        (out / "collect.json").unlink(missing_ok=True)
     return TrajectoryStore(out).meta["collected"]
 
 
@@ -116,8 +118,8 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
 
 
 def _join(config: CollectConfig, out: Path) -> None:
-    """Writes the first episodes of all parts as one dataset, which replaces the parts."""
-    parts = [(_read_part(path), path.with_suffix("")) for path in _finished(out)]
+    """Writes the first episodes of the parts as one dataset."""
+    parts = _needed(config, out)
     kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
     found = len(kept["returns"])
     returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
@@ -142,8 +144,18 @@ def _join(config: CollectConfig, out: Path) -> None:
     stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
     own = ("collect.json", "parts", LOCK)
     TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=own)
-    shutil.rmtree(out / "parts")
-    (out / "collect.json").unlink()
+
+
+def _needed(config: CollectConfig, out: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The first parts that hold enough, each with the folder of its episodes; how many more the workers have played
+    depends on which of them was quicker."""
+    parts, found = [], 0
+    for path in _finished(out):
+        parts.append((_read_part(path), path.with_suffix("")))
+        found += len(parts[-1][0]["lengths"])
+        if found >= config.episodes:
+            break
+    return parts
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -97,9 +98,10 @@ def _in_processes(
             while len(running) < at_once and (job := next_job()) is not None:
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_call, args=(function, job, threads, sender))
-                process.start()
+                with _interrupts_held_back():
+                    process.start()
+                    running[process] = receiver
                 sender.close()
-                running[process] = receiver
             if not running:
                 return
             wait([process.sentinel for process in running])
@@ -117,6 +119,20 @@ def _in_processes(
             process.kill()  # it is only resumed from an older checkpoint
             process.join()
         raise
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """What starts here is born with SIGINT blocked: an interrupt, which reaches this process too, would meet it before
+    `_call` and be shown as a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Killed(UserError):

@@ -182,8 +182,11 @@ def _sound(files: Any) -> TypeGuard[dict[str, Any]]:
             return False
         if not isinstance(entry.get("config", ""), str) or not isinstance(entry["versions"], list):
             return False
-        if not all(isinstance(version, dict) and version.keys() == {"size", "sha256"} for version in entry["versions"]):
-            return False
+        for version in entry["versions"]:
+            if not isinstance(version, dict) or version.keys() != {"size", "sha256"}:
+                return False
+            if type(version["size"]) is not int or not isinstance(version["sha256"], str):
+                return False
     return True
 
 
