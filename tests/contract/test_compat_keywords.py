@@ -3,15 +3,12 @@ losses are finite, gradients flow, and something is different from the default."
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from compat_models import ACTIONS, BODY, CONDITION, STATE, STEPS, Binary, make_model, make_steering, theirs
 from torch import Tensor, nn
-
-theirs = import_module("metacontroller.metacontroller")
-Binary = import_module("metacontroller.metacontroller_with_binary_mapper").MetaControllerWithBinaryMapper
 
 DEVICES = [
     "cpu",
@@ -22,8 +19,6 @@ CASES = [  # width, continuous, with lengths
     pytest.param(((8, False, False), (16, True, True)), id="two"),
     pytest.param(((8, False, True), (16, True, False)), id="others"),
 ]
-BODY = {"depth": 1, "attn_dim_head": 4, "heads": 2}
-STEPS, STATE, ACTIONS, CONDITION = 6, 3, 4, 5
 
 CLONING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of the model, of the call
     "embed_past_actions": ({"embed_past_actions": False}, {}),
@@ -85,19 +80,8 @@ def moved(options: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
-def make_model(width: int, continuous: bool, device: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    action = {"num_continuous": ACTIONS} if continuous else {"num_discrete": ACTIONS}
-    settings = {"state_embed_readout": {"num_continuous": STATE}, "lower_body": BODY, "upper_body": BODY, **options}
-    return theirs.Transformer(width, action_embed_readout=action, **settings).to(device)
-
-
-def make_steering(width: int, device: str, kind: Any = theirs.MetaController, **options: Any) -> Any:
-    torch.manual_seed(0)
-    size = {"dim_code_bits": 3} if kind is Binary else {"dim_latent": 4}
-    parts = {"internal_sequence_embedder": BODY, "action_proposer": BODY, "hypernetwork_low_rank": 2}
-    steering = kind(width, **{"dim_meta_controller": 8, **size, **parts, **options}).to(device)
-    nn.init.normal_(steering.policy.readout.weight, std=0.5)  # no longer the prior
+def make_switching(width: int, device: str, **options: Any) -> Any:
+    steering = make_steering(width, device, **options)
     nn.init.normal_(steering.switching.out.bias, std=1.0)
     return steering
 
@@ -149,7 +133,7 @@ def test_a_keyword_of_the_metacontroller(keyword: str, cases: Any, device: str) 
         found = []
         model = make_model(width, continuous, device)
         for chosen, given in ((options, call), ({"kind": options.get("kind", theirs.MetaController)}, {})):
-            steering = make_steering(width, device, **chosen)
+            steering = make_switching(width, device, **chosen)
             steering.maybe_increment_kl_loss_step()
             states, actions, known = batch(model, continuous, lengths, device)
             known |= {"meta_controller": steering, "discovery_phase": True, **moved(given, device)}
@@ -164,7 +148,7 @@ def test_a_keyword_of_the_metacontroller(keyword: str, cases: Any, device: str) 
 @pytest.mark.parametrize("kind", [theirs.MetaController, Binary], ids=["continuous", "discrete"])
 def test_a_keyword_of_the_policy_loss(keyword: str, kind: Any, device: str) -> None:
     for width, lengths in ((8, False), (16, True)):
-        steering = make_steering(width, device, kind)
+        steering = make_switching(width, device, kind=kind)
         torch.manual_seed(1)
         residual = torch.randn(2, STEPS, width, device=device)
         codes = steering.codes.sample(steering.get_action_dist_for_internal_rl(residual)).detach()

@@ -5,19 +5,14 @@ action, with and without lengths. That each is taken and has an effect is tested
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from compat_models import ACTIONS, BODY, CONDITION, STATE, STEPS, Binary, make_model, make_steering, theirs
 from torch import Tensor, nn
 
-theirs = import_module("metacontroller.metacontroller")
-Binary = import_module("metacontroller.metacontroller_with_binary_mapper").MetaControllerWithBinaryMapper
-
-BODY = {"depth": 1, "attn_dim_head": 4, "heads": 2}
-STEPS, STATE, ACTIONS, CONDITION = 6, 3, 4, 5
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = [(8, False, True), (16, True, False)], [(8, True, True), (16, False, False)]  # the others only if asked
 each = pytest.mark.parametrize(
@@ -29,22 +24,6 @@ each = pytest.mark.parametrize(
         for case in cases
     ],
 )
-
-
-def make_model(width: int, continuous: bool, device: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    action = {"num_continuous": ACTIONS} if continuous else {"num_discrete": ACTIONS}
-    settings = {"state_embed_readout": {"num_continuous": STATE}, "lower_body": BODY, "upper_body": BODY, **options}
-    return theirs.Transformer(width, action_embed_readout=action, **settings).to(device)
-
-
-def make_steering(width: int, device: str, kind: Any = theirs.MetaController, **options: Any) -> Any:
-    torch.manual_seed(0)
-    size = {"dim_code_bits": 3} if kind is Binary else {"dim_latent": 4}
-    parts = {"internal_sequence_embedder": BODY, "action_proposer": BODY, "hypernetwork_low_rank": 2}
-    steering = kind(width, **{"dim_meta_controller": 8, **size, **parts, **options}).to(device)
-    nn.init.normal_(steering.policy.readout.weight, std=0.5)  # no longer the prior
-    return steering
 
 
 def batch(continuous: bool, lengths: bool, device: str) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -7,34 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from test_single_phase import DIM, batch, make
 
 from metacontroller.control.entropy_switch import EntropySwitch
-from metacontroller.control.single_phase import SinglePhase
 from metacontroller.errors import UserError
 from metacontroller.models.latent_prediction import LatentPrediction, NextSwitch, sigreg
-
-BODY = {"depth": 1, "heads": 2}
-DIM, ACTIONS, STATE = 8, 3, 2
-
-
-def make(**options: Any) -> SinglePhase:
-    model = SinglePhase(
-        DIM,
-        state_embed_readout={"num_continuous": STATE},
-        action_embed_readout={"num_discrete": ACTIONS},
-        lower_body=BODY,
-        upper_body=BODY,
-        emitter=BODY,
-        **{"bits": 2, "switch_width": 8, "directions": 4, "target_length": 3.0, **options},
-    ).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model
-
-
-def batch(steps: int = 7) -> tuple[Tensor, Tensor]:
-    return torch.randn(3, steps, STATE, dtype=torch.float64), torch.randint(ACTIONS, (3, steps))
 
 
 @pytest.mark.parametrize("weights", [None, [0.25, 2.0]])

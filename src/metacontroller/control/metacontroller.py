@@ -273,7 +273,17 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         if self.policy.every_step:
-            control, output = self._steer(residual, state, False, True, False, None, 1.0, None, generator)
+            control, output = self._steer(
+                residual,
+                state,
+                discovery=False,
+                hard=True,
+                straight_through=False,
+                given=None,
+                temperature=1.0,
+                lengths=None,
+                generator=generator,
+            )
             return residual + control, output
         state = self.initial_state(len(residual)) if state is None else state
         if len(state.history) != len(residual):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
@@ -67,8 +66,7 @@ class SequenceEmbedder(nn.Module):
         x = self.norm(self.body(x, mask=mask))
         if not self.pooled:
             return self.project_out(x)
-        weight = mask.to(x.dtype)[..., None]
-        return self.project_out((x * weight).sum(1) / weight.sum(1))
+        return self.project_out(_mean_of_steps(x, mask))
 
 
 class PooledBody(nn.Module):
@@ -87,8 +85,14 @@ class PooledBody(nn.Module):
         hidden = self.norm(self.body(x, mask=mask))
         if not self.pooled:
             return hidden
-        weight = torch.ones_like(x[..., :1]) if mask is None else mask.to(x.dtype)[..., None]
-        return ((hidden * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).expand_as(hidden)
+        mean = hidden.mean(1) if mask is None else _mean_of_steps(hidden, mask)
+        return mean[:, None].expand_as(hidden)
+
+
+def _mean_of_steps(x: Tensor, mask: Tensor) -> Tensor:
+    """x (b, t, n), mask (b, t) bool of real steps -> their mean (b, n)."""
+    weight = mask.to(x.dtype)[..., None]
+    return (x * weight).sum(1) / weight.sum(1)
 
 
 class ModuleEmbedder(nn.Module):

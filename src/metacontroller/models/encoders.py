@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
+from metacontroller.models.float_states import OBSERVATION_LIMIT, FloatStates
 from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.image_encoder import ImageEncoder
 from metacontroller.models.mixed_encoder import MixedEncoder
@@ -30,11 +31,7 @@ NORMALIZED_LIMIT = 10.0
 """Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
 
 
-OBSERVATION_LIMIT = 1e9
-"""Of entries of a vector that is not normalized: the squares of larger ones would overflow in the layers behind."""
-
-
-class VectorEncoder(nn.Module):
+class VectorEncoder(FloatStates, nn.Module):
     """A linear map of a vector observation, which is cast to the weights' floating-point type, within ±1e9.
 
     mean, std (dim_state,): statistics of the data, by which the vector is normalized first, within ±10 (our choice).
@@ -64,20 +61,6 @@ class VectorEncoder(nn.Module):
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next observation from a residual of width ``dim``."""
         return GaussianReadout(dim, self.dim_state, mean=self.statistics["mean"], std=self.statistics["std"])
-
-    def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, dim_state): the states themselves, within ±1e9."""
-        return states.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
-
-    def from_observation(self, observation: Any) -> Tensor:
-        """Converts one observation of an environment to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.float32)
-
-    def check(self, states: Tensor) -> None:
-        """UserError unless the states are finite floats of the right width; synchronizes with the device."""
-        self._check_shape(states)
-        if not bool(torch.isfinite(states).all()):
-            raise UserError("state holds NaN or infinite values; clean the data before training.")
 
     def _check_shape(self, states: Tensor) -> None:
         if states.shape[-1] != self.dim_state or not states.is_floating_point():

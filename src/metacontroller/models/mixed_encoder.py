@@ -7,17 +7,14 @@ m numbers, p parameters: the logits of every category, then means and log standa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+from metacontroller.models.float_states import OBSERVATION_LIMIT, FloatStates
 from metacontroller.models.readouts import GaussianReadout, MultiCategoricalReadout, block_starts
 from metacontroller.ranges import ROWS, check_each, check_number
-
-LIMIT = 1e9
-"""Of the numbers, as of a vector: the squares of larger ones would overflow in the layers behind."""
 
 
 class MixedReadout(nn.Module):
@@ -49,7 +46,7 @@ class MixedReadout(nn.Module):
         return torch.cat([chosen.to(params.dtype), self.numbers.sample(params[..., self.logits :], generator)], -1)
 
 
-class MixedEncoder(nn.Module):
+class MixedEncoder(FloatStates, nn.Module):
     """A learned embedding of each category and a linear map of the numbers; their sum.
 
     sizes: values of each of the k categories. num_continuous: m. UserError for values out of range.
@@ -72,26 +69,16 @@ class MixedEncoder(nn.Module):
         self._check_shape(states)
         entries = len(self.sizes)
         chosen = self.table(states[..., :entries].long() + self.offsets).sum(-2)
-        numbers = states[..., entries:].to(self.linear.weight.dtype).clamp(-LIMIT, LIMIT)
+        numbers = states[..., entries:].to(self.linear.weight.dtype).clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
         return chosen + self.linear(numbers)
 
     def state_readout(self, dim: int) -> MixedReadout:
         """The readout that predicts the next state from a residual of width ``dim``."""
         return MixedReadout(dim, self.sizes, self.num_continuous)
 
-    def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, k + m): the states themselves, within ±1e9."""
-        return states.clamp(-LIMIT, LIMIT)
-
-    def from_observation(self, observation: Any) -> Tensor:
-        """Converts one observation of an environment to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.float32)
-
     def check(self, states: Tensor) -> None:
         """UserError unless the states are finite and their categories known; synchronizes with the device."""
-        self._check_shape(states)
-        if not bool(torch.isfinite(states).all()):
-            raise UserError("state holds NaN or infinite values; clean the data before training.")
+        super().check(states)
         chosen = states[..., : len(self.sizes)]
         wrong = (chosen < 0) | (chosen >= chosen.new_tensor(self.sizes)) | (chosen != chosen.round())
         if bool(wrong.any()):

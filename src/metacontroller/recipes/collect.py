@@ -97,7 +97,8 @@ def collect(
             else:
                 in_processes(_play_parts, jobs, at_once=workers)
             _join(config, out)
-        shutil.rmtree(out / "parts", ignore_errors=True)
+        if (out / "parts").exists():
+            shutil.rmtree(out / "parts")
         (out / "collect.json").unlink(missing_ok=True)
     return TrajectoryStore(out).meta["collected"]
 
@@ -112,7 +113,7 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_request(request)
+    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_sealed(request)
     if asked != plain(config):
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
@@ -188,22 +189,19 @@ def _part(out: Path, index: int) -> Path:
     return out / "parts" / f"part-{index:05}.json"
 
 
-def _read_request(path: Path) -> dict[str, Any]:
-    """What collect.json asks for; UserError for one that was changed."""
+def _read_sealed(path: Path) -> dict[str, Any]:
+    """What collect.json asks for, or what a part says of itself; UserError for one that was changed."""
     content = read_json(path)
-    if SEAL in content:
-        check_seal(path, content)
+    check_seal(path, content)
     return {name: value for name, value in content.items() if name != SEAL}
 
 
 def _read_part(path: Path) -> dict[str, Any]:
     """What a part says of itself; UserError for one that was changed."""
-    content = read_json(path)
-    if SEAL in content:
-        check_seal(path, content)
+    content = _read_sealed(path)
     lists = [content.get(name) for name in ("returns", "success", "lengths")]
     counts = [content.get(name) for name in ("played", "lost")]
-    whole = {*content} - {SEAL} == {"played", "lost", "returns", "success", "lengths"}
+    whole = {*content} == {"played", "lost", "returns", "success", "lengths"}
     if not whole or any(type(entry) is not list for entry in lists) or any(type(entry) is not int for entry in counts):
         raise UserError(f"{path} is no report of a part; delete the folder and start again.")
     return content
