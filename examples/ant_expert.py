@@ -270,8 +270,15 @@ def exported(policy: Any, features: Statistics) -> Expert:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains, or resumes."""
-    run, arena = RunFolder(arguments.run), Arena()
+    run = RunFolder(arguments.run)
     run.versions = versions()
+    with run.held():
+        train_in(run, arguments)
+
+
+def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
+    """The same in a run that is this process's alone."""
+    arena = Arena()
     run.begin(CHECKPOINT, resume=arguments.resume)
     none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0})
     tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else none
@@ -302,7 +309,7 @@ def train(arguments: argparse.Namespace) -> None:
             "optimizer_kwargs": {"weight_decay": arguments.weight_decay},
         },
         seed=seed,
-        device="cpu",
+        device=arguments.device,
     )
     if tensors:
         load_module(learner.policy, tensors, "policy")
@@ -378,6 +385,7 @@ def main() -> None:
     one.add_argument("--bonus", type=float, default=0.1, help="weight of the velocity along the way")
     one.add_argument("--checkpoint-every", type=int, default=20, help="updates")
     one.add_argument("--threads", type=int, default=0, help="of MuJoCo; 0 is one a core")
+    one.add_argument("--device", default="cpu", help="of the network; elsewhere a resumed run draws other numbers")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run_command=train)
     two = commands.add_parser("evaluate", help="success of the expert")

@@ -146,6 +146,46 @@ def test_slurm_jobs_give_the_same_table(whole: Path, tmp_path: Path) -> None:
     assert rows == RunFolder(whole).read_summary()["jobs"]
 
 
+def task_of(out: Path) -> int:
+    """The process in which submitit runs a job whose logs are below this folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_bytes().decode().split("\0")
+        if "submitit.core._submit" in words and str(out / "slurm") in words:
+            return int(path.parent.name)
+    raise AssertionError("no job is running")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+def test_a_slurm_job_that_is_preempted_is_queued_again_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    config, grid = tiny(), {"seeds": [0], "alphas": [0.1], "lrs": [1e-3]}
+    optimizer = dataclasses.replace(config.pretrain.optimizer, steps=800, checkpoint_every=10)
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, optimizer=optimizer))
+    rows, out = sweep(config, tmp_path / "whole", **grid, quiet=True), tmp_path / "out"
+    checkpoint, wait, preempted = out / "seed-0" / "pretrain.safetensors", submitit.LocalJob.exception, []
+
+    def preempt_the_first(job: Any) -> Any:
+        if not preempted:
+            deadline = time.monotonic() + 120
+            while not checkpoint.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            preempted.append(job.job_id)
+            os.kill(task_of(out), signal.SIGUSR2)  # as Slurm does, to the process that works
+        return wait(job)
+
+    monkeypatch.setattr(submitit.LocalJob, "exception", preempt_the_first)
+    assert sweep(config, out, **grid, engine="slurm", address="local", minutes=60, quiet=True) == rows
+    said = "".join(path.read_text() for path in (out / "slurm").glob(f"{preempted[0]}_*log*"))
+    assert "this job is preempted" in said
+    assert said.count("Loading pickle") == 2  # once more after it was queued again
+    steps = [json.loads(line)["step"] for line in (out / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*list(range(3, 800, 3)), 800]
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="ray is not installed (extra: cluster)")

@@ -41,6 +41,7 @@ from metacontroller.ranges import MOST_DEPTH, NOT_NEGATIVE, POSITIVE, SEED, WIDT
 from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
+from metacontroller.training.evaluation_mode import evaluation_mode
 from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 
@@ -163,7 +164,7 @@ def discover_compile(
     controller are trained. augment: symmetry augmentation of the states that the segmentation reads, as in `discover`.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
-    model.eval()
+    evaluation_mode(model)
     trained = (meta_controller.norm, meta_controller.history, meta_controller.switching, meta_controller.controller)
     parameters = [*segmentation.parameters(), *(value for module in trained for value in module.parameters())]
 

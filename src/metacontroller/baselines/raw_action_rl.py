@@ -13,6 +13,7 @@ from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio
 from metacontroller.phases.rollout import RawRollout, rollout_raw
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
+from metacontroller.training.evaluation_mode import evaluation_mode
 
 
 def raw_action_rl(
@@ -29,7 +30,7 @@ def raw_action_rl(
     reset(n, generator) starts n episodes. Writes the model to ``raw_action_model.safetensors`` in the run. UserError if
     the run holds a checkpoint of this phase and ``resume`` is false.
     """
-    model.eval()
+    evaluation_mode(model)
 
     def play(n: int, generator: torch.Generator) -> RawRollout:
         return rollout_raw(model, reset(n, generator), generator)

@@ -27,6 +27,7 @@ from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.ranges import NOT_NEGATIVE, SEED, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
+from metacontroller.training.evaluation_mode import evaluation_mode
 from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 from metacontroller.training.seeding import noise_generator
@@ -82,7 +83,7 @@ def discover(
     the measurements and the warnings, which are also printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
-    model.eval()
+    evaluation_mode(model)
 
     def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
         noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)

@@ -25,6 +25,7 @@ from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio
 from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
+from metacontroller.training.evaluation_mode import evaluation_mode
 
 
 def internal_rl(
@@ -42,8 +43,8 @@ def internal_rl(
     Writes the metacontroller, of which only the policy has changed, to ``internal_rl_policy.safetensors`` in the run.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
-    model.eval()
-    meta_controller.eval()
+    evaluation_mode(model)
+    evaluation_mode(meta_controller)
 
     def play(n: int, generator: torch.Generator) -> AbstractRollout:
         env = reset(n, generator)
