@@ -53,8 +53,8 @@ format: $(STAMP) ## rewrite files to the house format
 reproduce: $(STAMP) ## train and evaluate the preset quick, all phases, beside raw-action RL
 	$(BIN)/metacontroller reproduce --preset quick --out runs/quick $(ARGS)
 
-figures: $(STAMP) ## all baselines, analyses and figures of the laptop preset, three seeds, and a report; resumes
-	$(BIN)/metacontroller figures --preset laptop --out runs/laptop $(ARGS)
+figures: $(STAMP) ## all baselines, analyses and figures of the preset quick, three seeds, and a report; resumes
+	$(BIN)/metacontroller figures --preset quick --out runs/quick $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
 	@set -e; for script in $(filter-out $(addprefix benchmarks/,gpu.py mutate.py mutations.py torture.py torture_runs.py torture_faults.py damage.py damage_kinds.py damage_readers.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
