@@ -266,6 +266,7 @@ def main() -> None:
             row["peer"] = apart(arguments.peer, False, *case)
             row |= {f"{key}_ratio": row["ours"][key] / max(1e-12, row["peer"][key]) for key in ("seconds", "bytes")}
         found.append(row)
+        print(json.dumps(row), file=sys.stderr)  # a variant takes from seconds to minutes
     print(json.dumps(found, indent=2))
 
 
