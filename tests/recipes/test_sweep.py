@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,10 @@ def test_slurm_jobs_give_the_same_table(whole: Path, tmp_path: Path) -> None:
 def task_of(out: Path) -> int:
     """The process in which submitit runs a job whose logs are below this folder."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().decode().split("\0")
-        if "submitit.core._submit" in words and str(out / "slurm") in words:
-            return int(path.parent.name)
+        with suppress(OSError):  # a process that has just ended
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "submitit.core._submit" in words and str(out / "slurm") in words:
+                return int(path.parent.name)
     raise AssertionError("no job is running")
 
 

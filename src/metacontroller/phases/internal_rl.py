@@ -43,7 +43,7 @@ def internal_rl(
     Writes the metacontroller, of which only the policy has changed, to ``internal_rl_policy.safetensors`` in the run.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
-    evaluation_mode(model)
+    model.eval()
     evaluation_mode(meta_controller)
 
     def play(n: int, generator: torch.Generator) -> AbstractRollout:
