@@ -55,13 +55,15 @@ class RoomBot(BabyAIBot):
 def play(room: Room, seed: int, *, epsilon: float, mission_length: int) -> Episode | None:
     """The bot's episode in a room that it resets with ``seed``; None if it does not succeed.
 
-    A share ``epsilon`` of its moves (left, right, forward) is replaced by random ones, after which it plans anew.
+    A share ``epsilon`` of its moves (left, right, forward) is replaced by random ones, after which it plans anew. A
+    mission of more words than ``mission_length`` is left out of what it sees.
     """
     room.reset(seed=seed)
     noise = np.random.default_rng([seed, 1])
     cells = image_symbols(room.grid.encode())
     symbols = np.array([*(object_symbol(*kind) for kind in room.kinds), EMPTY])  # -1: nothing carried
-    words = mission_words(room.mission, mission_length)
+    readable = len(room.mission.split()) <= mission_length
+    words = mission_words(room.mission if readable else "", mission_length)
 
     def observe() -> np.ndarray:
         carried, facing = room.carried, tuple(room.front_pos)

@@ -40,6 +40,7 @@ from metacontroller.ranges import (
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
 MORE_OBJECTS = "add to domain.objects"
+MOST_WORDS = 2**12
 TOLD = "told:"
 """Prefix of a task on the command line whose mission is shown."""
 
@@ -48,6 +49,11 @@ class Told(NamedTuple):
     """A task whose mission is shown to the model."""
 
     task: Task
+
+
+def words_of(task: Task) -> int:
+    """Words of a mission: "pick up the red ball" for each object, joined by "then"."""
+    return 6 * len(task) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,9 @@ class BabyAIConfig:
     """Tasks of the demonstrations, each as the numbers of objects to pick up in order, such as 0-1-2."""
     post_task: Task = A2_POST
     """The post-training task, which reinforcement learning must solve; its mission is never shown."""
+    mission_length: int = 23
+    """Words of a mission that the model can be shown: as many as of four objects. That of the post-training task may
+    have more."""
     mission_share: float = 0.5
     """Share of the episodes for pretraining in which the model is shown the mission; discovery never is."""
     epsilon: float = 0.1
@@ -93,12 +102,13 @@ class BabyAIConfig:
         check_fields(self, room_size=Whole(5, MOST_SIDE), max_steps=Whole(most=MOST_STEPS), episodes=COUNT)
         check_fields(self, workers=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
         check_fields(self, mission_share=SHARE, epsilon=SHARE, discovery_epsilon=SHARE)
-        check_fields(self, easiest=Number(0, 1, above=True, noun="share"))
-
-    @property
-    def mission_length(self) -> int:
-        """Words of the longest mission: "pick up the red ball" for each object, joined by "then"."""
-        return 6 * max(map(len, [*self.tasks, self.post_task])) - 1
+        check_fields(self, easiest=Number(0, 1, above=True, noun="share"), mission_length=Whole(most=MOST_WORDS))
+        longest = max(self.tasks, key=len)
+        if (words := words_of(longest)) > self.mission_length:
+            raise UserError(
+                f"mission_length is {self.mission_length}; expected at least {words}, the words of "
+                f"{format_task(longest)}."
+            )
 
 
 class BabyAI(Domain):
@@ -185,8 +195,11 @@ class BabyAI(Domain):
         told = isinstance(task, Told)
         objects = self.config.post_task if task is None else tuple(task.task if told else task)  # type: ignore
         check_tasks([objects], len(self.config.objects), MORE_OBJECTS)
-        if told and 6 * len(objects) - 1 > self.config.mission_length:
-            raise UserError(f"task {format_task(objects)} is told in more words than the model reads; shorten it.")
+        if told and (words := words_of(objects)) > self.config.mission_length:
+            raise UserError(
+                f"task {format_task(objects)} is told in {words} words and the model reads "
+                f"{self.config.mission_length}; ask for a shorter one."
+            )
         return told, objects
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
