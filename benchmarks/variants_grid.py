@@ -32,6 +32,8 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.sequence_embedder import SequenceEmbedder
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.domains.registry import domain_of
+from metacontroller.models.loss_scale import LossScale
+from metacontroller.models.next_latent import NextLatent
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, load_artefact
 from metacontroller.phases.discover import discover
@@ -58,20 +60,54 @@ Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(log_prob, old) (b, t, entries) and advantage (b,), mask (b, t) -> loss."""
 
 
+class Foreseeing(Transformer):
+    """Learns to predict its next last residual too; the weight is 1."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.next_latent = NextLatent(dim)
+
+    def behavior_cloning_loss(self, states: Tensor, actions: Tensor, episode_lens: Tensor, **options: Any) -> Any:
+        hidden = self.upper(self.residual(states, actions))
+        losses = self.readout_losses(hidden, states, actions, episode_lens, options["with_state_loss"])
+        mask = length_mask(episode_lens, actions.shape[1])
+        foreseen = self.next_latent.loss(hidden, self.action_readout.embed(actions), mask)
+        return losses._replace(action=losses.action + foreseen)
+
+
+class Scaled(Transformer):
+    """Divides each loss of pretraining by its running root mean square."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.action_scale, self.state_scale = LossScale(), LossScale()
+
+    def behavior_cloning_loss(self, *arguments: Any, **options: Any) -> Any:
+        losses = super().behavior_cloning_loss(*arguments, **options)
+        return losses._replace(action=self.action_scale(losses.action), state=self.state_scale(losses.state))
+
+
 class Variant(NamedTuple):
     """What differs from the reference. steering: fields of the metacontroller's config. alter: changes a new
-    metacontroller. body: options of both bodies of a base model of its own. surrogate: of the policy. prior_kl: weight
-    of the policy's KL to the prior, in place of its entropy's."""
+    metacontroller. Model, body, state_loss_weight: of a base model of its own: its class, options of both bodies, the
+    weight of its state loss. surrogate: of the policy. prior_kl: weight of the policy's KL to the prior, in place of
+    its entropy's."""
 
     steering: Mapping[str, Any] = MappingProxyType({})
     alter: Callable[[MetaController], None] | None = None
+    Model: type[Transformer] = Transformer
     body: Mapping[str, Any] = MappingProxyType({})
+    state_loss_weight: float = 0.0
     surrogate: Surrogate | None = None
     prior_kl: float | None = None
 
     @property
+    def pretrains(self) -> bool:
+        return bool(self.body) or self.Model is not Transformer or self.state_loss_weight > 0
+
+    @property
     def discovers(self) -> bool:
-        return bool(self.steering or self.alter or self.body)
+        return bool(self.steering) or self.alter is not None or self.pretrains
 
 
 def embedder(**options: Any) -> Callable[[MetaController], None]:
@@ -127,6 +163,9 @@ VARIANTS = {
     "deeper-hypernetwork": Variant(alter=deeper),
     "ratio-loss": Variant(alter=ratio_loss(0.1, 6.0)),
     "norm-after-last-block": Variant(body={"final_norm": True}),
+    "next-latent": Variant(Model=Foreseeing),
+    "state-loss": Variant(state_loss_weight=0.01),
+    "normalized-losses": Variant(Model=Scaled, state_loss_weight=1.0),
     "asymmetric-clip": Variant(surrogate=clipped((0.2, 0.28))),
     "ratio-per-entry": Variant(surrogate=clipped(0.2, per_entry=True)),
     "target-policy": Variant(surrogate=target),
@@ -145,13 +184,13 @@ def seeded(seed: int, make: Callable[[], Any]) -> Any:
 
 def base_model(variant: Variant, config: ExperimentConfig, source: RunFolder, run: RunFolder) -> Any:
     """The reproduction's, or one that differs and is pretrained for as many updates."""
-    if not variant.body:
+    if not variant.pretrains:
         return load_artefact(config.model.Model, source, BASE_MODEL, "cpu")
     spec, sizes = domain_of(config.domain).spec(), config.model
     body = {"kind": sizes.body, "heads": sizes.heads, "mlp_dim": sizes.mlp_dim, **variant.body}
     model = seeded(
         stream_seed(config.seed, "model"),
-        lambda: Transformer(
+        lambda: variant.Model(
             sizes.dim,
             action_embed_readout=spec.action,
             state_embed_readout=spec.encoder,
@@ -162,7 +201,8 @@ def base_model(variant: Variant, config: ExperimentConfig, source: RunFolder, ru
         ),
     )
     episodes = demonstrations(domain_of(config.domain), "pretrain")
-    return pretrain(config.pretrain, model, episodes, run, resume=True, quiet=True)
+    pretraining = replace(config.pretrain, state_loss_weight=variant.state_loss_weight, snapshots=())
+    return pretrain(pretraining, model, episodes, run, resume=True, quiet=True)
 
 
 def steering(
