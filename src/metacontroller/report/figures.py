@@ -75,7 +75,7 @@ def gate_figure(analysed: Mapping[str, Any]) -> Figure:
         ax.plot(range(len(episode["gate"])), episode["gate"], color="C0", marker=".", linewidth=1.2)
         ax.set_ylabel(episode["task"], rotation=0, ha="right", va="center")
         ax.set(ylim=(-0.05, 1.05), yticks=(0, 1))
-    axes[0].set_title("Switching gate β (solid) and true subgoal changes (dashed), one task a row")
+    figure.suptitle("Switching gate β (solid) and true subgoal changes (dashed), one task a row", fontsize="large")
     axes[-1].set_xlabel("environment step")
     return figure
 
