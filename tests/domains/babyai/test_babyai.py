@@ -347,6 +347,18 @@ def test_demonstrations_can_be_played_anew(tmp_path: Path) -> None:
         world.restart(replace(episodes, seeds=None))
 
 
+def test_a_mission_longer_than_the_model_reads_is_played_and_never_shown(tmp_path: Path) -> None:
+    world = BabyAI(small(tmp_path, post_task=(0, 1, 2, 0, 1), max_steps=96))
+    episodes = world.demonstrate(None, 3, random_state())
+    assert episodes.segments is not None
+    assert episodes.segments.amax(1).tolist() == [4] * 3
+    assert not bool(episodes.states[..., -LENGTH:].any())
+    env = world.reset(2, random_state())
+    assert env.observation.shape[1:] == episodes.states.shape[2:]
+    with pytest.raises(ValueError, match="task 0-1-2-0-1 is told in 29 words and the model reads 23"):
+        world.reset(2, random_state(), task=Told((0, 1, 2, 0, 1)))
+
+
 def test_the_easiest_episodes_are_the_shortest(tmp_path: Path) -> None:
     every = BabyAI(small(tmp_path)).demonstrations("discover", 300, random_state())
     easy = BabyAI(small(tmp_path, easiest=0.25)).demonstrations("discover", 300, random_state())
@@ -415,6 +427,7 @@ def test_tasks_are_read_and_written(tmp_path: Path) -> None:
         ({"room_size": 3}, "room_size is 3; expected at least 5"),
         ({"mission_share": 2.0}, "mission_share is 2.0; expected a share"),
         ({"easiest": 0.0}, "easiest is 0.0; expected a share above 0"),
+        ({"mission_length": 16}, "mission_length is 16; expected at least 17, the words of 0-3-2"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
