@@ -278,7 +278,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
     """The same in a run that is this process's alone."""
-    arena = Arena()
+    arena = Arena(cell_size=arguments.cell_size)
     run.begin(CHECKPOINT, resume=arguments.resume)
     none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0})
     tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else none
@@ -331,31 +331,38 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
         keep.save()
 
 
-def success_rate(expert: Expert, tasks: Sequence[Task], episodes: int, seed: int, sampled: bool) -> float:
-    """Share of episodes solved, each of a random task of those, with mean actions or sampled ones."""
-    generator, solved = torch.Generator().manual_seed(seed), 0
+def played(
+    expert: Expert, arena: Arena, tasks: Sequence[Task], episodes: int, seed: int, sampled: bool
+) -> dict[str, float]:
+    """With mean actions or sampled ones, each episode of a random task of those: share solved, steps of those that
+    were."""
+    generator, solved, steps = torch.Generator().manual_seed(seed), 0, 0
     for start in range(0, episodes, CHUNK):
         count = min(CHUNK, episodes - start)
         drawn = torch.randint(len(tasks), (count,), generator=generator).tolist()
-        ants = start_ants(Arena(), [tasks[index] for index in drawn], generator)
+        ants = start_ants(arena, [tasks[index] for index in drawn], generator)
         play(ants, expert, generator if sampled else None)
         solved += int(ants.success.sum())
-    return solved / episodes
+        steps += int(ants.steps[ants.success].sum())
+    return {"success": solved / episodes, "steps": steps / max(1, solved)}
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints success on both sets of tasks, as JSON."""
+    """Prints success on both sets of tasks, on the plane that the expert was trained on, as JSON."""
     expert, about = Expert.load(arguments.expert)
+    arena = Arena(**about["arena"])
     found: dict[str, Any] = {"about": about, "episodes": arguments.episodes}
     for name, tasks in (("table A2", TABLE_A2), (format_task(A2_POST), (A2_POST,))):
-        rates = [success_rate(expert, tasks, arguments.episodes, arguments.seed, sampled) for sampled in (False, True)]
-        found[name] = {"mean_actions": rates[0], "sampled_actions": rates[1]}
+        rest = (expert, arena, tasks, arguments.episodes, arguments.seed)
+        found[name] = {"mean_actions": played(*rest, False), "sampled_actions": played(*rest, True)}
     print(json.dumps(found, indent=2))
 
 
 def data(arguments: argparse.Namespace) -> None:
     """Writes the demonstrations of both phases, if they are not there, and says where."""
+    _, about = Expert.load(arguments.expert)
     config = AntPinpadConfig(
+        **about["arena"],
         expert=str(arguments.expert),
         episodes=arguments.episodes,
         dataset=str(arguments.out),
@@ -383,6 +390,7 @@ def main() -> None:
     one.add_argument("--entropy", type=float, default=3e-4, help="the paper's")
     one.add_argument("--gamma", type=float, default=0.99)
     one.add_argument("--bonus", type=float, default=0.1, help="weight of the velocity along the way")
+    one.add_argument("--cell-size", type=float, default=Arena().cell_size, help="side of a cell, in meters")
     one.add_argument("--checkpoint-every", type=int, default=20, help="updates")
     one.add_argument("--threads", type=int, default=0, help="of MuJoCo; 0 is one a core")
     one.add_argument("--device", default="cpu", help="of the network; elsewhere a resumed run draws other numbers")
