@@ -82,7 +82,8 @@ class Statistics:
 class GuidedAnts(VecEnv):
     """Many ants with the expert's observations and reward, for Stable-Baselines3. A row that ends starts anew at once.
 
-    bonus: weight of the velocity along the way. gamma: for the running scale of rewards.
+    bonus: weight of the velocity along the way. gamma: for the running scale of rewards. speeds: that velocity in
+    meters a second, of each step since it was last read, the mean of all ants.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class GuidedAnts(VecEnv):
         self.generator = torch.Generator().manual_seed(seed)
         self.features, self.returns = Statistics(feature_count(arena)), Statistics(1)
         self.returned = torch.zeros(rows).double()
+        self.speeds: list[float] = []
         self.actions = np.zeros(0)
         self.width = max(map(len, tasks))
         self._begin()
@@ -141,9 +143,10 @@ class GuidedAnts(VecEnv):
         """One step of every ant."""
         ants = self.ants
         before, way = ants.state[:, :2], self.guide.way()
-        solved = ants.step(torch.from_numpy(self.actions))
-        velocity = (ants.state[:, :2] - before) / STEP_SECONDS
-        reward = solved.double() + self.bonus * (velocity * way).sum(1)
+        solved = ants.step(self.guide.torques(torch.from_numpy(self.actions)))
+        speed = ((ants.state[:, :2] - before) / STEP_SECONDS * way).sum(1)
+        self.speeds.append(float(speed.mean()))
+        reward = solved.double() + self.bonus * speed
         self.returned = self.gamma * self.returned + reward
         self.returns.add(self.returned[:, None])
         ended = ants.terminated | ants.truncated
@@ -204,10 +207,17 @@ class Keep(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         """Before the update with what was just played."""
+        ants: Any = self.training_env
+        speed = float(np.mean(ants.speeds))
+        ants.speeds.clear()
         if self.solved:
             success, length = float(np.mean(self.solved)), float(np.mean(self.steps))
-            self.run.log_metrics("expert", self.num_timesteps, success=success, episode_steps=length)
-            print(f"{self.num_timesteps:>12,} steps  success {success:.3f}  {length:.0f} steps an episode", flush=True)
+            self.run.log_metrics("expert", self.num_timesteps, success=success, episode_steps=length, speed=speed)
+            print(
+                f"{self.num_timesteps:>12,} steps  success {success:.3f}  {length:.0f} steps an episode  "
+                f"{speed:.2f} m/s along the way",
+                flush=True,
+            )
 
     def _on_rollout_start(self) -> None:
         """After an update."""

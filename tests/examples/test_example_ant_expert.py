@@ -52,7 +52,8 @@ def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
             monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), *words, *SMALL])
             script.main()
         shown = [
-            {key: line[key] for key in ("step", "success", "episode_steps")} for line in run.read_metrics("expert")
+            {key: line[key] for key in ("step", "success", "episode_steps", "speed")}
+            for line in run.read_metrics("expert")
         ]
         tensors, meta = run.load_checkpoint(script.CHECKPOINT)
         ended.append((tensors, meta["updates"], shown, (run.path / "expert.safetensors").read_bytes()))

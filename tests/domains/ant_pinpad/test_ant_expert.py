@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from metacontroller.domains.ant_pinpad.expert import Expert, Guide, feature_count, play
-from metacontroller.domains.ant_pinpad.layouts import LEFT, STEPS, UP, Arena
-from metacontroller.domains.ant_pinpad.observation import observation_size
+from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
+from metacontroller.domains.ant_pinpad.observation import heading, observation_size, parts_of
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+from metacontroller.domains.ant_pinpad.symmetry import turned
 
 pytest.importorskip("mujoco", reason="the extra ant is not installed")
 
@@ -58,21 +59,32 @@ def test_the_guide_points_along_the_shortest_way() -> None:
     assert guide.way().tolist() == [[0.0, 0.0]]
 
 
-def test_features_hold_the_field_one_hot_and_the_way_in_the_ants_own_frame() -> None:
-    yaw = math.pi / 2  # facing up: the way, which goes to the left of the plane, is to its left
-    guide = Guide(facing(yaw, (-3.0, 0.0)))
+def test_features_show_the_way_to_the_right_and_the_ant_looking_there() -> None:
+    yaw = math.pi / 2 + 0.2  # about up; the way goes to the left, so the world is turned by two right angles
+    guide = Guide(facing(yaw, (-3.0, 0.5)))
     features = guide.features()
     assert features.shape == (1, feature_count(ARENA))
-    size = observation_size(ARENA)
-    assert torch.equal(features[:, :size], guide.env.observation)
-    field = features[0, size : size + 36].view(9, len(STEPS))
-    told = guide.field()[0]
-    assert torch.equal(field.sum(1), (told >= 0).float())
-    assert torch.equal(field.argmax(1)[told >= 0], told[told >= 0])
-    way, velocity, local = features[0, -6:-4], features[0, -4:-2], features[0, -2:]
-    assert torch.allclose(way, torch.tensor([0.0, 1.0]), atol=1e-6)
-    assert torch.allclose(velocity, torch.tensor([0.0, math.log(4.0)]), atol=1e-6)
-    assert torch.allclose(local, torch.tensor([0.25, -0.5]), atol=1e-6)
+    parts = parts_of(ARENA, features[:, : observation_size(ARENA)].double())
+    cos, sin = heading(parts.proprioception[:, 1:5])[0]
+    assert math.isclose(math.atan2(sin, cos), 0.2, abs_tol=1e-5)  # from 0.2 beyond down to 0.2 beyond right
+    assert torch.allclose(parts.proprioception[0, 13:15], torch.tensor([3.0, -0.5]).double(), atol=1e-5)
+    assert torch.allclose(parts.local, torch.tensor([[-0.5, -0.25]]).double(), atol=1e-5)
+    told, shown = guide.field()[0], features[0, observation_size(ARENA) :].view(9, len(STEPS))
+    assert torch.equal(shown.sum(1), (told.flip(0) >= 0).float())  # half a turn: the last cell comes first
+    opposite = torch.tensor([DOWN, UP, RIGHT, LEFT])[told.flip(0).clamp(min=0)]
+    assert torch.equal(shown.argmax(1)[told.flip(0) >= 0], opposite[told.flip(0) >= 0])
+
+
+def test_the_frame_always_has_the_way_to_the_right_and_the_ant_looking_there() -> None:
+    env = start_ants(ARENA, [(0, 1)] * 200, random_state(), 1)
+    guide = Guide(env)
+    world, body = guide.frame()
+    way = turned(guide.way(), world[:, None])
+    assert torch.equal(way, torch.tensor([1.0, 0.0]).double().expand(200, 2))
+    assert set(world.tolist()) == set(body.tolist()) == {0, 1, 2, 3}
+    inner = parts_of(ARENA, guide.features()[:, : observation_size(ARENA)].double()).proprioception
+    cos, sin = heading(inner[:, 1:5]).unbind(-1)
+    assert float(torch.atan2(sin, cos).abs().max()) < math.pi / 4 + 1e-5
 
 
 def test_an_expert_acts_from_normalized_features_within_the_limits() -> None:
@@ -129,7 +141,7 @@ def test_an_expert_that_was_changed_is_refused(tmp_path: Path, change: dict[str,
 
 
 def test_an_expert_of_another_plane_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the expert observes 79 numbers and the plane gives 107"):
+    with pytest.raises(ValueError, match=r"the expert observes 73 numbers and the plane gives 101"):
         play(start_ants(Arena(num_colors=2, max_steps=3), [(0,)], random_state(), 1), Expert.untrained(ARENA), None)
 
 

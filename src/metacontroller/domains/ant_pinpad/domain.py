@@ -21,10 +21,10 @@ from metacontroller.domains.ant_pinpad.observation import (
     objects_of,
     observation_size,
     parts_of,
-    random_quarter_turn,
     state_of,
 )
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+from metacontroller.domains.ant_pinpad.symmetry import turn_world
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.pinpad_tasks import (
     A2_POST,
@@ -146,7 +146,8 @@ class AntPinpad(Domain):
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """The world turned by 0 to 3 right angles, at random for each row: it changes directions and places, but no
         colors and nothing inside the ant. It has no mirror image here: its legs would have to change places."""
-        return random_quarter_turn(self.config.arena, states, generator)
+        quarter = torch.randint(4, (len(states),), generator=generator, device=states.device)
+        return turn_world(self.config.arena, states, quarter)
 
     def restart(self, episodes: Trajectories) -> AntBatch:
         """The same layouts, tasks and starts, as exactly as observations tell; the task is what the episode got done,

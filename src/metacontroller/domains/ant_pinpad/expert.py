@@ -1,9 +1,9 @@
 """The expert: a policy that PPO trained, which is told the way (§4). Here it is loaded and acts; it is trained by
 `examples/ant_expert.py`.
 
-It observes more than the model: for each cell, one-hot, in which direction the shortest way to the next color goes;
-and, our choice, the direction in its own cell, its velocity and its local coordinates, all three in the frame of its
-torso, so that it need not learn to walk anew for every yaw.
+It observes more than the model: for each cell, one-hot, in which direction the shortest way to the next color goes.
+Our choice: it sees the world turned by right angles, so that its way always goes to the right, and its legs counted
+from the one that is then ahead to the left (`symmetry`). So it learns one walk, not one for each direction and leg.
 
 Axes: b row, c color, n cell, f feature.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,16 +25,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.ant_pinpad.layouts import STEPS, Arena, direction_fields
+from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena, direction_fields
 from metacontroller.domains.ant_pinpad.observation import (
     NUM_ACTIONS,
-    NUM_POSITIONS,
+    PROPRIOCEPTION,
     heading,
     observation_size,
-    parts_of,
+    symexp,
     symlog,
 )
 from metacontroller.domains.ant_pinpad.simulator import AntBatch
+from metacontroller.domains.ant_pinpad.symmetry import (
+    LEGS,
+    turn_body,
+    turn_field,
+    turn_torques,
+    turn_world,
+    turned,
+)
 from metacontroller.errors import UserError
 
 HIDDEN = (256, 256)
@@ -42,11 +51,13 @@ FORMAT = 1
 _HEADER = "ant-expert"
 LIMIT = 10.0
 """Of normalized features."""
+TURNS_TO_RIGHT = {RIGHT: 0, DOWN: 1, LEFT: 2, UP: 3}
+"""Right angles, counter-clockwise, after which each direction goes to the right."""
 
 
 def feature_count(arena: Arena) -> int:
     """f."""
-    return observation_size(arena) + len(STEPS) * arena.num_cells + 6
+    return observation_size(arena) + len(STEPS) * arena.num_cells
 
 
 class Guide:
@@ -55,8 +66,9 @@ class Guide:
     def __init__(self, env: AntBatch) -> None:
         self.env = env
         self.fields = direction_fields(env.arena, env.objects)
-        self.vectors = torch.tensor([[right, -down] for down, right in STEPS] + [[0, 0]]).double()  # the last: none
-        self.vectors = self.vectors.to(self.fields.device)
+        device = self.fields.device  # the last of both: no way
+        self.vectors = torch.tensor([[right, -down] for down, right in STEPS] + [[0, 0]], device=device).double()
+        self.turns = torch.tensor([*(TURNS_TO_RIGHT[way] for way in range(len(STEPS))), 0], device=device)
 
     def renew(self, rows: Tensor) -> None:
         """Looks at the layouts of ``rows`` (m,) again, whose episodes were replaced."""
@@ -73,21 +85,28 @@ class Guide:
         here = self.field().gather(1, self.env.cell[:, None]).squeeze(1)
         return self.vectors[here]
 
+    def frame(self) -> tuple[Tensor, Tensor]:
+        """(b,) int64 each: by how many right angles the world is turned so that the way goes to the right, and then the
+        ant's own frame so that it looks to the right, within half a right angle."""
+        here = self.field().gather(1, self.env.cell[:, None]).squeeze(1)
+        world = self.turns[here]
+        cos, sin = turned(heading(self.env.state[:, 3:7]), world[:, None]).unbind(-1)
+        return world, -torch.round(torch.atan2(sin, cos) / (math.pi / 2)).long() % LEGS
+
     def features(self) -> Tensor:
         """(b, f) float32: what the expert observes."""
         env = self.env
-        parts = parts_of(env.arena, env.observation)
-        field = F.one_hot(self.field() + 1, len(STEPS) + 1)[..., 1:].flatten(1).float()
-        cos, sin = heading(env.state[:, 3:7]).unbind(-1)
-        velocity = symlog(env.state[:, NUM_POSITIONS : NUM_POSITIONS + 2])
-        own = [torch.stack([cos * x + sin * y, cos * y - sin * x], 1) for x, y in map(_xy, (self.way(), velocity))]
-        x, y = _xy(parts.local.double())
-        own.append(torch.stack([cos * x + sin * y, cos * y - sin * x], 1))
-        return torch.cat([env.observation, field, *(vector.float() for vector in own)], 1)
+        world, body = self.frame()
+        shown = turn_world(env.arena, env.observation[:, None].double(), world).squeeze(1)
+        inner = symlog(turn_body(symexp(shown[:, :PROPRIOCEPTION]), body))
+        field = turn_field(env.arena, self.field(), world)
+        ways = F.one_hot(field + 1, len(STEPS) + 1)[..., 1:].flatten(1)
+        return torch.cat([inner, shown[:, PROPRIOCEPTION:], ways], 1).float()
 
-
-def _xy(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    return vectors[:, 0], vectors[:, 1]
+    def torques(self, actions: Tensor) -> Tensor:
+        """(b, 8): the expert's actions, legs counted as in `features`, as torques of the ant."""
+        _, body = self.frame()
+        return turn_torques(actions, -body % LEGS)
 
 
 class Expert(nn.Module):
@@ -205,7 +224,8 @@ def play(env: AntBatch, expert: Expert, generator: torch.Generator | None) -> Tr
         ended.append(stopped)
         goals.append(env.goal())
         places.append(env.subgoals_done)
-        actions.append(expert.act(guide.features(), generator).masked_fill(stopped[:, None], 0))
+        chosen = guide.torques(expert.act(guide.features(), generator))
+        actions.append(chosen.masked_fill(stopped[:, None], 0))
         env.step(actions[-1])
         states.append(env.observation)
     padding = torch.stack(ended, 1)

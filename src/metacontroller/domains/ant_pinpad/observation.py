@@ -14,7 +14,6 @@ Axes: b row, o object (every color, then every wall). A state (..., 29) float64 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -90,29 +89,3 @@ def heading(orientation: Tensor) -> Tensor:
     w, x, y, z = orientation.unbind(-1)
     ahead = torch.stack([1 - 2 * (y * y + z * z), 2 * (w * z + x * y)], -1)
     return ahead / ahead.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-
-
-def random_quarter_turn(arena: Arena, states: Tensor, generator: torch.Generator) -> Tensor:
-    """Turns the world of each row around the middle of the plane by 0, 1, 2 or 3 right angles, at random.
-
-    states (b, t, observation_size) -> the same shape. The ant's own joints and angular velocity stay as they are.
-    """
-    quarter = torch.randint(4, (len(states), 1, 1), generator=generator, device=states.device)
-    parts = parts_of(arena, states)
-    half_angle = quarter[..., 0] * (math.pi / 4)
-    cos, sin = half_angle.cos().to(states.dtype), half_angle.sin().to(states.dtype)
-    w, x, y, z = parts.proprioception[..., ORIENTATION].unbind(-1)
-    orientation = torch.stack([cos * w - sin * z, cos * x - sin * y, cos * y + sin * x, cos * z + sin * w], -1)
-    inner = parts.proprioception.clone()
-    inner[..., ORIENTATION] = orientation
-    inner[..., VELOCITY] = _turned(inner[..., VELOCITY], quarter)
-    relative = _turned(parts.relative, quarter[..., None])
-    vectors = [_turned(parts.place, quarter), relative.flatten(-2), _turned(parts.local, quarter)]
-    return torch.cat([symlog(inner), *vectors], -1)
-
-
-def _turned(vectors: Tensor, quarter: Tensor) -> Tensor:
-    """Vectors (..., 2) turned by so many right angles."""
-    x, y = vectors[..., :1], vectors[..., 1:]
-    turns = [torch.cat(pair, -1) for pair in ((x, y), (-y, x), (-x, -y), (y, -x))]
-    return torch.stack(turns).gather(0, quarter.expand(vectors.shape)[None])[0]

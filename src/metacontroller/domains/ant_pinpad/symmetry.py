@@ -1,0 +1,107 @@
+"""What quarter turns do: of the whole world, and of the ant's own frame.
+
+The plane has no preferred direction, and the ant's four legs are alike. So a world turned by right angles is a world
+again, and an ant whose legs are counted from another one is an ant again: it moves as before where its torques are
+counted likewise. An expert that always sees the way ahead of it, and of its legs the same ones in front, has sixteen
+times less to learn.
+
+Legs are numbered counter-clockwise, the first one ahead to the left. Axes: b row, n cell.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
+from metacontroller.domains.ant_pinpad.observation import ORIENTATION, VELOCITY, parts_of, symlog
+
+LEGS = 4
+ANKLE_SIGNS = (1.0, -1.0, -1.0, 1.0)
+"""Of each leg's ankle in MuJoCo's model: with it, a positive angle bends every leg alike."""
+ANGLES, ANGULAR_VELOCITY, RATES = slice(5, 13), slice(16, 19), slice(19, 27)
+"""Joint angles, the torso's angular velocity in its own frame and the joints' in the proprioception: hip and ankle of
+the first leg, then of the second."""
+TURNED = {RIGHT: UP, UP: LEFT, LEFT: DOWN, DOWN: RIGHT}
+"""What a turn of the world by one right angle, counter-clockwise, makes of each direction."""
+
+
+def turned(vectors: Tensor, quarter: Tensor) -> Tensor:
+    """Vectors (..., 2) turned by so many right angles, int64 (..., 1) that broadcasts."""
+    x, y = vectors[..., :1], vectors[..., 1:]
+    turns = [torch.cat(pair, -1) for pair in ((x, y), (-y, x), (-x, -y), (y, -x))]
+    return torch.stack(turns).gather(0, quarter.expand(vectors.shape)[None])[0]
+
+
+def turn_world(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
+    """Turns the world of each row around the middle of the plane by ``quarter`` (b,) right angles, counter-clockwise.
+
+    states (b, t, observation_size) -> the same shape. The ant's own joints and angular velocity stay as they are.
+    """
+    parts = parts_of(arena, states)
+    quarter = quarter[:, None, None]
+    inner = parts.proprioception.clone()
+    inner[..., ORIENTATION] = _times(_around_z(quarter[..., 0], states.dtype), inner[..., ORIENTATION])
+    inner[..., VELOCITY] = turned(inner[..., VELOCITY], quarter)
+    relative = turned(parts.relative, quarter[..., None])
+    vectors = [turned(parts.place, quarter), relative.flatten(-2), turned(parts.local, quarter)]
+    return torch.cat([symlog(inner), *vectors], -1)
+
+
+def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
+    """The same ant in a frame that is turned by ``quarter`` (b,) right angles, counter-clockwise, with its legs counted
+    from there. proprioception (b, 27) without symlog -> the same shape."""
+    inner = proprioception.clone()
+    inner[:, ORIENTATION] = _times(inner[:, ORIENTATION], _around_z(quarter, inner.dtype))
+    spin = inner[:, ANGULAR_VELOCITY]
+    inner[:, ANGULAR_VELOCITY] = torch.cat([turned(spin[:, :2], (-quarter % LEGS)[:, None]), spin[:, 2:]], 1)
+    for part in (ANGLES, RATES):
+        inner[:, part] = turn_legs(inner[:, part], quarter)
+    return inner
+
+
+def turn_legs(joints: Tensor, quarter: Tensor) -> Tensor:
+    """Values of hips and ankles (b, 8), legs in order, with the legs counted from another one."""
+    signs = joints.new_tensor(ANKLE_SIGNS)
+    legs = joints.unflatten(1, (LEGS, 2))
+    legs = torch.stack([legs[..., 0], legs[..., 1] * signs], -1)
+    order = (torch.arange(LEGS, device=joints.device) + quarter[:, None]) % LEGS
+    legs = legs.gather(1, order[..., None].expand_as(legs))
+    return torch.stack([legs[..., 0], legs[..., 1] * signs], -1).flatten(1)
+
+
+def turn_torques(torques: Tensor, quarter: Tensor) -> Tensor:
+    """Torques (b, 8), which begin with the last leg's, likewise."""
+    return turn_legs(torques.roll(-2, 1), quarter).roll(2, 1)
+
+
+def turn_field(arena: Arena, field: Tensor, quarter: Tensor) -> Tensor:
+    """Directions (b, n) of the cells, -1 for none, in a world turned by ``quarter`` (b,) right angles."""
+    cells = arena.center(torch.arange(arena.num_cells, device=field.device))[None].expand(LEGS, -1, -1)
+    back = torch.arange(LEGS, device=field.device)[:, None, None]
+    source = arena.cell(turned(cells, -back % LEGS))  # (4, n): the cell that is turned to each
+    directions = torch.arange(len(STEPS), device=field.device)
+    once = torch.tensor([TURNED[way] for way in range(len(STEPS))], device=field.device)
+    turns = [directions]
+    for _ in range(LEGS - 1):
+        turns.append(once[turns[-1]])
+    table = torch.cat([torch.stack(turns), torch.full_like(directions[:LEGS, None], -1)], 1)  # the last: none
+    return table[quarter[:, None], field.gather(1, source[quarter])]
+
+
+def _around_z(quarter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The quaternions (..., 4) of turns by so many right angles."""
+    half = quarter.double() * (math.pi / 4)
+    zero = torch.zeros_like(half)
+    return torch.stack([half.cos(), zero, zero, half.sin()], -1).to(dtype)
+
+
+def _times(first: Tensor, second: Tensor) -> Tensor:
+    """Products of quaternions (..., 4)."""
+    a, b, c, d = first.unbind(-1)
+    w, x, y, z = second.unbind(-1)
+    product = [a * w - b * x - c * y - d * z, a * x + b * w + c * z - d * y]
+    product += [a * y - b * z + c * w + d * x, a * z + b * y - c * x + d * w]
+    return torch.stack(product, -1)
