@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from helpers import load_script
 from metacontroller.data.trajectories import Trajectories
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "own_worlds.py"
@@ -16,12 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "own_worlds.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("own_worlds", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_every_world_of_the_page_has_commands_and_facts(script: ModuleType) -> None:

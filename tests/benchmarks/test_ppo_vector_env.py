@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, artefact_path
-from metacontroller.presets import preset
-from metacontroller.recipes.config import build_meta_controller, build_model, to_json
-from metacontroller.storage.run_folder import RunFolder
+from helpers import untrained_run
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ppo_vector_env.py"
 
@@ -22,10 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ppo_vector_env.py"
 def test_both_are_trained_and_compared(tmp_path: Path) -> None:
     if importlib.util.find_spec("stable_baselines3") is None:
         pytest.skip("stable-baselines3 is not installed (extra expert)")
-    config, folder = preset("debug"), RunFolder(tmp_path)
-    folder.write_config(to_json(config))
-    build_model(config).save(artefact_path(folder, BASE_MODEL))
-    build_meta_controller(config).save(artefact_path(folder, META_CONTROLLER))
+    untrained_run(tmp_path)
     output = tmp_path / "ppo.json"
     words = ["--seeds", "0", "--limit", "1", "--decisions", "64", "--rows", "16", "--output", str(output)]
     done = subprocess.run([sys.executable, SCRIPT, str(tmp_path), *words], capture_output=True, text=True)

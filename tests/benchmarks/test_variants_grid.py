@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from helpers import load_script, untrained_run
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.registry import domain_of
-from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.presets import preset
-from metacontroller.recipes.config import build_meta_controller, build_model, to_json
 from metacontroller.recipes.run_phase import post_training
 from metacontroller.storage.run_folder import RunFolder
 
@@ -22,23 +20,15 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "variants_grid.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("variants_grid", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.EVALUATED = 32
+    module = load_script(SCRIPT)
+    vars(module)["EVALUATED"] = 32
     return module
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """What the script reads of a reproduced seed, with models that were not trained."""
-    config, folder = preset("debug"), RunFolder(tmp_path_factory.mktemp("seed-0"))
-    folder.write_config(to_json(config))
-    build_model(config).save(artefact_path(folder, BASE_MODEL))
-    build_meta_controller(config).save(artefact_path(folder, META_CONTROLLER))
-    return folder
+    return untrained_run(tmp_path_factory.mktemp("seed-0"))
 
 
 def test_the_papers_loss_on_the_path_of_variants_is_internal_rl(

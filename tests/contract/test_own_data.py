@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from helpers import load_script
 from metacontroller.cli import main
 from metacontroller.data import Dataset, Episodes, Trajectories
 from metacontroller.storage.run_folder import RunFolder
@@ -28,13 +28,7 @@ DEBUG = " ".join(["--preset offline-debug --quiet", *(f"--config.{name} {size}" 
 
 def measuring() -> Any:
     """The script that measures the page's worlds."""
-    path = Path(__file__).parents[2] / "benchmarks" / "own_worlds.py"
-    spec = importlib.util.spec_from_file_location("own_worlds", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).parents[2] / "benchmarks" / "own_worlds.py")
 
 
 def commands(block: str) -> list[list[str]]:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from helpers import load_script
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import Expert
 from metacontroller.storage.run_folder import RunFolder
@@ -24,12 +25,7 @@ SMALL = ["--rows", "8", "--steps-per-update", "16", "--checkpoint-every", "1", "
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ant_expert", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_running_statistics_are_those_of_all_values(script: ModuleType) -> None:

@@ -10,10 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, artefact_path
-from metacontroller.presets import preset
-from metacontroller.recipes.config import build_meta_controller, build_model, to_json
-from metacontroller.storage.run_folder import RunFolder
+from helpers import load_script, untrained_run
 
 if importlib.util.find_spec("stable_baselines3") is None:
     pytest.skip("stable-baselines3 is not installed (extra expert)", allow_module_level=True)
@@ -23,22 +20,13 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "stable_baselines.py"
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with modules that learned nothing."""
-    config, folder = preset("debug"), RunFolder(tmp_path)
-    folder.write_config(to_json(config))
-    build_model(config).save(artefact_path(folder, BASE_MODEL))
-    build_meta_controller(config).save(artefact_path(folder, META_CONTROLLER))
-    return tmp_path
+    return untrained_run(tmp_path).path
 
 
 @pytest.mark.slow

@@ -82,14 +82,16 @@ class Guide:
 
     def way(self) -> Tensor:
         """(b, 2) float64: the direction to go in the ant's own cell, a unit vector, or zero."""
-        here = self.field().gather(1, self.env.cell[:, None]).squeeze(1)
-        return self.vectors[here]
+        return self.vectors[self.here()]
+
+    def here(self) -> Tensor:
+        """(b,) int64: the direction to go in the ant's own cell, or -1."""
+        return self.field().gather(1, self.env.cell[:, None]).squeeze(1)
 
     def frame(self) -> tuple[Tensor, Tensor]:
         """(b,) int64 each: by how many right angles the world is turned so that the way goes to the right, and then the
         ant's own frame so that it looks to the right, within half a right angle."""
-        here = self.field().gather(1, self.env.cell[:, None]).squeeze(1)
-        world = self.turns[here]
+        world = self.turns[self.here()]
         cos, sin = turned(heading(self.env.state[:, 3:7]), world[:, None]).unbind(-1)
         return world, -torch.round(torch.atan2(sin, cos) / (math.pi / 2)).long() % LEGS
 

@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
 from metacontroller.domains.ant_pinpad.observation import ORIENTATION, VELOCITY, parts_of, symlog
@@ -87,7 +88,7 @@ def turn_field(arena: Arena, field: Tensor, quarter: Tensor) -> Tensor:
     turns = [directions]
     for _ in range(LEGS - 1):
         turns.append(once[turns[-1]])
-    table = torch.cat([torch.stack(turns), torch.full_like(directions[:LEGS, None], -1)], 1)  # the last: none
+    table = F.pad(torch.stack(turns), (0, 1), value=-1)  # the last: none
     return table[quarter[:, None], field.gather(1, source[quarter])]
 
 
