@@ -122,8 +122,9 @@ def policy(size: Size, **options: Any) -> Case:
     )
 
 
-def symbolic_grid(size: Size) -> Case:
-    """Behavior cloning on grids of cells with type, color and state."""
+def symbolic_grid(size: Size, *, held: bool = False) -> Case:
+    """Behavior cloning on grids of cells with type, color and state. held: state encoder and lower body learn nothing,
+    as is the case in the peer with either."""
     model = module("transformer_for_symbolic_grid").TransformerForSymbolicGrid(
         size.width,
         num_discrete=(11, 6, 3),
@@ -132,6 +133,8 @@ def symbolic_grid(size: Size) -> Case:
         lower_body=body(size),
         upper_body=body(size),
     )
+    for part in (model.state_embed, model.lower_body) if held else ():
+        part.requires_grad_(False)
     states, (_, actions) = torch.randint(3, (size.batch, size.length, SIDE, SIDE, 3)), batch(size)
     return Case(model, lambda: sum_of(model(states, actions)))
 
@@ -200,6 +203,7 @@ VARIANTS: dict[str, Callable[[Size], Case]] = {
     "asymmetric-clip": lambda size: policy(size, eps_clip=(0.2, 0.3)),
     "target-policy": lambda size: policy(size, use_tpo=True),
     "symbolic-grid": symbolic_grid,
+    "symbolic-grid-held": lambda size: symbolic_grid(size, held=True),
     "resnet": resnet,
     "single-phase": single_phase,
     "entropy-switch": lambda size: single_phase(size, switch_entropy_quantiles=(0.5, 0.9)),

@@ -311,6 +311,7 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
         learning_rate=arguments.lr,
         gamma=arguments.gamma,
         ent_coef=arguments.entropy,
+        target_kl=arguments.target_kl,
         policy_kwargs={
             "net_arch": list(HIDDEN),
             "activation_fn": nn.Tanh,
@@ -398,6 +399,7 @@ def main() -> None:
     one.add_argument("--lr", type=float, default=3e-4, help="the paper's")
     one.add_argument("--weight-decay", type=float, default=0.03, help="the paper's")
     one.add_argument("--entropy", type=float, default=3e-4, help="the paper's")
+    one.add_argument("--target-kl", type=float, help="nats after which an update takes no further epoch")
     one.add_argument("--gamma", type=float, default=0.99)
     one.add_argument("--bonus", type=float, default=0.1, help="weight of the velocity along the way")
     one.add_argument("--cell-size", type=float, default=Arena().cell_size, help="side of a cell, in meters")

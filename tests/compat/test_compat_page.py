@@ -15,5 +15,6 @@ def test_the_faults_are_not_ours() -> None:
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["off_diagonal"] > 1e-6
     assert names["collected"] == 0
+    assert names["learning"] == len(list(names["model"].lower_body.parameters()))
     assert names["raised"] is None
     assert names["loss"].isfinite()

@@ -107,7 +107,7 @@ class ResNetDecoder(nn.Module):
 
     def __init__(self, inside: int, *, channels: int = 3, layer_norm: bool = False) -> None:
         super().__init__()
-        widths = [inside, 256, 128, 64, 64, 64]
+        widths = [inside, 256, 128, 64, 32, 16]
         self.blocks = nn.ModuleList(
             ResidualBlock(before, after, layer_norm=layer_norm) for before, after in pairwise(widths)
         )
@@ -115,9 +115,10 @@ class ResNetDecoder(nn.Module):
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(b, inside, y', x') -> mean and log variance (b, c, y, x) of images of the size (y, x)."""
-        for block in self.blocks:
-            features = block(F.interpolate(features, scale_factor=2.0))
-        mean, log_variance = self.readout(features)[..., : size[0], : size[1]].chunk(2, 1)
+        for below, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            y, x = (-(-side // 2**below) for side in size)  # what lies beyond the image is left out at once
+            features = block(F.interpolate(features, scale_factor=2.0)[..., :y, :x])
+        mean, log_variance = self.readout(features).chunk(2, 1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
 
