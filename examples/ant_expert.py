@@ -6,7 +6,8 @@
     python examples/ant_expert.py data RUN/expert.safetensors [--episodes 20000] [--out datasets/ant]
 
 Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
-direction that it is told (§4), by a weight. Observations and rewards are divided by running statistics. A checkpoint
+direction that it is told (§4), by a weight; an ant that falls or goes where it may not loses some (our choice: without
+it the ant learns to leap, which ends soon). Observations and rewards are divided by running statistics. A checkpoint
 holds them with policy, optimizer, episodes and random states: a run that is resumed ends bit for bit like one that was
 never interrupted. With another number of ants it resumes with new episodes. No file holds code.
 """
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from torch import Tensor, nn
 
 from metacontroller.domains.ant_pinpad.dataset import versions
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
-from metacontroller.domains.ant_pinpad.expert import HIDDEN, LIMIT, Expert, Guide, feature_count, play
+from metacontroller.domains.ant_pinpad.engine import ant_model, mujoco
+from metacontroller.domains.ant_pinpad.expert import FEATURES, HIDDEN, LIMIT, Expert, Guide, play
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
 from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
@@ -48,6 +51,8 @@ from metacontroller.storage.training_state import (
 CHECKPOINT = "expert_training"
 WINDOW = 1024
 """Episodes over which success is averaged."""
+RATE_STEP, RATES = 1.5, (1e-5, 1e-2)
+"""By how much the learning rate changes after an update, and its limits."""
 CHUNK = 250
 """Episodes that are evaluated at a time."""
 
@@ -82,20 +87,30 @@ class Statistics:
 class GuidedAnts(VecEnv):
     """Many ants with the expert's observations and reward, for Stable-Baselines3. A row that ends starts anew at once.
 
-    bonus: weight of the velocity along the way. gamma: for the running scale of rewards. speeds: that velocity in
-    meters a second, of each step since it was last read, the mean of all ants.
+    bonus: weight of the velocity along the way. penalty: of an ending other than success and time. gamma: for the
+    running scale of rewards. speeds: that velocity in meters a second, of each step since it was last read, the mean
+    of all ants.
     """
 
     def __init__(
-        self, arena: Arena, tasks: Sequence[Task], rows: int, *, bonus: float, gamma: float, seed: int, threads: int
+        self,
+        arena: Arena,
+        tasks: Sequence[Task],
+        rows: int,
+        *,
+        bonus: float,
+        penalty: float,
+        gamma: float,
+        seed: int,
+        threads: int,
     ) -> None:
         self.render_mode = None
-        box = spaces.Box(-LIMIT, LIMIT, (feature_count(arena),), np.float32)
+        box = spaces.Box(-LIMIT, LIMIT, (FEATURES,), np.float32)
         super().__init__(rows, box, spaces.Box(-1.0, 1.0, (NUM_ACTIONS,), np.float32))
         self.arena, self.tasks, self.threads = arena, tasks, threads
-        self.bonus, self.gamma = bonus, gamma
+        self.bonus, self.penalty, self.gamma = bonus, penalty, gamma
         self.generator = torch.Generator().manual_seed(seed)
-        self.features, self.returns = Statistics(feature_count(arena)), Statistics(1)
+        self.features, self.returns = Statistics(FEATURES), Statistics(1)
         self.returned = torch.zeros(rows).double()
         self.speeds: list[float] = []
         self.actions = np.zeros(0)
@@ -146,7 +161,7 @@ class GuidedAnts(VecEnv):
         solved = ants.step(self.guide.torques(torch.from_numpy(self.actions)))
         speed = ((ants.state[:, :2] - before) / STEP_SECONDS * way).sum(1)
         self.speeds.append(float(speed.mean()))
-        reward = solved.double() + self.bonus * speed
+        reward = solved.double() + self.bonus * speed - self.penalty * (ants.terminated & ~ants.success)
         self.returned = self.gamma * self.returned + reward
         self.returns.add(self.returned[:, None])
         ended = ants.terminated | ants.truncated
@@ -189,12 +204,28 @@ class GuidedAnts(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
+class Rate:
+    """The learning rate; with ``kl``, the divergence that an update shall have, it rises and falls to keep it."""
+
+    def __init__(self, value: float, kl: float | None) -> None:
+        self.value, self.kl = value, kl
+
+    def __call__(self, _: float) -> float:
+        return self.value
+
+    def adapt(self, kl: float) -> None:
+        """After an update that moved the policy by so many nats."""
+        if self.kl is not None:
+            factor = 1 / RATE_STEP if kl > 2 * self.kl else RATE_STEP if kl < self.kl / 2 else 1.0
+            self.value = min(RATES[1], max(RATES[0], self.value * factor))
+
+
 class Keep(BaseCallback):
     """Logs every update, and keeps a checkpoint and the expert every so many of them."""
 
-    def __init__(self, run: RunFolder, every: int, updates: int) -> None:
+    def __init__(self, run: RunFolder, rate: Rate, every: int, updates: int) -> None:
         super().__init__()
-        self.run, self.every, self.updates = run, every, updates
+        self.run, self.rate, self.every, self.updates = run, rate, every, updates
         self.solved: deque[bool] = deque(maxlen=WINDOW)
         self.steps: deque[int] = deque(maxlen=WINDOW)
 
@@ -215,13 +246,14 @@ class Keep(BaseCallback):
             self.run.log_metrics("expert", self.num_timesteps, success=success, episode_steps=length, speed=speed)
             print(
                 f"{self.num_timesteps:>12,} steps  success {success:.3f}  {length:.0f} steps an episode  "
-                f"{speed:.2f} m/s along the way",
+                f"{speed:.2f} m/s along the way  lr {self.rate.value:.0e}",
                 flush=True,
             )
 
     def _on_rollout_start(self) -> None:
         """After an update."""
         self.updates += 1
+        self.rate.adapt(self.logger.name_to_value.get("train/approx_kl", self.rate.kl or 0.0))
         if self.updates % self.every == 0:
             self.save()
 
@@ -240,7 +272,7 @@ class Keep(BaseCallback):
             "window.steps": torch.tensor(list(self.steps), dtype=torch.int64),
         }
         meta = {"optimizer": optimizer_meta(model.policy.optimizer), "steps": self.num_timesteps}
-        self.run.save_checkpoint(CHECKPOINT, tensors, {**meta, "updates": self.updates})
+        self.run.save_checkpoint(CHECKPOINT, tensors, {**meta, "updates": self.updates, "rate": self.rate.value})
         about = {"versions": versions(), "arena": vars(ants.arena), "steps": self.num_timesteps}
         with replacing(self.run.path / "expert.safetensors") as draft:
             exported(model.policy, ants.features).save(draft, about)
@@ -278,11 +310,23 @@ def exported(policy: Any, features: Statistics) -> Expert:
     return expert
 
 
+@contextmanager
+def integrator(euler: bool) -> Iterator[None]:
+    """With ``euler``, MuJoCo integrates by Euler's method meanwhile: three times as many steps in the same time."""
+    options = ant_model().opt
+    before = options.integrator
+    options.integrator = mujoco.mjtIntegrator.mjINT_EULER if euler else before
+    try:
+        yield
+    finally:
+        options.integrator = before
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Trains, or resumes."""
     run = RunFolder(arguments.run)
     run.versions = versions()
-    with run.held():
+    with run.held(), integrator(arguments.euler):
         train_in(run, arguments)
 
 
@@ -290,7 +334,7 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
     """The same in a run that is this process's alone."""
     arena = Arena(cell_size=arguments.cell_size)
     run.begin(CHECKPOINT, resume=arguments.resume)
-    none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0})
+    none: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {"updates": 0, "rate": arguments.lr})
     tensors, meta = run.load_checkpoint(CHECKPOINT) if run.has_checkpoint(CHECKPOINT) else none
     seed = arguments.seed * 2**20 + meta["updates"]
     ants = GuidedAnts(
@@ -298,24 +342,25 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
         [*TABLE_A2, A2_POST],
         arguments.rows,
         bonus=arguments.bonus,
+        penalty=arguments.penalty,
         gamma=arguments.gamma,
         seed=seed,
         threads=arguments.threads,
     )
+    rate = Rate(meta["rate"], arguments.kl)
     learner = PPO(
         "MlpPolicy",
         ants,
         n_steps=arguments.steps_per_update,
         batch_size=min(arguments.batch_size, arguments.steps_per_update * arguments.rows),
         n_epochs=arguments.epochs,
-        learning_rate=arguments.lr,
+        learning_rate=rate,
         gamma=arguments.gamma,
         ent_coef=arguments.entropy,
-        target_kl=arguments.target_kl,
         policy_kwargs={
             "net_arch": list(HIDDEN),
             "activation_fn": nn.Tanh,
-            "log_std_init": -0.5,
+            "log_std_init": arguments.log_std,
             "optimizer_class": torch.optim.AdamW,
             "optimizer_kwargs": {"weight_decay": arguments.weight_decay},
         },
@@ -331,7 +376,7 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
         run.rewind_metrics("expert", meta["steps"])
     left = arguments.steps - learner.num_timesteps
     if left > 0:
-        keep = Keep(run, arguments.checkpoint_every, meta["updates"] - 1)  # the first rollout follows no update
+        keep = Keep(run, rate, arguments.checkpoint_every, meta["updates"] - 1)  # the first rollout follows no update
         if len(tensors.get("ants.state", ())) == arguments.rows:
             ants.restore_episodes(tensors)
             restore_learner(learner, tensors)
@@ -393,16 +438,21 @@ def main() -> None:
     one.add_argument("--steps", type=int, default=30_000_000, help="of the environment, all together")
     one.add_argument("--resume", action="store_true")
     one.add_argument("--rows", type=int, default=256, help="ants at once")
-    one.add_argument("--steps-per-update", type=int, default=64, help="of each ant")
+    one.add_argument("--steps-per-update", type=int, default=32, help="of each ant")
     one.add_argument("--batch-size", type=int, default=2048, help="steps in a minibatch")
     one.add_argument("--epochs", type=int, default=5)
     one.add_argument("--lr", type=float, default=3e-4, help="the paper's")
     one.add_argument("--weight-decay", type=float, default=0.03, help="the paper's")
     one.add_argument("--entropy", type=float, default=3e-4, help="the paper's")
-    one.add_argument("--target-kl", type=float, help="nats after which an update takes no further epoch")
+    one.add_argument("--kl", type=float, default=0.01, help="nats of an update; the learning rate is led by it")
+    one.add_argument("--log-std", type=float, default=-1.0, help="of the new policy")
     one.add_argument("--gamma", type=float, default=0.99)
     one.add_argument("--bonus", type=float, default=0.1, help="weight of the velocity along the way")
+    one.add_argument("--penalty", type=float, default=4.0, help="of an episode that ends before its task and its time")
     one.add_argument("--cell-size", type=float, default=Arena().cell_size, help="side of a cell, in meters")
+    one.add_argument(
+        "--euler", action="store_true", help="quicker physics than the world's: end with --resume without it"
+    )
     one.add_argument("--checkpoint-every", type=int, default=20, help="updates")
     one.add_argument("--threads", type=int, default=0, help="of MuJoCo; 0 is one a core")
     one.add_argument("--device", default="cpu", help="of the network; elsewhere a resumed run draws other numbers")

@@ -76,7 +76,7 @@ def test_it_resumes_and_what_it_exports_acts_like_its_policy(
     for words in (["--steps", "256"], ["--steps", "384", "--resume"]):
         monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), *words, *SMALL])
         script.main()
-    assert [line["step"] for line in run.read_metrics("expert")] == [128, 256, 384]
+    assert [line["step"] for line in run.read_metrics("expert")] == [256, 384]  # no episode has ended before
     assert run.load_checkpoint(script.CHECKPOINT)[1]["updates"] == 3
     expert, about = Expert.load(run.path / "expert.safetensors")
     assert about["steps"] == 384
@@ -91,7 +91,7 @@ def test_it_resumes_and_what_it_exports_acts_like_its_policy(
 
 
 def test_the_reward_is_the_velocity_along_the_way(script: ModuleType) -> None:
-    ants = script.GuidedAnts(script.Arena(), [(0, 2)], 6, bonus=2.0, gamma=0.9, seed=0, threads=1)
+    ants = script.GuidedAnts(script.Arena(), [(0, 2)], 6, bonus=2.0, penalty=0.0, gamma=0.9, seed=0, threads=1)
     ants.reset()
     way, before = ants.guide.way(), ants.ants.state[:, :2]
     _, scaled, ended, _ = ants.step(torch.zeros(6, 8).numpy())
@@ -100,9 +100,39 @@ def test_the_reward_is_the_velocity_along_the_way(script: ModuleType) -> None:
     assert torch.allclose(torch.from_numpy(scaled).double() * ants.returns.std, expected, atol=1e-5)
 
 
+def test_an_ant_that_falls_loses_the_penalty(script: ModuleType) -> None:
+    ants = script.GuidedAnts(script.Arena(), [(0, 2)], 4, bonus=0.0, penalty=3.0, gamma=0.9, seed=0, threads=1)
+    ants.reset()
+    ants.ants.state[:2, 2] = 5.0
+    _, scaled, ended, infos = ants.step(torch.zeros(4, 8).numpy())
+    assert ended.tolist() == [True, True, False, False]
+    assert torch.allclose(
+        torch.from_numpy(scaled).double() * ants.returns.std, torch.tensor([-3.0, -3.0, 0.0, 0.0]).double()
+    )
+    assert [info.get("is_success") for info in infos] == [False, False, None, None]
+
+
+def test_the_learning_rate_follows_the_divergence(script: ModuleType) -> None:
+    rate = script.Rate(1e-3, 0.01)
+    for kl, expected in ((0.03, 1e-3 / 1.5), (0.01, 1e-3 / 1.5), (0.004, 1e-3)):
+        rate.adapt(kl)
+        assert rate(0.5) == pytest.approx(expected)
+    for _ in range(20):
+        rate.adapt(0.0)
+    assert rate(0.5) == script.RATES[1]
+
+
+def test_quick_physics_is_for_training_alone(script: ModuleType) -> None:
+    options = script.ant_model().opt
+    before = options.integrator
+    with script.integrator(euler=True):
+        assert options.integrator == script.mujoco.mjtIntegrator.mjINT_EULER != before
+    assert options.integrator == before
+
+
 def test_rows_that_end_start_anew_and_are_guided_there(script: ModuleType) -> None:
     arena = script.Arena(max_steps=3)
-    ants = script.GuidedAnts(arena, [(0, 2)], 4, bonus=0.0, gamma=0.9, seed=0, threads=1)
+    ants = script.GuidedAnts(arena, [(0, 2)], 4, bonus=0.0, penalty=3.0, gamma=0.9, seed=0, threads=1)
     ants.reset()
     for _ in range(3):
         observation, _, ended, infos = ants.step(torch.zeros(4, 8).numpy())

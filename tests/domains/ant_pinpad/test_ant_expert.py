@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from metacontroller.domains.ant_pinpad.expert import Expert, Guide, feature_count, play
-from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
-from metacontroller.domains.ant_pinpad.observation import heading, observation_size, parts_of
+from metacontroller.domains.ant_pinpad.expert import AHEAD, AROUND, FEATURES, Expert, Guide, play
+from metacontroller.domains.ant_pinpad.layouts import LEFT, STEPS, UP, Arena
+from metacontroller.domains.ant_pinpad.observation import heading, symexp
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turned
 
@@ -31,7 +31,7 @@ def random_state(seed: int = 0) -> torch.Generator:
 
 
 def recipe(**changes: object) -> Recipe:
-    options = {"arena": ARENA, "expert": Expert.untrained(ARENA), "tasks": ((0, 1), (1, 0)), "seed": 0, "threads": 1}
+    options = {"arena": ARENA, "expert": Expert.untrained(), "tasks": ((0, 1), (1, 0)), "seed": 0, "threads": 1}
     options |= {"mean_actions": True, "only_successes": False}
     return Recipe(**(options | changes))  # pyright: ignore[reportArgumentType]
 
@@ -49,13 +49,11 @@ def facing(yaw: float, velocity: tuple[float, float]) -> AntBatch:
 def test_the_guide_points_along_the_shortest_way() -> None:
     guide = Guide(facing(0.0, (0.0, 0.0)))
     assert guide.way().tolist() == [[-1.0, 0.0]]  # to the left
-    field = guide.field()[0].tolist()
-    assert field[7] == LEFT
-    assert field[6] == field[5] == -1  # the color, the wall
+    assert [int(guide.direction(torch.tensor([cell]))) for cell in (7, 6, 5)] == [LEFT, -1, -1]  # then color and wall
     guide.env.subgoals_done = torch.tensor([1])
-    assert guide.field()[0, 3] == UP
+    assert guide.direction(torch.tensor([3])).tolist() == [UP]
     guide.env.subgoals_done = torch.tensor([2])  # all done
-    assert guide.field().unique().tolist() == [-1]
+    assert guide.direction(torch.tensor([7])).tolist() == [-1]
     assert guide.way().tolist() == [[0.0, 0.0]]
 
 
@@ -63,16 +61,43 @@ def test_features_show_the_way_to_the_right_and_the_ant_looking_there() -> None:
     yaw = math.pi / 2 + 0.2  # about up; the way goes to the left, so the world is turned by two right angles
     guide = Guide(facing(yaw, (-3.0, 0.5)))
     features = guide.features()
-    assert features.shape == (1, feature_count(ARENA))
-    parts = parts_of(ARENA, features[:, : observation_size(ARENA)].double())
-    cos, sin = heading(parts.proprioception[:, 1:5])[0]
+    assert features.shape == (1, FEATURES)
+    inner, local = symexp(features[0, :27].double()), features[0, 27:29]
+    cos, sin = heading(inner[1:5])
     assert math.isclose(math.atan2(sin, cos), 0.2, abs_tol=1e-5)  # from 0.2 beyond down to 0.2 beyond right
-    assert torch.allclose(parts.proprioception[0, 13:15], torch.tensor([3.0, -0.5]).double(), atol=1e-5)
-    assert torch.allclose(parts.local, torch.tensor([[-0.5, -0.25]]).double(), atol=1e-5)
-    told, shown = guide.field()[0], features[0, observation_size(ARENA) :].view(9, len(STEPS))
-    assert torch.equal(shown.sum(1), (told.flip(0) >= 0).float())  # half a turn: the last cell comes first
-    opposite = torch.tensor([DOWN, UP, RIGHT, LEFT])[told.flip(0).clamp(min=0)]
-    assert torch.equal(shown.argmax(1)[told.flip(0) >= 0], opposite[told.flip(0) >= 0])
+    assert torch.allclose(inner[13:15], torch.tensor([3.0, -0.5]).double(), atol=1e-5)
+    assert torch.allclose(local, torch.tensor([-0.5, -0.25]), atol=1e-5)
+    closed = dict(zip(AROUND, features[0, 29:37].tolist(), strict=True))
+    assert [place for place, shut in closed.items() if shut] == [
+        *((-1, 1), (0, 1), (1, 1), (-1, 0), (-1, -1)),  # beyond the plane
+        (0, -1),  # the wall
+    ]
+    assert features[0, 37:].tolist() == [1.0, 0.0]  # on from the cell ahead
+
+
+def test_features_tell_of_the_cells_around() -> None:
+    env = start_ants(ARENA, [(0, 1)] * 60, random_state(), 1)
+    guide = Guide(env)
+    world, _ = guide.frame()
+    features = guide.features()
+    for row in range(len(env)):
+        turn, (below, right) = int(world[row]), divmod(int(env.cell[row]), ARENA.size)
+        found = dict(zip(env.objects[row].tolist(), range(ARENA.num_objects), strict=True))
+        for column, place in enumerate(AROUND):
+            x, y = place
+            for _ in range(turn):  # back to the world
+                x, y = y, -x
+            cell = (below - y, right + x)
+            inside = all(0 <= side < ARENA.size for side in cell)
+            thing = found.get(cell[0] * ARENA.size + cell[1]) if inside else None
+            assert bool(features[row, 29 + column]) == (not inside or thing not in (None, int(env.goal()[row])))
+            if column == AHEAD:
+                assert thing in (None, int(env.goal()[row]))  # the way leads there
+                way = int(guide.direction(torch.tensor([cell[0] * ARENA.size + cell[1]]).repeat(len(env)))[row])
+                x, y = (0, 0) if way < 0 else (STEPS[way][1], -STEPS[way][0])
+                for _ in range(turn):
+                    x, y = -y, x
+                assert features[row, 37:].tolist() == [x, y]
 
 
 def test_the_frame_always_has_the_way_to_the_right_and_the_ant_looking_there() -> None:
@@ -82,7 +107,7 @@ def test_the_frame_always_has_the_way_to_the_right_and_the_ant_looking_there() -
     way = turned(guide.way(), world[:, None])
     assert torch.equal(way, torch.tensor([1.0, 0.0]).double().expand(200, 2))
     assert set(world.tolist()) == set(body.tolist()) == {0, 1, 2, 3}
-    inner = parts_of(ARENA, guide.features()[:, : observation_size(ARENA)].double()).proprioception
+    inner = symexp(guide.features()[:, :27].double())
     cos, sin = heading(inner[:, 1:5]).unbind(-1)
     assert float(torch.atan2(sin, cos).abs().max()) < math.pi / 4 + 1e-5
 
@@ -140,22 +165,22 @@ def test_an_expert_that_was_changed_is_refused(tmp_path: Path, change: dict[str,
     assert Expert.load(tmp_path / "a")[1] == {"success": 0.5}
 
 
-def test_an_expert_of_another_plane_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the expert observes 73 numbers and the plane gives 101"):
-        play(start_ants(Arena(num_colors=2, max_steps=3), [(0,)], random_state(), 1), Expert.untrained(ARENA), None)
+def test_an_expert_of_other_features_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the expert observes 73 numbers; expected 39"):
+        play(start_ants(ARENA, [(0,)], random_state(), 1), Expert(73), None)
 
 
 def test_episodes_are_labelled_and_padded() -> None:
-    env = start_ants(ARENA, [(0, 1), (1,)] * 8, random_state(), 1)
+    env = start_ants(ARENA, [(0, 1), (1,)] * 60, random_state(), 1)
     starts = env.observation
-    made = play(env, Expert.untrained(ARENA), random_state())
+    made = play(env, Expert.untrained(), random_state())
     assert torch.equal(made.states[:, 0], starts)
     assert torch.equal(made.states[:, -1], env.observation)
     assert made.subgoals is not None
     assert made.segments is not None
     real = made.mask()
     assert set(made.subgoals[real].tolist()) == {0, 1}
-    assert made.segments[real].unique().tolist() == [0]  # it never gets anywhere
+    assert bool((made.segments.amax(1) <= env.subgoals_done).all())
     assert made.actions[~real].abs().sum() == 0
     assert set(made.subgoals[~real].tolist()) <= {-1}
     assert int(made.lengths.min()) < int(made.lengths.max()) == 8
@@ -175,7 +200,7 @@ def test_a_dataset_is_made_once_and_depends_on_its_recipe(tmp_path: Path, monkey
     first = open_dataset(recipe(), 6, tmp_path)
     assert len(first) == 6
     assert isinstance(first.arrays["states"], np.memmap)
-    other = Expert(feature_count(ARENA), (8,))
+    other = Expert(FEATURES, (8,))
     changes = [{"seed": 1}, {"mean_actions": False}, {"only_successes": True}, {"tasks": ((0, 1),)}, {"expert": other}]
     folders = {recipe(**change).folder(6) for change in [{}, {"threads": 2}, *changes]}
     assert len(folders) == 1 + len(changes)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from metacontroller.domains.ant_pinpad import simulator
-from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena, direction_fields
+from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
 from metacontroller.domains.ant_pinpad.observation import state_of
 from metacontroller.domains.ant_pinpad.simulator import HEIGHT, AntBatch, start_ants
-from metacontroller.domains.ant_pinpad.symmetry import turn_body, turn_field, turn_torques, turn_world, turned
+from metacontroller.domains.ant_pinpad.symmetry import turn_body, turn_torques, turn_world
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.domains.pinpad_tasks import pad_tasks
 
@@ -178,22 +178,6 @@ def test_the_physics_does_not_know_from_which_leg_one_counts() -> None:
     assert torch.allclose(other.state, expected, atol=1e-10)
     back = turn_body(turn_body(env.state[:, 2:], quarter), -quarter % 4)
     assert torch.allclose(back.abs(), env.state[:, 2:].abs(), atol=1e-12)  # a quaternion may come back negated
-
-
-def test_a_field_turns_with_the_world() -> None:
-    env = start_ants(ARENA, [(0,)] * 12, random_state(), 1)
-    field = direction_fields(ARENA, env.objects)[:, 0]
-    quarter = torch.arange(12) % 4
-    shown = turn_field(ARENA, field, quarter)
-    steps = [torch.tensor([right, -down]).double() for down, right in STEPS]
-    for row in range(12):
-        for cell in range(ARENA.num_cells):
-            place = turned(ARENA.center(torch.tensor(cell))[None], quarter[row, None])
-            told = int(shown[row, ARENA.cell(place)[0]])
-            before = int(field[row, cell])
-            assert (told < 0) == (before < 0)
-            if told >= 0:
-                assert torch.equal(steps[told], turned(steps[before], quarter[row, None]))
 
 
 def test_starts_are_as_the_paper_says() -> None:

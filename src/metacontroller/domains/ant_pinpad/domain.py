@@ -220,7 +220,7 @@ def _can_draw() -> bool:
 @cache
 def _expert(name: str, arena: Arena) -> Expert:
     if name == UNTRAINED:
-        return Expert.untrained(arena)
+        return Expert.untrained()
     return Expert.load(SHIPPED_EXPERT if name == SHIPPED else Path(name))[0]
 
 

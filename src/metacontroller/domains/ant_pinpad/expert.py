@@ -1,11 +1,11 @@
 """The expert: a policy that PPO trained, which is told the way (§4). Here it is loaded and acts; it is trained by
 `examples/ant_expert.py`.
 
-It observes more than the model: for each cell, one-hot, in which direction the shortest way to the next color goes.
-Our choice: it sees the world turned by right angles, so that its way always goes to the right, and its legs counted
-from the one that is then ahead to the left (`symmetry`). So it learns one walk, not one for each direction and leg.
+It is told in which direction the shortest way to the next color goes. Our choice: it sees the world turned by right
+angles, so that its way always goes to the right, and its legs counted from the one that is then ahead to the left
+(`symmetry`). So it learns one walk, not one for each direction and leg. Of the plane it sees the cells around its own.
 
-Axes: b row, c color, n cell, f feature.
+Axes: b row, c color, n cell, k cell around the ant's, f feature.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena, direction_fields
+from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, direction_fields
 from metacontroller.domains.ant_pinpad.observation import (
     NUM_ACTIONS,
     PROPRIOCEPTION,
     heading,
-    observation_size,
     symexp,
     symlog,
 )
@@ -38,7 +36,6 @@ from metacontroller.domains.ant_pinpad.simulator import AntBatch
 from metacontroller.domains.ant_pinpad.symmetry import (
     LEGS,
     turn_body,
-    turn_field,
     turn_torques,
     turn_world,
     turned,
@@ -53,11 +50,11 @@ LIMIT = 10.0
 """Of normalized features."""
 TURNS_TO_RIGHT = {RIGHT: 0, DOWN: 1, LEFT: 2, UP: 3}
 """Right angles, counter-clockwise, after which each direction goes to the right."""
-
-
-def feature_count(arena: Arena) -> int:
-    """f."""
-    return observation_size(arena) + len(STEPS) * arena.num_cells
+AROUND = tuple((x, y) for y in (1, 0, -1) for x in (-1, 0, 1) if (x, y) != (0, 0))
+"""The cells around the ant's own, (right, up)."""
+AHEAD = AROUND.index((1, 0))
+FEATURES = PROPRIOCEPTION + 2 + len(AROUND) + 2
+"""f."""
 
 
 class Guide:
@@ -74,36 +71,38 @@ class Guide:
         """Looks at the layouts of ``rows`` (m,) again, whose episodes were replaced."""
         self.fields[rows] = direction_fields(self.env.arena, self.env.objects[rows])
 
-    def field(self) -> Tensor:
-        """(b, n) int64: the direction to go in each cell, -1 where there is none, as where no color is asked for."""
-        goal = self.env.goal()
-        rows = torch.arange(len(goal), device=goal.device)
-        return self.fields[rows, goal.clamp(min=0)].masked_fill(goal[:, None] < 0, -1)
-
     def way(self) -> Tensor:
         """(b, 2) float64: the direction to go in the ant's own cell, a unit vector, or zero."""
-        return self.vectors[self.here()]
+        return self.vectors[self.direction(self.env.cell)]
 
-    def here(self) -> Tensor:
-        """(b,) int64: the direction to go in the ant's own cell, or -1."""
-        return self.field().gather(1, self.env.cell[:, None]).squeeze(1)
+    def direction(self, cells: Tensor) -> Tensor:
+        """(b,) cells -> (b,) int64: the direction to go in each, -1 where there is none, as where no color is asked
+        for."""
+        goal = self.env.goal()
+        rows = torch.arange(len(goal), device=goal.device)
+        return self.fields[rows, goal.clamp(min=0), cells].masked_fill(goal < 0, -1)
 
     def frame(self) -> tuple[Tensor, Tensor]:
         """(b,) int64 each: by how many right angles the world is turned so that the way goes to the right, and then the
         ant's own frame so that it looks to the right, within half a right angle."""
-        world = self.turns[self.here()]
+        world = self.turns[self.direction(self.env.cell)]
         cos, sin = turned(heading(self.env.state[:, 3:7]), world[:, None]).unbind(-1)
         return world, -torch.round(torch.atan2(sin, cos) / (math.pi / 2)).long() % LEGS
 
     def features(self) -> Tensor:
-        """(b, f) float32: what the expert observes."""
-        env = self.env
+        """(b, f) float32: what the expert observes. Proprioception and place in the ant's cell, which of the cells
+        around it may not be entered, and the way from the cell ahead, a unit vector; all as `frame` has it."""
+        env, arena = self.env, self.env.arena
         world, body = self.frame()
-        shown = turn_world(env.arena, env.observation[:, None].double(), world).squeeze(1)
+        shown = turn_world(arena, env.observation[:, None].double(), world).squeeze(1)
         inner = symlog(turn_body(symexp(shown[:, :PROPRIOCEPTION]), body))
-        field = turn_field(env.arena, self.field(), world)
-        ways = F.one_hot(field + 1, len(STEPS) + 1)[..., 1:].flatten(1)
-        return torch.cat([inner, shown[:, PROPRIOCEPTION:], ways], 1).float()
+        around = turned(shown.new_tensor(AROUND).expand(len(world), -1, -1), -world[:, None, None] % LEGS)
+        cells = arena.cell(arena.center(env.cell)[:, None] + arena.cell_size * around)  # (b, k)
+        found, ahead = env.objects_at(cells), cells[:, AHEAD]
+        closed = (cells < 0) | (found >= arena.num_colors) | ((found >= 0) & (found != env.goal()[:, None]))
+        way = self.direction(ahead.clamp(min=0)).masked_fill(ahead < 0, -1)
+        then = turned(self.vectors[way], world[:, None])
+        return torch.cat([inner, shown[:, -2:], closed, then], 1).float()
 
     def torques(self, actions: Tensor) -> Tensor:
         """(b, 8): the expert's actions, legs counted as in `features`, as torques of the ant."""
@@ -131,11 +130,11 @@ class Expert(nn.Module):
         self.register_buffer("std", torch.ones(features))
 
     @classmethod
-    def untrained(cls, arena: Arena) -> Expert:
+    def untrained(cls) -> Expert:
         """New weights, always the same: for tests, and for presets that take seconds."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return cls(feature_count(arena), (16,))
+            return cls(FEATURES, (16,))
 
     def forward(self, features: Tensor) -> Tensor:
         """features (b, f) -> mean torques (b, 8), not yet within -1..1."""
@@ -213,13 +212,10 @@ class Expert(nn.Module):
 def play(env: AntBatch, expert: Expert, generator: torch.Generator | None) -> Trajectories:
     """Plays every episode to its end; with a generator actions are samples, without it mean ones.
 
-    Labels are the color to go to and its position in the task. UserError if the expert is one for another plane.
+    Labels are the color to go to and its position in the task. UserError if the expert observes other features.
     """
-    if expert.features != feature_count(env.arena):
-        raise UserError(
-            f"the expert observes {expert.features} numbers and the plane gives {feature_count(env.arena)}; train one "
-            "for this size and number of objects."
-        )
+    if expert.features != FEATURES:
+        raise UserError(f"the expert observes {expert.features} numbers; expected {FEATURES}. Train one anew.")
     guide = Guide(env)
     states, actions, goals, places, ended = [env.observation], [], [], [], []
     while not bool((stopped := env.terminated | env.truncated).all()):

@@ -88,8 +88,7 @@ class AntBatch:
         self.cell = torch.where(running & whole, self.arena.cell(self.state[:, :2]), cell)
         inside = self.cell >= 0
         entered = running & (self.cell != cell)
-        found = self._lookup.gather(1, self.cell.clamp(min=0)[:, None]).squeeze(1)
-        found = torch.where(entered & inside, found, -1)
+        found = torch.where(entered, self.objects_at(self.cell[:, None]).squeeze(1), -1)
         self._visited = torch.where(found < self.arena.num_colors, found, -1)
         correct = (self._visited >= 0) & (self._visited == self.goal())
         wrong = (self._visited >= 0) & ~correct & (self.task_lengths > 0)
@@ -119,6 +118,10 @@ class AntBatch:
     def goal(self) -> Tensor:
         """(b,) int64: the color to visit next; -1 once the task is done, and without one."""
         return self.tasks.gather(1, self.subgoals_done[:, None]).squeeze(1)
+
+    def objects_at(self, cells: Tensor) -> Tensor:
+        """(b, k) cells, -1 beyond the plane -> (b, k) int64: the object there, colors first, else -1."""
+        return self._lookup.gather(1, cells.clamp(min=0)).masked_fill(cells < 0, -1)
 
     def reached(self) -> Tensor:
         """(b,) int64: the color that the last step visited, asked for or not, else -1."""

@@ -5,7 +5,7 @@ again, and an ant whose legs are counted from another one is an ant again: it mo
 counted likewise. An expert that always sees the way ahead of it, and of its legs the same ones in front, has sixteen
 times less to learn.
 
-Legs are numbered counter-clockwise, the first one ahead to the left. Axes: b row, n cell.
+Legs are numbered counter-clockwise, the first one ahead to the left. Axes: b row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, Arena
+from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import ORIENTATION, VELOCITY, parts_of, symlog
 
 LEGS = 4
@@ -25,8 +24,6 @@ ANKLE_SIGNS = (1.0, -1.0, -1.0, 1.0)
 ANGLES, ANGULAR_VELOCITY, RATES = slice(5, 13), slice(16, 19), slice(19, 27)
 """Joint angles, the torso's angular velocity in its own frame and the joints' in the proprioception: hip and ankle of
 the first leg, then of the second."""
-TURNED = {RIGHT: UP, UP: LEFT, LEFT: DOWN, DOWN: RIGHT}
-"""What a turn of the world by one right angle, counter-clockwise, makes of each direction."""
 
 
 def turned(vectors: Tensor, quarter: Tensor) -> Tensor:
@@ -76,20 +73,6 @@ def turn_legs(joints: Tensor, quarter: Tensor) -> Tensor:
 def turn_torques(torques: Tensor, quarter: Tensor) -> Tensor:
     """Torques (b, 8), which begin with the last leg's, likewise."""
     return turn_legs(torques.roll(-2, 1), quarter).roll(2, 1)
-
-
-def turn_field(arena: Arena, field: Tensor, quarter: Tensor) -> Tensor:
-    """Directions (b, n) of the cells, -1 for none, in a world turned by ``quarter`` (b,) right angles."""
-    cells = arena.center(torch.arange(arena.num_cells, device=field.device))[None].expand(LEGS, -1, -1)
-    back = torch.arange(LEGS, device=field.device)[:, None, None]
-    source = arena.cell(turned(cells, -back % LEGS))  # (4, n): the cell that is turned to each
-    directions = torch.arange(len(STEPS), device=field.device)
-    once = torch.tensor([TURNED[way] for way in range(len(STEPS))], device=field.device)
-    turns = [directions]
-    for _ in range(LEGS - 1):
-        turns.append(once[turns[-1]])
-    table = F.pad(torch.stack(turns), (0, 1), value=-1)  # the last: none
-    return table[quarter[:, None], field.gather(1, source[quarter])]
 
 
 def _around_z(quarter: Tensor, dtype: torch.dtype) -> Tensor:
