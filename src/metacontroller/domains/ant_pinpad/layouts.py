@@ -42,7 +42,7 @@ class Arena(Board):
     """W, wall cells."""
     max_steps: int = 500
     """T, steps after which an episode is truncated."""
-    cell_size: float = 2.0
+    cell_size: float = 1.5
     """Side of a cell in meters (our choice; the paper gives none)."""
 
     def __post_init__(self) -> None:
