@@ -3,7 +3,7 @@
     pip install 'metacontroller-rl[ant,expert]'
     python examples/ant_expert.py train RUN [--steps 30000000] [--resume]   # RUN/expert.safetensors, RUN/metrics.jsonl
     python examples/ant_expert.py evaluate RUN/expert.safetensors [--episodes 500]
-    python examples/ant_expert.py data RUN/expert.safetensors [--episodes 20000] [--out datasets/ant]
+    python examples/ant_expert.py data RUN/expert.safetensors [--episodes 10000] [--out datasets/ant]
 
 Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
 direction that it is told (§4), by a weight; an ant that falls or goes where it may not loses some (our choice: without
@@ -465,7 +465,7 @@ def main() -> None:
     two.set_defaults(run_command=evaluate)
     three = commands.add_parser("data", help="write the demonstrations of both phases")
     three.add_argument("expert", type=Path)
-    three.add_argument("--episodes", type=int, default=20_000, help="for each phase")
+    three.add_argument("--episodes", type=int, default=AntPinpadConfig().episodes, help="for each phase")
     three.add_argument("--out", type=Path, default=Path("datasets/ant"))
     three.add_argument("--keep-failures", action="store_true")
     three.add_argument("--seed", type=int, default=0)

@@ -104,9 +104,18 @@ def test_float32_leaves_the_callers_autocast_alone() -> None:
         assert (x.double() @ x.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", None])
-def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "avx2": True}, raising=False)
+@pytest.mark.parametrize(
+    ("name", "maker", "quicker"),
+    [
+        ("avx512_bf16", "AMD EPYC", True),
+        ("amx_bf16", "Intel Xeon", True),
+        ("avx512_bf16", "Intel Xeon", False),
+        ("avx2", "AMD EPYC", False),
+    ],
+)
+def test_auto_asks_the_processor(name: str, maker: str, quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name: True, "cpu_name": maker}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     prefers_bfloat16.cache_clear()
     try:
         dtypes = []
@@ -116,7 +125,7 @@ def test_auto_asks_the_processor(name: str | None, monkeypatch: pytest.MonkeyPat
                 dtypes.append((x @ torch.ones(8, 8)).dtype)
     finally:
         prefers_bfloat16.cache_clear()
-    assert dtypes == [torch.bfloat16 if name else torch.float32] * 2
+    assert dtypes == [torch.bfloat16 if quicker else torch.float32] * 2
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])

@@ -52,12 +52,13 @@ def weights_cast_once() -> Iterator[None]:
 def prefers_bfloat16(device_type: str) -> bool:
     """Whether a device type has instructions for products in bfloat16.
 
-    CPUs with them are 2 (AVX512) to 10 times (AMX) faster than in float32, others a hundred times slower (docs/log.md,
-    40).
+    CPUs with them are 2 (AVX512 of AMD) to 10 times (AMX) faster than in float32, others a hundred times slower
+    (docs/log.md, 40). With AVX512 of Intel, without AMX, they take 1.5 times as long (84).
     """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    intel = "Intel" in str(capabilities.get("cpu_name", ""))
+    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel))

@@ -17,8 +17,10 @@ from metacontroller.domains import ant_pinpad
 from metacontroller.domains.ant_pinpad import domain as domain_module
 from metacontroller.domains.ant_pinpad import simulator
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
+from metacontroller.domains.ant_pinpad.expert import Expert, play
+from metacontroller.domains.ant_pinpad.simulator import start_ants
 from metacontroller.domains.base import FREE
-from metacontroller.domains.pinpad_tasks import transitions
+from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
 from metacontroller.presets import preset, preset_names
 from metacontroller.presets.ant import PRESETS
 from metacontroller.recipes.config import from_json, to_json
@@ -190,3 +192,21 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run.versions = {"mujoco": "0.9"}
     with pytest.warns(UserWarning, match=r"pretrain.safetensors was made with mujoco .* and 0\.9 is installed"):
         run.load_checkpoint("pretrain")
+
+
+@needs_mujoco
+def test_the_shipped_expert_solves_most_tasks() -> None:
+    world, generator = AntPinpad(AntPinpadConfig(threads=1)), random_state()
+    env = start_ants(world.config.arena, [*TABLE_A2, A2_POST] * 2, generator, 1)
+    expert, about = Expert.load(domain_module.SHIPPED_EXPERT)
+    episodes = play(env, expert, None)
+    assert about["arena"] == vars(world.config.arena)
+    assert float(env.success.float().mean()) > 0.7
+    assert int(episodes.lengths[env.success].min()) > 20
+
+
+@needs_mujoco
+def test_an_expert_of_other_cells_warns(tmp_path: Path) -> None:
+    config = AntPinpadConfig(cell_size=2.5, threads=1, max_steps=3, dataset=str(tmp_path), only_successes=False)
+    with pytest.warns(UserWarning, match=r"learned on cells of 1\.5 m and cell_size is 2\.5"):
+        AntPinpad(config).demonstrate(None, 1, random_state())

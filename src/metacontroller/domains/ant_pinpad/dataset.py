@@ -21,6 +21,7 @@ from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.simulator import start_ants
 from metacontroller.domains.pinpad_tasks import Task
 from metacontroller.errors import UserError
+from metacontroller.training.progress import Progress, track
 
 CHUNK = 256
 """Episodes that are played at a time, at most; the episodes of a recipe depend on it."""
@@ -77,19 +78,20 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path) -> TrajectoryStore:
 
 def write_dataset(recipe: Recipe, episodes: int, path: Path) -> TrajectoryStore:
     """Plays the episodes and writes them to ``path``."""
-    parts, played, solved = _play_enough(recipe, episodes)
+    with track(episodes, "demonstrations") as progress:
+        parts, played, solved = _play_enough(recipe, episodes, progress)
     meta = {"versions": versions(), "played": played, "succeeded": solved}
     return TrajectoryStore.join(path, [Episodes.of(part) for part in parts], meta, most=episodes)
 
 
 def generate(recipe: Recipe, episodes: int) -> Trajectories:
     """So many episodes in memory."""
-    parts, _, _ = _play_enough(recipe, episodes)
+    parts, _, _ = _play_enough(recipe, episodes, track(episodes, "demonstrations", quiet=True))
     held = [episode for part in parts for episode in part.episodes()]
     return Trajectories.from_episodes(held[:episodes])
 
 
-def _play_enough(recipe: Recipe, episodes: int) -> tuple[list[Trajectories], int, int]:
+def _play_enough(recipe: Recipe, episodes: int, progress: Progress) -> tuple[list[Trajectories], int, int]:
     """Chunks that together hold at least so many episodes, how many were played, and how many of those succeeded.
 
     UserError if the expert hardly ever succeeds.
@@ -113,6 +115,7 @@ def _play_enough(recipe: Recipe, episodes: int) -> tuple[list[Trajectories], int
         if len(rows):
             parts.append(episode.index(rows))
             kept += len(rows)
+        progress.update(min(kept, episodes), success=solved / played)
     return parts, played, solved
 
 

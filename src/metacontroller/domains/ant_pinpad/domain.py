@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -67,7 +68,7 @@ class AntPinpadConfig:
     """Who demonstrates: shipped, untrained (random weights), or a file that examples/ant_expert.py wrote."""
     only_successes: bool = True
     """Keep only demonstrations that succeed (our choice; the paper is silent)."""
-    episodes: int = 20_000
+    episodes: int = 10_000
     """Demonstrations on disk for each of the two phases."""
     dataset: str = "datasets/ant"
     """Folder of the demonstrations on disk. They are made when they are first asked for."""
@@ -221,7 +222,14 @@ def _can_draw() -> bool:
 def _expert(name: str, arena: Arena) -> Expert:
     if name == UNTRAINED:
         return Expert.untrained()
-    return Expert.load(SHIPPED_EXPERT if name == SHIPPED else Path(name))[0]
+    expert, about = Expert.load(SHIPPED_EXPERT if name == SHIPPED else Path(name))
+    learned = about.get("arena", {}).get("cell_size", arena.cell_size)
+    if learned != arena.cell_size:
+        warnings.warn(
+            f"the expert {name} learned on cells of {learned} m and cell_size is {arena.cell_size}; it may fail there.",
+            stacklevel=2,
+        )
+    return expert
 
 
 def _recipe(config: AntPinpadConfig, tasks: tuple[Task, ...], *, mean_actions: bool, seed: int) -> Recipe:
