@@ -9,9 +9,10 @@ from typing import Any
 import imageio.v3 as imageio
 import imageio_ffmpeg
 import pytest
+import torch
 
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.video import FRAMES_A_SECOND, LEAST_PIXELS, write_video
+from metacontroller.analysis.video import COLORS, GATE_PIXELS, LEAST_PIXELS, gate_strip, write_video
 from metacontroller.cli import main
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
@@ -37,12 +38,32 @@ def test_a_video_holds_every_step(run: LoadedRun, policy: Any, ending: str, tmp_
     if ending == ".mp4":
         frames, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
         assert frames is not None
-        assert 2 * (2 + FRAMES_A_SECOND) <= frames <= 2 * (run.domain.spec().max_steps + 1 + FRAMES_A_SECOND)
+        second = run.domain.steps_a_second
+        assert 2 * (2 + second) <= frames <= 2 * (run.domain.spec().max_steps + 1 + second)
     else:  # which drops frames in which nothing moves
         pictures = imageio.imread(path)
-        assert min(pictures.shape[1:3]) >= LEAST_PIXELS
+        assert pictures.shape[2] >= LEAST_PIXELS
+        assert pictures.shape[1] == pictures.shape[2] + (0 if policy == "base" else GATE_PIXELS)
         assert (pictures[0] != pictures[-1]).any()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_gate_is_drawn_up_to_the_step() -> None:
+    beta, switches = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([True, False, True, False])
+    strip = gate_strip(beta, switches, 2, 40)
+    assert strip.shape == (GATE_PIXELS, 40, 3)
+    filled = (strip != 255).any(-1)
+    assert filled.sum(0)[5::10].tolist() == [GATE_PIXELS, 3, 33, 0]  # 3 pixels where it is closed; nothing is known yet
+    assert [tuple(strip[-1, column]) for column in (0, 15, 25)] == [COLORS[0], COLORS[0], COLORS[1]]
+    assert filled[-40:, 25].sum() == filled[:, 25].sum()  # they stand on the ground
+
+
+def test_pictures_may_be_left_out(run: LoadedRun, tmp_path: Path) -> None:
+    for every in (1, 3):
+        write_video(run, "prior", tmp_path / f"{every}.mp4", episodes=1, seed=3, every=every)
+    counts = [imageio_ffmpeg.count_frames_and_secs(str(tmp_path / f"{every}.mp4")) for every in (1, 3)]
+    assert counts[1][0] < counts[0][0]
+    assert counts[1][1] == pytest.approx(counts[0][1], abs=1.5)  # as long as before, in seconds
 
 
 def test_the_command_films_and_measures(run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

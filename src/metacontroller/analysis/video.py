@@ -4,63 +4,110 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
 from metacontroller.storage.files import replacing
 
 FORMATS = (".mp4", ".gif")
-FRAMES_A_SECOND = 5
 LEAST_PIXELS = 320
 """Pictures are enlarged, pixel by pixel, to at least this height."""
+GATE_PIXELS = 64
+"""Height of the gate below them."""
+COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
+"""Of one abstract action after the other."""
+END_SECONDS = 1.0
+"""How long the last picture of an episode stays."""
+
+
+class Film(NamedTuple):
+    """What one episode showed, states (t + 1, *obs), and what its gate did: beta (t,) and switches (t,) bool, or None
+    where nothing steers."""
+
+    states: Tensor
+    gate: tuple[Tensor, Tensor] | None
 
 
 def check_video(run: LoadedRun, path: Path) -> None:
     """Raises UserError, before anything is played, where no video can be written."""
     if path.suffix not in FORMATS:
         raise UserError(f"video {path} has the ending {path.suffix!r}; expected one of {', '.join(FORMATS)}.")
-    needed = ["imageio", *(["imageio_ffmpeg"] if path.suffix == ".mp4" else [])]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing(path.suffix):
         raise UserError(f"{missing[0]} is not installed; videos need it: pip install 'metacontroller-rl[viz]'.")
     if not run.domain.offers("render"):
         raise UserError(f"the world {run.domain.name} draws no pictures, so there is nothing to film.")
 
 
-def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int) -> None:
+def can_film(domain: Domain, name: str) -> bool:
+    """Whether the world has pictures, and what writes a video of such a name is installed."""
+    return domain.offers("render") and not _missing(Path(name).suffix)
+
+
+def _missing(ending: str) -> list[str]:
+    """The packages that are not installed and needed for it."""
+    needed = ["imageio", *(["imageio_ffmpeg"] if ending == ".mp4" else [])]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def write_video(
+    run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int, every: int = 1
+) -> None:
     """Films ``episodes`` held-out episodes of a policy, one after the other; replaced only when the video is whole.
 
-    task: as of `Domain.reset`. seed: of layouts, codes and actions. The ending of ``path`` chooses MP4 or GIF.
+    Below the pictures is the gate so far, in a new color for each abstract action. task: as of `Domain.reset`. seed: of
+    layouts, codes and actions. every: steps from one picture to the next. The ending of ``path`` chooses MP4 or GIF.
     """
     check_video(run, path)
     import imageio.v3 as imageio
 
-    generator = torch.Generator(run.device).manual_seed(seed)
-    frames = []
+    generator, frames = torch.Generator(run.device).manual_seed(seed), []
+    rate = run.domain.steps_a_second / every
     for _ in range(episodes):
-        states = _play(run, policy, task, generator)
-        pictures = run.domain.render(states.cpu()).numpy()
-        frames += [*pictures, *[pictures[-1]] * FRAMES_A_SECOND]  # a second to see how it ended
-    enlarged = np.stack(frames).repeat(factor := -(-LEAST_PIXELS // frames[0].shape[0]), 1).repeat(factor, 2)
-    even = enlarged[:, : enlarged.shape[1] // 2 * 2, : enlarged.shape[2] // 2 * 2]  # as MP4 needs
+        shown = _frames(run, _play(run, policy, task, generator), every)
+        frames += [*shown, *[shown[-1]] * round(END_SECONDS * rate)]
+    even = np.stack(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]  # as MP4 needs
     with replacing(path) as draft:
         named = draft.with_suffix(path.suffix)
-        options: dict[str, Any] = {"duration": 1000 / FRAMES_A_SECOND, "loop": 0}
+        options: dict[str, Any] = {"duration": 1000 / rate, "loop": 0}
         if path.suffix == ".mp4":
-            options = {"fps": FRAMES_A_SECOND, "macro_block_size": 2}
+            options = {"fps": rate, "macro_block_size": 2}
         imageio.imwrite(named, even, **options)
         named.replace(draft)
 
 
-def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator) -> Tensor:
-    """What one episode showed, (t + 1, *obs)."""
+def _frames(run: LoadedRun, film: Film, every: int) -> list[np.ndarray]:
+    """The pictures of an episode, (y, x, 3) uint8, the last state among them."""
+    steps = sorted({*range(0, len(film.states), every), len(film.states) - 1})
+    pictures = run.domain.render(film.states[steps].cpu()).numpy()
+    factor = -(-LEAST_PIXELS // pictures.shape[1])
+    large = pictures.repeat(factor, 1).repeat(factor, 2)
+    if film.gate is None:
+        return list(large)
+    return [
+        np.concatenate([picture, gate_strip(*film.gate, step, picture.shape[1])])
+        for step, picture in zip(steps, large, strict=True)
+    ]
+
+
+def gate_strip(beta: Tensor, switches: Tensor, step: int, width: int) -> np.ndarray:
+    """The gate up to a step as bars over the whole episode, (GATE_PIXELS, width, 3) uint8. beta, switches (t,)."""
+    column = np.arange(width) * len(beta) // width  # the step that each column of pixels shows
+    height = beta.cpu().numpy()[column] * (GATE_PIXELS - 3) + 3  # a line where it is 0
+    color = np.array(COLORS, np.uint8)[(switches.cpu().numpy().cumsum()[column] - 1) % len(COLORS)]
+    above = np.arange(GATE_PIXELS, 0, -1)[:, None]
+    filled = (above <= height) & (column <= step)
+    return np.where(filled[..., None], color, np.uint8(255))
+
+
+def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator) -> Film:
     env = run.domain.reset(1, generator, task=task)
     states, step = [env.observation[0]], env.step
 
@@ -72,8 +119,20 @@ def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator)
     env.step = remembered
     if policy in ("base", "raw"):
         rollout_raw(run.base if policy == "base" else run.raw_model, env, generator)
-    else:
-        steering = run.steering(policy)
-        proposal = prior_proposal if policy == "prior" else policy_proposal
+        return Film(torch.stack(states), None)
+    steering = run.steering(policy)
+    beta, observe = [], steering.observe
+
+    def noted(residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        found = observe(residual, state)
+        beta.append(found[0][0])
+        return found
+
+    steering.observe = noted
+    proposal = prior_proposal if policy == "prior" else policy_proposal
+    try:
         rollout_abstract(run.model, steering, env, proposal(steering, generator), generator)
-    return torch.stack(states)
+    finally:
+        del steering.observe
+    gate = torch.stack(beta)
+    return Film(torch.stack(states), (gate, gate >= steering.gate_config.threshold))

@@ -99,6 +99,8 @@ class Domain:
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    steps_a_second: ClassVar[int] = 5
+    """How quickly films show its episodes."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -19,6 +19,7 @@ import torch
 
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import run_analysis
+from metacontroller.analysis.video import can_film, write_video
 from metacontroller.errors import UserError
 from metacontroller.ranges import PROCESSES, Whole, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
@@ -30,8 +31,11 @@ from metacontroller.report import figures
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.training.progress import announce
-from metacontroller.training.seeding import MAX_SEED
+from metacontroller.training.seeding import MAX_SEED, stream_seed
 from metacontroller.training.tracking import Tracker
+
+FILM_PICTURES = 5
+"""Pictures a second of the report's film."""
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
 
@@ -91,6 +95,10 @@ def conclude(
     announce("figures of the run", quiet)
     show_episodes(loaded, quiet=quiet)
     figures.draw_run(run, measured)
+    if can_film(loaded.domain, figures.FILM):
+        every = max(1, loaded.domain.steps_a_second // FILM_PICTURES)
+        film = run.path / "figures" / figures.FILM
+        write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"), every=every)
     summary = {
         "seed": config.seed,
         **measured,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 GATE_EPISODES = 6
 """Episodes in the figure of the gate."""
 
+FILM = "episodes.gif"
+"""What `reproduce` calls its film, in RUN/figures."""
+
 NOT_MEASURED = "not measured"
 
 

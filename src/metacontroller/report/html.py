@@ -128,6 +128,7 @@ def _section(folder: RunFolder, summary: dict[str, Any], runs: list[RunFolder]) 
     lines.append("</table>")
     for caption, figure in drawn.items():
         lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
+    lines += _film(first)
     lines += _other_figures(folder, {"success", "gate", *studied_figures})
     lines.append("<h3>Episodes of experts, as the metacontroller sees them</h3>")
     lines.append(_player(name) if episodes else f"<p>{NOT_MEASURED}</p>")
@@ -220,6 +221,16 @@ def _other_figures(folder: RunFolder, known: set[str]) -> list[str]:
         f"<figcaption>{html.escape(path.stem)}</figcaption></figure>"
         for path in paths
     ]
+
+
+def _film(run: RunFolder) -> list[str]:
+    """The film that `reproduce` has left of a run, if it could make one."""
+    path = run.path / "figures" / figures.FILM
+    if not path.is_file():
+        return []
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = "Two episodes of internal RL, first seed; below, the gate, in a new color for each abstract action"
+    return [f'<figure><img src="data:image/gif;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>']
 
 
 def _player(name: str) -> str:

@@ -24,7 +24,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     parts_of,
     state_of,
 )
-from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turn_world
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.pinpad_tasks import (
@@ -97,6 +97,7 @@ class AntPinpad(Domain):
 
     name = "ant-pinpad"
     Config = AntPinpadConfig
+    steps_a_second = round(1 / STEP_SECONDS)
     config: AntPinpadConfig
 
     def spec(self) -> DomainSpec:
