@@ -67,7 +67,7 @@ COMMANDS = {
     "gate": Command(
         "analyse",
         "gate",
-        "The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3).",
+        "The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3).",
     ),
     "oracle": Command(
         "analyse", "oracle", "Codes read from experts' episodes: what they reach when played again, and what they say."

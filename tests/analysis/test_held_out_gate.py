@@ -25,7 +25,7 @@ def test_the_figures_count_over_all_episodes_and_not_per_batch(
 ) -> None:
     run = untrained()
     monkeypatch.setattr(module, "MAX_BATCH", 7)
-    beta, code, held_out, _ = gate = held_out_gate(run, 20, seed=3)
+    beta, code, held_out, *_ = gate = held_out_gate(run, 20, seed=3)
     assert held_out.segments is not None
     assert beta.shape == held_out.actions.shape
     assert code.shape == (*beta.shape, debug().meta_controller.dim_latent)
@@ -42,7 +42,7 @@ def test_values_of_an_episode_do_not_depend_on_its_batch(untrained: Untrained) -
         readout.weight[config.meta_controller.dim_latent :] = 0.0
         readout.bias[config.meta_controller.dim_latent :] = -20.0
     quiet.save(run.folder.path / "meta_controller.safetensors")
-    whole, codes, held_out, _ = held_out_gate(run, 12, seed=3)
+    whole, codes, held_out, *_ = held_out_gate(run, 12, seed=3)
     row = int(held_out.lengths.argmin())
     length = int(held_out.lengths[row])
     alone = held_out.index(torch.tensor([row]))
@@ -58,7 +58,7 @@ def test_after_compile_the_causal_gate_runs_along_the_codes_of_the_segments(untr
     encoder, dim_latent = run.domain.spec().encoder, config.meta_controller.dim_latent
     segmentation = build_compile(config.compile, run.base, encoder, dim_latent, 0)
     segmentation.save(run.folder.path / "compile.safetensors")
-    beta, code, held_out, nats = held_out_gate(load_run(run.folder, "cpu"), 12, seed=3)
+    beta, code, held_out, nats, _ = held_out_gate(load_run(run.folder, "cpu"), 12, seed=3)
     assert bool((beta[:, 0] == 1).all())
     assert nats is None
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metacontroller.metrics.gate import codes_taken, gate_alignment, subgoal_changes
+from metacontroller.metrics.gate import codes_taken, gate_alignment, gate_report, subgoal_changes
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 9]])  # changes at steps 3 and 7; the last step is padding
 LENGTHS = torch.tensor([9])
@@ -40,3 +40,9 @@ def test_recall_and_precision(switches: tuple[int, ...], tolerance: int, recall:
     assert float(found["gate_recall"]) == pytest.approx(recall)
     assert float(found["gate_precision"]) == pytest.approx(precision)
     assert codes_taken(beta(*switches), LENGTHS, threshold=0.5).tolist() == [1 + len(switches)]
+
+
+def test_a_report_judges_at_multiples_of_the_tolerance() -> None:
+    report = gate_report(beta(1, 5), SEGMENTS, LENGTHS, tolerance=2)
+    assert report["tolerance"] == [0, 2, 4]
+    assert report["recall"] == report["f1"] == [0.0, 1.0, 1.0]

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 class HeldOutGate(NamedTuple):
     """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
     ``episodes`` of experts; in their padding anything finite. nats (b, t, n_z): KL of what the encoder proposes against
-    N(0, I), by dimension; None after CompILE."""
+    N(0, I), by dimension; None after CompILE. tolerance: the world's."""
 
     beta: Tensor
     code: Tensor
     episodes: Trajectories
     nats: Tensor | None
+    tolerance: int = 1
 
     @property
     def segments(self) -> Tensor:
@@ -47,19 +48,19 @@ class HeldOutGate(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """gate_recall, gate_precision and gate_binary_fraction over all episodes together."""
-        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths)
+        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths, tolerance=self.tolerance)
         return {name: float(value) for name, value in alignment.items()}
 
     def report(self) -> dict[str, list[float]]:
         """`metrics.gate.gate_report` over all episodes together."""
-        return gate_report(self.beta, self.segments, self.episodes.lengths)
+        return gate_report(self.beta, self.segments, self.episodes.lengths, tolerance=self.tolerance)
 
 
 def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
     """The gate that acts in a run, along so many held-out demonstrations: whatever says something about a run's gate
     reads it here."""
     device = next(run.model.parameters()).device
-    held_out = run.domain.demonstrations("discover", episodes, torch.Generator().manual_seed(seed)).to(device)
+    held_out = run.domain.held_out(episodes, torch.Generator().manual_seed(seed)).to(device)
     return gate_along(run, held_out, seed)
 
 
@@ -92,12 +93,14 @@ def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate
         beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
         betas.append(F.pad(beta, (0, left)))
         codes.append(F.pad(code, (0, 0, 0, left)))
-    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None)
+    return HeldOutGate(
+        torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None, run.domain.gate_tolerance
+    )
 
 
 @analysis("gate", command="gate", figure="6, A3", file="gate_histogram")
 class Gate(Analysis):
-    """The gate against true subgoal changes at tolerances 0, 1, 2, and its histograms (Fig. 6, A3)."""
+    """The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

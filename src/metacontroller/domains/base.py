@@ -101,6 +101,8 @@ class Domain:
     Config: ClassVar[type]
     steps_a_second: ClassVar[int] = 5
     """How quickly films show its episodes."""
+    gate_tolerance: ClassVar[int] = 1
+    """Steps within which a switch and a change of subgoal count as the same."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -115,6 +117,11 @@ class Domain:
         All randomness comes from the generator. Subgoals and segments are labels for evaluation only, or None.
         """
         raise NotImplementedError
+
+    def held_out(self, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes like those for discovery, by which a gate is judged; a world that keeps its demonstrations gives
+        others here."""
+        return self.demonstrations("discover", n, generator)
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None

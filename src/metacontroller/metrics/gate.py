@@ -8,7 +8,7 @@ from torch import Tensor
 from metacontroller.data.trajectories import length_mask, masked_mean
 
 TOLERANCES = (0, 1, 2)
-"""Steps within which a switch and a change of subgoal count as the same."""
+"""Multiples of a world's tolerance at which a report judges."""
 
 HISTOGRAM_BINS = 20
 
@@ -59,19 +59,20 @@ def gate_alignment(
     }
 
 
-def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor) -> dict[str, list[float]]:
-    """Alignment of the gate at all `TOLERANCES`, and histograms of beta (Fig. 6, A3); arguments: see `gate_alignment`.
+def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1) -> dict[str, list[float]]:
+    """Alignment of the gate at all `TOLERANCES`, multiples of ``tolerance`` steps, and histograms of beta (Fig. 6, A3);
+    the other arguments: see `gate_alignment`.
 
     Returns lists: tolerance, recall, precision, f1, one entry per tolerance; at_change and elsewhere, the share of beta
     in each of `HISTOGRAM_BINS` equal bins of [0, 1], at the first step of each new subgoal and at all other steps,
     without an episode's first.
     """
     report: dict[str, list[float]] = {name: [] for name in ("tolerance", "recall", "precision", "f1")}
-    for tolerance in TOLERANCES:
-        alignment = gate_alignment(beta, segments, lengths, tolerance=tolerance)
+    for steps in (multiple * tolerance for multiple in TOLERANCES):
+        alignment = gate_alignment(beta, segments, lengths, tolerance=steps)
         recall, precision = float(alignment["gate_recall"]), float(alignment["gate_precision"])
         f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
-        for name, value in (("tolerance", tolerance), ("recall", recall), ("precision", precision), ("f1", f1)):
+        for name, value in (("tolerance", steps), ("recall", recall), ("precision", precision), ("f1", f1)):
             report[name].append(value)
     change, later = subgoal_changes(segments, lengths), later_steps(lengths, beta.shape[1])
     for name, where in (("at_change", change), ("elsewhere", later & ~change)):

@@ -210,3 +210,13 @@ def test_an_expert_of_other_cells_warns(tmp_path: Path) -> None:
     config = AntPinpadConfig(cell_size=2.5, threads=1, max_steps=3, dataset=str(tmp_path), only_successes=False)
     with pytest.warns(UserWarning, match=r"learned on cells of 1\.5 m and cell_size is 2\.5"):
         AntPinpad(config).demonstrate(None, 1, random_state())
+
+
+@needs_mujoco
+def test_a_gate_is_judged_by_other_episodes(tmp_path: Path) -> None:
+    world = AntPinpad(small(tmp_path))
+    apart = world.held_out(8, random_state())
+    assert apart.segments is not None
+    known = {tuple(state) for state in world.store("discover").read(torch.arange(16)).states[:, 0].tolist()}
+    assert known.isdisjoint(tuple(state) for state in apart.states[:, 0].tolist())
+    assert world.gate_tolerance * 0.05 == 0.5  # seconds

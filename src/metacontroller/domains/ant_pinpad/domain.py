@@ -98,6 +98,7 @@ class AntPinpad(Domain):
     name = "ant-pinpad"
     Config = AntPinpadConfig
     steps_a_second = round(1 / STEP_SECONDS)
+    gate_tolerance = 10
     config: AntPinpadConfig
 
     def spec(self) -> DomainSpec:
@@ -116,6 +117,12 @@ class AntPinpad(Domain):
     def store(self, split: Split) -> TrajectoryStore:
         """The demonstrations of one phase on disk, written first if they are not there."""
         return _open(self.config, split)
+
+    def held_out(self, n: int, generator: torch.Generator) -> Trajectories:
+        """n episodes drawn, with replacement, from a smaller dataset of its own, of mean actions."""
+        store = _open(self.config, "held out")
+        rows = torch.randint(len(store), (n,), generator=generator, device=generator.device)
+        return store.read(rows.cpu()).to(generator.device)
 
     def demonstrate(self, task: Sequence[int] | None, n: int, generator: torch.Generator) -> Trajectories:
         """n new episodes of the expert with its mean actions."""
@@ -245,9 +252,15 @@ def _recipe(config: AntPinpadConfig, tasks: tuple[Task, ...], *, mean_actions: b
     )
 
 
+DATASETS = ("pretrain", "discover", "held out")
+HELD_OUT = 512
+"""Episodes of the last, at most."""
+
+
 @cache
-def _open(config: AntPinpadConfig, split: Split) -> TrajectoryStore:
-    """The dataset of one phase; those of the two phases hold different episodes."""
-    mean = split == "discover"
-    recipe = _recipe(config, config.tasks, mean_actions=mean, seed=2 * config.dataset_seed + mean)
-    return open_dataset(recipe, config.episodes, Path(config.dataset))
+def _open(config: AntPinpadConfig, which: str) -> TrajectoryStore:
+    """One of the `DATASETS`, which hold different episodes."""
+    seed = len(DATASETS) * config.dataset_seed + DATASETS.index(which)
+    recipe = _recipe(config, config.tasks, mean_actions=which != "pretrain", seed=seed)
+    episodes = min(HELD_OUT, config.episodes) if which == "held out" else config.episodes
+    return open_dataset(recipe, episodes, Path(config.dataset))
