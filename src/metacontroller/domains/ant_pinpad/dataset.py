@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +23,13 @@ from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.simulator import start_ants
 from metacontroller.domains.pinpad_tasks import Task
 from metacontroller.errors import UserError
-from metacontroller.training.progress import Progress, track
 
 CHUNK = 256
 """Episodes that are played at a time, at most; the episodes of a recipe depend on it."""
 MOST_ATTEMPTS = 20
 """Episodes that are played for each one asked for, before the expert is said to fail."""
+SECONDS_A_LINE = 10.0
+"""Between two lines that tell how far it is."""
 FORMAT = 1
 """Counts up when the same recipe gives other episodes."""
 
@@ -78,26 +81,26 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path) -> TrajectoryStore:
 
 def write_dataset(recipe: Recipe, episodes: int, path: Path) -> TrajectoryStore:
     """Plays the episodes and writes them to ``path``."""
-    with track(episodes, "demonstrations") as progress:
-        parts, played, solved = _play_enough(recipe, episodes, progress)
+    parts, played, solved = _play_enough(recipe, episodes)
     meta = {"versions": versions(), "played": played, "succeeded": solved}
     return TrajectoryStore.join(path, [Episodes.of(part) for part in parts], meta, most=episodes)
 
 
 def generate(recipe: Recipe, episodes: int) -> Trajectories:
     """So many episodes in memory."""
-    parts, _, _ = _play_enough(recipe, episodes, track(episodes, "demonstrations", quiet=True))
+    parts, _, _ = _play_enough(recipe, episodes)
     held = [episode for part in parts for episode in part.episodes()]
     return Trajectories.from_episodes(held[:episodes])
 
 
-def _play_enough(recipe: Recipe, episodes: int, progress: Progress) -> tuple[list[Trajectories], int, int]:
+def _play_enough(recipe: Recipe, episodes: int) -> tuple[list[Trajectories], int, int]:
     """Chunks that together hold at least so many episodes, how many were played, and how many of those succeeded.
 
     UserError if the expert hardly ever succeeds.
     """
     parts: list[Trajectories] = []
     played = solved = kept = 0
+    said = time.monotonic()
     chunk = min(CHUNK, episodes)
     while kept < episodes:
         if played >= MOST_ATTEMPTS * (episodes + CHUNK):
@@ -115,7 +118,9 @@ def _play_enough(recipe: Recipe, episodes: int, progress: Progress) -> tuple[lis
         if len(rows):
             parts.append(episode.index(rows))
             kept += len(rows)
-        progress.update(min(kept, episodes), success=solved / played)
+        if time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
+            print(f"demonstrations: {min(kept, episodes)}/{episodes}  success {solved / played:.2f}", file=sys.stderr)
     return parts, played, solved
 
 
