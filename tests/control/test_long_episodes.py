@@ -54,7 +54,8 @@ def test_500_steps_with_new_episodes_in_the_batch(monkeypatch: pytest.MonkeyPatc
 def _act(model: Transformer, steering: MetaController, states: Tensor, codes: Tensor) -> tuple[Any, Any]:
     """Parameters of the actions and gates, step by step, of each episode."""
     queues = [list(slot) for slot in SLOTS]
-    store, state = model.cache_store(len(SLOTS)), steering.initial_state(len(SLOTS))
+    state = steering.initial_state(len(SLOTS))
+    store: Any = model.cache_store(len(SLOTS))
     rows, steps = torch.arange(len(SLOTS)), [0] * len(SLOTS)
     parameters: Any = {episode: [] for episode in range(len(states))}
     gates: Any = {episode: [] for episode in range(len(states))}
