@@ -9,11 +9,9 @@ Random observations and actions, 16 episodes. Prints a table, with megabytes a s
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,13 +20,9 @@ from rich.table import Table
 from metacontroller.domains.registry import domain_of
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_meta_controller, build_model
+from variants import resident
 
 PHASES = ("pretrain", "discover")
-
-
-def resident() -> int:
-    """Bytes of this process that are resident now. Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(phase: str, length: int, batch: int) -> float:

@@ -58,16 +58,19 @@ def test_the_gate_is_drawn_up_to_the_step() -> None:
     assert filled[-40:, 25].sum() == filled[:, 25].sum()  # they stand on the ground
 
 
-def test_pictures_may_be_left_out(run: LoadedRun, tmp_path: Path) -> None:
-    for every in (1, 3):
-        write_video(run, "prior", tmp_path / f"{every}.mp4", episodes=1, seed=3, every=every)
-    (many, long), (few, short) = (
-        imageio_ffmpeg.count_frames_and_secs(str(tmp_path / f"{every}.mp4")) for every in (1, 3)
-    )
-    assert few is not None
-    assert many is not None
-    assert few < many
-    assert short == pytest.approx(long, abs=1.5)  # seconds
+def test_a_quick_world_is_shown_in_its_own_time(
+    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for steps_a_second in (5, 30):
+        monkeypatch.setattr(type(run.domain), "steps_a_second", steps_a_second)
+        write_video(run, "prior", path := tmp_path / f"{steps_a_second}.mp4", episodes=1, seed=3)
+        counts.append(imageio_ffmpeg.count_frames_and_secs(str(path)))
+    (many, long), (few, short) = counts
+    steps = many - 5  # but for the second at the end
+    assert steps > 6
+    assert few == -(-(steps - 1) // 3) + 1 + 10  # every third, and the last
+    assert (long, short) == pytest.approx((many / 5, few / 10))
 
 
 def test_the_command_films_and_measures(run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

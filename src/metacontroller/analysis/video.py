@@ -24,6 +24,8 @@ GATE_PIXELS = 64
 """Height of the gate below them."""
 COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75))
 """Of one abstract action after the other."""
+PICTURES_A_SECOND = 10
+"""At most; of a world with more steps a second some are left out."""
 END_SECONDS = 1.0
 """How long the last picture of an episode stays."""
 
@@ -57,18 +59,17 @@ def _missing(ending: str) -> list[str]:
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
-def write_video(
-    run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int, every: int = 1
-) -> None:
+def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int) -> None:
     """Films ``episodes`` held-out episodes of a policy, one after the other; replaced only when the video is whole.
 
     Below the pictures is the gate so far, in a new color for each abstract action. task: as of `Domain.reset`. seed: of
-    layouts, codes and actions. every: steps from one picture to the next. The ending of ``path`` chooses MP4 or GIF.
+    layouts, codes and actions. The ending of ``path`` chooses MP4 or GIF.
     """
     check_video(run, path)
     import imageio.v3 as imageio
 
     generator, frames = torch.Generator(run.device).manual_seed(seed), []
+    every = max(1, run.domain.steps_a_second // PICTURES_A_SECOND)
     rate = run.domain.steps_a_second / every
     for _ in range(episodes):
         shown = _frames(run, _play(run, policy, task, generator), every)

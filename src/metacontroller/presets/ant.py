@@ -59,9 +59,9 @@ def laptop() -> ExperimentConfig:
                 dim_latent=4, embedder_kind="hawk", rank=None, policy_hidden=64, policy_kind="hawk"
             ),
             pretrain=PretrainConfig(
-                optimizer=OptimizerConfig(steps=3000, batch_size=64, lr=1e-3),
+                optimizer=OptimizerConfig(steps=12_000, batch_size=16, lr=1e-3, decay_steps=3000),
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
-                snapshots=(500, 1000),
+                snapshots=(2000, 4000),
             ),
             discover=DiscoverConfig(
                 optimizer=optimizer,

@@ -34,9 +34,6 @@ from metacontroller.training.progress import announce
 from metacontroller.training.seeding import MAX_SEED, stream_seed
 from metacontroller.training.tracking import Tracker
 
-FILM_PICTURES = 5
-"""Pictures a second of the report's film."""
-
 # -- one seed ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +93,8 @@ def conclude(
     show_episodes(loaded, quiet=quiet)
     figures.draw_run(run, measured)
     if can_film(loaded.domain, figures.FILM):
-        every = max(1, loaded.domain.steps_a_second // FILM_PICTURES)
         film = run.path / "figures" / figures.FILM
-        write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"), every=every)
+        write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"))
     summary = {
         "seed": config.seed,
         **measured,

@@ -219,4 +219,3 @@ def test_a_gate_is_judged_by_other_episodes(tmp_path: Path) -> None:
     assert apart.segments is not None
     known = {tuple(state) for state in world.store("discover").read(torch.arange(16)).states[:, 0].tolist()}
     assert known.isdisjoint(tuple(state) for state in apart.states[:, 0].tolist())
-    assert world.gate_tolerance * 0.05 == 0.5  # seconds

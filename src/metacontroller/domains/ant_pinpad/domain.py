@@ -41,6 +41,9 @@ from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_fiel
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
+DATASETS = ("pretrain", "discover", "held out")
+HELD_OUT = 512
+"""Episodes of the last, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +253,6 @@ def _recipe(config: AntPinpadConfig, tasks: tuple[Task, ...], *, mean_actions: b
         seed=seed,
         threads=config.threads,
     )
-
-
-DATASETS = ("pretrain", "discover", "held out")
-HELD_OUT = 512
-"""Episodes of the last, at most."""
 
 
 @cache
