@@ -49,7 +49,7 @@ def test_the_inputs_stay_as_they_are(backend: str) -> None:
     ("shapes", "backend", "message"),
     [
         (((2, 3, 4), (2, 3, 5)), "auto", r"decay has shape \(2, 3, 4\)"),
-        (((2, 0, 4), (2, 0, 4)), "auto", "non-empty"),
+        (((2, 0, 4), (2, 0, 4)), "auto", "at least one step and channel"),
         (((2, 3, 4), (2, 3, 4), (4,)), "auto", r"initial has shape \(4,\)"),
         (((2, 3, 4), (2, 3, 4)), "quick", "backend='quick' is unknown"),
     ],
@@ -57,3 +57,12 @@ def test_the_inputs_stay_as_they_are(backend: str) -> None:
 def test_bad_input_is_named(shapes: tuple[tuple[int, ...], ...], backend: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_scan(*(torch.zeros(shape) for shape in shapes), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "loop", "parallel"])
+def test_no_rows_give_no_rows(backend: str) -> None:
+    """As at a step where no row of a batch takes a new code."""
+    decay, drive = (torch.zeros(0, 3, 4, requires_grad=True) for _ in range(2))
+    hidden = linear_scan(decay, drive, backend=backend)
+    hidden.sum().backward()
+    assert hidden.shape == decay.grad.shape == (0, 3, 4)  # type: ignore[union-attr]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from metacontroller.models.readouts import (
     MAX_LOG_STD,
     MIN_LOG_STD,
     CategoricalReadout,
+    GaussianMixtureReadout,
     GaussianReadout,
     MultiCategoricalReadout,
     clamp_with_inward_gradient,
@@ -20,6 +22,7 @@ from metacontroller.models.readouts import (
     make_readout,
     sample_gaussian,
 )
+from metacontroller.presets.gridworld import debug
 
 
 def test_categorical_log_prob_and_gradient() -> None:
@@ -206,3 +209,79 @@ def test_entropies_are_those_of_torch_distributions() -> None:
     params = gaussian.double()(hidden)
     mean, log_std = params.chunk(2, -1)
     torch.testing.assert_close(gaussian.entropy(params), Normal(mean, log_std.exp()).entropy().sum(-1))
+
+
+def mixture_by_torch(params: torch.Tensor, modes: int) -> MixtureSameFamily:
+    weights, gaussians = params[..., :modes], params[..., modes:].unflatten(-1, (modes, -1))
+    mean, log_std = gaussians.chunk(2, -1)
+    return MixtureSameFamily(Categorical(logits=weights), Independent(Normal(mean, log_std.exp()), 1))
+
+
+def test_mixture_log_prob_and_gradient() -> None:
+    readout = GaussianMixtureReadout(6, 3, modes=4).double()
+    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
+    values = torch.randn(2, 5, 3, dtype=torch.float64)
+    params = readout(hidden)
+    expected = mixture_by_torch(params, 4).log_prob(values)
+    torch.testing.assert_close(readout.log_prob(params, values), expected)
+    (fast,) = torch.autograd.grad(readout.log_prob(params, values).sum(), readout.linear.weight, retain_graph=True)
+    (slow,) = torch.autograd.grad(expected.sum(), readout.linear.weight)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_a_mixture_of_equal_modes_is_one_gaussian() -> None:
+    """Also with statistics of the data and a limit of the deviation, which hold for each mode."""
+    options = {"mean": [1.0, -1.0], "std": [2.0, 0.5], "min_std": 0.7}
+    one, several = GaussianReadout(6, 2, **options), GaussianMixtureReadout(6, 2, modes=3, **options)
+    with torch.no_grad():
+        several.linear.weight[3:] = one.linear.weight.repeat(3, 1)
+        several.linear.bias[3:] = one.linear.bias.repeat(3)
+    hidden, values = torch.randn(2, 5, 6), torch.randn(2, 5, 2)
+    torch.testing.assert_close(
+        several.log_prob(several(hidden), values), one.log_prob(one(hidden), values), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_mixture_samples_have_the_modes_shares_and_spreads() -> None:
+    readout = GaussianMixtureReadout(1, 1, modes=2)
+    gaussians = torch.tensor([[-5.0, math.log(0.5)], [5.0, 0.0]])
+    params = torch.cat([torch.tensor([0.25, 0.75]).log(), gaussians.flatten()]).expand(20_000, 1, -1)
+    samples = readout.sample(params, torch.Generator().manual_seed(0))[:, 0, 0]
+    low, high = samples[samples < 0], samples[samples > 0]
+    assert len(low) / len(samples) == pytest.approx(0.25, abs=0.02)
+    assert (float(low.mean()), float(low.std())) == pytest.approx((-5.0, 0.5), abs=0.05)
+    assert (float(high.mean()), float(high.std())) == pytest.approx((5.0, 1.0), abs=0.05)
+    assert torch.equal(readout.sample(params, temperature=0.0), torch.full((20_000, 1, 1), 5.0))
+
+
+def test_entropy_of_a_mixture_bounds_that_of_its_samples_and_is_close_where_modes_lie_apart() -> None:
+    readout = GaussianMixtureReadout(1, 1, modes=2)
+    for apart, gap in ((20.0, 0.02), (1.0, 1.0)):
+        params = torch.tensor([0.3, 0.7, 0.0, 0.0, apart, 0.0])[None, None]
+        params[..., :2] = params[..., :2].log()
+        generator = torch.Generator().manual_seed(1)
+        many = params.expand(20_000, 1, -1)
+        measured = -float(readout.log_prob(many, readout.sample(many, generator)).mean())
+        bound = float(readout.entropy(params))
+        assert measured < bound + 0.02
+        assert bound - measured < gap
+
+
+def test_a_limit_of_the_deviation_holds() -> None:
+    readout = make_readout(6, "action", {"num_continuous": 2, "min_std": 0.3})
+    assert float(readout(100 * torch.randn(9, 1, 6)).detach().chunk(2, -1)[1].exp().min()) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("modes", 1), ("min_std", 0.0), ("min_std", math.nan)])
+def test_modes_and_limits_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        make_readout(6, "action", {"num_continuous": 2, name: value})
+
+
+def test_a_model_of_discrete_actions_has_no_mixture() -> None:
+    config = replace(debug().model, action_modes=2)
+    with pytest.raises(ValueError, match="action_modes is 2 .* but the world's actions are discrete"):
+        config.build({"num_continuous": 3}, {"num_discrete": 4})
+    readout = config.build({"num_continuous": 3}, {"num_continuous": 4}).action_readout
+    assert isinstance(readout, GaussianMixtureReadout)
+    assert readout.modes == 2

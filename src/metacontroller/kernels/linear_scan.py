@@ -17,17 +17,18 @@ BACKENDS = ("auto", "reference", "loop", "parallel")
 def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """h_t = decay_t * h_{t-1} + drive_t for t = 1..T, with h_0 = ``initial`` (zeros if None).
 
-    decay, drive (B, T, D), initial (B, D), all of one floating dtype; returns h (B, T, D).
+    decay, drive (B, T, D), initial (B, D), all of one floating dtype; returns h (B, T, D). B may be 0, as where
+    no row of a batch takes a new code.
     backend: "reference" (plain loop), "loop" (one in-place operation per step, best where launches are cheap),
     "parallel" (pairs of steps are merged recursively: about 2 log2 T operations, O(T) work) or "auto" ("loop" on a CPU,
     else "parallel"). "loop" and "parallel" have their own backward pass, the same recurrence backwards in time.
 
     UserError for shapes or a backend that do not fit.
     """
-    if decay.ndim != 3 or decay.shape != drive.shape or 0 in decay.shape:
+    if decay.ndim != 3 or decay.shape != drive.shape or 0 in decay.shape[1:]:
         raise UserError(
-            f"decay has shape {tuple(decay.shape)} and drive {tuple(drive.shape)}: expected one non-empty "
-            "(batch, time, channels) for both."
+            f"decay has shape {tuple(decay.shape)} and drive {tuple(drive.shape)}: expected the same "
+            "(batch, time, channels) for both, with at least one step and channel."
         )
     if initial is None:
         initial = torch.zeros_like(drive[:, 0])

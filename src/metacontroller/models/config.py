@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision
+from metacontroller.models.readouts import MIN_STD, MOST_MODES
 from metacontroller.models.transformer import Transformer
 from metacontroller.ranges import DEPTH, MOST_DEPTH, WIDTH, Whole, check_fields
 
@@ -35,12 +36,17 @@ class ModelConfig:
     """Hidden units of each block's MLP."""
     body: Literal["attention", "hawk"] = "attention"
     """Kind of blocks: attention, or Hawk as wide as the residual (the paper's SSM)."""
+    action_modes: int = 1
+    """Gaussians in the mixture over continuous actions; 1, the paper's, cannot say 'to the left or to the right'."""
+    min_action_std: float | None = None
+    """Lower limit of the deviation of continuous actions; none: that of `GaussianReadout`."""
     precision: Precision = "auto"
     """Of its matrix products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_fields(self, dim=WIDTH, lower_depth=Whole(0, MOST_DEPTH), upper_depth=DEPTH, heads=WIDTH, mlp_dim=WIDTH)
+        check_fields(self, action_modes=Whole(1, MOST_MODES), min_action_std=MIN_STD)
         weights = (self.lower_depth + self.upper_depth) * self.dim * (4 * self.dim + 2 * self.mlp_dim)
         if weights > MOST_WEIGHTS:
             raise UserError(
@@ -53,11 +59,19 @@ class ModelConfig:
             raise UserError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
 
     def build(self, encoder: dict[str, Any], action: dict[str, Any]) -> Transformer:
-        """A model with new weights. encoder, action: of a world's `DomainSpec`."""
+        """A model with new weights. encoder, action: of a world's `DomainSpec`. UserError for a mixture of discrete
+        actions."""
+        more = {"modes": self.action_modes} if self.action_modes > 1 else {}
+        more |= {"min_std": self.min_action_std} if self.min_action_std is not None else {}
+        if more and "num_continuous" not in action:
+            raise UserError(
+                f"action_modes is {self.action_modes} and min_action_std {self.min_action_std}, but the world's "
+                "actions are discrete; leave out both."
+            )
         body = {"kind": self.body, "heads": self.heads, "mlp_dim": self.mlp_dim}
         return Transformer(
             self.dim,
-            action_embed_readout=action,
+            action_embed_readout={**action, **more},
             state_embed_readout=encoder,
             lower_body={"depth": self.lower_depth, **body},
             upper_body={"depth": self.upper_depth, **body},

@@ -103,6 +103,14 @@ class SteerableModel(Saveable, nn.Module):
 
     # the same for all models
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of all linear layers between encoder and readouts: those that Muon may train."""
+        ends = {
+            id(value) for part in (self.encoder, self.action_readout, self.state_readout) for value in part.parameters()
+        }
+        linear = [part.weight for part in self.modules() if isinstance(part, nn.Linear)]
+        return [weight for weight in linear if id(weight) not in ends]
+
     def behavior_cloning_loss(
         self,
         states: Tensor,

@@ -1,4 +1,4 @@
-"""Embeddings and readouts of actions and states: one choice, several, and Gaussian (paper §1).
+"""Embeddings and readouts of actions and states: one choice, several, Gaussian (paper §1), and a mixture of Gaussians.
 
 A readout maps the last residual to the parameters of a distribution, and computes log-probabilities and samples of it.
 A readout of actions can also embed past actions; states are embedded by encoders.
@@ -140,6 +140,8 @@ def block_starts(sizes: Sequence[int]) -> Tensor:
 
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
 """Limits of a `GaussianReadout`'s log standard deviation."""
+MIN_STD = Number(math.exp(MIN_LOG_STD), math.exp(MAX_LOG_STD), none=True)
+MOST_MODES = 1024
 
 
 class GaussianReadout(nn.Module):
@@ -149,7 +151,7 @@ class GaussianReadout(nn.Module):
     a limit, the likelihood of values that the model predicts exactly grows without bound. With it, the loss of a value
     is at least MIN_LOG_STD + log(2 pi) / 2. embeds: whether it also embeds past actions.
     mean, std (a,): of the data; then the limits, and the embedding, are those of standardized values. Parameters,
-    values and samples are in the data's own units in any case.
+    values and samples are in the data's own units in any case. min_std: a higher lower limit of the deviation.
     """
 
     mean: Tensor | None
@@ -163,10 +165,13 @@ class GaussianReadout(nn.Module):
         embeds: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        min_std: float | None = None,
     ) -> None:
         super().__init__()
         check_number("num_continuous", num_continuous, ROWS)
+        check_number("min_std", min_std, MIN_STD)
         self.num_continuous = num_continuous
+        self.min_log_std = MIN_LOG_STD if min_std is None else math.log(min_std)
         register_statistics(self, num_continuous, mean, std)
         self.linear = nn.Linear(dim, 2 * num_continuous)
         if embeds:
@@ -174,8 +179,12 @@ class GaussianReadout(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden (b, t, n) -> (b, t, 2 a): mean, then log standard deviation within its limits."""
-        mean, log_std = self.linear(hidden).chunk(2, -1)
-        log_std = clamp_with_inward_gradient(log_std, MIN_LOG_STD, MAX_LOG_STD)
+        return self._limited(self.linear(hidden))
+
+    def _limited(self, params: Tensor) -> Tensor:
+        """What the linear map says (..., 2 a), as parameters of Gaussians in the data's units."""
+        mean, log_std = params.chunk(2, -1)
+        log_std = clamp_with_inward_gradient(log_std, self.min_log_std, MAX_LOG_STD)
         if self.mean is not None and self.std is not None:
             mean, log_std = self.mean + self.std * mean, log_std + self.std.log()
         return torch.cat([mean, log_std], -1)
@@ -212,6 +221,57 @@ class GaussianReadout(nn.Module):
             )
         if not bool(torch.isfinite(values).all()):
             raise UserError("actions hold NaN or infinite values; clean the data before training.")
+
+
+class GaussianMixtureReadout(GaussianReadout):
+    """Mixture of ``modes`` diagonal Gaussians over ``num_continuous`` values (our choice; the paper has one Gaussian).
+
+        p(a) = sum_k w_k N(a; mean_k, diag std_k^2)
+
+    Where experts may do one thing or another, the mean of a single Gaussian is neither; a mixture has a mode for each,
+    and its weights are a choice, as a softmax over discrete actions is (docs/log.md, 92). Parameters are the log
+    weights (k), then each Gaussian's (k times 2 a). The other arguments, and the limits, are those of
+    `GaussianReadout`. UserError for fewer than 2 modes.
+    """
+
+    def __init__(self, dim: int, num_continuous: int, *, modes: int, **options: Any) -> None:
+        check_number("modes", modes, Whole(2, MOST_MODES))
+        super().__init__(dim, num_continuous, **options)
+        self.modes = modes
+        self.linear = nn.Linear(dim, modes * (1 + 2 * num_continuous))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (b, t, n) -> (b, t, k + k 2 a)."""
+        weights, gaussians = self.linear(hidden).split(self._sizes(), -1)
+        limited = self._limited(gaussians.unflatten(-1, (self.modes, -1)))
+        return torch.cat([weights.log_softmax(-1), limited.flatten(-2)], -1)
+
+    def parts(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Log weights (..., k), and the parameters of the Gaussians (..., k, 2 a)."""
+        weights, gaussians = params.split(self._sizes(), -1)
+        return weights, gaussians.unflatten(-1, (self.modes, -1))
+
+    def _sizes(self) -> list[int]:
+        return [self.modes, self.modes * 2 * self.num_continuous]
+
+    def log_prob(self, params: Tensor, values: Tensor) -> Tensor:
+        """Log-density of each step's values, (b, t)."""
+        weights, gaussians = self.parts(params)
+        return torch.logsumexp(weights + gaussian_log_prob(gaussians, values[..., None, :]).sum(-1), -1)
+
+    def entropy(self, params: Tensor) -> Tensor:
+        """Entropy in nats of mode and value together, (..., k + k 2 a) -> (...): that of the values is no higher, and
+        as high where the modes lie apart. It has no closed form."""
+        weights, gaussians = self.parts(params)
+        return _categorical_entropy(weights) + (weights.exp() * super().entropy(gaussians)).sum(-1)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
+        """One sample per step, (b, t, a); temperature: divides the log weights and multiplies the standard deviations;
+        0 takes the mean of the likeliest mode."""
+        weights, gaussians = self.parts(params)
+        mode = (weights.float() + temperature * gumbel_noise(weights, generator)).argmax(-1)[..., None, None]
+        chosen = gaussians.gather(-2, mode.expand(*mode.shape[:-1], gaussians.shape[-1])).squeeze(-2)
+        return super().sample(chosen, generator, temperature=temperature)
 
 
 def register_statistics(
@@ -278,12 +338,17 @@ Readout = CategoricalReadout | MultiCategoricalReadout | GaussianReadout
 
 def make_readout(dim: int, name: str, options: dict[str, Any], *, embeds: bool = False) -> Readout:
     """The readout for ``dict(num_discrete = ...)``, a number or a list of them for several choices at once, or
-    ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be; UserError for other options."""
+    ``dict(num_continuous = ...)``, with ``mean`` and ``std`` if need be, ``min_std``, and ``modes`` for a mixture;
+    UserError for other options."""
     if isinstance(options, dict) and set(options) == {"num_discrete"}:
         number = options["num_discrete"]
         if isinstance(number, Iterable) and not isinstance(number, str):
             return MultiCategoricalReadout(dim, list(number), embeds=embeds)
         return CategoricalReadout(dim, options["num_discrete"], embeds=embeds)
-    if isinstance(options, dict) and set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
-        return GaussianReadout(dim, **options, embeds=embeds)
+    if isinstance(options, dict) and set(options) - {"modes", "min_std"} in (
+        {"num_continuous"},
+        {"num_continuous", "mean", "std"},
+    ):
+        kind = GaussianMixtureReadout if "modes" in options else GaussianReadout
+        return kind(dim, **options, embeds=embeds)
     raise UserError(f"{name} is {options!r}; expected dict(num_discrete = ...) or dict(num_continuous = ...).")

@@ -209,7 +209,7 @@ def _learn(
         loss, measured = _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
         metrics |= measured
         if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
-            learner.optimizer.zero_grad()
+            learner.zero_grad()
             break
         metrics["grad_norm"] = learner.optimizer_step(loss)
     return metrics

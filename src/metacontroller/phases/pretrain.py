@@ -32,13 +32,16 @@ class PretrainConfig:
     """How long and how fast."""
     state_loss_weight: float = 0.0
     """lambda, weight of the loss of the next observation."""
+    muon_lr: float = 0.0
+    """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. Weight decay
+    and the decay of the learning rate are the optimizer's."""
     snapshots: tuple[int, ...] = ()
     """Updates after which the model is saved, for analyses over training."""
     seed: int = 0
     """Seed of the episodes; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        check_fields(self, state_loss_weight=NOT_NEGATIVE, seed=SEED)
+        check_fields(self, state_loss_weight=NOT_NEGATIVE, muon_lr=NOT_NEGATIVE, seed=SEED)
         check_each("snapshots", self.snapshots, COUNT)
 
 
@@ -81,6 +84,8 @@ def pretrain(
         loss_function,
         run,
         seed=config.seed,
+        matrices=model.matrices(),
+        muon_lr=config.muon_lr,
         after=save_snapshot,
         resume=resume,
         quiet=quiet,

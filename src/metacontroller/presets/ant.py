@@ -34,7 +34,7 @@ def debug() -> ExperimentConfig:
         replace(
             config,
             domain=domain,
-            model=replace(config.model, body="hawk"),
+            model=replace(config.model, body="hawk", action_modes=2, min_action_std=0.3),
             meta_controller=replace(
                 config.meta_controller, rank=None, embedder_kind="hawk", policy_kind="hawk", policy_hidden=16
             ),
@@ -54,12 +54,22 @@ def laptop() -> ExperimentConfig:
     return with_seed(
         ExperimentConfig(
             domain=AntPinpadConfig(),
-            model=ModelConfig(dim=128, lower_depth=2, upper_depth=2, heads=8, mlp_dim=256, body="hawk"),
+            model=ModelConfig(
+                dim=128,
+                lower_depth=2,
+                upper_depth=2,
+                heads=8,
+                mlp_dim=256,
+                body="hawk",
+                action_modes=4,  # one Gaussian cannot say 'to the left or to the right' (log 92)
+                min_action_std=0.3,  # the expert's own; narrower ones make errors worth more than colors (log 90)
+            ),
             meta_controller=MetaControllerConfig(
                 dim_latent=4, embedder_kind="hawk", rank=None, policy_hidden=64, policy_kind="hawk"
             ),
             pretrain=PretrainConfig(
-                optimizer=OptimizerConfig(steps=12_000, batch_size=16, lr=1e-3, decay_steps=3000),
+                optimizer=OptimizerConfig(steps=12_000, batch_size=16, lr=2e-3, decay_steps=3000),
+                muon_lr=6e-3,  # learns about three times as fast an update (log 91)
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
                 snapshots=(2000, 4000),
             ),

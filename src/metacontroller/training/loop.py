@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
@@ -76,6 +76,8 @@ def train(
     run: RunFolder,
     *,
     seed: int,
+    matrices: Sequence[nn.Parameter] = (),
+    muon_lr: float = 0.0,
     sample_extras: SampleExtras | None = None,
     after: Callable[[int], None] | None = None,
     resume: bool = False,
@@ -86,7 +88,7 @@ def train(
     loss_function(batch, step, extras) -> the loss, a mean over real steps, and the metrics to log, whose means over the
     log interval are written. sample_extras(batch, generator) -> ``extras`` of a batch. after(done): called after every
     update with the number of updates so far. seed: of the episodes and, in a separate stream, of ``sample_extras``.
-    Several processes share each batch, see `training.distributed`.
+    matrices, muon_lr: as of `Learner`. Several processes share each batch, see `training.distributed`.
 
     Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
     (`training.interruption`). With ``resume``, training continues from the last one, bit for bit as if it had not
@@ -102,6 +104,8 @@ def train(
         lr=config.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        matrices=matrices,
+        muon_lr=muon_lr,
     )
     run.begin(phase, resume=resume)
     first, tensors = learner.restore(run, phase) if resume else (0, {})
@@ -117,8 +121,7 @@ def train(
         if workers.is_main:
             run.rewind_metrics(phase, first)
         for step in range(first, config.steps):
-            for group in learner.optimizer.param_groups:
-                group["lr"] = config.lr_at(step)
+            learner.scale_lr(config.share_of_lr(step))
             batch = stream.next().to(device)
             extras = sample_extras(batch, learner.generator) if sample_extras else {}
             batch, extras, share = _own_share(batch, extras, workers)

@@ -1,10 +1,11 @@
-"""AdamW: its settings, one optimizer step, its checkpoint."""
+"""AdamW, and Muon beside it: settings, one optimizer step, checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,11 @@ class OptimizerConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update number ``step``, counted from 0."""
-        left = self.steps - step
-        return self.lr * min(1.0, left / self.decay_steps) if self.decay_steps else self.lr
+        return self.share_of_lr(step) * self.lr
+
+    def share_of_lr(self, step: int) -> float:
+        """That learning rate as a share of ``lr``."""
+        return min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0
 
 
 def linear_warmup(step: int, between: tuple[int, int]) -> float:
@@ -69,7 +73,11 @@ def linear_warmup(step: int, between: tuple[int, int]) -> float:
 
 
 class Learner:
-    """A module in training with AdamW, its rng, and its checkpoints."""
+    """A module in training with AdamW, its rng, and its checkpoints.
+
+    matrices: those of ``parameters`` that Muon trains instead, where ``muon_lr`` is above 0. UserError if this torch has
+    no Muon.
+    """
 
     def __init__(
         self,
@@ -80,11 +88,31 @@ class Learner:
         lr: float,
         weight_decay: float,
         max_grad_norm: float,
+        matrices: Sequence[nn.Parameter] = (),
+        muon_lr: float = 0.0,
     ) -> None:
         self.module, self.parameters, self.generator = module, parameters, generator
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        by_muon = {id(matrix) for matrix in matrices} if muon_lr else set()
+        rest = [value for value in parameters if id(value) not in by_muon]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "optimizer": torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
+        }
+        if by_muon:
+            self.optimizers["muon"] = _muon(list(matrices), muon_lr, weight_decay)
+        self.lr = {"optimizer": lr, "muon": muon_lr}
         self.max_grad_norm = max_grad_norm
         self.processes = processes(parameters[0].device.type)
+
+    def scale_lr(self, factor: float) -> None:
+        """Sets every learning rate to ``factor`` of that given at first."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.lr[name]
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
 
     def optimizer_step(self, loss: Tensor) -> Tensor:
         """All-reduces and clips the accumulated gradients, takes one optimizer step, resets them; returns their norm.
@@ -98,8 +126,9 @@ class Learner:
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {float(loss)}")
         norm = self._clip(gradients)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.zero_grad()
         return norm
 
     def _clip(self, gradients: list[Tensor]) -> Tensor:
@@ -128,11 +157,14 @@ class Learner:
             return
         tensors = {
             **module_tensors("module", self.module),
-            **optimizer_tensors("optimizer", self.optimizer),
             "generator": generator_tensor(self.generator),
             **(more or {}),
         }
-        run.save_checkpoint(phase, tensors, {"step": step, "optimizer": optimizer_meta(self.optimizer)})
+        meta: dict[str, Any] = {"step": step}
+        for name, optimizer in self.optimizers.items():
+            tensors |= optimizer_tensors(name, optimizer)
+            meta[name] = optimizer_meta(optimizer)
+        run.save_checkpoint(phase, tensors, meta)
 
     def restore(self, run: RunFolder, phase: str) -> tuple[int, dict[str, Tensor]]:
         """Loads the checkpoint of ``phase``; returns its step and tensors, or 0 and no tensors if there is none."""
@@ -141,7 +173,8 @@ class Learner:
         tensors, meta = run.load_checkpoint(phase)
         try:
             load_module(self.module, tensors, "module")
-            load_optimizer(self.optimizer, tensors, meta["optimizer"], "optimizer")
+            for name, optimizer in self.optimizers.items():
+                load_optimizer(optimizer, tensors, meta[name], name)
             load_generator(self.generator, tensors["generator"])
             return int(meta["step"]), tensors
         except UserError as error:
@@ -151,3 +184,10 @@ class Learner:
                 f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
                 "phase again."
             ) from error
+
+
+def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Muon, with steps as long as AdamW's of the same learning rate. UserError if this torch has none."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"muon_lr is {lr}, and torch {torch.__version__} has no Muon; install 2.9 or later, or set 0.")
+    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
