@@ -69,10 +69,11 @@ def _resumed(run: RunFolder) -> Any:
     config = read_config(run)
     model = build_model(config)
     optimizer = config.pretrain.optimizer
-    options = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "max_grad_norm": optimizer.max_grad_norm}
+    options: dict[str, Any] = {name: getattr(optimizer, name) for name in ("lr", "weight_decay", "max_grad_norm")}
     learner = Learner(model, list(model.parameters()), torch.Generator(), **options)
     step, tensors = learner.restore(run, "pretrain")
-    return [step, tensors, model.state_dict(), learner.optimizer.state_dict(), learner.generator.get_state()]
+    states = [optimizer.state_dict() for optimizer in learner.optimizers.values()]
+    return [step, tensors, model.state_dict(), *states, learner.generator.get_state()]
 
 
 def _checkpoint(name: str) -> Callable[[RunFolder], Any]:

@@ -280,7 +280,7 @@ def test_modes_and_limits_that_make_no_sense_are_refused(name: str, value: float
 
 def test_a_model_of_discrete_actions_has_no_mixture() -> None:
     config = replace(debug().model, action_modes=2)
-    with pytest.raises(ValueError, match="action_modes is 2 .* but the world's actions are discrete"):
+    with pytest.raises(ValueError, match=r"action_modes is 2 .* but the world's actions are discrete"):
         config.build({"num_continuous": 3}, {"num_discrete": 4})
     readout = config.build({"num_continuous": 3}, {"num_continuous": 4}).action_readout
     assert isinstance(readout, GaussianMixtureReadout)

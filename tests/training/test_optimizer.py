@@ -30,7 +30,7 @@ def learner_of(module: nn.Linear, muon_lr: float) -> Learner:
         lr=1e-2,
         weight_decay=0.0,
         max_grad_norm=1e9,
-        matrices=[module.weight],
+        matrices=[value for value in module.parameters() if value.ndim == 2],
         muon_lr=muon_lr,
     )
 

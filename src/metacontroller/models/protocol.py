@@ -105,11 +105,10 @@ class SteerableModel(Saveable, nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of all linear layers between encoder and readouts: those that Muon may train."""
-        ends = {
-            id(value) for part in (self.encoder, self.action_readout, self.state_readout) for value in part.parameters()
-        }
-        linear = [part.weight for part in self.modules() if isinstance(part, nn.Linear)]
-        return [weight for weight in linear if id(weight) not in ends]
+        ends = (self.encoder, self.action_readout, self.state_readout)
+        outside = {id(value) for part in ends for value in part.parameters()}
+        linear = {id(part.weight) for part in self.modules() if isinstance(part, nn.Linear)}
+        return [value for value in self.parameters() if id(value) in linear - outside]
 
     def behavior_cloning_loss(
         self,

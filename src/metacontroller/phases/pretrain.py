@@ -33,8 +33,8 @@ class PretrainConfig:
     state_loss_weight: float = 0.0
     """lambda, weight of the loss of the next observation."""
     muon_lr: float = 0.0
-    """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. Weight decay
-    and the decay of the learning rate are the optimizer's."""
+    """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. It falls as
+    the optimizer's does, and weight decay is the same."""
     snapshots: tuple[int, ...] = ()
     """Updates after which the model is saved, for analyses over training."""
     seed: int = 0

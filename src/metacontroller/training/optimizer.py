@@ -75,8 +75,8 @@ def linear_warmup(step: int, between: tuple[int, int]) -> float:
 class Learner:
     """A module in training with AdamW, its rng, and its checkpoints.
 
-    matrices: those of ``parameters`` that Muon trains instead, where ``muon_lr`` is above 0. UserError if this torch has
-    no Muon.
+    matrices: those of ``parameters`` that Muon trains instead, where ``muon_lr`` is above 0. UserError if this torch
+    has no Muon.
     """
 
     def __init__(
