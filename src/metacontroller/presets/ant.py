@@ -5,6 +5,7 @@ Table and section numbers are those of arXiv 2512.20605. Values of the presets o
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from metacontroller.baselines.compile import CompileConfig
@@ -53,7 +54,7 @@ def laptop() -> ExperimentConfig:
     optimizer = OptimizerConfig(steps=2000, batch_size=64, lr=1e-3, decay_steps=500)
     return with_seed(
         ExperimentConfig(
-            domain=AntPinpadConfig(),
+            domain=AntPinpadConfig(start_yaw=math.pi / 4),  # a quarter of the gaits to learn (log 93)
             model=ModelConfig(
                 dim=128,
                 lower_depth=2,
@@ -119,6 +120,7 @@ def paper() -> ExperimentConfig:
             num_walls=1,  # W
             max_steps=500,  # T
             cell_size=1.5,  # our choice
+            start_yaw=math.pi,  # any
             tasks=TABLE_A2,  # table A2
             post_task=A2_POST,  # table A2
             only_successes=True,  # our choice

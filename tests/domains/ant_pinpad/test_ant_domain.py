@@ -200,7 +200,7 @@ def test_the_shipped_expert_solves_most_tasks() -> None:
     env = start_ants(world.config.arena, [*TABLE_A2, A2_POST] * 2, generator, 1)
     expert, about = Expert.load(domain_module.SHIPPED_EXPERT)
     episodes = play(env, expert, None)
-    assert about["arena"] == vars(world.config.arena)
+    assert about["arena"].items() <= vars(world.config.arena).items()
     assert float(env.success.float().mean()) > 0.7
     assert int(episodes.lengths[env.success].min()) > 20
 

@@ -101,6 +101,7 @@ def test_random_layouts_have_a_way_to_every_color_and_differ() -> None:
         ({"size": 1}, "size is 1; expected at least 2"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"cell_size": 0.0}, "cell_size is 0.0"),
+        ({"start_yaw": 4.0}, "start_yaw is 4.0; expected a number between 0 and 3.14159"),
         ({"size": 2}, "4 cells, too few for 4 colors, 1 walls and the ant"),
     ],
 )

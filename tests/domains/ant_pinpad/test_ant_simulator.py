@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -192,6 +193,8 @@ def test_starts_are_as_the_paper_says() -> None:
     assert torch.allclose(state[:, 3:7].norm(dim=1), torch.ones(400).double())
     assert float(yaw.min()) < -0.9 * math.pi
     assert float(yaw.max()) > 0.9 * math.pi
+    quarter = start_ants(replace(ARENA, start_yaw=math.pi / 4), [()] * 400, random_state(), 1).state
+    assert 0.98 * math.pi / 4 < float((2 * torch.atan2(quarter[:, 6], quarter[:, 3])).abs().max()) <= math.pi / 4
     noise = state[:, 7:]
     assert 0.099 < float(noise.abs().max()) <= 0.1
     assert abs(float(noise.mean())) < 0.01

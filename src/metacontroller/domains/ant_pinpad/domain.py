@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -63,6 +64,9 @@ class AntPinpadConfig:
     """T: steps after which an episode is truncated."""
     cell_size: float = 1.5
     """Side of a cell in meters (our choice; the paper is silent)."""
+    start_yaw: float = math.pi
+    """The largest yaw at the start to either side, in radians; pi is any, the paper's. The ant's four legs are alike:
+    with pi / 4 it starts as with any yaw, but for which leg is called the first."""
     tasks: tuple[Task, ...] = TABLE_A2
     """Tasks of the demonstrations, each as colors in order, such as 0-2-1."""
     post_task: Task = A2_POST

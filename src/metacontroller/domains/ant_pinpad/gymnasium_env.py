@@ -93,7 +93,7 @@ class AntPinpadEnv(PinpadEnv):
     Versions: v0, as described here, after the ant of arXiv 2512.20605. MuJoCo's own version matters too.
 
     Args:
-        size, num_colors, num_walls, max_steps, cell_size: see `Arena`.
+        size, num_colors, num_walls, max_steps, cell_size, start_yaw: see `Arena`.
         tasks: from which the task of an episode is sampled: "A2" (the default), the paper's table, or a list.
         task: the one task of every episode, such as "0-1-2-3", instead of `tasks`.
         render_mode: None or "rgb_array".
@@ -109,13 +109,21 @@ class AntPinpadEnv(PinpadEnv):
         num_colors: int = 4,
         num_walls: int = 1,
         max_steps: int = 500,
-        cell_size: float = 2.0,
+        cell_size: float = Arena.cell_size,
+        start_yaw: float = Arena.start_yaw,
         tasks: TaskSpec | None = None,
         task: str | Sequence[int] | None = None,
         render_mode: str | None = None,
         camera: str = "above",
     ) -> None:
-        arena = Arena(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps, cell_size=cell_size)
+        arena = Arena(
+            size=size,
+            num_colors=num_colors,
+            num_walls=num_walls,
+            max_steps=max_steps,
+            cell_size=cell_size,
+            start_yaw=start_yaw,
+        )
         super().__init__(_Ants(arena, tasks, task, render_mode, camera, threads=1))
 
 
@@ -132,7 +140,8 @@ class AntPinpadVectorEnv(PinpadVectorEnv):
 
     Args:
         num_envs: number of ants.
-        size, num_colors, num_walls, max_steps, cell_size, tasks, task, render_mode, camera: see `AntPinpadEnv`.
+        size, num_colors, num_walls, max_steps, cell_size, start_yaw: see `Arena`.
+        tasks, task, render_mode, camera: see `AntPinpadEnv`.
         threads: of MuJoCo; 0 is one a core. The episodes do not depend on it.
     """
 
@@ -150,12 +159,20 @@ class AntPinpadVectorEnv(PinpadVectorEnv):
         num_colors: int = 4,
         num_walls: int = 1,
         max_steps: int = 500,
-        cell_size: float = 2.0,
+        cell_size: float = Arena.cell_size,
+        start_yaw: float = Arena.start_yaw,
         tasks: TaskSpec | None = None,
         task: str | Sequence[int] | None = None,
         render_mode: str | None = None,
         camera: str = "above",
         threads: int = 0,
     ) -> None:
-        arena = Arena(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps, cell_size=cell_size)
+        arena = Arena(
+            size=size,
+            num_colors=num_colors,
+            num_walls=num_walls,
+            max_steps=max_steps,
+            cell_size=cell_size,
+            start_yaw=start_yaw,
+        )
         super().__init__(num_envs, _Ants(arena, tasks, task, render_mode, camera, threads))

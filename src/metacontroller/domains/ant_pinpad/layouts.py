@@ -6,6 +6,7 @@ and the middle of the plane is the origin. Axes: b episode, o object (every colo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -44,10 +45,12 @@ class Arena(Board):
     """T, steps after which an episode is truncated."""
     cell_size: float = 1.5
     """Side of a cell in meters (our choice; the paper gives none)."""
+    start_yaw: float = math.pi
+    """The largest yaw at the start to either side, in radians; pi is any, the paper's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, cell_size=Number(0, above=True, noun="number of meters"))
+        check_fields(self, cell_size=Number(0, above=True, noun="number of meters"), start_yaw=Number(0, math.pi))
 
     @property
     def half(self) -> float:

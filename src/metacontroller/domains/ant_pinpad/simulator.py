@@ -5,7 +5,6 @@ Axes: b row, o object, l position in a task, n cell.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -154,7 +153,8 @@ def _physics(threads: int, process: int) -> Any:
 def sample_states(arena: Arena, start: Tensor, generator: torch.Generator) -> Tensor:
     """States (b, 29) at the start of an episode in the cells start (b,), float64.
 
-    Uniform place in the cell and uniform yaw; joint angles and all velocities uniform within 0.1 of zero (§4).
+    Uniform place in the cell and uniform yaw, within `Arena.start_yaw`; joint angles and all velocities uniform within
+    0.1 of zero (§4).
     """
     count, device = len(start), generator.device
 
@@ -163,7 +163,7 @@ def sample_states(arena: Arena, start: Tensor, generator: torch.Generator) -> Te
         return low + (high - low) * values
 
     place = arena.center(start) + uniform(2, -arena.cell_size / 2, arena.cell_size / 2)
-    half_yaw = uniform(1, -math.pi / 2, math.pi / 2)
+    half_yaw = uniform(1, -arena.start_yaw / 2, arena.start_yaw / 2)
     still = torch.zeros_like(half_yaw)
     height = torch.full_like(half_yaw, START_HEIGHT)
     turned = torch.cat([half_yaw.cos(), still, still, half_yaw.sin()], 1)
