@@ -18,6 +18,7 @@ from metacontroller.models.readouts import (
     GaussianReadout,
     MultiCategoricalReadout,
     clamp_with_inward_gradient,
+    emphasized_choices,
     gaussian_log_prob,
     make_readout,
     sample_gaussian,
@@ -285,3 +286,27 @@ def test_a_model_of_discrete_actions_has_no_mixture() -> None:
     readout = config.build({"num_continuous": 3}, {"num_continuous": 4}).action_readout
     assert isinstance(readout, GaussianMixtureReadout)
     assert readout.modes == 2
+
+
+def test_emphasized_choices_add_a_cross_entropy_to_the_gradient_and_nothing_to_the_value() -> None:
+    """Against the slow version: -log p, and (weight - 1) times the cross-entropy under the modes' responsibilities."""
+    readout = GaussianMixtureReadout(6, 3, modes=4).double()
+    hidden = torch.randn(2, 5, 6, dtype=torch.float64)
+    values = torch.randn(2, 5, 3, dtype=torch.float64)
+    with emphasized_choices(readout, 20.0):
+        fast = -readout.log_prob(readout(hidden), values).sum()
+    params = readout(hidden)
+    plain = -readout.log_prob(params, values).sum()
+    assert float(fast.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
+    weights, gaussians = readout.parts(params)
+    joint = weights + gaussian_log_prob(gaussians, values[..., None, :]).sum(-1)
+    slow = plain - 19.0 * (joint.softmax(-1).detach() * weights).sum()
+    (expected,) = torch.autograd.grad(slow, readout.linear.weight)
+    (gradient,) = torch.autograd.grad(fast, readout.linear.weight)
+    torch.testing.assert_close(gradient, expected)
+    assert readout.choice_weight == 1.0
+    with emphasized_choices(GaussianReadout(6, 3), 1.0):
+        pass
+    refused = pytest.raises(ValueError, match=r"choice_weight is 2\.0, but actions are no mixture")
+    with refused, emphasized_choices(GaussianReadout(6, 3), 2.0):
+        pass

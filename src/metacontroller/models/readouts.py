@@ -8,7 +8,8 @@ Axes: b batch, t steps, n model width, a action or state size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -234,6 +235,9 @@ class GaussianMixtureReadout(GaussianReadout):
     `GaussianReadout`. UserError for fewer than 2 modes.
     """
 
+    choice_weight = 1.0
+    """By how much the gradient of the log weights is multiplied, see `emphasized_choices`."""
+
     def __init__(self, dim: int, num_continuous: int, *, modes: int, **options: Any) -> None:
         check_number("modes", modes, Whole(2, MOST_MODES))
         super().__init__(dim, num_continuous, **options)
@@ -244,6 +248,8 @@ class GaussianMixtureReadout(GaussianReadout):
         """hidden (b, t, n) -> (b, t, k + k 2 a)."""
         weights, gaussians = self.linear(hidden).split(self._sizes(), -1)
         limited = self._limited(gaussians.unflatten(-1, (self.modes, -1)))
+        if self.choice_weight != 1:
+            weights = weights + (self.choice_weight - 1) * (weights - weights.detach())
         return torch.cat([weights.log_softmax(-1), limited.flatten(-2)], -1)
 
     def parts(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,6 +278,29 @@ class GaussianMixtureReadout(GaussianReadout):
         mode = (weights.float() + temperature * gumbel_noise(weights, generator)).argmax(-1)[..., None, None]
         chosen = gaussians.gather(-2, mode.expand(*mode.shape[:-1], gaussians.shape[-1])).squeeze(-2)
         return super().sample(chosen, generator, temperature=temperature)
+
+
+@contextmanager
+def emphasized_choices(readout: nn.Module, weight: float) -> Iterator[None]:
+    """Within it, the gradient of a mixture's log weights is multiplied by ``weight`` (our choice).
+
+    With responsibilities r of the modes for a value, the gradient of -log p with respect to the logits is w - r. So this
+    adds (weight - 1) times the cross-entropy of w under r, and changes no value. Where an expert seldom chooses, the
+    choice is a small part of the loss, and is learned late without it. UserError for another readout, unless the weight
+    is 1.
+    """
+    if weight != 1 and not isinstance(readout, GaussianMixtureReadout):
+        raise UserError(
+            f"choice_weight is {weight}, but actions are no mixture of Gaussians; set it to 1, or action_modes above 1."
+        )
+    if not isinstance(readout, GaussianMixtureReadout):
+        yield
+        return
+    before, readout.choice_weight = readout.choice_weight, weight
+    try:
+        yield
+    finally:
+        readout.choice_weight = before
 
 
 def register_statistics(

@@ -15,8 +15,9 @@ from torch import Tensor
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, SEED, check_each, check_fields
+from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_each, check_fields
 from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -32,6 +33,8 @@ class PretrainConfig:
     """How long and how fast."""
     state_loss_weight: float = 0.0
     """lambda, weight of the loss of the next observation."""
+    choice_weight: float = 1.0
+    """Weight, in the gradient, of the choice between the modes of a mixture over continuous actions (our choice)."""
     muon_lr: float = 0.0
     """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. It falls as
     the optimizer's does, and weight decay is the same."""
@@ -42,6 +45,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, state_loss_weight=NOT_NEGATIVE, muon_lr=NOT_NEGATIVE, seed=SEED)
+        check_fields(self, choice_weight=POSITIVE)
         check_each("snapshots", self.snapshots, COUNT)
 
 
@@ -75,21 +79,22 @@ def pretrain(
         metrics = {"action_loss": losses.action, **({"state_loss": losses.state} if weight > 0 else {})}
         return losses.action + weight * losses.state, metrics
 
-    train(
-        "pretrain",
-        config.optimizer,
-        model,
-        list(model.parameters()),
-        generate,
-        loss_function,
-        run,
-        seed=config.seed,
-        matrices=model.matrices(),
-        muon_lr=config.muon_lr,
-        after=save_snapshot,
-        resume=resume,
-        quiet=quiet,
-    )
+    with emphasized_choices(model.action_readout, config.choice_weight):
+        train(
+            "pretrain",
+            config.optimizer,
+            model,
+            list(model.parameters()),
+            generate,
+            loss_function,
+            run,
+            seed=config.seed,
+            matrices=model.matrices(),
+            muon_lr=config.muon_lr,
+            after=save_snapshot,
+            resume=resume,
+            quiet=quiet,
+        )
     if is_main:
         model.save(artefact_path(run, BASE_MODEL))
     return model

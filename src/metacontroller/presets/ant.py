@@ -70,6 +70,7 @@ def laptop() -> ExperimentConfig:
             ),
             pretrain=PretrainConfig(
                 optimizer=OptimizerConfig(steps=12_000, batch_size=16, lr=2e-3, decay_steps=3000),
+                choice_weight=20.0,  # the expert chooses in one step of 25 (log 93)
                 muon_lr=6e-3,  # learns about three times as fast an update (log 91)
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
                 snapshots=(2000, 4000),
