@@ -284,10 +284,10 @@ class GaussianMixtureReadout(GaussianReadout):
 def emphasized_choices(readout: nn.Module, weight: float) -> Iterator[None]:
     """Within it, the gradient of a mixture's log weights is multiplied by ``weight`` (our choice).
 
-    With responsibilities r of the modes for a value, the gradient of -log p with respect to the logits is w - r. So this
-    adds (weight - 1) times the cross-entropy of w under r, and changes no value. Where an expert seldom chooses, the
-    choice is a small part of the loss, and is learned late without it. UserError for another readout, unless the weight
-    is 1.
+    With responsibilities r of the modes for a value, the gradient of -log p with respect to the logits is w - r. This
+    adds (weight - 1) times the cross-entropy of w under r to it, and changes no value. Where an expert seldom chooses,
+    the choice is a small part of the loss, and is learned late without it. UserError for another readout, unless the
+    weight is 1.
     """
     if weight != 1 and not isinstance(readout, GaussianMixtureReadout):
         raise UserError(

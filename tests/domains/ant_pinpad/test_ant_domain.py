@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from metacontroller.domains.ant_pinpad import domain as domain_module
 from metacontroller.domains.ant_pinpad import simulator
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import Expert, play
-from metacontroller.domains.ant_pinpad.simulator import start_ants
+from metacontroller.domains.ant_pinpad.observation import ORIENTATION, heading, objects_of, parts_of, state_of
+from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
+from metacontroller.domains.ant_pinpad.symmetry import turn_torques
 from metacontroller.domains.base import FREE
 from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
 from metacontroller.presets import preset, preset_names
@@ -219,3 +222,27 @@ def test_a_gate_is_judged_by_other_episodes(tmp_path: Path) -> None:
     assert apart.segments is not None
     known = {tuple(state) for state in world.store("discover").read(torch.arange(16)).states[:, 0].tolist()}
     assert known.isdisjoint(tuple(state) for state in apart.states[:, 0].tolist())
+
+
+@needs_mujoco
+def test_augmented_episodes_are_those_of_a_turned_world_and_keep_the_yaw() -> None:
+    """Played again in the turned world with torques renamed alike, the ant does what the augmented episode shows."""
+    world = AntPinpad(AntPinpadConfig(threads=1, start_yaw=math.pi / 4))
+    env = start_ants(world.config.arena, [()] * 12, random_state(), 1)
+    seen, actions = [env.observation], [0.5 * torch.randn(12, 8, generator=random_state()) for _ in range(4)]
+    for action in actions:
+        env.step(action)
+        seen.append(env.observation)
+    episode = torch.stack(seen, 1).double()
+    quarter = torch.randint(4, (12,), generator=random_state())
+    assert len(quarter.unique()) == 4
+    shown = world.augment(episode, random_state())
+    arena, first = world.config.arena, (episode[:, 0], shown[:, 0])
+    before, after = (heading(parts_of(arena, states).proprioception[:, ORIENTATION]) for states in first)
+    assert torch.allclose(before, after, atol=1e-5)
+    state, nothing = state_of(arena, shown[:, 0]), torch.zeros(12, dtype=torch.long)
+    assert torch.equal((state - state_of(arena, episode[:, 0]))[:, :2].abs().amax(1) > 0.3, quarter > 0)
+    again = AntBatch(arena, objects_of(arena, shown[:, 0]), state, nothing[:, None] - 1, nothing, 1)
+    for action in actions:
+        again.step(turn_torques(action, -quarter % 4))
+    assert torch.allclose(again.state, state_of(arena, shown[:, -1]), atol=1e-3, rtol=1e-3)

@@ -26,7 +26,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     state_of,
 )
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
-from metacontroller.domains.ant_pinpad.symmetry import turn_world
+from metacontroller.domains.ant_pinpad.symmetry import LEGS, rename_legs, turn_world
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.pinpad_tasks import (
     A2_POST,
@@ -160,10 +160,11 @@ class AntPinpad(Domain):
         return colors
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
-        """The world turned by 0 to 3 right angles, at random for each row: it changes directions and places, but no
-        colors and nothing inside the ant. It has no mirror image here: its legs would have to change places."""
+        """The world turned by 0 to 3 right angles, at random for each row, and the ant's legs renamed so that its yaw
+        stays what it was: where that is limited at the start, it would tell how far the world was turned. It changes
+        directions and places, but no colors. The ant has no mirror image here: its legs would have to change places."""
         quarter = torch.randint(4, (len(states),), generator=generator, device=states.device)
-        return turn_world(self.config.arena, states, quarter)
+        return rename_legs(turn_world(self.config.arena, states, quarter), -quarter % LEGS)
 
     def restart(self, episodes: Trajectories) -> AntBatch:
         """The same layouts, tasks and starts, as exactly as observations tell; the task is what the episode got done,

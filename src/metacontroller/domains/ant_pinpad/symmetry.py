@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from metacontroller.domains.ant_pinpad.layouts import Arena
-from metacontroller.domains.ant_pinpad.observation import ORIENTATION, VELOCITY, parts_of, symlog
+from metacontroller.domains.ant_pinpad.observation import (
+    ORIENTATION,
+    PROPRIOCEPTION,
+    VELOCITY,
+    parts_of,
+    symexp,
+    symlog,
+)
 
 LEGS = 4
 ANKLE_SIGNS = (1.0, -1.0, -1.0, 1.0)
@@ -46,6 +53,15 @@ def turn_world(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
     relative = turned(parts.relative, quarter[..., None])
     vectors = [turned(parts.place, quarter), relative.flatten(-2), turned(parts.local, quarter)]
     return torch.cat([symlog(inner), *vectors], -1)
+
+
+def rename_legs(states: Tensor, quarter: Tensor) -> Tensor:
+    """Observations of the same ants, with legs counted from the one that lies ``quarter`` (b,) right angles further,
+    counter-clockwise, and their yaw from there. states (b, t, observation_size) -> the same shape."""
+    inner, rest = states.split([PROPRIOCEPTION, states.shape[-1] - PROPRIOCEPTION], -1)
+    each = quarter[:, None].expand(inner.shape[:2]).flatten()
+    renamed = turn_body(symexp(inner).flatten(0, 1), each).view_as(inner)
+    return torch.cat([symlog(renamed), rest], -1)
 
 
 def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
