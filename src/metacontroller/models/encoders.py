@@ -25,7 +25,7 @@ from metacontroller.models.readouts import (
     MultiCategoricalReadout,
     register_statistics,
 )
-from metacontroller.ranges import ROWS, check_number, check_options, shown
+from metacontroller.ranges import MOST_SIDE, ROWS, Whole, check_number, check_options, shown
 
 NORMALIZED_LIMIT = 10.0
 """Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
@@ -68,6 +68,50 @@ class VectorEncoder(FloatStates, nn.Module):
                 f"state has shape {tuple(states.shape)} and dtype {states.dtype}; "
                 f"expected floating-point (..., {self.dim_state})."
             )
+
+
+class PlaneEncoder(VectorEncoder):
+    """`VectorEncoder` of an observation, and one vector for the walker's cell and for each object's, seen from there.
+
+    A way is a matter of cells. Numbers say in which cell a thing lies too, but a network has to learn their steps, for
+    which it takes ten times as many examples (docs/log.md, 94); this encoder reads them off (our choice).
+    Axes: o objects.
+    dim_state: d. size: cells along each side. objects: o. The last 2 + 2 o + 2 numbers of an observation are the
+    walker's x and y, with the plane as -1..1; from it to the middle of each object's cell, in the same unit; and its
+    place in its cell, with the cell as -1..1. UserError for sizes that do not fit.
+    """
+
+    def __init__(self, dim: int, *, dim_state: int, size: int, objects: int) -> None:
+        super().__init__(dim_state, dim)
+        check_number("size", size, Whole(1, MOST_SIDE))
+        check_number("objects", objects, ROWS)
+        check_number("dim_state", dim_state, Whole(4 + 2 * objects))
+        self.size, self.objects = size, objects
+        self.span = 2 * size - 1  # offsets of cells along one axis
+        self.own = nn.Embedding(size**2, dim)
+        self.others = nn.Embedding(objects * self.span**2, dim)
+        for table in (self.own, self.others):
+            nn.init.normal_(table.weight, std=0.5 * dim**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states (b, t, d) float -> (b, t, n)."""
+        x = super().forward(states)
+        own, others = self.cells(states)
+        return x + self.own(own) + self.others(others).sum(-2)
+
+    def cells(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the tables: the walker's cell, int64 (b, t), and each object's as seen from there (b, t, o)."""
+        place, relative, local = states[..., -4 - 2 * self.objects :].split([2, 2 * self.objects, 2], -1)
+        cell = self._whole((place + 1) * self.size / 2 - 0.5, self.size - 1)
+        offset = (relative.unflatten(-1, (self.objects, 2)) + local[..., None, :] / self.size) * self.size / 2
+        seen = self._whole(offset + self.size - 1, self.span - 1)
+        each = torch.arange(self.objects, device=states.device) * self.span**2
+        return cell[..., 0] * self.size + cell[..., 1], each + seen[..., 0] * self.span + seen[..., 1]
+
+    @staticmethod
+    def _whole(values: Tensor, most: int) -> Tensor:
+        """The nearest whole numbers within 0..most, int64; 0 for NaN."""
+        return values.nan_to_num().round().clamp(0, most).long()
 
 
 class GridEncoder(nn.Module):
@@ -292,19 +336,28 @@ class PictureEncoder(nn.Module):
 
 
 Encoder = (
-    VectorEncoder | TokenEncoder | ImageEncoder | PictureEncoder | GridEncoder | SymbolicGridEncoder | MixedEncoder
+    VectorEncoder
+    | PlaneEncoder
+    | TokenEncoder
+    | ImageEncoder
+    | PictureEncoder
+    | GridEncoder
+    | SymbolicGridEncoder
+    | MixedEncoder
 )
 
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
     [...])``, both of them without statistics, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture =
-    dict(...))``, ``dict(grid = dict(...))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
+    dict(...))``, ``dict(grid = dict(...))``, ``dict(plane = dict(dim_state =, size =, objects =))`` or
+    ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
 
     UserError for other options.
     """
     kinds: dict[str, Any] = {
         "grid": GridEncoder,
+        "plane": PlaneEncoder,
         "tokens": TokenEncoder,
         "picture": PictureEncoder,
         "symbolic_grid": SymbolicGridEncoder,
@@ -329,5 +382,6 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         f"state_embed_readout is {given}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
         "[...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for categories with a condition, "
         "dict(image = [...]) for images, "
-        "dict(picture = dict(...)) for images with categories beside them or dict(grid = dict(...)) for grid tokens."
+        "dict(picture = dict(...)) for images with categories beside them, dict(grid = dict(...)) for grid tokens or "
+        "dict(plane = dict(...)) for a walker on a plane of cells."
     )

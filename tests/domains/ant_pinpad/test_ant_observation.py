@@ -21,6 +21,7 @@ from metacontroller.domains.ant_pinpad.observation import (
 )
 from metacontroller.domains.ant_pinpad.symmetry import turn_world
 from metacontroller.domains.pinpad_layouts import sample_layouts
+from metacontroller.models.encoders import PlaneEncoder
 
 ARENA = Arena(cell_size=2.0)
 
@@ -98,3 +99,25 @@ def test_a_quarter_turn_shows_the_turned_world() -> None:
         shown = turn_world(ARENA, observation[:, None].expand(-1, 3, -1), torch.full((60,), quarter))
         assert torch.equal(shown[:, 0], shown[:, 2])
         assert torch.allclose(shown[:, 0], image, atol=1e-4)
+
+
+def test_the_encoder_reads_the_cells_of_an_observation() -> None:
+    """Beside its linear map, against the cells that the observation was made of: one row of a table for the ant's cell,
+    and for each object one by how many rows and columns it lies away."""
+    state, cell, objects = random_states(300)
+    states = observe(ARENA, state, cell, objects)[:, None]
+    size, count = ARENA.size, objects.shape[1]
+    encoder = PlaneEncoder(6, dim_state=states.shape[-1], size=size, objects=count)
+    own, others = encoder.cells(states)
+    assert len(own.unique()) == size**2
+    assert len(set(zip(own.flatten().tolist(), cell.tolist(), strict=True))) == size**2
+    rows, columns = objects // size - cell[:, None] // size, objects % size - cell[:, None] % size
+    for number in range(count):
+        there = zip(rows[:, number].tolist(), columns[:, number].tolist(), strict=True)
+        pairs = set(zip(others[:, 0, number].tolist(), there, strict=True))
+        assert len(pairs) == len({row for row, _ in pairs}) == len({offset for _, offset in pairs})
+        low, high = number * encoder.span**2, (number + 1) * encoder.span**2
+        assert bool(((others[..., number] >= low) & (others[..., number] < high)).all())
+    expected = encoder.linear(states) + encoder.own.weight[own] + encoder.others.weight[others].sum(-2)
+    torch.testing.assert_close(encoder(states), expected)
+    assert encoder(torch.full_like(states, math.nan)).shape == (300, 1, 6)

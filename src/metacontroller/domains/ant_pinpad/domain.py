@@ -111,7 +111,8 @@ class AntPinpad(Domain):
     def spec(self) -> DomainSpec:
         arena = self.config.arena
         names = tuple(map(str, range(arena.num_colors)))
-        states, actions = {"num_continuous": observation_size(arena)}, {"num_continuous": NUM_ACTIONS}
+        plane = {"dim_state": observation_size(arena), "size": arena.size, "objects": arena.num_objects}
+        states, actions = {"plane": plane}, {"num_continuous": NUM_ACTIONS}
         return DomainSpec(states, actions, arena.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
