@@ -62,7 +62,8 @@ def test_no_transition_of_the_post_training_task_is_demonstrated(name: str) -> N
 def test_the_world_says_what_a_model_has_to_know() -> None:
     world = AntPinpad(AntPinpadConfig())
     spec = world.spec()
-    assert (spec.encoder, spec.action) == ({"num_continuous": 41}, {"num_continuous": 8})
+    plane = {"dim_state": 41, "size": 4, "objects": 5}
+    assert (spec.encoder, spec.action) == ({"plane": plane}, {"num_continuous": 8})
     assert (spec.max_steps, spec.subgoals) == (500, ("0", "1", "2", "3"))
     seen = world.seen_transitions()
     assert not bool(seen[0, 1] | seen[1, 2] | seen[2, 3])
@@ -117,7 +118,7 @@ needs_mujoco = pytest.mark.skipif(domain_module.versions() == {}, reason="the ex
 def test_demonstrations_come_from_disk_one_dataset_a_phase(tmp_path: Path) -> None:
     world = AntPinpad(small(tmp_path))
     first = world.demonstrations("discover", 20, random_state(3))
-    assert first.states.shape == (20, first.steps + 1, world.spec().encoder["num_continuous"])
+    assert first.states.shape == (20, first.steps + 1, world.spec().encoder["plane"]["dim_state"])
     again = AntPinpad(small(tmp_path)).demonstrations("discover", 20, random_state(3))
     assert torch.equal(first.states, again.states)
     sampled = world.demonstrations("pretrain", 20, random_state(3))
