@@ -73,3 +73,8 @@ def test_a_snapshot_is_the_model_of_that_update(tmp_path: Path) -> None:
     assert (kept / "base_model-1.safetensors").read_bytes() != final
     with pytest.raises(ValueError, match=r"snapshots\[0\] is 0; expected at least 1"):
         PretrainConfig(optimizer=OPTIMIZER, snapshots=(0,))
+
+
+def test_a_weight_of_choices_that_there_are_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"choice_weight is 20\.0, but actions are no mixture"):
+        learn(tmp_path, choice_weight=20.0)
