@@ -30,7 +30,7 @@ def measure(phase: str, length: int, batch: int) -> float:
     config = preset("ant-laptop")
     spec = domain_of(config.domain).spec()
     model, steering = build_model(config), build_meta_controller(config)
-    states = torch.randn(batch, length + 1, spec.encoder["num_continuous"])
+    states = torch.randn(batch, length + 1, spec.encoder["plane"]["dim_state"])
     actions, lengths = torch.randn(batch, length, spec.action["num_continuous"]), torch.full((batch,), length)
     before = resident()
     if phase == "pretrain":

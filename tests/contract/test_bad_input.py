@@ -210,8 +210,8 @@ def test_codes_and_residuals_of_other_widths() -> None:
             "state_embed_readout is {'num_discrete': 4}; expected dict(num_continuous = ...) for vectors, "
             "dict(num_discrete = [...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for "
             "categories with a condition, "
-            "dict(image = [...]) for images, dict(picture = dict(...)) for images with categories beside them or "
-            "dict(grid = dict(...)) for grid tokens.",
+            "dict(image = [...]) for images, dict(picture = dict(...)) for images with categories beside them, "
+            "dict(grid = dict(...)) for grid tokens or dict(plane = dict(...)) for a walker on a plane of cells.",
         ),
         ({"state_embed_readout": {"num_continuous": 0}}, "num_continuous is 0"),
         ({"state_embed_readout": {"grid": GRID | {"size": 1}}}, "the grid has size 1"),

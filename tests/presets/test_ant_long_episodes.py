@@ -18,7 +18,7 @@ from metacontroller.recipes.config import build_meta_controller, build_model
 CONFIG = preset("ant-laptop")
 CONFIG = replace(CONFIG, model=replace(CONFIG.model, precision="float32"))
 STEPS = CONFIG.domain.max_steps
-OBSERVATION = domain_of(CONFIG.domain).spec().encoder["num_continuous"]
+OBSERVATION = domain_of(CONFIG.domain).spec().encoder["plane"]["dim_state"]
 ACTION = domain_of(CONFIG.domain).spec().action["num_continuous"]
 
 
