@@ -131,7 +131,6 @@ RANGES = [
     ("pretrain", "choice_weight", 0.0, "expected a number above 0"),
     ("pretrain", "seed", 2**31, "expected at most 2147483647"),
     ("discover", "alpha_start", -1.0, "expected a number of at least 0"),
-    ("discover", "choice_weight", 0.0, "expected a number above 0"),
     ("discover", "alpha_warmup", (5, 2), "expected (from, to), whole numbers with 0 <= from <= to"),
     ("discover", "alpha_warmup", (1,), "expected (from, to)"),
     ("discover", "alpha_warmup", (0.5, 2), "expected (from, to)"),

@@ -289,13 +289,13 @@ def emphasized_choices(readout: nn.Module, weight: float) -> Iterator[None]:
     the choice is a small part of the loss, and is learned late without it. UserError for another readout, unless the
     weight is 1.
     """
-    if weight != 1 and not isinstance(readout, GaussianMixtureReadout):
+    if weight == 1:
+        yield
+        return
+    if not isinstance(readout, GaussianMixtureReadout):
         raise UserError(
             f"choice_weight is {weight}, but actions are no mixture of Gaussians; set it to 1, or action_modes above 1."
         )
-    if not isinstance(readout, GaussianMixtureReadout):
-        yield
-        return
     before, readout.choice_weight = readout.choice_weight, weight
     try:
         yield

@@ -22,10 +22,9 @@ from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.metrics.gate import codes_taken, gate_alignment
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, SEED, check_fields, check_warmup
+from metacontroller.ranges import NOT_NEGATIVE, SEED, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
@@ -48,8 +47,6 @@ class DiscoverConfig:
     """Updates (from, to) between which the weight goes linearly from alpha_start to alpha."""
     state_loss_weight: float = 0.0
     """lambda, weight of the loss of the next observation."""
-    choice_weight: float = 1.0
-    """Weight, in the gradient, of the choice between the modes of a mixture over continuous actions (our choice)."""
     train_model: bool = False
     """Train the action model too: co-training, a baseline (Fig. 7, 8)."""
     symmetry_augmentation: bool = False
@@ -59,7 +56,6 @@ class DiscoverConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, alpha=NOT_NEGATIVE, alpha_start=NOT_NEGATIVE, state_loss_weight=NOT_NEGATIVE, seed=SEED)
-        check_fields(self, choice_weight=POSITIVE)
         check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_at(self, step: int) -> float:
@@ -122,20 +118,19 @@ def discover(
     if config.train_model:
         trained = nn.ModuleDict({"model": model, "meta_controller": meta_controller})
         parameters = [*model.parameters(), *parameters]
-    with emphasized_choices(model.action_readout, config.choice_weight):
-        train(
-            "discover",
-            config.optimizer,
-            trained,
-            parameters,
-            generate,
-            loss_function,
-            run,
-            seed=config.seed,
-            sample_extras=sample_extras,
-            resume=resume,
-            quiet=quiet,
-        )
+    train(
+        "discover",
+        config.optimizer,
+        trained,
+        parameters,
+        generate,
+        loss_function,
+        run,
+        seed=config.seed,
+        sample_extras=sample_extras,
+        resume=resume,
+        quiet=quiet,
+    )
     if processes(next(model.parameters()).device.type).is_main:
         if config.train_model:
             model.save(artefact_path(run, COTRAINED_MODEL))

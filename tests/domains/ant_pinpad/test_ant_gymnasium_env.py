@@ -60,6 +60,7 @@ def test_an_episode_ends_at_the_time_limit() -> None:
         ({"task": "0-2"}, "unknown color 2"),
         ({"tasks": "A2"}, "both tasks and task"),
         ({"num_walls": 20}, "too few"),
+        ({"side": 20}, "unknown option 'side'; expected size, num_colors, num_walls, max_steps, cell_size, start_yaw"),
         ({"render_mode": "human"}, "render_mode is 'human'"),
         ({"camera": "below"}, "camera is 'below'; expected one of 'above', 'follow'"),
     ],

@@ -17,6 +17,7 @@ from metacontroller.domains.ant_pinpad.rendering import painter
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
 from metacontroller.domains.pinpad_gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
 from metacontroller.errors import UserError
+from metacontroller.ranges import check_options
 
 LIMIT = 25.0
 """Of observations: MuJoCo gives up on numbers beyond 1e10, whose symlog is 23."""
@@ -72,7 +73,8 @@ class AntPinpadEnv(PinpadEnv):
     ``num_walls`` wall cells, all placed at random without overlap at each reset, and MuJoCo's ant in a free cell. Cells
     are no bodies: the ant can walk into a wall, which ends the episode. Layouts in which some color cannot be reached
     from the start, or from another color, without crossing a wall or another color are sampled again (our choice; the
-    paper is silent). The ant starts anywhere in its cell, with any yaw, joint angles and velocities within 0.1 of zero.
+    paper is silent). The ant starts anywhere in its cell, with any yaw within ``start_yaw`` of zero, joint angles and
+    velocities within 0.1 of it.
 
     Action space: ``Box(-1, 1, (8,), float32)``: the torques, as shares of the motors', in the order of Gymnasium's
     Ant-v5. An action lasts 0.05 s, five steps of MuJoCo.
@@ -93,7 +95,7 @@ class AntPinpadEnv(PinpadEnv):
     Versions: v0, as described here, after the ant of arXiv 2512.20605. MuJoCo's own version matters too.
 
     Args:
-        size, num_colors, num_walls, max_steps, cell_size, start_yaw: see `Arena`.
+        plane: fields of `Arena`: size, num_colors, num_walls, max_steps, cell_size, start_yaw.
         tasks: from which the task of an episode is sampled: "A2" (the default), the paper's table, or a list.
         task: the one task of every episode, such as "0-1-2-3", instead of `tasks`.
         render_mode: None or "rgb_array".
@@ -105,26 +107,13 @@ class AntPinpadEnv(PinpadEnv):
     def __init__(
         self,
         *,
-        size: int = 4,
-        num_colors: int = 4,
-        num_walls: int = 1,
-        max_steps: int = 500,
-        cell_size: float = Arena.cell_size,
-        start_yaw: float = Arena.start_yaw,
         tasks: TaskSpec | None = None,
         task: str | Sequence[int] | None = None,
         render_mode: str | None = None,
         camera: str = "above",
+        **plane: Any,
     ) -> None:
-        arena = Arena(
-            size=size,
-            num_colors=num_colors,
-            num_walls=num_walls,
-            max_steps=max_steps,
-            cell_size=cell_size,
-            start_yaw=start_yaw,
-        )
-        super().__init__(_Ants(arena, tasks, task, render_mode, camera, threads=1))
+        super().__init__(_Ants(_arena(plane), tasks, task, render_mode, camera, threads=1))
 
 
 class AntPinpadVectorEnv(PinpadVectorEnv):
@@ -140,8 +129,7 @@ class AntPinpadVectorEnv(PinpadVectorEnv):
 
     Args:
         num_envs: number of ants.
-        size, num_colors, num_walls, max_steps, cell_size, start_yaw: see `Arena`.
-        tasks, task, render_mode, camera: see `AntPinpadEnv`.
+        tasks, task, render_mode, camera, plane: see `AntPinpadEnv`.
         threads: of MuJoCo; 0 is one a core. The episodes do not depend on it.
     """
 
@@ -155,24 +143,17 @@ class AntPinpadVectorEnv(PinpadVectorEnv):
         self,
         num_envs: int = 1,
         *,
-        size: int = 4,
-        num_colors: int = 4,
-        num_walls: int = 1,
-        max_steps: int = 500,
-        cell_size: float = Arena.cell_size,
-        start_yaw: float = Arena.start_yaw,
         tasks: TaskSpec | None = None,
         task: str | Sequence[int] | None = None,
         render_mode: str | None = None,
         camera: str = "above",
         threads: int = 0,
+        **plane: Any,
     ) -> None:
-        arena = Arena(
-            size=size,
-            num_colors=num_colors,
-            num_walls=num_walls,
-            max_steps=max_steps,
-            cell_size=cell_size,
-            start_yaw=start_yaw,
-        )
-        super().__init__(num_envs, _Ants(arena, tasks, task, render_mode, camera, threads))
+        super().__init__(num_envs, _Ants(_arena(plane), tasks, task, render_mode, camera, threads))
+
+
+def _arena(plane: dict[str, Any]) -> Arena:
+    """The plane with these fields; UserError for others."""
+    check_options("the ant's environment", plane, Arena)
+    return Arena(**plane)
