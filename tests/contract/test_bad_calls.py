@@ -130,6 +130,8 @@ RANGES = [
     ("pretrain", "muon_lr", -1.0, "expected a number of at least 0"),
     ("pretrain", "choice_weight", 0.0, "expected a number above 0"),
     ("pretrain", "seed", 2**31, "expected at most 2147483647"),
+    ("discover", "choice_weight", 0.0, "expected a number above 0"),
+    ("discover", "muon_lr", -1.0, "expected a number of at least 0"),
     ("discover", "alpha_start", -1.0, "expected a number of at least 0"),
     ("discover", "alpha_warmup", (5, 2), "expected (from, to), whole numbers with 0 <= from <= to"),
     ("discover", "alpha_warmup", (1,), "expected (from, to)"),

@@ -12,6 +12,7 @@ import torch
 
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
+from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.phases.diagnostics import diagnose
 from metacontroller.phases.discover import DiscoverConfig, discover
@@ -133,6 +134,49 @@ def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
             assert same or not name.startswith(prefix)
     saved = MetaController.init_and_load(tmp_path / "meta_controller.safetensors").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in steering.state_dict().items())
+
+
+def test_muon_trains_the_linear_layers_of_encoder_and_sequence_embedder_and_resumes_exactly(tmp_path: Path) -> None:
+    steering = build_meta_controller(debug())
+    names = {id(value): name for name, value in steering.named_parameters()}
+    chosen = {names[id(matrix)] for matrix in steering.matrices()}
+    assert {"encoder.0.weight", "encoder.2.weight", "sequence_embedder.project_in.weight"} <= chosen
+    assert all(name.startswith(("encoder.", "sequence_embedder.")) for name in chosen)
+    source, base = demonstrations(domain_of(debug().domain), "discover"), build_model(debug())
+
+    def run(folder: str, *parts: int) -> dict[str, torch.Tensor]:
+        for number, steps in enumerate(parts):
+            steering = build_meta_controller(debug())
+            settings = DiscoverConfig(optimizer=dataclasses.replace(OPTIMIZER, steps=steps), muon_lr=3e-3)
+            where = RunFolder(tmp_path / folder)
+            discover(settings, base, steering, source, where, resume=number > 0, quiet=True)
+        return steering.state_dict()
+
+    whole, pieces, plain = run("whole", 6), run("pieces", 3, 6), learn(tmp_path / "plain")[0].state_dict()
+    assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
+    assert not torch.equal(whole["encoder.0.weight"], plain["encoder.0.weight"])
+
+
+def test_the_choice_of_a_mode_is_emphasized_in_training_alone(tmp_path: Path) -> None:
+    config = debug()
+    base = dataclasses.replace(config.model, action_modes=2).build({"num_continuous": 3}, {"num_continuous": 2})
+
+    def source(n: int, generator: torch.Generator) -> Trajectories:
+        states, actions = (torch.randn(n, *shape, generator=generator) for shape in ((6, 3), (5, 2)))
+        return Trajectories(states=states, actions=actions, lengths=torch.full((n,), 5))
+
+    def learned(weight: float) -> dict[str, torch.Tensor]:
+        steering = build_meta_controller(config)
+        settings = DiscoverConfig(optimizer=dataclasses.replace(OPTIMIZER, steps=2), choice_weight=weight)
+        run = RunFolder(tmp_path / str(weight))
+        discover(settings, base, steering, source, run, quiet=True)
+        return steering.state_dict()
+
+    plain, emphasized = learned(1.0), learned(20.0)
+    assert not torch.equal(plain["encoder.0.weight"], emphasized["encoder.0.weight"])
+    assert base.action_readout.choice_weight == 1.0
+    with pytest.raises(ValueError, match=r"choice_weight is 20\.0, but actions are no mixture"):
+        learn(tmp_path / "grid", choice_weight=20.0)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,20 @@ from torch import nn
 class ParameterGroups:
     """Mixin of `MetaController`. Discovery trains all but the policy, internal RL the policy alone."""
 
+    encoder: Any
+    sequence_embedder: Any
     policy: Any
     switching: Any
 
     def discovery_parameters(self) -> list[nn.Parameter]:
         """The parameters that discovery trains: all but the policy's."""
         return _without(self, self.policy)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of the linear layers of encoder and sequence embedder: those that Muon may train."""
+        parts = nn.ModuleList((self.sequence_embedder, self.encoder))
+        linear = {id(part.weight) for part in parts.modules() if isinstance(part, nn.Linear)}
+        return [value for value in parts.parameters() if id(value) in linear]
 
     def internal_rl_parameters(self) -> list[nn.Parameter]:
         """The parameters that internal RL trains: the policy's."""

@@ -22,9 +22,10 @@ from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.metrics.gate import codes_taken, gate_alignment
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.ranges import NOT_NEGATIVE, SEED, check_fields, check_warmup
+from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, SEED, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
@@ -47,6 +48,11 @@ class DiscoverConfig:
     """Updates (from, to) between which the weight goes linearly from alpha_start to alpha."""
     state_loss_weight: float = 0.0
     """lambda, weight of the loss of the next observation."""
+    choice_weight: float = 1.0
+    """Weight, in the gradient, of the choice between the modes of a mixture over continuous actions (our choice)."""
+    muon_lr: float = 0.0
+    """Learning rate of Muon for the matrices of the encoder and of its sequence embedder (our choice); 0: AdamW for
+    all, as in the paper."""
     train_model: bool = False
     """Train the action model too: co-training, a baseline (Fig. 7, 8)."""
     symmetry_augmentation: bool = False
@@ -56,6 +62,7 @@ class DiscoverConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, alpha=NOT_NEGATIVE, alpha_start=NOT_NEGATIVE, state_loss_weight=NOT_NEGATIVE, seed=SEED)
+        check_fields(self, choice_weight=POSITIVE, muon_lr=NOT_NEGATIVE)
         check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_at(self, step: int) -> float:
@@ -118,19 +125,22 @@ def discover(
     if config.train_model:
         trained = nn.ModuleDict({"model": model, "meta_controller": meta_controller})
         parameters = [*model.parameters(), *parameters]
-    train(
-        "discover",
-        config.optimizer,
-        trained,
-        parameters,
-        generate,
-        loss_function,
-        run,
-        seed=config.seed,
-        sample_extras=sample_extras,
-        resume=resume,
-        quiet=quiet,
-    )
+    with emphasized_choices(model.action_readout, config.choice_weight):
+        train(
+            "discover",
+            config.optimizer,
+            trained,
+            parameters,
+            generate,
+            loss_function,
+            run,
+            seed=config.seed,
+            matrices=meta_controller.matrices(),
+            muon_lr=config.muon_lr,
+            sample_extras=sample_extras,
+            resume=resume,
+            quiet=quiet,
+        )
     if processes(next(model.parameters()).device.type).is_main:
         if config.train_model:
             model.save(artefact_path(run, COTRAINED_MODEL))

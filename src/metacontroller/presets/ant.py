@@ -57,8 +57,8 @@ def laptop() -> ExperimentConfig:
             domain=AntPinpadConfig(start_yaw=math.pi / 4),  # a quarter of the gaits to learn (log 93)
             model=ModelConfig(
                 dim=128,
-                lower_depth=2,
-                upper_depth=2,
+                lower_depth=0,  # at the embedding colors can be asked for, deeper hardly (log 96)
+                upper_depth=4,
                 heads=8,
                 mlp_dim=256,
                 body="hawk",
@@ -80,6 +80,8 @@ def laptop() -> ExperimentConfig:
                 alpha=0.05,
                 alpha_start=0.0,  # codes must mean something before they cost something
                 alpha_warmup=(500, 1000),
+                choice_weight=20.0,  # as in pretraining
+                muon_lr=3e-3,  # the encoder learns to read colors several times as fast (log 97)
                 symmetry_augmentation=True,  # quarter turns
             ),
             compile=CompileConfig(optimizer=optimizer, alpha_warmup=(500, 1000)),
