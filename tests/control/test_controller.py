@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metacontroller.control.controller import Controller
+from metacontroller.control.controller import ROWS_AT_ONCE, Controller
 
 CODE, WIDTH = 3, 7
 
@@ -73,6 +73,18 @@ def test_the_low_rank_matrix_is_never_formed() -> None:
         controller.matrix(z)
     assert formed.entries == steps * width * width
     assert applied.entries == steps * max(width, (hidden + 1) * rank)
+
+
+@torch.no_grad()
+def test_without_a_gradient_a_full_matrix_is_applied_to_some_steps_at_a_time() -> None:
+    width, steps, hidden = 8, 2 * ROWS_AT_ONCE + 3, 2
+    controller = Controller(CODE, width, hidden=hidden, rank=None).double()
+    z, e = torch.randn(1, steps, CODE, dtype=torch.float64), torch.randn(1, steps, width, dtype=torch.float64)
+    with _LargestTensor() as largest:
+        applied = controller(z, e)
+    assert largest.entries == max(ROWS_AT_ONCE * (hidden + 1) * width, steps * width)
+    torch.testing.assert_close(applied, torch.einsum("btoi,bti->bto", controller.matrix(z), e))
+    assert controller(z[:, :0], e[:, :0]).shape == (1, 0, width)
 
 
 @pytest.mark.parametrize("rank", [2, None])

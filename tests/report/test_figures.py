@@ -62,6 +62,18 @@ def test_losses_have_units(tmp_path: Path) -> None:
     assert points(right.get_lines()[0]) == ([5, 10], [0.5, 0.4])
     assert "nats" in left.get_ylabel()
     assert "nats" in right.get_ylabel()
+    assert right.get_yscale() == "log"
+
+
+def test_negative_losses_of_continuous_actions_are_seen(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.log_metrics("pretrain", 5, action_loss=1.2)
+    run.log_metrics("discover", 5, action_loss=0.5, kl=3.0)
+    run.log_metrics("discover", 10, action_loss=-1.5, kl=2.0)
+    right = losses_figure(run).axes[1]
+    low, high = right.get_ylim()
+    assert low < -1.5
+    assert high > 3.0
 
 
 def test_codes_are_sorted_by_their_favourite_subgoal() -> None:

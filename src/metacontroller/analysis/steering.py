@@ -22,7 +22,7 @@ from metacontroller.data.batching import EpisodeStream, Generate
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
-from metacontroller.models.protocol import SteerableModel, frozen
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import Actor, survivors
 from metacontroller.report.analysis_figures import steering_figure
 from metacontroller.training.progress import track
@@ -130,11 +130,10 @@ def _train(
         labels, _ = labelled(batch)
         with torch.no_grad():
             residual = model.residual(batch.states, batch.actions)
-        with frozen(model):
-            hidden = model.upper(controllers(residual, labels))
-            loss = model.readout_losses(hidden, batch.states, batch.actions, batch.lengths, False).action
-            optimizer.zero_grad()
-            loss.backward()
+        steered = controllers(residual, labels)
+        loss = model.losses_under(steered, batch.states, batch.actions, batch.lengths, with_state_loss=False).action
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
         if step > 0.9 * steps:
             last.append(loss.detach())

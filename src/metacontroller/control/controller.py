@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from metacontroller.errors import UserError
 from metacontroller.ranges import DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
 
+ROWS_AT_ONCE = 4096
+"""Steps that a full U is applied to at a time where no gradient is kept: bounds memory."""
+
 
 class Controller(nn.Module):
     """U = f_hyp(z), a hypernetwork with hidden units h; U = A(h) B(h)^T or full U(h), each linear in (h, 1).
@@ -67,9 +70,16 @@ class Controller(nn.Module):
         """
         hidden = self.hidden(z)
         if self.rank is None:
-            products = F.linear(e, self.full.flatten(0, 1)).unflatten(-1, self.full.shape[:2])
-            return torch.einsum("...k,...ko->...o", hidden, products)
+            if torch.is_grad_enabled() or e.dim() < 2 or hidden.shape[:-1] != e.shape[:-1]:
+                return self._full(hidden, e)
+            rows = zip(hidden.flatten(0, -2).split(ROWS_AT_ONCE), e.flatten(0, -2).split(ROWS_AT_ONCE), strict=True)
+            return torch.cat([self._full(*pair) for pair in rows]).view(e.shape)
         projected = F.linear(e, self.read.flatten(0, 1)).unflatten(-1, self.read.shape[:2])  # (..., k, r)
         v = torch.einsum("...k,...kr->...r", hidden, projected)
         weighted = (hidden[..., None] * v[..., None, :]).flatten(-2)  # (..., k r)
         return F.linear(weighted, self.write.flatten(1))
+
+    def _full(self, hidden: Tensor, e: Tensor) -> Tensor:
+        """hidden (..., k), e (..., n_e) -> U e of a full U; holds k n_e numbers a row."""
+        products = F.linear(e, self.full.flatten(0, 1)).unflatten(-1, self.full.shape[:2])
+        return torch.einsum("...k,...ko->...o", hidden, products)

@@ -57,7 +57,11 @@ def losses_figure(run: RunFolder) -> Figure:
     right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
     cost = "code_kl" if any("code_kl" in line for line in discovery) else "kl"  # CompILE's, the metacontroller's
     right.plot(steps, _column(discovery, cost), color="C1", label="KL of the codes")
-    right.set(title="Discovery", xlabel="update", ylabel="nats per step", yscale="log")
+    right.set(title="Discovery", xlabel="update", ylabel="nats per step")
+    if any(value <= 0 for line in right.get_lines() for value in line.get_ydata()):  # densities may be above 1
+        right.set_yscale("symlog", linthresh=0.1)
+    else:
+        right.set_yscale("log")
     right.legend(frameon=False)
     return figure
 

@@ -13,7 +13,7 @@ RESULTS = {
     "raw_action_success": "raw-action RL: success, as many episodes",
     "prior_success": "codes from the prior: success",
     "raw_initial_success": "base model unsteered: success",
-    "gate_recall": "gate: recall of subgoal changes, within ±1 step",
+    "gate_recall": "gate: recall of subgoal changes, within the world's tolerance",
     "gate_precision": "gate: precision",
     "gate_binary_fraction": "gate: share of β outside (0.1, 0.9)",
     "code_subgoal_bits": "a fixed code tells of the subgoal reached, bits",
