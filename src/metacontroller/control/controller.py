@@ -70,7 +70,8 @@ class Controller(nn.Module):
         """
         hidden = self.hidden(z)
         if self.rank is None:
-            if torch.is_grad_enabled() or e.dim() < 2 or hidden.shape[:-1] != e.shape[:-1]:
+            few = e.numel() <= ROWS_AT_ONCE * self.dim_model
+            if few or torch.is_grad_enabled() or hidden.shape[:-1] != e.shape[:-1]:
                 return self._full(hidden, e)
             rows = zip(hidden.flatten(0, -2).split(ROWS_AT_ONCE), e.flatten(0, -2).split(ROWS_AT_ONCE), strict=True)
             return torch.cat([self._full(*pair) for pair in rows]).view(e.shape)

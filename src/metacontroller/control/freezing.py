@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from metacontroller.models.protocol import linear_weights
+
 
 class ParameterGroups:
     """Mixin of `MetaController`. Discovery trains all but the policy, internal RL the policy alone."""
@@ -21,9 +23,7 @@ class ParameterGroups:
 
     def matrices(self) -> list[nn.Parameter]:
         """The weights of the linear layers of encoder and sequence embedder: those that Muon may train."""
-        parts = nn.ModuleList((self.sequence_embedder, self.encoder))
-        linear = {id(part.weight) for part in parts.modules() if isinstance(part, nn.Linear)}
-        return [value for value in parts.parameters() if id(value) in linear]
+        return [*linear_weights(self.sequence_embedder), *linear_weights(self.encoder)]
 
     def internal_rl_parameters(self) -> list[nn.Parameter]:
         """The parameters that internal RL trains: the policy's."""

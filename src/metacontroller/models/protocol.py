@@ -107,8 +107,7 @@ class SteerableModel(Saveable, nn.Module):
         """The weights of all linear layers between encoder and readouts: those that Muon may train."""
         ends = (self.encoder, self.action_readout, self.state_readout)
         outside = {id(value) for part in ends for value in part.parameters()}
-        linear = {id(part.weight) for part in self.modules() if isinstance(part, nn.Linear)}
-        return [value for value in self.parameters() if id(value) in linear - outside]
+        return [value for value in linear_weights(self) if id(value) not in outside]
 
     def behavior_cloning_loss(
         self,
@@ -209,3 +208,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+def linear_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of all linear layers of a module, in the order of its parameters."""
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    return [value for value in module.parameters() if id(value) in linear]
