@@ -137,17 +137,20 @@ def test_the_model_and_the_policy_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
-def test_muon_trains_the_linear_layers_of_encoder_and_sequence_embedder_and_resumes_exactly(tmp_path: Path) -> None:
-    steering = build_meta_controller(debug())
+def test_muon_trains_the_matrices_of_a_metacontroller_and_resumes_exactly(tmp_path: Path) -> None:
+    config = debug()
+    full = dataclasses.replace(config, meta_controller=dataclasses.replace(config.meta_controller, rank=None))
+    steering = build_meta_controller(full)
     names = {id(value): name for name, value in steering.named_parameters()}
     chosen = {names[id(matrix)] for matrix in steering.matrices()}
-    assert {"encoder.0.weight", "encoder.2.weight", "sequence_embedder.project_in.weight"} <= chosen
-    assert all(name.startswith(("encoder.", "sequence_embedder.")) for name in chosen)
+    assert {"encoder.0.weight", "sequence_embedder.project_in.weight", "switching.drive.weight"} <= chosen
+    assert {"history.weight_ih_l0", "history.weight_hh_l0", "controller.full"} <= chosen
+    assert not any(name.startswith("policy.") or name.endswith("bias") for name in chosen)
     source, base = demonstrations(domain_of(debug().domain), "discover"), build_model(debug())
 
     def run(folder: str, *parts: int, muon_lr: float = 3e-3) -> dict[str, torch.Tensor]:
         for number, steps in enumerate(parts):
-            steering = build_meta_controller(debug())
+            steering = build_meta_controller(full)
             settings = DiscoverConfig(optimizer=dataclasses.replace(OPTIMIZER, steps=steps), muon_lr=muon_lr)
             where = RunFolder(tmp_path / folder)
             discover(settings, base, steering, source, where, resume=number > 0, quiet=True)
@@ -155,7 +158,8 @@ def test_muon_trains_the_linear_layers_of_encoder_and_sequence_embedder_and_resu
 
     whole, pieces, plain = run("whole", 6), run("pieces", 3, 6), run("plain", 6, muon_lr=0.0)
     assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
-    assert not torch.equal(whole["encoder.0.weight"], plain["encoder.0.weight"])
+    for name in ("encoder.0.weight", "controller.full"):
+        assert not torch.equal(whole[name], plain[name])
 
 
 def test_the_choice_of_a_mode_is_emphasized_in_training_alone(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def make_counting(length: int, period: int = 3, **options: Any) -> InternalEnv:
     return InternalEnv(Counting(length, **options), model, steering)
 
 
-def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def greedy(logits: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
     return logits.argmax(-1)
 
 

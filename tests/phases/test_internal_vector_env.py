@@ -105,10 +105,6 @@ def make_model(gate: Any = None, **options: Any) -> tuple[Transformer, MetaContr
     return model.eval(), steering.eval()
 
 
-def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    return logits.argmax(-1)
-
-
 @pytest.mark.parametrize(
     ("world", "body", "gate"),
     [
@@ -118,7 +114,7 @@ def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     ],
 )
 def test_every_row_equals_an_internal_env_with_the_same_episodes_and_codes(
-    world: type[NotedWorld], body: str, gate: Any, monkeypatch: pytest.MonkeyPatch
+    world: type[NotedWorld], body: str, gate: Any
 ) -> None:
     model, steering = make_model(
         gate,
@@ -126,7 +122,7 @@ def test_every_row_equals_an_internal_env_with_the_same_episodes_and_codes(
         upper_body={"depth": 1, **BODIES[body]},
         condition_on_actions=True,
     )
-    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    steering.action_temperature = 0.0
     domain = world()
     envs = InternalVectorEnv(domain, model, steering, ROWS)
     codes = np.random.default_rng(0).normal(size=(14, ROWS, CODE)).astype(np.float32)
@@ -192,10 +188,10 @@ def joined_single_starts(started: list[Tensor], results: Any) -> list[Tensor]:
     return joined
 
 
-def test_a_policy_plays_as_in_the_rollout_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_plays_as_in_the_rollout_of_the_phase() -> None:
     model, steering = make_model()
     torch.nn.init.normal_(steering.policy.readout.weight, std=0.5)
-    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    steering.action_temperature = 0.0
     envs = InternalVectorEnv(GridworldPinpad(CONFIG), model, steering, 64, task=(0, 1))
 
     def mean(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,7 @@ def new_grids() -> PinpadBatch:
     return start_grids(GRID, (0, 1), EPISODES, torch.Generator().manual_seed(0))
 
 
-def greedy(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def greedy(logits: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
     return logits.argmax(-1)
 
 
@@ -128,8 +128,9 @@ def test_abstract_rollouts_equal_steps_of_the_steered_model(
     monkeypatch.setattr(rollout_phase, "MANY_ROWS", many)
     monkeypatch.setattr(rollout_phase, "ROW_STEP", 5)
     model, steering = make_model(condition_on_actions), make_steering()
-    monkeypatch.setattr(model.action_readout, "sample", greedy)
+    steering.action_temperature = 0.0  # the likeliest action
     rollout = rollout_abstract(model, steering, new_grids(), policy_proposal(steering, None))
+    monkeypatch.setattr(model.action_readout, "sample", greedy)
     episodes = step_by_step(model, steering, new_grids())
     for row, episode in enumerate(episodes):
         switch, count = episode["switch"], int(episode["switch"].sum())

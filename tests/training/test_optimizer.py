@@ -54,6 +54,40 @@ def test_muon_moves_a_matrix_by_its_orthogonalized_gradient_and_adamw_the_rest()
     torch.testing.assert_close(bias - module.bias.detach(), 1e-2 * of_bias.sign(), rtol=1e-3, atol=1e-5)
 
 
+@needs_muon
+def test_slices_of_three_axes_are_matrices_of_their_own() -> None:
+    """Three matrices in one parameter move as three parameters do."""
+    torch.manual_seed(0)
+    start, target, seen = torch.randn(3, 6, 8), torch.randn(3, 64, 6), torch.randn(64, 8)
+
+    def moved(parts: nn.ParameterList, joined: bool) -> torch.Tensor:
+        module = nn.Module()
+        module.parts = parts
+        module.bias = nn.Parameter(torch.zeros(6))
+        learner = Learner(
+            module,
+            list(module.parameters()),
+            torch.Generator(),
+            lr=1e-2,
+            weight_decay=0.1,
+            max_grad_norm=1e9,
+            matrices=list(parts),
+            muon_lr=0.1,
+        )
+        for _ in range(3):
+            whole = parts[0] if joined else torch.stack(list(parts))
+            loss = (torch.einsum("ni,koi->kno", seen, whole) + module.bias - target).square().mean()
+            loss.backward()
+            learner.optimizer_step(loss)
+            assert all(part.grad is None for part in parts)
+        return parts[0].detach() if joined else torch.stack([part.detach() for part in parts])
+
+    one = moved(nn.ParameterList([nn.Parameter(start.clone())]), joined=True)
+    three = moved(nn.ParameterList([nn.Parameter(part.clone()) for part in start]), joined=False)
+    assert not torch.allclose(one, start, atol=0.01)
+    torch.testing.assert_close(one, three)
+
+
 def test_without_a_learning_rate_of_its_own_muon_trains_nothing() -> None:
     module = nn.Linear(4, 4)
     assert set(learner_of(module, muon_lr=0.0).optimizers) == {"optimizer"}

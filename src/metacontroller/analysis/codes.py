@@ -98,7 +98,7 @@ def _first_subgoal(
     env = domain.reset(len(code), generator, task=FREE, max_steps=walk_steps)
     reached = torch.full((len(code),), -1, device=code.device)
     rows = torch.arange(len(code), device=code.device)
-    actor = Actor(model, env, generator)
+    actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
     while len(rows):
         actor.act(meta_controller.steer(actor.look(), code[rows]))
         reached[rows] = env.reached()
@@ -139,15 +139,17 @@ def two_subgoals(
     walk_steps: int,
     generator: torch.Generator,
     hold: tuple[MetaController, Tensor] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The first subgoal that each walk of at most twice ``walk_steps`` reaches and the next different one, (b,) int64,
     -1 where there was none.
 
-    hold: a metacontroller and a code (n_z,) by which it steers once the first subgoal is reached.
+    hold: a metacontroller and a code (n_z,) by which it steers once the first subgoal is reached. temperature: of the
+    model's actions.
     """
     env = domain.reset(episodes, generator, task=FREE, max_steps=2 * walk_steps)
     first, second = torch.full_like(env.steps, -1), torch.full_like(env.steps, -1)
-    actor = Actor(model, env, generator)
+    actor = Actor(model, env, generator, temperature=temperature)
     while not bool(((second >= 0) | env.terminated | env.truncated).all()):
         residual = actor.look()
         if hold is not None:

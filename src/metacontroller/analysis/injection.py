@@ -71,7 +71,8 @@ def injected_codes(
         favourite = meaning.codes[meaning.share[:, subgoal + 1].argmax()]
         for forced in (False, True):
             hold = (meta_controller, favourite) if forced else None
-            first, second = two_subgoals(model, domain, walks, walk_steps, generator, hold)
+            acting = (hold, meta_controller.action_temperature)
+            first, second = two_subgoals(model, domain, walks, walk_steps, generator, *acting)
             counted = (first >= 0) & (first != subgoal)
             everywhere[forced].append((second == subgoal)[counted])
             unseen[forced].append((second == subgoal)[counted & ~seen[first, subgoal]])

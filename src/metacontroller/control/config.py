@@ -47,6 +47,9 @@ class MetaControllerConfig:
     """Recurrence of the policy over codes: "hawk" is the paper's SSM."""
     policy_std: float = 1.0
     """Standard deviation of the policy's codes before it learns; 1 is that of the prior. For Gaussian codes."""
+    action_temperature: float = 1.0
+    """Of the frozen model's actions while codes steer it in a world; 1 samples them, 0 takes the likeliest (of a
+    mixture, the mean of the likeliest mode)."""
     gate: GateConfig = field(default_factory=GateConfig)
     """How the switching gate is used."""
     precision: Precision = "auto"
@@ -57,7 +60,7 @@ class MetaControllerConfig:
         widths = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
         check_fields(self, **dict.fromkeys((*widths, "embedder_dim", "policy_hidden"), WIDTH))
         check_fields(self, embedder_depth=DEPTH, rank=Whole(most=MOST_WIDTH, none=True))
-        check_fields(self, free_bits=NOT_NEGATIVE, policy_std=POSITIVE)
+        check_fields(self, free_bits=NOT_NEGATIVE, policy_std=POSITIVE, action_temperature=NOT_NEGATIVE)
         make_codes(self.code, self.dim_latent, self.free_bits).start(self.policy_std)
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
             if getattr(self, name) not in kinds:

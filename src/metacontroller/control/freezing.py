@@ -12,8 +12,10 @@ from metacontroller.models.protocol import linear_weights
 class ParameterGroups:
     """Mixin of `MetaController`. Discovery trains all but the policy, internal RL the policy alone."""
 
+    history: Any
     encoder: Any
     sequence_embedder: Any
+    controller: Any
     policy: Any
     switching: Any
 
@@ -22,8 +24,13 @@ class ParameterGroups:
         return _without(self, self.policy)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The weights of the linear layers of encoder and sequence embedder: those that Muon may train."""
-        return [*linear_weights(self.sequence_embedder), *linear_weights(self.encoder)]
+        """Those that Muon may train: the weights of history, sequence embedder, encoder and gate, and those of a full
+        controller, one matrix a hidden unit."""
+        parts = (self.sequence_embedder, self.encoder, self.switching)
+        weights = [weight for part in parts for weight in linear_weights(part)]
+        history = [weight for weight in self.history.parameters() if weight.dim() == 2]
+        controller = [] if self.controller.rank is not None else [self.controller.full]
+        return [*history, *weights, *controller]
 
     def internal_rl_parameters(self) -> list[nn.Parameter]:
         """The parameters that internal RL trains: the policy's."""

@@ -90,8 +90,9 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
     2^dim_latent entries, of which ``free_bits`` bits a step cost no KL (see `control.codes`). dim_meta_controller:
     default of the widths dim_history (n_h), dim_sequence (n_s), encoder_hidden, policy_hidden and embedder_dim.
     embedder_kind, policy_kind: "attention" and "gru", or "hawk", the paper's SSM. rank: of the controller, None for
-    full. policy_std: standard deviation of the policy's Gaussian codes before it learns. gate: GateConfig or its fields
-    as a dict. ratio_loss_weight: of the optional H-Net loss towards one switch every ``target_segment_length`` steps.
+    full. policy_std: standard deviation of the policy's Gaussian codes before it learns. action_temperature: of the
+    frozen model's actions while codes steer it in a world, 0 for the likeliest. gate: GateConfig or its fields as a
+    dict. ratio_loss_weight: of the optional H-Net loss towards one switch every ``target_segment_length`` steps.
     eps_clip: of the policy loss. precision: of the matrix products in the sequence embedder and the controller, which
     dominate the cost; gate, KL and policy are computed in float32.
     UserError for values out of range.
@@ -113,6 +114,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         switch_hidden: int = 32,
         policy_hidden: int | None = None,
         policy_std: float = 1.0,
+        action_temperature: float = 1.0,
         embedder_dim: int | None = None,
         embedder_depth: int = 1,
         embedder_kind: EmbedderKind = "attention",
@@ -125,7 +127,10 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.remember_arguments(locals(), {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0})
+        self.remember_arguments(
+            locals(),
+            {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0, "action_temperature": 1.0},
+        )
         check_precision(precision)
         widths = {"dim_model": dim_model, "dim_meta_controller": dim_meta_controller}
         more = {"dim_history": dim_history, "dim_sequence": dim_sequence, "encoder_hidden": encoder_hidden}
@@ -139,6 +144,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if Number().expected(target_segment_length) or target_segment_length <= 1:
             raise UserError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
         check_number("eps_clip", eps_clip, POSITIVE)
+        check_number("action_temperature", action_temperature, NOT_NEGATIVE)
         if not isinstance(gate, GateConfig):
             check_options("gate", gate or {}, GateConfig)
         width = dim_meta_controller
@@ -147,7 +153,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         self.dim_model, self.dim_latent, self.dim_history = dim_model, self.codes.dim, n_h
         self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
-        self.eps_clip = eps_clip
+        self.eps_clip, self.action_temperature = eps_clip, action_temperature
         self.loss_weights = None
         self.precision: Precision = precision
 
@@ -178,12 +184,14 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         noise: DiscoveryNoise | None = None,
         *,
         embedded_residual: Tensor | None = None,
+        held: Tensor | None = None,
     ) -> DiscoveryOutput:
         """Proposes, integrates and steers over whole episodes (eq. 12 to 18).
 
         residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
         (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
-        observation after the last action. UserError for shapes that do not fit.
+        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals.
+        UserError for shapes that do not fit.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -203,7 +211,10 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         noise = self.sample_noise(batch, steps) if noise is None else noise
         z_tilde = self.codes.sample(distribution, noise=noise.code)
         first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
+        if held is None:
+            z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
+        else:
+            z, gate, beta = self.switching.held(read, history, held, first)
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, self.codes.kl(distribution), mask, distribution)
 

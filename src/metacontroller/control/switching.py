@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metacontroller.errors import UserError
 from metacontroller.kernels.gate import GateOutput, gate_scan
@@ -97,6 +98,16 @@ class SwitchingUnit(nn.Module):
             threshold=config.threshold if config.mode in ("hard", "straight-through") else None,
             straight_through=config.mode == "straight-through",
         )
+
+    def held(self, residual: Tensor, history: Tensor, z: Tensor, fresh: Tensor) -> GateOutput:
+        """Eq. 16 along given codes z (b, t, n_z), which are held instead of the proposals; arguments as of `forward`.
+
+        Returns z, and for both gate and beta how likely a switch is at each step, after the code of the one before.
+        """
+        before = F.pad(z, (0, 0, 1, -1))
+        hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(before))
+        beta = torch.sigmoid(self.out(hidden)[..., 0] / self._temperature()).masked_fill(fresh, 1.0)
+        return GateOutput(z, beta, beta)
 
     def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
         """One step of eq. 16, for acting.

@@ -145,6 +145,11 @@ class Domain:
         """
         raise UserError(f"the world {self.name} has no symmetry; set discover.symmetry_augmentation to false.")
 
+    def positions(self, states: Tensor) -> Tensor:
+        """Where things are as seen from the agent, (n, t, *obs) -> (n, t, p): numbers of which the end of a long action
+        is a linear function, see `control.fixed_points`. UserError if the world has none."""
+        raise UserError(f"the world {self.name} has no positions; set discover.guided_updates to 0.")
+
     def seen_transitions(self) -> Tensor | None:
         """(g, g) bool: which subgoal (column) follows which (row) in the demonstrations, or None if not known.
 

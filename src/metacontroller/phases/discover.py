@@ -20,12 +20,14 @@ from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.errors import UserError
 from metacontroller.metrics.gate import codes_taken, gate_alignment
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, SEED, check_fields, check_warmup
+from metacontroller.phases.guided import Guide, Positions
+from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, SEED, Whole, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
@@ -53,6 +55,8 @@ class DiscoverConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the matrices of the encoder and of its sequence embedder (our choice); 0: AdamW for
     all, as in the paper."""
+    guided_updates: int = 0
+    """Updates at the start in which codes are those that `phases.guided` names; 0: none, as in the paper."""
     train_model: bool = False
     """Train the action model too: co-training, a baseline (Fig. 7, 8)."""
     symmetry_augmentation: bool = False
@@ -63,6 +67,7 @@ class DiscoverConfig:
     def __post_init__(self) -> None:
         check_fields(self, alpha=NOT_NEGATIVE, alpha_start=NOT_NEGATIVE, state_loss_weight=NOT_NEGATIVE, seed=SEED)
         check_fields(self, choice_weight=POSITIVE, muon_lr=NOT_NEGATIVE)
+        check_fields(self, guided_updates=Whole(0, self.optimizer.steps))
         check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_at(self, step: int) -> float:
@@ -78,6 +83,7 @@ def discover(
     run: RunFolder,
     *,
     augment: Augment | None = None,
+    positions: Positions | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
@@ -86,11 +92,17 @@ def discover(
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
     augment: symmetry augmentation of the states that the sequence embedder reads, random for each batch. It must leave
     subgoals unchanged; codes can then carry only what is invariant under it. None (the paper): no augmentation.
+    positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`.
     At the end, gate and codes are checked on one held-out batch (`phases.diagnostics`): analyses/diagnostics.json holds
     the measurements and the warnings, which are also printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     evaluation_mode(model)
+    guide = None
+    if config.guided_updates:
+        if positions is None:
+            raise UserError(f"guided_updates is {config.guided_updates}, but no positions are given; expected 0.")
+        guide = Guide(meta_controller, generate, positions, augment=augment, seed=config.seed)
 
     def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
         noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
@@ -99,6 +111,7 @@ def discover(
 
     def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
+        guided = guide if step < config.guided_updates else None
         losses, output = meta_controller.steered_losses(
             model,
             batch.states,
@@ -108,10 +121,14 @@ def discover(
             noise=DiscoveryNoise(extras["code"], extras["gate"]),
             embedded_states=extras.get("embedded_states"),
             train_model=config.train_model,
+            held=None if guided is None else guided.codes(batch),
         )
         kl = meta_controller.kl_loss(output)
-        loss = losses.action + config.state_loss_weight * losses.state + alpha * kl
-        loss = loss + meta_controller.auxiliary_ratio_loss(output)
+        loss = losses.action + config.state_loss_weight * losses.state
+        if guided is not None:
+            loss = loss + guided.loss(output)
+        else:
+            loss = loss + alpha * kl + meta_controller.auxiliary_ratio_loss(output)
         metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
             metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1

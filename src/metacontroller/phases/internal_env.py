@@ -156,7 +156,9 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """(1, 1, ...) sampled action of the steered model, within the inner environment's bounds."""
         steered = self.meta_controller.steer(episode.residual, episode.state.z)
         readout = self.model.action_readout
-        action = readout.sample(readout(self.model.upper(steered[:, None], episode.cache.upper)), self._generator)
+        params = readout(self.model.upper(steered[:, None], episode.cache.upper))
+        temperature = self.meta_controller.action_temperature
+        action = readout.sample(params, self._generator, temperature=temperature)
         if isinstance(self.env.action_space, spaces.Box):
             bounds = (self.env.action_space.low, self.env.action_space.high)
             action = action.clamp(*(torch.as_tensor(bound).to(action).flatten() for bound in bounds))

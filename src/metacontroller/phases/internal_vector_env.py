@@ -198,7 +198,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         batch.state = steering.integrate(batch.state, batch.history, everywhere, codes)
         while True:
             steered = steering.steer(batch.residual, batch.state.z)
-            action = readout.sample(readout(self.model.upper(steered[:, None], batch.upper)), self._generator)
+            params = readout(self.model.upper(steered[:, None], batch.upper))
+            action = readout.sample(params, self._generator, temperature=steering.action_temperature)
             rewards[batch.rows] += batch.env.step(action[:, 0])
             states = batch.env.observation[:, None]
             batch.residual = self.model.lower(self.model.embed(states, action), batch.lower)[:, 0]

@@ -100,11 +100,18 @@ class RawRollout(Rollout):
 class Actor:
     """A model that acts in a batch of episodes, with its caches and last actions.
 
-    Each step is one `look` and one `act`; steering happens between the two.
+    Each step is one `look` and one `act`; steering happens between the two. temperature: of the sampled actions.
     """
 
-    def __init__(self, model: SteerableModel, env: BatchedEnv, generator: torch.Generator | None = None) -> None:
-        self.model, self.env, self.generator = model, env, generator
+    def __init__(
+        self,
+        model: SteerableModel,
+        env: BatchedEnv,
+        generator: torch.Generator | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        self.model, self.env, self.generator, self.temperature = model, env, generator, temperature
         self.cache = model.empty_cache(len(env))
         self.past_actions: Tensor | None = None
         self.observation = env.observation  # (b, *obs), of the last `look`
@@ -121,7 +128,8 @@ class Actor:
         Returns the rewards (b,), the actions (b, 1, ...) and the parameters of their distribution (b, 1, ...).
         """
         logits = self.model.action_readout(self.model.upper(residual[:, None], self.cache.upper))
-        actions = self.past_actions = self.model.action_readout.sample(logits, self.generator)
+        actions = self.model.action_readout.sample(logits, self.generator, temperature=self.temperature)
+        self.past_actions = actions
         return self.env.step(actions[:, 0]), actions, logits
 
     def keep(self, rows: Tensor) -> None:
@@ -167,7 +175,8 @@ def rollout_abstract(
     """Plays every episode to its end. A code is held until beta >= threshold; ``propose`` is called only then."""
     rows = torch.arange(len(env), device=env.steps.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    actor, state = Actor(model, env, generator), meta_controller.initial_state(len(env))
+    actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
+    state = meta_controller.initial_state(len(env))
     decisions, outcome = _Decisions(rows), _Outcome(rows)
     while len(rows):
         residual = actor.look()

@@ -66,7 +66,14 @@ def laptop() -> ExperimentConfig:
                 min_action_std=0.3,  # the expert's own; narrower ones make errors worth more than colors (log 90)
             ),
             meta_controller=MetaControllerConfig(
-                dim_latent=4, embedder_kind="hawk", rank=None, policy_hidden=64, policy_kind="hawk"
+                dim_latent=2,
+                code="binary",  # codes that can be named, for a guided start
+                decoder_hidden=8,
+                embedder_kind="hawk",
+                rank=None,
+                policy_hidden=64,
+                policy_kind="hawk",
+                action_temperature=0.0,  # the ant falls half as often
             ),
             pretrain=PretrainConfig(
                 optimizer=OptimizerConfig(steps=12_000, batch_size=16, lr=2e-3, decay_steps=3000),
@@ -82,6 +89,7 @@ def laptop() -> ExperimentConfig:
                 alpha_warmup=(500, 1000),
                 choice_weight=20.0,  # as in pretraining
                 muon_lr=3e-3,  # the encoder learns to read colors several times as fast (log 97)
+                guided_updates=1600,  # without, discovery finds no colors (log 98)
                 symmetry_augmentation=True,  # quarter turns
             ),
             compile=CompileConfig(optimizer=optimizer, alpha_warmup=(500, 1000)),

@@ -55,6 +55,8 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
         segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
         segmentation.versions = run.versions
         return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
+    if config.discover.guided_updates:
+        options["positions"] = domain.positions
     return discover(config.discover, model, meta_controller, source, run, **options)
 
 

@@ -75,8 +75,8 @@ def linear_warmup(step: int, between: tuple[int, int]) -> float:
 class Learner:
     """A module in training with AdamW, its rng, and its checkpoints.
 
-    matrices: those of ``parameters`` that Muon trains instead, where ``muon_lr`` is above 0. UserError if this torch
-    has no Muon.
+    matrices: those of ``parameters`` that Muon trains instead, where ``muon_lr`` is above 0; of one with three axes,
+    each slice is a matrix. UserError if this torch has no Muon.
     """
 
     def __init__(
@@ -97,8 +97,12 @@ class Learner:
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "optimizer": torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
         }
+        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
         if by_muon:
-            self.optimizers["muon"] = _muon(list(matrices), muon_lr, weight_decay)
+            flat = [value for value in matrices if value.dim() == 2]
+            self.slices = [(value, list(map(nn.Parameter, value.data))) for value in matrices if value.dim() == 3]
+            parts = [part for _, some in self.slices for part in some]  # they share the memory of the whole
+            self.optimizers["muon"] = _muon([*flat, *parts], muon_lr, weight_decay)
         self.lr = {"optimizer": lr, "muon": muon_lr}
         self.max_grad_norm = max_grad_norm
         self.processes = processes(parameters[0].device.type)
@@ -113,6 +117,8 @@ class Learner:
         """Forgets all gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+        for whole, _ in self.slices:
+            whole.grad = None
 
     def optimizer_step(self, loss: Tensor) -> Tensor:
         """All-reduces and clips the accumulated gradients, takes one optimizer step, resets them; returns their norm.
@@ -126,6 +132,9 @@ class Learner:
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {float(loss)}")
         norm = self._clip(gradients)
+        for whole, parts in self.slices:
+            for part, gradient in zip(parts, [None] * len(parts) if whole.grad is None else whole.grad, strict=True):
+                part.grad = gradient
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.zero_grad()

@@ -167,6 +167,11 @@ class AntPinpad(Domain):
         quarter = torch.randint(4, (len(states),), generator=generator, device=states.device)
         return rename_legs(turn_world(self.config.arena, states, quarter), -quarter % LEGS)
 
+    def positions(self, states: Tensor) -> Tensor:
+        """Place, colors and wall relative to it, and the place within its cell: all of an observation but the body."""
+        parts = parts_of(self.config.arena, states)
+        return torch.cat([parts.place, parts.relative.flatten(-2), parts.local], -1)
+
     def restart(self, episodes: Trajectories) -> AntBatch:
         """The same layouts, tasks and starts, as exactly as observations tell; the task is what the episode got done,
         as its labels say."""

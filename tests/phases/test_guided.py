@@ -1,0 +1,169 @@
+"""A guided start of discovery: its losses against slow ones, no look at labels, exact resumption, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.control.test_fixed_points import walks
+from torch import Tensor
+from torch.nn import functional as F
+
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.registry import domain_of
+from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.transformer import Transformer
+from metacontroller.phases.discover import DiscoverConfig, discover
+from metacontroller.phases.guided import GATE_WEIGHT, Guide
+from metacontroller.presets import ant, gridworld
+from metacontroller.recipes.config import build_meta_controller, build_model
+from metacontroller.recipes.run_phase import demonstrations
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.optimizer import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(steps=6, batch_size=8, lr=1e-2, log_every=2, checkpoint_every=3)
+
+
+def source(n: int, generator: torch.Generator) -> Trajectories:
+    """Walks to two of three things; an action is the step taken."""
+    positions, lengths, goals = walks(n, generator)
+    actions = 10 * (positions[:, 1:, :2] - positions[:, :-1, :2])
+    segments = F.pad((goals[:, 1:] != goals[:, :-1]).cumsum(1), (1, 0))
+    return Trajectories(states=positions, actions=actions, lengths=lengths, subgoals=goals, segments=segments)
+
+
+def positions_of(states: Tensor) -> Tensor:
+    return states
+
+
+def make_model() -> SteerableModel:
+    torch.manual_seed(0)
+    return Transformer(
+        16,
+        action_embed_readout={"num_continuous": 2},
+        state_embed_readout={"num_continuous": 8},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+    ).eval()
+
+
+def make_steering(**options: Any) -> MetaController:
+    torch.manual_seed(1)
+    return MetaController(16, dim_meta_controller=16, **({"dim_latent": 2, "code": "binary"} | options))
+
+
+def learn(folder: Path, *parts: int, guided: int, generate: Any = source, **options: Any) -> dict[str, Tensor]:
+    for number, steps in enumerate(parts):
+        steering, run = make_steering(), RunFolder(folder)
+        settings = DiscoverConfig(
+            optimizer=replace(OPTIMIZER, steps=steps), guided_updates=min(guided, steps), **options
+        )
+        resume = number > 0
+        discover(settings, make_model(), steering, generate, run, positions=positions_of, resume=resume, quiet=True)
+    return steering.state_dict()
+
+
+def test_the_loss_is_that_of_its_equation() -> None:
+    steering, model = make_steering(), make_model()
+    guide = Guide(steering, source, positions_of, augment=None, seed=0)
+    batch = source(5, torch.Generator().manual_seed(3))
+    held = guide.codes(batch)
+    with torch.no_grad():
+        output = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=held)
+    assert torch.equal(output.z, held)
+    begin, every, gate, counts = 0.0, 0.0, 0.0, [0, 0, 0]
+    for row in range(5):
+        for step in range(int(batch.lengths[row])):
+            word = int(held[row, step].argmax())
+            begins = step == 0 or word != int(held[row, step - 1].argmax())
+            missing = 0.0
+            for bit in range(2):
+                share = torch.sigmoid(output.distribution[row, step, bit].double())
+                missing -= float(torch.log(share if word >> bit & 1 else 1 - share))
+            every, counts[1] = every + missing, counts[1] + 1
+            if begins:
+                begin, counts[0] = begin + missing, counts[0] + 1
+            if step:
+                beta = output.beta[row, step].double()
+                gate, counts[2] = gate - float(torch.log(beta if begins else 1 - beta)), counts[2] + 1
+    assert counts[0] > 7  # more than one code an episode
+    expected = begin / counts[0] + every / counts[1] + GATE_WEIGHT * gate / counts[2]
+    assert float(guide.loss(output)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
+    steering, model = make_steering(), make_model()
+    batch = source(4, torch.Generator().manual_seed(3))
+    free = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths)
+    held = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach())
+    for name in ("steered", "beta"):
+        torch.testing.assert_close(getattr(held, name), getattr(free, name))
+    other = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach().flip(0))
+    assert not torch.allclose(other.steered, free.steered)
+
+
+def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_path: Path) -> None:
+    def unlabelled(n: int, generator: torch.Generator) -> Trajectories:
+        return replace(source(n, generator), subgoals=None, segments=None)
+
+    learned = learn(tmp_path / "with", 6, guided=6)
+    without = learn(tmp_path / "without", 6, guided=6, generate=unlabelled)
+    assert all(torch.equal(value, without[name]) for name, value in learned.items())
+    plain = learn(tmp_path / "plain", 6, guided=0)
+    for part in ("encoder.0.weight", "switching.drive.weight", "controller.write"):
+        assert not torch.equal(learned[part], plain[part])
+        assert not torch.equal(learned[part], make_steering().state_dict()[part])
+
+
+def test_guided_and_free_updates_resume_exactly(tmp_path: Path) -> None:
+    whole = learn(tmp_path / "whole", 6, guided=4)
+    for first in (3, 5):
+        pieces = learn(tmp_path / f"pieces{first}", first, 6, guided=4)
+        assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    optimizer = replace(OPTIMIZER, steps=60, batch_size=32)
+    steering, run = make_steering(), RunFolder(tmp_path)
+    settings = DiscoverConfig(optimizer=optimizer, guided_updates=60)
+    discover(settings, make_model(), steering, source, run, positions=positions_of, quiet=True)
+    lines = run.read_metrics("discover")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1.0
+
+
+def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
+    settings = DiscoverConfig(optimizer=OPTIMIZER, guided_updates=2)
+    with pytest.raises(ValueError, match="guided_updates is 2, but no positions are given"):
+        discover(settings, make_model(), make_steering(), source, RunFolder(tmp_path / "a"), quiet=True)
+    gaussian = make_steering(code="gaussian")
+    with pytest.raises(ValueError, match=r"meta_controller\.code is 'gaussian'; set it to 'binary'"):
+        discover(
+            settings, make_model(), gaussian, source, RunFolder(tmp_path / "b"), positions=positions_of, quiet=True
+        )
+    with pytest.raises(ValueError, match=r"guided_updates is 7; expected at most 6"):
+        DiscoverConfig(optimizer=OPTIMIZER, guided_updates=7)
+    world = domain_of(gridworld.debug().domain)
+    with pytest.raises(ValueError, match=r"the world gridworld-pinpad has no positions; set discover\.guided_updates"):
+        world.positions(torch.zeros(1, 1))
+
+
+def test_the_ant_names_all_of_an_observation_but_its_body() -> None:
+    config = ant.debug()
+    world = domain_of(config.domain)
+    states = world.reset(3, torch.Generator().manual_seed(0)).observation[:, None]
+    assert torch.equal(world.positions(states), states[..., 27:])
+    steering, model = build_meta_controller(config), build_model(config)
+    with pytest.raises(ValueError, match="set it to 'binary'"):
+        discover(
+            replace(config.discover, guided_updates=1),
+            model,
+            steering,
+            demonstrations(world, "discover"),
+            RunFolder("unused"),
+            positions=world.positions,
+            quiet=True,
+        )
