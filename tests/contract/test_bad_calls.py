@@ -332,7 +332,11 @@ MODELS: dict[str, Call] = {
     "half a rank": (made(rank=1.5), "rank is 1.5", "expected a whole number, or none"),
     "rank of more than the residual": (made(rank=9), "rank is 9", "expected None (full) or 1..8"),
     "decoder without layers": (made(decoder_depth=0), "depth of the controller is 0", "expected at least 1"),
-    "decoder without units": (made(decoder_hidden=0), "hidden of the controller is 0", "expected at least 1"),
+    "decoder of fewer than no units": (
+        made(decoder_hidden=-1),
+        "hidden of the controller is -1",
+        "expected at least 0",
+    ),
     "gate without units": (made(switch_hidden=0), "switch_hidden is 0", "expected at least 1"),
     "embedder without layers": (made(embedder_depth=-1), "embedder_depth is -1", "expected at least 1"),
     "kind of embedder": (made(embedder_kind="lstm"), "kind is 'lstm'", "expected one of 'attention', 'hawk'"),

@@ -14,17 +14,18 @@ from metacontroller.control.controller import ROWS_AT_ONCE, Controller
 CODE, WIDTH = 3, 7
 
 
-def make_controller(rank: int | None) -> Controller:
+def make_controller(rank: int | None, hidden: int = 5) -> Controller:
     """Float64, with factors of order one that differ between reading and writing."""
-    controller = Controller(CODE, WIDTH, hidden=5, rank=rank).double()
+    controller = Controller(CODE, WIDTH, hidden=hidden, rank=rank).double()
     for parameter in controller.parameters():
         nn.init.normal_(parameter)
     return controller
 
 
+@pytest.mark.parametrize("hidden", [0, 5])
 @pytest.mark.parametrize("rank", [1, 2, WIDTH, None])
-def test_what_is_applied_equals_the_matrix_product(rank: int | None) -> None:
-    controller = make_controller(rank)
+def test_what_is_applied_equals_the_matrix_product(rank: int | None, hidden: int) -> None:
+    controller = make_controller(rank, hidden)
     z = torch.randn(2, 4, CODE, dtype=torch.float64, requires_grad=True)
     e = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
     matrix = controller.matrix(z)
@@ -37,6 +38,14 @@ def test_what_is_applied_equals_the_matrix_product(rank: int | None) -> None:
     fast, slow = (torch.autograd.grad((out * weight).sum(), inputs) for out in (applied, dense))
     torch.testing.assert_close(fast, slow)
     assert all(bool((gradient != 0).any()) for gradient in fast)
+
+
+def test_without_hidden_units_each_word_has_a_matrix_of_its_own() -> None:
+    controller = make_controller(None, hidden=0)
+    words = torch.eye(CODE, dtype=torch.float64)
+    torch.testing.assert_close(controller.matrix(words), controller.full[:CODE] + controller.full[CODE])
+    with pytest.raises(ValueError, match="depth is 2, but hidden is 0; expected depth 1, or hidden units"):
+        Controller(CODE, WIDTH, hidden=0, depth=2)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -107,7 +116,7 @@ def test_apply_is_that_of_any_module() -> None:
     [
         ({"rank": 0}, "rank is 0"),
         ({"rank": WIDTH + 1}, f"1..{WIDTH}"),
-        ({"hidden": 0}, "hidden of the controller is 0"),
+        ({"hidden": -1}, "hidden of the controller is -1"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:

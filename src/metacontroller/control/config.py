@@ -30,7 +30,7 @@ class MetaControllerConfig:
     encoder_hidden: int = 64
     """Hidden width of the encoder that proposes codes (eq. 15)."""
     decoder_hidden: int = 32
-    """Hidden width of the hypernetwork that makes U from a code (eq. 18)."""
+    """Hidden width of the hypernetwork that makes U from a code (eq. 18); 0: U is linear in the code."""
     switch_hidden: int = 32
     """Hidden width of the switching unit (eq. 16)."""
     embedder_dim: int = 64
@@ -57,9 +57,11 @@ class MetaControllerConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        widths = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "decoder_hidden", "switch_hidden")
+        widths = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "switch_hidden")
         check_fields(self, **dict.fromkeys((*widths, "embedder_dim", "policy_hidden"), WIDTH))
-        check_fields(self, embedder_depth=DEPTH, rank=Whole(most=MOST_WIDTH, none=True))
+        check_fields(
+            self, decoder_hidden=Whole(0, MOST_WIDTH), embedder_depth=DEPTH, rank=Whole(most=MOST_WIDTH, none=True)
+        )
         check_fields(self, free_bits=NOT_NEGATIVE, policy_std=POSITIVE, action_temperature=NOT_NEGATIVE)
         make_codes(self.code, self.dim_latent, self.free_bits).start(self.policy_std)
         for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
+from metacontroller.ranges import DEPTH, MOST_WIDTH, Whole, check_number
 
 ROWS_AT_ONCE = 4096
 """Steps that a full U is applied to at a time where no gradient is kept: bounds memory."""
@@ -19,7 +19,8 @@ ROWS_AT_ONCE = 4096
 class Controller(nn.Module):
     """U = f_hyp(z), a hypernetwork with hidden units h; U = A(h) B(h)^T or full U(h), each linear in (h, 1).
 
-    dim_latent: n_z. dim_model: n_e. hidden: units of a hidden layer. depth: hidden layers (the paper: 1). rank: r, or
+    dim_latent: n_z. dim_model: n_e. hidden: units of a hidden layer; 0 takes the code itself for h, so that each of
+    2^bits words of a binary code has a matrix of its own (our choice). depth: hidden layers (the paper: 1). rank: r, or
     None for a full matrix (the paper's ant). At initialisation A (or the full U) is small, so that steering starts near
     the identity. UserError for values out of range.
     """
@@ -28,19 +29,19 @@ class Controller(nn.Module):
         self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16, depth: int = 1
     ) -> None:
         super().__init__()
-        check_number("hidden of the controller", hidden, WIDTH)
+        check_number("hidden of the controller", hidden, Whole(0, MOST_WIDTH))
         check_number("rank", rank, Whole(-MOST_WIDTH, MOST_WIDTH, none=True))
-        if dim_latent < 1 or dim_model < 1 or hidden < 1:
-            raise UserError(
-                f"dim_latent is {dim_latent}, dim_model {dim_model}, hidden {hidden}; expected at least 1 each."
-            )
+        if dim_latent < 1 or dim_model < 1:
+            raise UserError(f"dim_latent is {dim_latent}, dim_model {dim_model}; expected at least 1 each.")
+        if not hidden and depth > 1:
+            raise UserError(f"depth is {depth}, but hidden is 0; expected depth 1, or hidden units.")
         if rank is not None and not 1 <= rank <= dim_model:
             raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
         check_number("depth of the controller", depth, DEPTH)
         self.dim_model, self.rank = dim_model, rank
-        self.code_to_hidden = nn.Linear(dim_latent, hidden)
+        self.code_to_hidden = nn.Linear(dim_latent, hidden) if hidden else None
         self.deeper = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1)) if depth > 1 else None
-        units, scale = hidden + 1, 0.1 * dim_model**-0.5
+        units, scale = (hidden or dim_latent) + 1, 0.1 * dim_model**-0.5
         if rank is None:
             self.full = nn.Parameter(torch.randn(units, dim_model, dim_model) * scale)  # (k, o, i)
         else:
@@ -49,6 +50,8 @@ class Controller(nn.Module):
 
     def hidden(self, z: Tensor) -> Tensor:
         """z (..., n_z) -> (..., k): the hidden units and the constant 1."""
+        if self.code_to_hidden is None:
+            return F.pad(z, (0, 1), value=1.0)
         hidden = F.relu(self.code_to_hidden(z))
         for layer in self.deeper or ():
             hidden = F.relu(layer(hidden))
