@@ -53,8 +53,7 @@ class DiscoverConfig:
     choice_weight: float = 1.0
     """Weight, in the gradient, of the choice between the modes of a mixture over continuous actions (our choice)."""
     muon_lr: float = 0.0
-    """Learning rate of Muon for the matrices of the encoder and of its sequence embedder (our choice); 0: AdamW for
-    all, as in the paper."""
+    """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
     """Updates at the start in which codes are those that `phases.guided` names; 0: none, as in the paper."""
     train_model: bool = False
