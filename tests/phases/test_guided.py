@@ -71,7 +71,8 @@ def test_the_loss_is_that_of_its_equation() -> None:
     steering, model = make_steering(), make_model()
     guide = Guide(steering, source, positions_of, augment=None, seed=0)
     batch = source(5, torch.Generator().manual_seed(3))
-    held = guide.codes(batch)
+    extras = guide.extras(batch)
+    held = guide.held(extras)
     with torch.no_grad():
         output = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=held)
     assert torch.equal(output.z, held)
@@ -92,7 +93,25 @@ def test_the_loss_is_that_of_its_equation() -> None:
                 gate, counts[2] = gate - float(torch.log(beta if begins else 1 - beta)), counts[2] + 1
     assert counts[0] > 7  # more than one code an episode
     expected = begin / counts[0] + every / counts[1] + GATE_WEIGHT * gate / counts[2]
-    assert float(guide.loss(output)) == pytest.approx(expected, rel=1e-4)
+    assert float(guide.loss(batch, extras, output)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_losses_of_several_processes_add_up_to_that_of_one() -> None:
+    steering, model = make_steering(), make_model()
+    guide = Guide(steering, source, positions_of, augment=None, seed=0)
+    batch = source(6, torch.Generator().manual_seed(3))
+    extras = guide.extras(batch)
+
+    def loss(rows: list[int]) -> float:
+        kept = torch.tensor(rows)
+        own = replace(batch, **{name: value[kept] for name, value in vars(batch).items() if value is not None})
+        some = {name: value[kept] for name, value in extras.items()}
+        with torch.no_grad():
+            output = steering.discover_episodes(model, own.states, own.actions, own.lengths, held=guide.held(some))
+        share = float(own.lengths.sum() / batch.lengths.sum())
+        return share * float(guide.loss(own, some, output))
+
+    assert loss([0, 1]) + loss([2, 3, 4, 5]) == pytest.approx(loss([0, 1, 2, 3, 4, 5]), rel=1e-5)
 
 
 def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:

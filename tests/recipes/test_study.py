@@ -12,6 +12,7 @@ import torch
 
 from metacontroller.cli import main
 from metacontroller.models.transformer import Transformer
+from metacontroller.presets import ant
 from metacontroller.presets.gridworld import STUDIES, debug, laptop
 from metacontroller.recipes import study as study_phase
 from metacontroller.recipes.config import to_json
@@ -88,6 +89,16 @@ def test_the_variants_of_every_preset_can_be_made() -> None:
         controls = 3 if config.discover.symmetry_augmentation else 0
         expected = 4 + 2 * len(settings.alphas) + sum(map(len, pretraining)) + controls
         assert len(variants(config, settings)) == expected
+
+
+def test_a_guided_start_keeps_its_share_and_compile_has_gaussian_codes() -> None:
+    config = ant.laptop()
+    named = variants(config, StudyConfig(discovery_steps=500, rate_steps=1000))
+    assert config.discover.guided_updates == 0.8 * config.discover.optimizer.steps
+    assert {variant.config.discover.guided_updates for variant in named.values()} == {400, 800, 1600}
+    codes = named["compile"].config.meta_controller
+    assert (config.meta_controller.code, config.meta_controller.dim_latent) == ("binary", 2)
+    assert (codes.code, codes.dim_latent) == ("gaussian", 4)
 
 
 def test_a_world_without_randomness_of_its_experts_has_no_variants_of_it() -> None:

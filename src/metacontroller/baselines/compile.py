@@ -142,8 +142,8 @@ def boundary_probability(meta_controller: MetaController, residual: Tensor, code
     """
     read = meta_controller.norm(residual)
     history = F.pad(meta_controller.history(read)[0], (0, 0, 1, -1))
-    before = F.pad(code, (0, 0, 1, -1))
-    return meta_controller.switching.probability(read, history, before, torch.ones_like(before[..., 0]))
+    never = torch.zeros(code.shape[:2], dtype=torch.bool, device=code.device)
+    return meta_controller.switching.held(read, history, code, never).beta
 
 
 def discover_compile(

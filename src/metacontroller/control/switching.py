@@ -105,19 +105,19 @@ class SwitchingUnit(nn.Module):
         Returns z, and for both gate and beta how likely a switch is at each step, after the code of the one before.
         """
         before = F.pad(z, (0, 0, 1, -1))
-        hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(before))
-        beta = torch.sigmoid(self.out(hidden)[..., 0] / self._temperature()).masked_fill(fresh, 1.0)
+        beta = self.probability(residual, history, before, torch.ones_like(before[..., 0]))
+        beta = beta.masked_fill(fresh, 1.0)
         return GateOutput(z, beta, beta)
 
     def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
-        """One step of eq. 16, for acting.
+        """Eq. 16 where the code before is known, as in acting, without the Gumbel-sigmoid's noise.
 
-        residual (b, n_e). history (b, n_h): h_{t-1}. z (b, n_z): z_{t-1}. held (b,) int64: steps since the last switch.
-        Returns beta (b,), without the Gumbel-sigmoid's noise.
+        residual (..., n_e). history (..., n_h): h_{t-1}. z (..., n_z): z_{t-1}. held (...): steps since the last
+        switch, which fixed-frequency asks for. Returns beta (...).
         """
         config = self.config
         if config.mode == "forced":
-            return torch.ones_like(z[:, 0])
+            return torch.ones_like(z[..., 0])
         if config.mode == "fixed-frequency":
             return (held >= config.period).to(z.dtype)
         hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(z))

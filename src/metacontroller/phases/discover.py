@@ -5,7 +5,8 @@
 Metrics, means over the log interval: ``loss``, ``action_loss`` (steered) and ``kl`` in nats per step, ``alpha``,
 ``switches`` (sum of the soft gate over an episode, without the first step), ``codes`` (per episode, where the gate is
 thresholded, as when acting), and the alignment of the gate with the subgoals' labels, which discovery never sees, on
-the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``.
+the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``. In guided updates the gate is that
+after the named codes.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def discover(
     def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
         noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
         augmented = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
-        return {**noise._asdict(), **augmented}
+        named = {} if guide is None else guide.extras(batch)
+        return {**noise._asdict(), **augmented, **named}
 
     def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = config.alpha_at(step)
@@ -120,12 +122,12 @@ def discover(
             noise=DiscoveryNoise(extras["code"], extras["gate"]),
             embedded_states=extras.get("embedded_states"),
             train_model=config.train_model,
-            held=None if guided is None else guided.codes(batch),
+            held=None if guided is None else guided.held(extras),
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state
         if guided is not None:
-            loss = loss + guided.loss(output)
+            loss = loss + guided.loss(batch, extras, output)
         else:
             loss = loss + alpha * kl + meta_controller.auxiliary_ratio_loss(output)
         metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}

@@ -24,6 +24,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.training.loop import BatchExtras
 from metacontroller.training.seeding import noise_generator
 
 EPISODES, VIEWS = 600, 4
@@ -66,20 +67,45 @@ class Guide:
         codes = self.meta_controller.codes.dim
         return FixedPoints.fit(torch.stack(views), episodes.lengths, codes, generator)
 
-    def codes(self, batch: Trajectories) -> Tensor:
-        """(b, t, n_z): the code of each step."""
+    def extras(self, batch: Trajectories) -> BatchExtras:
+        """Of a whole batch: ``named`` (b, t) int64, each step's code, and two (b,) that are the same for all rows, the
+        shares of its real steps at which a code begins and which are not an episode's first."""
         states = batch.states if batch.states.shape[1] > batch.steps else F.pad(batch.states, (0, 0, 0, 1))
-        named = self.fixed_points.codes(self.positions(states).cpu(), batch.lengths.cpu())
-        return F.one_hot(named, self.meta_controller.codes.dim).to(batch.states)
+        named = self.fixed_points.codes(self.positions(states).cpu(), batch.lengths.cpu()).to(batch.lengths.device)
+        begins, later = _begins(named, batch.mask()), _later(batch.mask())
+        shares = {"begin_share": begins, "later_share": later}
+        return {"named": named} | {name: _share(of, batch).expand(batch.batch) for name, of in shares.items()}
 
-    def loss(self, output: DiscoveryOutput) -> Tensor:
-        """What encoder and gate lack to propose the codes that ``output`` holds, a scalar."""
-        held = output.z.argmax(-1)
-        begins = F.pad(held[:, 1:] != held[:, :-1], (1, 0), value=True) & output.mask
-        codes = self.meta_controller.codes
+    def held(self, extras: BatchExtras) -> Tensor:
+        """(b, t, n_z): the code of each step."""
+        codes = self.meta_controller.codes.dim
+        return F.one_hot(extras["named"], codes).to(self.meta_controller.policy.readout.weight)
+
+    def loss(self, batch: Trajectories, extras: BatchExtras, output: DiscoveryOutput) -> Tensor:
+        """What encoder and gate lack to propose the codes that ``output`` holds, a scalar.
+
+        `train` weights a process by its share of all real steps. The means here are over some of them; factors, 1 in a
+        single process, make the sum over processes the mean over the whole batch.
+        """
+        mask, codes = output.mask, self.meta_controller.codes
+        begins, later = _begins(extras["named"], mask), _later(mask)
         missing = -codes.log_prob(output.distribution, output.z).sum(-1)
-        later = output.mask & (torch.arange(held.shape[1], device=held.device) > 0)
         switch = F.binary_cross_entropy(output.beta, begins.to(output.beta), reduction="none")
-        return (
-            masked_mean(missing, begins) + masked_mean(missing, output.mask) + GATE_WEIGHT * masked_mean(switch, later)
-        )
+        first = masked_mean(missing, begins) * (_share(begins, batch) / extras["begin_share"][0])
+        gate = masked_mean(switch, later) * (_share(later, batch) / extras["later_share"][0])
+        return first + masked_mean(missing, mask) + GATE_WEIGHT * gate
+
+
+def _begins(named: Tensor, mask: Tensor) -> Tensor:
+    """(b, t) bool: real steps at which a code begins, the first of an episode too."""
+    return F.pad(named[:, 1:] != named[:, :-1], (1, 0), value=True) & mask
+
+
+def _later(mask: Tensor) -> Tensor:
+    """(b, t) bool: real steps that are not the first of their episode."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) > 0)
+
+
+def _share(steps: Tensor, batch: Trajectories) -> Tensor:
+    """Share of a batch's real steps that ``steps`` (b, t) bool marks, a scalar above 0."""
+    return (steps.sum() / batch.lengths.sum()).clamp_min(1e-9)

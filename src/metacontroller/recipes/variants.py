@@ -104,10 +104,10 @@ class Variant:
 
 
 def _lasting(config: DiscoverConfig, steps: int) -> DiscoverConfig:
-    """The same for so many updates, over as large a share of which the learning rate falls."""
-    optimizer = config.optimizer
-    falls = round(optimizer.decay_steps * steps / optimizer.steps)
-    return replace(config, optimizer=replace(optimizer, steps=steps, decay_steps=falls))
+    """The same for so many updates, as large a share of which is guided and has a falling learning rate."""
+    optimizer, share = config.optimizer, steps / config.optimizer.steps
+    changed = replace(optimizer, steps=steps, decay_steps=round(optimizer.decay_steps * share))
+    return replace(config, optimizer=changed, guided_updates=round(config.guided_updates * share))
 
 
 def variants(config: ExperimentConfig, study: StudyConfig) -> dict[str, Variant]:
@@ -132,11 +132,19 @@ def _baselines(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
     )
     scratch = replace(cotrained, discover=replace(cotrained.discover, optimizer=joint))
     return [
-        Variant(name="compile", group="baseline", config=replace(config, discovery="compile")),
+        Variant(name="compile", group="baseline", config=_compile(config)),
         Variant(name="forced-switching", group="baseline", config=forced),
         Variant(name="cotrained-from-pretrained", group="baseline", config=cotrained),
         Variant(name="cotrained-from-scratch", group="baseline", config=scratch, start="new"),
     ]
+
+
+def _compile(config: ExperimentConfig) -> ExperimentConfig:
+    """CompILE, whose codes are Gaussian: with as many entries as a binary code's words."""
+    codes = config.meta_controller
+    if codes.code == "binary":
+        codes = replace(codes, code="gaussian", dim_latent=2**codes.dim_latent, free_bits=0.0)
+    return replace(config, discovery="compile", meta_controller=codes)
 
 
 def _cotrained(config: ExperimentConfig) -> ExperimentConfig:
