@@ -43,7 +43,7 @@ def walks(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("seed", range(3))
 def test_things_are_told_apart_and_every_arrival_is_found(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    positions, lengths, _ = walks(400, generator)
+    positions, lengths, _ = walks(200, generator)
     found = FixedPoints.fit(positions[None], lengths, THINGS, generator)
     positions, lengths, goals = walks(100, torch.Generator().manual_seed(99))
     codes = found.codes(positions, lengths)

@@ -17,6 +17,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
+from metacontroller.phases import guided
 from metacontroller.phases.discover import DiscoverConfig, discover
 from metacontroller.phases.guided import GATE_WEIGHT, Guide
 from metacontroller.presets import ant, gridworld
@@ -26,6 +27,11 @@ from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.optimizer import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(steps=6, batch_size=8, lr=1e-2, log_every=2, checkpoint_every=3)
+
+
+@pytest.fixture(autouse=True)
+def few_demonstrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guided, "EPISODES", 100)
 
 
 def source(n: int, generator: torch.Generator) -> Trajectories:
@@ -56,11 +62,11 @@ def make_steering(**options: Any) -> MetaController:
     return MetaController(16, dim_meta_controller=16, **({"dim_latent": 2, "code": "binary"} | options))
 
 
-def learn(folder: Path, *parts: int, guided: int, generate: Any = source, **options: Any) -> dict[str, Tensor]:
+def learn(folder: Path, *parts: int, updates: int, generate: Any = source, **options: Any) -> dict[str, Tensor]:
     for number, steps in enumerate(parts):
         steering, run = make_steering(), RunFolder(folder)
         settings = DiscoverConfig(
-            optimizer=replace(OPTIMIZER, steps=steps), guided_updates=min(guided, steps), **options
+            optimizer=replace(OPTIMIZER, steps=steps), guided_updates=min(updates, steps), **options
         )
         resume = number > 0
         discover(settings, make_model(), steering, generate, run, positions=positions_of, resume=resume, quiet=True)
@@ -129,19 +135,19 @@ def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_pat
     def unlabelled(n: int, generator: torch.Generator) -> Trajectories:
         return replace(source(n, generator), subgoals=None, segments=None)
 
-    learned = learn(tmp_path / "with", 6, guided=6)
-    without = learn(tmp_path / "without", 6, guided=6, generate=unlabelled)
+    learned = learn(tmp_path / "with", 6, updates=6)
+    without = learn(tmp_path / "without", 6, updates=6, generate=unlabelled)
     assert all(torch.equal(value, without[name]) for name, value in learned.items())
-    plain = learn(tmp_path / "plain", 6, guided=0)
+    plain = learn(tmp_path / "plain", 6, updates=0)
     for part in ("encoder.0.weight", "switching.drive.weight", "controller.write"):
         assert not torch.equal(learned[part], plain[part])
         assert not torch.equal(learned[part], make_steering().state_dict()[part])
 
 
 def test_guided_and_free_updates_resume_exactly(tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole", 6, guided=4)
+    whole = learn(tmp_path / "whole", 6, updates=4)
     for first in (3, 5):
-        pieces = learn(tmp_path / f"pieces{first}", first, 6, guided=4)
+        pieces = learn(tmp_path / f"pieces{first}", first, 6, updates=4)
         assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
 
 
