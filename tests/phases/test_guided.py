@@ -21,8 +21,7 @@ from metacontroller.phases import guided
 from metacontroller.phases.discover import DiscoverConfig, discover
 from metacontroller.phases.guided import GATE_WEIGHT, Guide
 from metacontroller.presets import ant, gridworld
-from metacontroller.recipes.config import build_meta_controller, build_model
-from metacontroller.recipes.run_phase import demonstrations
+from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.optimizer import OptimizerConfig
 
@@ -176,19 +175,47 @@ def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
         world.positions(torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("mode", ["forced", "fixed-frequency"])
+def test_a_gate_that_does_not_learn_is_not_asked(mode: Any) -> None:
+    steering = make_steering(gate={"mode": mode})
+    guide = Guide(steering, source, positions_of, augment=None, seed=0)
+    batch = source(4, torch.Generator().manual_seed(3))
+    extras = guide.extras(batch)
+    output = steering.discover_episodes(
+        make_model(), batch.states, batch.actions, batch.lengths, held=guide.held(extras)
+    )
+    assert 0 < float(guide.loss(batch, extras, output).detach()) < 2 * 2 * 2  # two means of two bits of about log 2
+
+
 def test_the_ant_names_all_of_an_observation_but_its_body() -> None:
-    config = ant.debug()
-    world = domain_of(config.domain)
+    world = domain_of(ant.debug().domain)
     states = world.reset(3, torch.Generator().manual_seed(0)).observation[:, None]
     assert torch.equal(world.positions(states), states[..., 27:])
-    steering, model = build_meta_controller(config), build_model(config)
-    with pytest.raises(ValueError, match="set it to 'binary'"):
-        discover(
-            replace(config.discover, guided_updates=1),
-            model,
-            steering,
-            demonstrations(world, "discover"),
-            RunFolder("unused"),
-            positions=world.positions,
-            quiet=True,
-        )
+
+
+def test_a_run_of_the_ant_may_start_guided_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guided, "EPISODES", 300)  # they are short
+    config = ant.debug()
+    codes = replace(config.meta_controller, code="binary", dim_latent=2, decoder_hidden=0, action_temperature=0.0)
+    config = replace(
+        config,
+        domain=replace(config.domain, dataset=str(tmp_path / "data")),
+        meta_controller=codes,
+        discover=replace(config.discover, guided_updates=4, symmetry_augmentation=True),
+    )
+    options: Any = {"quiet": True, "device": "cpu"}
+    learned = []
+    for name, parts in (("whole", [6]), ("pieces", [3, 6])):
+        run = RunFolder(tmp_path / name)
+        run_pretrain(config, run, resume=False, **options)
+        for number, steps in enumerate(parts):
+            optimizer = replace(config.discover.optimizer, steps=steps, decay_steps=0)
+            guided_updates = min(4, steps)
+            part = replace(config.discover, optimizer=optimizer, guided_updates=guided_updates)
+            steering = run_discover(replace(config, discover=part), run, resume=number > 0, **options)
+        learned.append(steering.state_dict())
+        rl = replace(config.internal_rl, episodes=16, batch_size=16)
+        run_internal_rl(replace(config, internal_rl=rl), run, resume=False, **options)
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())

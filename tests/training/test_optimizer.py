@@ -22,15 +22,15 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 
 OPTIMIZER = OptimizerConfig(steps=6, batch_size=4, lr=1e-2, decay_steps=4, checkpoint_every=3)
 
 
-def learner_of(module: nn.Linear, muon_lr: float) -> Learner:
+def learner_of(module: nn.Module, muon_lr: float, weight_decay: float = 0.0) -> Learner:
     return Learner(
         module,
         list(module.parameters()),
         torch.Generator(),
         lr=1e-2,
-        weight_decay=0.0,
+        weight_decay=weight_decay,
         max_grad_norm=1e9,
-        matrices=[value for value in module.parameters() if value.ndim == 2],
+        matrices=[value for value in module.parameters() if value.ndim > 1],
         muon_lr=muon_lr,
     )
 
@@ -64,16 +64,7 @@ def test_slices_of_three_axes_are_matrices_of_their_own() -> None:
         module = nn.Module()
         module.parts = parts
         module.bias = nn.Parameter(torch.zeros(6))
-        learner = Learner(
-            module,
-            list(module.parameters()),
-            torch.Generator(),
-            lr=1e-2,
-            weight_decay=0.1,
-            max_grad_norm=1e9,
-            matrices=list(parts),
-            muon_lr=0.1,
-        )
+        learner = learner_of(module, muon_lr=0.1, weight_decay=0.1)
         for _ in range(3):
             whole = parts[0] if joined else torch.stack(list(parts))
             loss = (torch.einsum("ni,koi->kno", seen, whole) + module.bias - target).square().mean()

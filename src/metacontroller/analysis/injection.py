@@ -66,13 +66,12 @@ def injected_codes(
     seen = seen.to(generator.device)
     everywhere: dict[bool, list[Tensor]] = {False: [], True: []}
     unseen: dict[bool, list[Tensor]] = {False: [], True: []}
-    columns = []
+    columns, temperature = [], meta_controller.action_temperature  # free walks as well, so that the code is all
     for subgoal in range(subgoals):
         favourite = meaning.codes[meaning.share[:, subgoal + 1].argmax()]
         for forced in (False, True):
             hold = (meta_controller, favourite) if forced else None
-            acting = (hold, meta_controller.action_temperature)
-            first, second = two_subgoals(model, domain, walks, walk_steps, generator, *acting)
+            first, second = two_subgoals(model, domain, walks, walk_steps, generator, hold, temperature)
             counted = (first >= 0) & (first != subgoal)
             everywhere[forced].append((second == subgoal)[counted])
             unseen[forced].append((second == subgoal)[counted & ~seen[first, subgoal]])

@@ -103,19 +103,14 @@ class FixedPoints:
             # an episode's pairs tell one end: together they count twice; less at first, so that all maps take part
             sharpness = 2 * min(1.0, 0.1 + turn / 40)
             share = torch.softmax(sharpness * each + share.mean(0).clamp_min(1e-9).log(), 1)
-        found = cls(mean, std, maps, likely, likely)
-        residuals = found._residuals(views[0][real])
+        residuals = _residuals(views[0][real], maps)
         centered = residuals - residuals.mean(0)
         spread = torch.einsum("pkn,pkm->knm", centered, centered) / len(centered)
         return cls(mean, std, maps, likely, _Gaussians.of(residuals.mean(0), spread))
 
-    def _residuals(self, x: Tensor) -> Tensor:
-        """Standardized positions (..., n) -> r_k (..., k, n)."""
-        return torch.einsum("...i,kin->...kn", F.pad(x, (0, 1), value=1.0), self.maps) - x[..., None, :]
-
     def evidence(self, positions: Tensor) -> Tensor:
         """Nats by which each map is more likely at its fixed point here than anywhere: (..., n) -> (..., k)."""
-        residuals = self._residuals((positions.double() - self.mean) / self.std)
+        residuals = _residuals((positions.double() - self.mean) / self.std, self.maps)
         return self.at_ends.log_prob(residuals) - self.at_all.log_prob(residuals)
 
     def codes(self, positions: Tensor, lengths: Tensor) -> Tensor:
@@ -134,3 +129,8 @@ class FixedPoints:
         index = torch.where(arrives, entry - 1, positions.shape[1])
         following = index.flip(1).cummin(1).values.flip(1).minimum(lengths[:, None] - 1)
         return which.gather(1, following)
+
+
+def _residuals(x: Tensor, maps: Tensor) -> Tensor:
+    """r_k (..., k, n) of standardized positions x (..., n), for maps (k, n + 1, n)."""
+    return torch.einsum("...i,kin->...kn", F.pad(x, (0, 1), value=1.0), maps) - x[..., None, :]

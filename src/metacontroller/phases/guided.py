@@ -90,10 +90,13 @@ class Guide:
         mask, codes = output.mask, self.meta_controller.codes
         begins, later = _begins(extras["named"], mask), _later(mask)
         missing = -codes.log_prob(output.distribution, output.z).sum(-1)
-        switch = F.binary_cross_entropy(output.beta, begins.to(output.beta), reduction="none")
         first = masked_mean(missing, begins) * (_share(begins, batch) / extras["begin_share"][0])
+        loss = first + masked_mean(missing, mask)
+        if self.meta_controller.gate_config.mode in ("forced", "fixed-frequency"):
+            return loss  # such a gate has nothing to learn
+        switch = F.binary_cross_entropy(output.beta, begins.to(output.beta), reduction="none")
         gate = masked_mean(switch, later) * (_share(later, batch) / extras["later_share"][0])
-        return first + masked_mean(missing, mask) + GATE_WEIGHT * gate
+        return loss + GATE_WEIGHT * gate
 
 
 def _begins(named: Tensor, mask: Tensor) -> Tensor:
