@@ -3,7 +3,7 @@
     pip install 'metacontroller-rl[ant,expert]'
     python examples/ant_expert.py train RUN [--steps 30000000] [--resume]   # RUN/expert.safetensors, RUN/metrics.jsonl
     python examples/ant_expert.py evaluate RUN/expert.safetensors [--episodes 500]
-    python examples/ant_expert.py data RUN/expert.safetensors [--episodes 10000] [--out datasets/ant]
+    python examples/ant_expert.py data RUN/expert.safetensors [--preset ant-laptop] [--episodes 10000] [--out datasets/ant]
 
 Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
 direction that it is told (§4), by a weight; an ant that falls or goes where it may not loses some (our choice: without
@@ -19,6 +19,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
 from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
 from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, Task, format_task
+from metacontroller.presets import ant
 from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.training_state import (
@@ -415,10 +417,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def data(arguments: argparse.Namespace) -> None:
-    """Writes the demonstrations of both phases, if they are not there, and says where."""
+    """Writes the demonstrations of both phases as a preset has them, if they are not there, and says where."""
     _, about = Expert.load(arguments.expert)
-    config = AntPinpadConfig(
-        **about["arena"],
+    world = ant.PRESETS[arguments.preset.removeprefix("ant-")]().domain
+    assert isinstance(world, AntPinpadConfig)
+    config = replace(
+        world,
+        cell_size=about["arena"]["cell_size"],
         expert=str(arguments.expert),
         episodes=arguments.episodes,
         dataset=str(arguments.out),
@@ -465,6 +470,7 @@ def main() -> None:
     two.set_defaults(run_command=evaluate)
     three = commands.add_parser("data", help="write the demonstrations of both phases")
     three.add_argument("expert", type=Path)
+    three.add_argument("--preset", default="ant-laptop", choices=[f"ant-{name}" for name in ant.PRESETS])
     three.add_argument("--episodes", type=int, default=AntPinpadConfig().episodes, help="for each phase")
     three.add_argument("--out", type=Path, default=Path("datasets/ant"))
     three.add_argument("--keep-failures", action="store_true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import torch
 from helpers import load_script
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import Expert
+from metacontroller.presets import preset
 from metacontroller.storage.run_folder import RunFolder
 
 for package, extra in (("mujoco", "ant"), ("stable_baselines3", "expert")):
@@ -88,6 +90,22 @@ def test_it_resumes_and_what_it_exports_acts_like_its_policy(
     monkeypatch.setattr(sys, "argv", ["ant_expert.py", "train", str(run.path), "--steps", "512", *SMALL])
     with pytest.raises(ValueError, match="a checkpoint of this phase; resume it"):
         script.main()
+
+
+def test_data_are_those_of_the_preset(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert, out = tmp_path / "expert.safetensors", tmp_path / "data"
+    Expert.untrained().save(expert, {"arena": {"cell_size": 1.5}})
+    words = ["--preset", "ant-debug", "--episodes", "4", "--keep-failures", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["ant_expert.py", "data", str(expert), *words])
+    script.main()
+    assert capsys.readouterr().out.count("4 episodes of 4 played") == 2
+    written = {path.name for path in out.iterdir()}
+    config = replace(preset("ant-debug").domain, expert=str(expert), episodes=4, dataset=str(out))
+    for split in ("pretrain", "discover"):
+        AntPinpad(config).store(split)
+    assert {path.name for path in out.iterdir()} == written
 
 
 def test_the_reward_is_the_velocity_along_the_way(script: ModuleType) -> None:

@@ -74,7 +74,9 @@ class PlaneEncoder(VectorEncoder):
     """`VectorEncoder` of an observation, and one vector for the walker's cell and for each object's, seen from there.
 
     A way is a matter of cells. Numbers say in which cell a thing lies too, but a network has to learn their steps, for
-    which it takes ten times as many examples (docs/log.md, 94); this encoder reads them off (our choice).
+    which it takes ten times as many examples (docs/log.md, 94); this encoder reads them off (our choice). Each object
+    has a part of the width of its own, n / (o + 1) numbers, so that a linear map can hide one without another
+    (docs/log.md, 106).
     Axes: o objects.
     dim_state: d. size: cells along each side. objects: o. The last 2 + 2 o + 2 numbers of an observation are the
     walker's x and y, with the plane as -1..1; from it to the middle of each object's cell, in the same unit; and its
@@ -86,18 +88,22 @@ class PlaneEncoder(VectorEncoder):
         check_number("size", size, Whole(1, MOST_SIDE))
         check_number("objects", objects, ROWS)
         check_number("dim_state", dim_state, Whole(4 + 2 * objects))
+        part = dim // (objects + 1)
+        if not part:
+            raise UserError(f"dim is {dim}; expected at least {objects + 1}, one more than objects.")
         self.size, self.objects = size, objects
         self.span = 2 * size - 1  # offsets of cells along one axis
         self.own = nn.Embedding(size**2, dim)
-        self.others = nn.Embedding(objects * self.span**2, dim)
-        for table in (self.own, self.others):
-            nn.init.normal_(table.weight, std=0.5 * dim**-0.5)
+        self.others = nn.Embedding(objects * self.span**2, part)
+        nn.init.normal_(self.own.weight, std=0.5 * dim**-0.5)
+        nn.init.normal_(self.others.weight, std=0.4)
 
     def forward(self, states: Tensor) -> Tensor:
         """states (b, t, d) float -> (b, t, n)."""
         x = super().forward(states)
         own, others = self.cells(states)
-        return x + self.own(own) + self.others(others).sum(-2)
+        parts = self.others(others).flatten(-2)
+        return x + self.own(own) + F.pad(parts, (0, x.shape[-1] - parts.shape[-1]))
 
     def cells(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the tables: the walker's cell, int64 (b, t), and each object's as seen from there (b, t, o)."""

@@ -50,7 +50,7 @@ def debug() -> ExperimentConfig:
 
 def laptop() -> ExperimentConfig:
     """The paper's experiment with fewer blocks, updates and episodes, for two cores."""
-    rl = InternalRLConfig(episodes=80 * 256, batch_size=256, lr=1e-3, update_epochs=4)
+    rl = InternalRLConfig(episodes=100 * 256, batch_size=256, lr=1e-3, update_epochs=4)
     optimizer = OptimizerConfig(steps=2000, batch_size=64, lr=1e-3, decay_steps=500)
     return with_seed(
         ExperimentConfig(
@@ -76,15 +76,15 @@ def laptop() -> ExperimentConfig:
                 action_temperature=0.0,  # twice as many tasks are done as with sampled actions (log 103)
             ),
             pretrain=PretrainConfig(
-                optimizer=OptimizerConfig(steps=8000, batch_size=16, lr=2e-3, decay_steps=3000),
+                optimizer=OptimizerConfig(steps=10_000, batch_size=16, lr=2e-3, decay_steps=4000),
                 choice_weight=20.0,  # the expert chooses in one step of 25 (log 93)
                 muon_lr=6e-3,  # learns about three times as fast an update (log 91)
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
-                snapshots=(2000, 4000),
+                snapshots=(2000, 5000),
             ),
             discover=DiscoverConfig(
-                optimizer=OptimizerConfig(steps=2000, batch_size=32, lr=2e-3, decay_steps=1000),
-                guided_updates=1600,  # without, discovery finds no colors (log 98, 101)
+                optimizer=OptimizerConfig(steps=2400, batch_size=32, lr=2e-3, decay_steps=1000),
+                guided_updates=2000,  # without, discovery finds no colors (log 98, 101)
                 alpha=0.05,
                 alpha_start=0.05,
                 choice_weight=60.0,  # codes decide over little else (log 103)

@@ -129,6 +129,24 @@ def test_demonstrations_come_from_disk_one_dataset_a_phase(tmp_path: Path) -> No
 
 
 @needs_mujoco
+def test_demonstrations_are_walks_in_turned_worlds(tmp_path: Path) -> None:
+    """Each is on disk as it is drawn or turned, and the ant of the turned world does as it says."""
+    world = AntPinpad(small(tmp_path))
+    episodes = world.demonstrations("pretrain", 40, random_state(3))
+    env = world.restart(episodes)
+    for step in range(2):
+        env.step(episodes.actions[:, step])
+        expected = episodes.states[:, step + 1]
+        assert torch.allclose(env.observation[expected.any(1)], expected[expected.any(1)], atol=5e-3)
+    store = world.store("pretrain")
+    held = store.read(torch.arange(len(store)))
+    places = [states[:, 0, 27:29].abs().sort(-1).values for states in (episodes.states, held.states)]
+    assert float(torch.cdist(*places).amin(1).max()) < 1e-5
+    as_drawn = torch.cdist(episodes.states[:, 0, 27:29], held.states[:, 0, 27:29]).amin(1) < 1e-5
+    assert 0.1 < float(as_drawn.float().mean()) < 0.5
+
+
+@needs_mujoco
 def test_an_episode_can_be_begun_anew(tmp_path: Path) -> None:
     world = AntPinpad(small(tmp_path))
     episodes = world.demonstrate((2, 0), 6, random_state())

@@ -6,7 +6,7 @@ import networkx
 import pytest
 import torch
 
-from metacontroller.domains.ant_pinpad.layouts import STEPS, Arena, direction_fields
+from metacontroller.domains.ant_pinpad.layouts import COUNTERCLOCKWISE, STEPS, Arena, direction_fields
 from metacontroller.domains.pinpad_layouts import object_lookup, sample_layouts
 from metacontroller.domains.pinpad_ways import UNREACHABLE, distance_fields
 
@@ -81,6 +81,21 @@ def test_a_direction_leads_to_a_cell_from_which_it_is_nearer() -> None:
                 ahead = cell + STEPS[way][0] * 4 + STEPS[way][1]
                 assert int(distance[row, color, ahead]) == here - 1
                 assert int(lookup[row, ahead]) in (-1, color)
+
+
+def test_ways_turn_with_the_world() -> None:
+    """Each, but where two opposite directions are equally near."""
+    arena = Arena()
+    objects = sample_layouts(arena, 200, random_state(2)).objects
+    cells = torch.arange(16)
+    left = (3 - cells % 4) * 4 + cells // 4  # where each cell lies in a world that is turned counter-clockwise
+    ways = direction_fields(arena, objects)
+    again = direction_fields(arena, left[objects])[:, :, left]
+    expected = torch.where(ways < 0, ways, torch.tensor(COUNTERCLOCKWISE)[ways])
+    same = again == expected
+    assert 0.98 < float(same.float().mean()) < 1
+    assert bool(((again + expected)[~same] % 4 == 1).all())  # up and down, or left and right
+    assert bool(same.all(-1).all(-1).float().mean() > 0.8)
 
 
 def test_random_layouts_have_a_way_to_every_color_and_differ() -> None:

@@ -103,11 +103,11 @@ def test_a_quarter_turn_shows_the_turned_world() -> None:
 
 def test_the_encoder_reads_the_cells_of_an_observation() -> None:
     """Beside its linear map, against the cells that the observation was made of: one row of a table for the ant's cell,
-    and for each object one by how many rows and columns it lies away."""
+    and for each object one by how many rows and columns it lies away, in a part of the width of its own."""
     state, cell, objects = random_states(300)
     states = observe(ARENA, state, cell, objects)[:, None]
     size, count = ARENA.size, objects.shape[1]
-    encoder = PlaneEncoder(6, dim_state=states.shape[-1], size=size, objects=count)
+    encoder = PlaneEncoder(20, dim_state=states.shape[-1], size=size, objects=count)
     own, others = encoder.cells(states)
     assert len(own.unique()) == size**2
     assert len(set(zip(own.flatten().tolist(), cell.tolist(), strict=True))) == size**2
@@ -118,6 +118,14 @@ def test_the_encoder_reads_the_cells_of_an_observation() -> None:
         assert len(pairs) == len({row for row, _ in pairs}) == len({offset for _, offset in pairs})
         low, high = number * encoder.span**2, (number + 1) * encoder.span**2
         assert bool(((others[..., number] >= low) & (others[..., number] < high)).all())
-    expected = encoder.linear(states) + encoder.own.weight[own] + encoder.others.weight[others].sum(-2)
+    expected = encoder.linear(states) + encoder.own.weight[own]
+    part = 20 // (count + 1)
+    for number in range(count):
+        expected[..., number * part : (number + 1) * part] += encoder.others.weight[others[..., number]]
     torch.testing.assert_close(encoder(states), expected)
-    assert encoder(torch.full_like(states, math.nan)).shape == (300, 1, 6)
+    assert encoder(torch.full_like(states, math.nan)).shape == (300, 1, 20)
+
+
+def test_a_width_without_a_part_for_each_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="dim is 5; expected at least 6"):
+        PlaneEncoder(5, dim_state=41, size=4, objects=5)

@@ -30,7 +30,7 @@ MOST_ATTEMPTS = 20
 """Episodes that are played for each one asked for, before the expert is said to fail."""
 SECONDS_A_LINE = 10.0
 """Between two lines that tell how far it is."""
-FORMAT = 1
+FORMAT = 2
 """Counts up when the same recipe gives other episodes."""
 
 

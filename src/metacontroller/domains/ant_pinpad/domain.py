@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     state_of,
 )
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
-from metacontroller.domains.ant_pinpad.symmetry import LEGS, rename_legs, turn_world
+from metacontroller.domains.ant_pinpad.symmetry import LEGS, turn_around, turn_torques
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.pinpad_tasks import (
     A2_POST,
@@ -116,11 +116,16 @@ class AntPinpad(Domain):
         return DomainSpec(states, actions, arena.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes drawn from those on disk, with replacement. Each phase has a dataset of its own: actions are
-        sampled in that for pretraining, and the expert's mean ones in that for discovery (§2)."""
-        store = self.store(split)
-        rows = torch.randint(len(store), (n,), generator=generator, device=generator.device)
-        return store.read(rows.cpu()).to(generator.device)
+        """n episodes drawn from those on disk, with replacement, each in a world turned by 0 to 3 right angles, which
+        is as likely and walked as well: so there are four times as many. Each phase has a dataset of its own: actions
+        are sampled in that for pretraining, and the expert's mean ones in that for discovery (§2)."""
+        store, device = self.store(split), generator.device
+        rows = torch.randint(len(store), (n,), generator=generator, device=device)
+        quarter = torch.randint(4, (n,), generator=generator, device=device)
+        episodes = store.read(rows.cpu()).to(device)
+        each = (-quarter % LEGS)[:, None].expand(episodes.actions.shape[:2]).flatten()
+        actions = turn_torques(episodes.actions.flatten(0, 1), each).view_as(episodes.actions)
+        return replace(episodes, states=turn_around(self.config.arena, episodes.states, quarter), actions=actions)
 
     def store(self, split: Split) -> TrajectoryStore:
         """The demonstrations of one phase on disk, written first if they are not there."""
@@ -161,11 +166,10 @@ class AntPinpad(Domain):
         return colors
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
-        """The world turned by 0 to 3 right angles, at random for each row, and the ant's legs renamed so that its yaw
-        stays what it was: where that is limited at the start, it would tell how far the world was turned. It changes
+        """The world turned by 0 to 3 right angles, at random for each row, and the ant's legs renamed. It changes
         directions and places, but no colors. The ant has no mirror image here: its legs would have to change places."""
         quarter = torch.randint(4, (len(states),), generator=generator, device=states.device)
-        return rename_legs(turn_world(self.config.arena, states, quarter), -quarter % LEGS)
+        return turn_around(self.config.arena, states, quarter)
 
     def positions(self, states: Tensor) -> Tensor:
         """Place, colors and wall relative to it, and the place within its cell: all of an observation but the body."""

@@ -22,6 +22,8 @@ UP, DOWN, LEFT, RIGHT = range(4)
 """Directions of the shortest ways, numbered as the grid world numbers its moves."""
 STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """(rows, columns) of each direction."""
+COUNTERCLOCKWISE = (LEFT, RIGHT, DOWN, UP)
+"""The next direction counter-clockwise of each."""
 
 Camera = Literal["above", "follow"]
 """From where pictures are taken: of the whole plane, or of the ant."""
@@ -72,14 +74,21 @@ class Arena(Board):
 
 
 def direction_fields(arena: Arena, objects: Tensor) -> Tensor:
-    """int64 (b, c, n): the direction in which the shortest way from each cell to each color begins, the first of up,
-    down, left and right among equals; -1 in that color's cell, in walls, and where there is no way.
+    """int64 (b, c, n): the direction in which the shortest way from each cell to each color begins; -1 in that color's
+    cell, in walls, and where there is no way.
 
-    A way enters no wall and no other color, but may start on one, as it does once that color was visited.
+    Among equals it is the last counter-clockwise, so that the ways of a turned world are the turned ways; of two
+    opposite ones it is the first of up, down, left and right. A way enters no wall and no other color, but may start on one, as
+    it does once that color was visited.
     """
     colors = torch.arange(arena.num_colors, device=objects.device).expand(len(objects), -1)
     entering = entering_fields(arena, objects, colors).view(arena.num_cells, *colors.shape).permute(1, 2, 0)
-    nearest, direction = _neighbors(arena, entering).min(-1)
+    beside = _neighbors(arena, entering)
+    nearest = beside.amin(-1)
+    shortest = beside == nearest[..., None]
+    last = shortest & ~shortest[..., list(COUNTERCLOCKWISE)]
+    order = torch.arange(len(STEPS), 0, -1, device=objects.device)
+    direction = (order + len(STEPS) * (shortest.long() + last.long())).argmax(-1)
     walls = object_lookup(arena, objects)[:, None] >= arena.num_colors
     return direction.masked_fill(walls | (entering == 0) | (nearest >= UNREACHABLE), -1)
 

@@ -64,6 +64,12 @@ def rename_legs(states: Tensor, quarter: Tensor) -> Tensor:
     return torch.cat([symlog(renamed), rest], -1)
 
 
+def turn_around(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
+    """`turn_world`, with the legs renamed so that the yaw stays what it was: where that is limited at the start, it
+    would tell how far the world was turned. Torques turn along by `turn_torques` with ``-quarter % LEGS``."""
+    return rename_legs(turn_world(arena, states, quarter), -quarter % LEGS)
+
+
 def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
     """The same ant in a frame that is turned by ``quarter`` (b,) right angles, counter-clockwise, with its legs counted
     from there. proprioception (b, 27) without symlog -> the same shape."""
