@@ -3,7 +3,7 @@
     pip install 'metacontroller-rl[ant,expert]'
     python examples/ant_expert.py train RUN [--steps 30000000] [--resume]   # RUN/expert.safetensors, RUN/metrics.jsonl
     python examples/ant_expert.py evaluate RUN/expert.safetensors [--episodes 500]
-    python examples/ant_expert.py data RUN/expert.safetensors [--preset ant-laptop] [--episodes 10000] [--out datasets/ant]
+    python examples/ant_expert.py data RUN/expert.safetensors [--preset ant-laptop] [--out datasets/ant]
 
 Its reward is that of the task, and at every step the dot product of the ant's velocity, in meters a second, with the
 direction that it is told (§4), by a weight; an ant that falls or goes where it may not loses some (our choice: without

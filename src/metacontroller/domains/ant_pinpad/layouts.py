@@ -78,8 +78,8 @@ def direction_fields(arena: Arena, objects: Tensor) -> Tensor:
     cell, in walls, and where there is no way.
 
     Among equals it is the last counter-clockwise, so that the ways of a turned world are the turned ways; of two
-    opposite ones it is the first of up, down, left and right. A way enters no wall and no other color, but may start on one, as
-    it does once that color was visited.
+    opposite ones it is the first of up, down, left and right. A way enters no wall and no other color, but may start on
+    one, as it does once that color was visited.
     """
     colors = torch.arange(arena.num_colors, device=objects.device).expand(len(objects), -1)
     entering = entering_fields(arena, objects, colors).view(arena.num_cells, *colors.shape).permute(1, 2, 0)
