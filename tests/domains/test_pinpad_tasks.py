@@ -8,6 +8,7 @@ from metacontroller.domains.pinpad_tasks import (
     TABLE_A1,
     TABLE_A2,
     check_tasks,
+    color_shifts,
     format_task,
     pad_tasks,
     parse_task,
@@ -116,3 +117,11 @@ def test_pad_tasks():
     padded, lengths = pad_tasks([(0, 1, 2), (3,)])
     assert padded.tolist() == [[0, 1, 2], [3, -1, -1]]
     assert lengths.tolist() == [3, 1]
+
+
+def test_colors_can_be_counted_on_where_the_tasks_stay_the_same():
+    assert color_shifts(TABLE_A2, 4) == (0, 1, 2, 3)
+    assert color_shifts(TABLE_A2[:-1], 4) == (0,)
+    assert color_shifts([(0, 2), (2, 0), (1, 3), (3, 1)], 4) == (0, 1, 2, 3)
+    assert color_shifts([(0, 2), (2, 0)], 4) == (0, 2)
+    assert color_shifts([(0,)], 2) == (0,)

@@ -149,6 +149,14 @@ def transitions(tasks: Iterable[Sequence[int]]) -> set[tuple[int, int]]:
     return {pair for task in tasks for pair in pairwise(task)}
 
 
+def color_shifts(tasks: Iterable[Sequence[int]], num_colors: int) -> tuple[int, ...]:
+    """Return the numbers k, 0 first, by which all colors can be counted on, c to c + k modulo num_colors, so that the
+    tasks stay the same ones: 0, 1, 2 and 3 for `TABLE_A2`."""
+    held = sorted(map(tuple, tasks))
+    counted_on = [sorted(tuple((color + k) % num_colors for color in task) for task in held) for k in range(num_colors)]
+    return tuple(k for k, shifted in enumerate(counted_on) if shifted == held)
+
+
 def pad_tasks(tasks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Stack n tasks into int64 (n, longest), padded with -1, and return their lengths, int64 (n,)."""
     longest = max(len(task) for task in tasks)

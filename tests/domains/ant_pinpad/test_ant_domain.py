@@ -129,9 +129,11 @@ def test_demonstrations_come_from_disk_one_dataset_a_phase(tmp_path: Path) -> No
 
 
 @needs_mujoco
-def test_demonstrations_are_walks_in_turned_worlds(tmp_path: Path) -> None:
-    """Each is on disk as it is drawn or turned, and the ant of the turned world does as it says."""
-    world = AntPinpad(small(tmp_path))
+def test_demonstrations_are_walks_in_turned_worlds_with_other_colors(tmp_path: Path) -> None:
+    """Each is on disk as it is drawn or turned, and the ant of the turned world does as it says, for a task of the
+    list. Colors are counted on where the tasks allow it."""
+    tasks = ((0, 1), (2, 0), (1, 2))
+    one, world = (AntPinpad(small(tmp_path, num_colors=3, tasks=each)) for each in (tasks[:2], tasks))
     episodes = world.demonstrations("pretrain", 40, random_state(3))
     env = world.restart(episodes)
     for step in range(2):
@@ -144,6 +146,12 @@ def test_demonstrations_are_walks_in_turned_worlds(tmp_path: Path) -> None:
     assert float(torch.cdist(*places).amin(1).max()) < 1e-3
     as_drawn = torch.cdist(episodes.states[:, 0, 27:29], held.states[:, 0, 27:29]).amin(1) < 1e-3
     assert 0.1 < float(as_drawn.float().mean()) < 0.5
+
+    again = one.demonstrations("pretrain", 40, random_state(3))
+    assert episodes.subgoals is not None
+    assert again.subgoals is not None
+    assert set(again.subgoals[:, 0].tolist()) == {0, 2}  # its tasks allow no other colors
+    assert set(episodes.subgoals[:, 0].tolist()) == {0, 1, 2}
 
 
 @needs_mujoco

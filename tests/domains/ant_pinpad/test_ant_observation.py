@@ -19,7 +19,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     symexp,
     symlog,
 )
-from metacontroller.domains.ant_pinpad.symmetry import turn_world
+from metacontroller.domains.ant_pinpad.symmetry import shift_colors, turn_world
 from metacontroller.domains.pinpad_layouts import sample_layouts
 from metacontroller.models.encoders import PlaneEncoder
 
@@ -99,6 +99,16 @@ def test_a_quarter_turn_shows_the_turned_world() -> None:
         shown = turn_world(ARENA, observation[:, None].expand(-1, 3, -1), torch.full((60,), quarter))
         assert torch.equal(shown[:, 0], shown[:, 2])
         assert torch.allclose(shown[:, 0], image, atol=1e-4)
+
+
+def test_colors_are_counted_on() -> None:
+    state, cell, objects = random_states(30)
+    states, shift = observe(ARENA, state, cell, objects)[:, None].expand(-1, 2, -1), torch.arange(30) % 4
+    colors = [objects[row, :4].roll(int(shift[row])) for row in range(30)]
+    places = torch.cat([torch.stack(colors), objects[:, 4:]], 1)
+    shown = shift_colors(ARENA, states, shift)
+    assert torch.equal(shown[:, 0], observe(ARENA, state, cell, places))
+    assert torch.equal(shown[:, 0], shown[:, 1])
 
 
 def test_the_encoder_reads_the_cells_of_an_observation() -> None:

@@ -26,13 +26,14 @@ from metacontroller.domains.ant_pinpad.observation import (
     state_of,
 )
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
-from metacontroller.domains.ant_pinpad.symmetry import LEGS, turn_around, turn_torques
+from metacontroller.domains.ant_pinpad.symmetry import LEGS, shift_colors, turn_around, turn_torques
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
 from metacontroller.domains.pinpad_tasks import (
     A2_POST,
     TABLE_A2,
     Task,
     check_tasks,
+    color_shifts,
     format_task,
     parse_task,
     transitions,
@@ -116,16 +117,30 @@ class AntPinpad(Domain):
         return DomainSpec(states, actions, arena.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes drawn from those on disk, with replacement, each in a world turned by 0 to 3 right angles, which
-        is as likely and walked as well: so there are four times as many. Each phase has a dataset of its own: actions
-        are sampled in that for pretraining, and the expert's mean ones in that for discovery (§2)."""
+        """n episodes drawn from those on disk, with replacement. Each phase has a dataset of its own: actions are
+        sampled in that for pretraining, and the expert's mean ones in that for discovery (§2).
+
+        Each is drawn in a world turned by 0 to 3 right angles, with its colors counted on by a number under which the
+        tasks stay the same ones. Those are as likely, and walked alike, so there are sixteen times as many."""
         store, device = self.store(split), generator.device
         rows = torch.randint(len(store), (n,), generator=generator, device=device)
+        return self._varied(store.read(rows.cpu()).to(device), generator)
+
+    def _varied(self, episodes: Trajectories, generator: torch.Generator) -> Trajectories:
+        """Other episodes that the expert would show as likely, drawn for each of these."""
+        arena, device, n = self.config.arena, generator.device, episodes.batch
+        shifts = torch.tensor(color_shifts(self.config.tasks, arena.num_colors), device=device)
         quarter = torch.randint(4, (n,), generator=generator, device=device)
-        episodes = store.read(rows.cpu()).to(device)
+        shift = shifts[torch.randint(len(shifts), (n,), generator=generator, device=device)]
+        goals = episodes.subgoals
+        assert goals is not None
         each = (-quarter % LEGS)[:, None].expand(episodes.actions.shape[:2]).flatten()
-        actions = turn_torques(episodes.actions.flatten(0, 1), each).view_as(episodes.actions)
-        return replace(episodes, states=turn_around(self.config.arena, episodes.states, quarter), actions=actions)
+        return replace(
+            episodes,
+            states=turn_around(arena, shift_colors(arena, episodes.states, shift), quarter),
+            actions=turn_torques(episodes.actions.flatten(0, 1), each).view_as(episodes.actions),
+            subgoals=torch.where(goals < 0, goals, (goals + shift[:, None]) % arena.num_colors),
+        )
 
     def store(self, split: Split) -> TrajectoryStore:
         """The demonstrations of one phase on disk, written first if they are not there."""

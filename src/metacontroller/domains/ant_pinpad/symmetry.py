@@ -70,6 +70,18 @@ def turn_around(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
     return rename_legs(turn_world(arena, states, quarter), -quarter % LEGS)
 
 
+def shift_colors(arena: Arena, states: Tensor, shift: Tensor) -> Tensor:
+    """The same worlds with each color counted on by ``shift`` (b,), modulo their number. states (b, t,
+    observation_size) -> the same shape."""
+    colors = torch.arange(arena.num_colors, device=states.device)
+    before, seen, after = states.split([PROPRIOCEPTION + 2, 2 * arena.num_objects, 2], -1)
+    things = seen.unflatten(-1, (-1, 2))
+    source = (colors - shift[:, None]) % arena.num_colors
+    shown = things[..., : arena.num_colors, :].gather(2, source[:, None, :, None].expand(*states.shape[:2], -1, 2))
+    things = torch.cat([shown, things[..., arena.num_colors :, :]], -2)
+    return torch.cat([before, things.flatten(-2), after], -1)
+
+
 def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
     """The same ant in a frame that is turned by ``quarter`` (b,) right angles, counter-clockwise, with its legs counted
     from there. proprioception (b, 27) without symlog -> the same shape."""
