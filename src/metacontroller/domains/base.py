@@ -150,6 +150,11 @@ class Domain:
         is a linear function, see `control.fixed_points`. UserError if the world has none."""
         raise UserError(f"the world {self.name} has no positions; set discover.guided_updates to 0.")
 
+    def decisions(self, episodes: Trajectories) -> Tensor:
+        """(b, t) bool: steps of demonstrations at which an expert may decide where to go, such as where it enters a
+        room; for clips of them, see `data.clips`. UserError if the world does not say."""
+        raise UserError(f"the world {self.name} does not say where experts decide; set clips to 0.")
+
     def seen_transitions(self) -> Tensor | None:
         """(g, g) bool: which subgoal (column) follows which (row) in the demonstrations, or None if not known.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
+from metacontroller.data.clips import Decisions, draw_clips
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.metrics.gate import codes_taken, gate_alignment
@@ -28,7 +29,7 @@ from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.phases.guided import Guide, Positions
-from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, SEED, Whole, check_fields, check_warmup
+from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
@@ -57,6 +58,10 @@ class DiscoverConfig:
     """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
     """Updates at the start in which codes are those that `phases.guided` names; 0: none, as in the paper."""
+    clips: int = 0
+    """Clips beside each episode of a batch in guided updates, which begin where experts decide, see `data.clips`."""
+    clip_steps: int = 3
+    """Steps of a clip."""
     train_model: bool = False
     """Train the action model too: co-training, a baseline (Fig. 7, 8)."""
     symmetry_augmentation: bool = False
@@ -68,6 +73,7 @@ class DiscoverConfig:
         check_fields(self, alpha=NOT_NEGATIVE, alpha_start=NOT_NEGATIVE, state_loss_weight=NOT_NEGATIVE, seed=SEED)
         check_fields(self, choice_weight=POSITIVE, muon_lr=NOT_NEGATIVE)
         check_fields(self, guided_updates=Whole(0, self.optimizer.steps))
+        check_fields(self, clips=Whole(0, MOST_ROWS), clip_steps=COUNT)
         check_warmup("alpha_warmup", self.alpha_warmup)
 
     def alpha_at(self, step: int) -> float:
@@ -84,6 +90,7 @@ def discover(
     *,
     augment: Augment | None = None,
     positions: Positions | None = None,
+    decisions: Decisions | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
@@ -92,7 +99,8 @@ def discover(
     With ``config.train_model`` the model is trained in place too, and written to ``cotrained_model.safetensors``.
     augment: symmetry augmentation of the states that the sequence embedder reads, random for each batch. It must leave
     subgoals unchanged; codes can then carry only what is invariant under it. None (the paper): no augmentation.
-    positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`.
+    positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`. decisions: for
+    ``config.clips``, see `Domain.decisions`.
     At the end, gate and codes are checked on one held-out batch (`phases.diagnostics`): analyses/diagnostics.json holds
     the measurements and the warnings, which are also printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
@@ -103,11 +111,16 @@ def discover(
         if positions is None:
             raise UserError(f"guided_updates is {config.guided_updates}, but no positions are given; expected 0.")
         guide = Guide(meta_controller, generate, positions, augment=augment, seed=config.seed)
+    if config.clips and (guide is None or decisions is None):
+        raise UserError(f"clips is {config.clips}, but updates are not guided or no decisions are given; expected 0.")
 
     def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
         noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
         augmented = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
         named = {} if guide is None else guide.extras(batch)
+        if guide is not None and config.clips and decisions is not None:
+            drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)
+            named |= guide.clip_extras(drawn, batch)
         return {**noise._asdict(), **augmented, **named}
 
     def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,6 +141,8 @@ def discover(
         loss = losses.action + config.state_loss_weight * losses.state
         if guided is not None:
             loss = loss + guided.loss(batch, extras, output)
+            if config.clips:
+                loss = loss + guided.clip_loss(model, batch, extras)
         else:
             loss = loss + alpha * kl + meta_controller.auxiliary_ratio_loss(output)
         metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}

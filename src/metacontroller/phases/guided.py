@@ -7,6 +7,8 @@ propose that code, and the gate to switch where it changes:
 
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t)
          + -log q(z_t | e_1:T), mean over the steps where a code begins and over all  +  10 BCE(beta_t, code begins)
+
+With clips (`data.clips`) the first term of their steps is added, each steered by the code of its first step.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metacontroller.control.discovery import DiscoveryOutput
+from metacontroller.control.discovery import DiscoveryOutput, whole_residual
 from metacontroller.control.fixed_points import FixedPoints
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
+from metacontroller.data.clips import Clips, clip_extras, clips_of
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.models.protocol import SteerableModel
 from metacontroller.training.loop import BatchExtras
 from metacontroller.training.seeding import noise_generator
 
@@ -67,19 +71,41 @@ class Guide:
         codes = self.meta_controller.codes.dim
         return FixedPoints.fit(torch.stack(views), episodes.lengths, codes, generator)
 
+    def named(self, episodes: Trajectories) -> Tensor:
+        """(b, t) int64: the code of each step."""
+        states, lengths = episodes.states, episodes.lengths
+        states = states if states.shape[1] > episodes.steps else F.pad(states, (0, 0, 0, 1))
+        return self.fixed_points.codes(self.positions(states).cpu(), lengths.cpu()).to(lengths.device)
+
     def extras(self, batch: Trajectories) -> BatchExtras:
         """Of a whole batch: ``named`` (b, t) int64, each step's code, and two (b,) that are the same for all rows, the
         shares of its real steps at which a code begins and which are not an episode's first."""
-        states = batch.states if batch.states.shape[1] > batch.steps else F.pad(batch.states, (0, 0, 0, 1))
-        named = self.fixed_points.codes(self.positions(states).cpu(), batch.lengths.cpu()).to(batch.lengths.device)
+        named = self.named(batch)
         begins, later = _begins(named, batch.mask()), _later(batch.mask())
         shares = {"begin_share": begins, "later_share": later}
         return {"named": named} | {name: _share(of, batch).expand(batch.batch) for name, of in shares.items()}
 
     def held(self, extras: BatchExtras) -> Tensor:
         """(b, t, n_z): the code of each step."""
-        codes = self.meta_controller.codes.dim
-        return F.one_hot(extras["named"], codes).to(self.meta_controller.policy.readout.weight)
+        return self._code(extras["named"])
+
+    def _code(self, named: Tensor) -> Tensor:
+        """(...) int64 -> (..., n_z)."""
+        return F.one_hot(named, self.meta_controller.codes.dim).to(self.meta_controller.policy.readout.weight)
+
+    def clip_extras(self, drawn: Clips, batch: Trajectories) -> BatchExtras:
+        """Clips as extras of a whole batch, with the code of each, ``clip_named``: that of its first step."""
+        named = self.named(drawn.whole)[drawn.rows, drawn.starts]
+        return {**clip_extras(drawn, batch), "clip_named": named.unflatten(0, (batch.batch, -1))}
+
+    def clip_loss(self, model: SteerableModel, batch: Trajectories, extras: BatchExtras) -> Tensor:
+        """Mean over the clips' steps of -log p(a_t | ..., z) under their codes, a scalar."""
+        clips, factor = clips_of(extras, batch)
+        residual = whole_residual(model, clips.states[:, : clips.steps], clips.actions)
+        code = self._code(extras["clip_named"].flatten(0, 1))[:, None].expand(-1, clips.steps, -1)
+        steered = self.meta_controller.steer(residual, code)
+        losses = model.losses_under(steered, clips.states, clips.actions, clips.lengths, with_state_loss=False)
+        return factor * losses.action
 
     def loss(self, batch: Trajectories, extras: BatchExtras, output: DiscoveryOutput) -> Tensor:
         """What encoder and gate lack to propose the codes that ``output`` holds, a scalar.

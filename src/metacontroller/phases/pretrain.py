@@ -2,7 +2,9 @@
 
     loss = mean over real steps of  -log p(a_t | o_1:t) - lambda log p(o_{t+1} | o_1:t)
 
-Metrics: ``loss``, ``action_loss`` and, with lambda > 0, ``state_loss``, all in nats per step.
+With clips (`data.clips`, our choice) the same loss of their steps is added.
+Metrics: ``loss``, ``action_loss``, with lambda > 0 ``state_loss``, and with clips ``clip_loss``, the action loss of
+their steps; all in nats per step.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from metacontroller.data.batching import Generate
+from metacontroller.data.clips import Decisions, clip_extras, clips_of, draw_clips
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_each, check_fields
+from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_each, check_fields
 from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -38,6 +43,10 @@ class PretrainConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. It falls as
     the optimizer's does, and weight decay is the same."""
+    clips: int = 0
+    """Clips beside each episode of a batch, which begin where experts decide, see `data.clips` (our choice)."""
+    clip_steps: int = 3
+    """Steps of a clip."""
     snapshots: tuple[int, ...] = ()
     """Updates after which the model is saved, for analyses over training."""
     seed: int = 0
@@ -45,7 +54,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, state_loss_weight=NOT_NEGATIVE, muon_lr=NOT_NEGATIVE, seed=SEED)
-        check_fields(self, choice_weight=POSITIVE)
+        check_fields(self, choice_weight=POSITIVE, clips=Whole(0, MOST_ROWS), clip_steps=COUNT)
         check_each("snapshots", self.snapshots, COUNT)
 
 
@@ -55,14 +64,18 @@ def pretrain(
     generate: Generate,
     run: RunFolder,
     *,
+    decisions: Decisions | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> SteerableModel:
     """Trains ``model`` in place on episodes from ``generate``.
 
-    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`) to the run. UserError if the run holds a
-    checkpoint of this phase and ``resume`` is false.
+    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`) to the run. decisions: for
+    ``config.clips``, see `Domain.decisions`. UserError if they are missing, and if the run holds a checkpoint of this
+    phase and ``resume`` is false.
     """
+    if config.clips and decisions is None:
+        raise UserError(f"clips is {config.clips}, but no decisions are given; expected 0.")
     weight = config.state_loss_weight
     is_main = processes(next(model.parameters()).device.type).is_main
 
@@ -76,8 +89,22 @@ def pretrain(
         losses = model.behavior_cloning_loss(
             batch.states, batch.actions, batch.lengths, with_state_loss=weight > 0, checked=step > 0
         )
+        loss = losses.action + weight * losses.state
         metrics = {"action_loss": losses.action, **({"state_loss": losses.state} if weight > 0 else {})}
-        return losses.action + weight * losses.state, metrics
+        if config.clips:
+            clips, factor = clips_of(extras, batch)
+            losses = model.behavior_cloning_loss(
+                clips.states, clips.actions, clips.lengths, with_state_loss=weight > 0, checked=True
+            )
+            loss = loss + factor * (losses.action + weight * losses.state)
+            metrics["clip_loss"] = factor * losses.action
+        return loss, metrics
+
+    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+        if not config.clips or decisions is None:
+            return {}
+        drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)
+        return clip_extras(drawn, batch)
 
     with emphasized_choices(model.action_readout, config.choice_weight):
         train(
@@ -91,6 +118,7 @@ def pretrain(
             seed=config.seed,
             matrices=model.matrices(),
             muon_lr=config.muon_lr,
+            sample_extras=sample_extras,
             after=save_snapshot,
             resume=resume,
             quiet=quiet,

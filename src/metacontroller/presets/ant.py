@@ -50,7 +50,7 @@ def debug() -> ExperimentConfig:
 
 def laptop() -> ExperimentConfig:
     """The paper's experiment with fewer blocks, updates and episodes, for two cores."""
-    rl = InternalRLConfig(episodes=100 * 256, batch_size=256, lr=1e-3, update_epochs=4)
+    rl = InternalRLConfig(episodes=80 * 256, batch_size=256, lr=1e-3, update_epochs=4)
     optimizer = OptimizerConfig(steps=2000, batch_size=64, lr=1e-3, decay_steps=500)
     return with_seed(
         ExperimentConfig(
@@ -76,17 +76,19 @@ def laptop() -> ExperimentConfig:
                 action_temperature=0.0,  # twice as many tasks are done as with sampled actions (log 103)
             ),
             pretrain=PretrainConfig(
-                optimizer=OptimizerConfig(steps=10_000, batch_size=16, lr=2e-3, decay_steps=4000),
+                optimizer=OptimizerConfig(steps=7000, batch_size=16, lr=2e-3, decay_steps=3000),
                 choice_weight=20.0,  # the expert chooses in one step of 25 (log 93)
                 muon_lr=6e-3,  # learns about three times as fast an update (log 91)
+                clips=32,  # decisions are learned ten times as fast (log 106)
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
-                snapshots=(2000, 5000),
+                snapshots=(2000, 4000),
             ),
             discover=DiscoverConfig(
-                optimizer=OptimizerConfig(steps=2400, batch_size=32, lr=2e-3, decay_steps=1000),
-                guided_updates=2000,  # without, discovery finds no colors (log 98, 101)
+                optimizer=OptimizerConfig(steps=1500, batch_size=32, lr=2e-3, decay_steps=700),
+                guided_updates=1200,  # without, discovery finds no colors (log 98, 101)
                 alpha=0.05,
                 alpha_start=0.05,
+                clips=16,  # as in pretraining
                 choice_weight=60.0,  # codes decide over little else (log 103)
                 muon_lr=4e-3,
                 symmetry_augmentation=True,  # quarter turns

@@ -35,7 +35,8 @@ def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     if processes(device).is_main:
         run.write_config(to_json(config))
     source = demonstrations(domain, "pretrain")
-    return pretrain(config.pretrain, model, source, run, resume=resume, quiet=quiet)
+    decisions = domain.decisions if config.pretrain.clips else None
+    return pretrain(config.pretrain, model, source, run, decisions=decisions, resume=resume, quiet=quiet)
 
 
 def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
@@ -57,6 +58,8 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
         return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
     if config.discover.guided_updates:
         options["positions"] = domain.positions
+    if config.discover.clips:
+        options["decisions"] = domain.decisions
     return discover(config.discover, model, meta_controller, source, run, **options)
 
 

@@ -267,6 +267,7 @@ def test_augmented_episodes_are_those_of_a_turned_world_and_keep_the_yaw() -> No
     arena, first = world.config.arena, (episode[:, 0], shown[:, 0])
     before, after = (heading(parts_of(arena, states).proprioception[:, ORIENTATION]) for states in first)
     assert torch.allclose(before, after, atol=1e-5)
+    assert bool((shown[:, 0, ORIENTATION.start] > 0.5).all())  # a quaternion has two signs, and starts with this one
     state, nothing = state_of(arena, shown[:, 0]), torch.zeros(12, dtype=torch.long)
     assert torch.equal((state - state_of(arena, episode[:, 0]))[:, :2].abs().amax(1) > 0.3, quarter > 0)
     again = AntBatch(arena, objects_of(arena, shown[:, 0]), state, nothing[:, None] - 1, nothing, 1)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import (
+    ORIENTATION,
+    PROPRIOCEPTION,
     heading,
     objects_of,
     observation_size,
@@ -19,7 +21,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     symexp,
     symlog,
 )
-from metacontroller.domains.ant_pinpad.symmetry import shift_colors, turn_world
+from metacontroller.domains.ant_pinpad.symmetry import shift_colors, turn_around, turn_body, turn_world
 from metacontroller.domains.pinpad_layouts import sample_layouts
 from metacontroller.models.encoders import PlaneEncoder
 
@@ -99,6 +101,21 @@ def test_a_quarter_turn_shows_the_turned_world() -> None:
         shown = turn_world(ARENA, observation[:, None].expand(-1, 3, -1), torch.full((60,), quarter))
         assert torch.equal(shown[:, 0], shown[:, 2])
         assert torch.allclose(shown[:, 0], image, atol=1e-4)
+
+
+def test_a_turn_with_renamed_legs_is_that_of_world_and_body() -> None:
+    """Against the world turned and the body seen from another leg, but for the sign of the quaternion, which stays; so
+    that nothing tells that the world was turned where the yaw is within 45 degrees."""
+    state, cell, objects = random_states(200)
+    states, quarter = observe(ARENA, state, cell, objects).double(), torch.arange(200) % 4
+    shown = turn_around(states[:, None], quarter)[:, 0]
+    world = turn_world(ARENA, states[:, None], quarter)[:, 0]
+    body = symlog(turn_body(symexp(world[:, :PROPRIOCEPTION]), -quarter % 4))
+    expected = torch.cat([body, world[:, PROPRIOCEPTION:]], 1)
+    sign = torch.where(quarter > 0, -1.0, 1.0).double()
+    expected[:, ORIENTATION] *= sign[:, None]
+    torch.testing.assert_close(shown, expected)
+    assert torch.equal(shown[:, [1, 4]], states[:, [1, 4]])
 
 
 def test_colors_are_counted_on() -> None:

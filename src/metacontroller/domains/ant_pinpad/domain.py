@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metacontroller.data.store import TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
@@ -20,6 +21,7 @@ from metacontroller.domains.ant_pinpad.expert import Expert
 from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena, Camera, direction_fields
 from metacontroller.domains.ant_pinpad.observation import (
     NUM_ACTIONS,
+    PROPRIOCEPTION,
     objects_of,
     observation_size,
     parts_of,
@@ -137,7 +139,7 @@ class AntPinpad(Domain):
         each = (-quarter % LEGS)[:, None].expand(episodes.actions.shape[:2]).flatten()
         return replace(
             episodes,
-            states=turn_around(arena, shift_colors(arena, episodes.states, shift), quarter),
+            states=turn_around(shift_colors(arena, episodes.states, shift), quarter),
             actions=turn_torques(episodes.actions.flatten(0, 1), each).view_as(episodes.actions),
             subgoals=torch.where(goals < 0, goals, (goals + shift[:, None]) % arena.num_colors),
         )
@@ -184,12 +186,22 @@ class AntPinpad(Domain):
         """The world turned by 0 to 3 right angles, at random for each row, and the ant's legs renamed. It changes
         directions and places, but no colors. The ant has no mirror image here: its legs would have to change places."""
         quarter = torch.randint(4, (len(states),), generator=generator, device=states.device)
-        return turn_around(self.config.arena, states, quarter)
+        return turn_around(states, quarter)
 
     def positions(self, states: Tensor) -> Tensor:
         """Place, colors and wall relative to it, and the place within its cell: all of an observation but the body."""
         parts = parts_of(self.config.arena, states)
         return torch.cat([parts.place, parts.relative.flatten(-2), parts.local], -1)
+
+    def decisions(self, episodes: Trajectories) -> Tensor:
+        """Where the ant enters a cell."""
+        cell = self._cells(episodes)
+        return F.pad(cell[:, 1:] != cell[:, :-1], (1, 0)) & episodes.mask()
+
+    def _cells(self, episodes: Trajectories) -> Tensor:
+        """(b, t) int64: the cell in which the ant is at each step, -1 beyond the plane."""
+        arena, place = self.config.arena, episodes.states[:, :-1, PROPRIOCEPTION : PROPRIOCEPTION + 2]
+        return arena.cell(place.double() * arena.half)
 
     def restart(self, episodes: Trajectories) -> AntBatch:
         """The same layouts, tasks and starts, as exactly as observations tell; the task is what the episode got done,
@@ -208,8 +220,7 @@ class AntPinpad(Domain):
         assert episodes.subgoals is not None
         arena, goal = self.config.arena, episodes.subgoals
         named = {"color": goal, "place": goal, "cell": goal, "way": goal}
-        states = episodes.states[:, :-1]
-        cell = arena.cell(parts_of(arena, states.double()).place * arena.half).clamp(min=0)
+        cell = self._cells(episodes).clamp(min=0)
         objects = objects_of(arena, episodes.states[:, 0])
         fields = direction_fields(arena, objects)
         rows = torch.arange(len(goal), device=goal.device)[:, None]

@@ -11,6 +11,7 @@ Legs are numbered counter-clockwise, the first one ahead to the left. Axes: b ro
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from metacontroller.domains.ant_pinpad.observation import (
     PROPRIOCEPTION,
     VELOCITY,
     parts_of,
-    symexp,
     symlog,
 )
 
@@ -55,19 +55,37 @@ def turn_world(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
     return torch.cat([symlog(inner), *vectors], -1)
 
 
-def rename_legs(states: Tensor, quarter: Tensor) -> Tensor:
-    """Observations of the same ants, with legs counted from the one that lies ``quarter`` (b,) right angles further,
-    counter-clockwise, and their yaw from there. states (b, t, observation_size) -> the same shape."""
-    inner, rest = states.split([PROPRIOCEPTION, states.shape[-1] - PROPRIOCEPTION], -1)
-    each = quarter[:, None].expand(inner.shape[:2]).flatten()
-    renamed = turn_body(symexp(inner).flatten(0, 1), each).view_as(inner)
-    return torch.cat([symlog(renamed), rest], -1)
+def turn_around(states: Tensor, quarter: Tensor) -> Tensor:
+    """The worlds turned by ``quarter`` (b,) right angles, counter-clockwise, with the legs renamed so that the yaw
+    stays what it was: where that is limited at the start, it would tell how far the world was turned.
+
+    states (b, t, observation_size) -> the same shape. Numbers change places and signs, and no more: it is exact.
+    Torques turn along by `turn_torques` with ``-quarter % LEGS``.
+    """
+    orders, signs = _quarter_turns(states.shape[-1])
+    order, sign = (torch.tensor(table, device=states.device)[quarter][:, None] for table in (orders, signs))
+    return states.gather(-1, order.expand_as(states)) * sign.to(states.dtype)
 
 
-def turn_around(arena: Arena, states: Tensor, quarter: Tensor) -> Tensor:
-    """`turn_world`, with the legs renamed so that the yaw stays what it was: where that is limited at the start, it
-    would tell how far the world was turned. Torques turn along by `turn_torques` with ``-quarter % LEGS``."""
-    return rename_legs(turn_world(arena, states, quarter), -quarter % LEGS)
+@cache
+def _quarter_turns(size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For 0 to 3 right angles, of which number of an observation each number of the turned one is a copy, and its
+    sign."""
+    order, signs = list(range(size)), [1] * size
+    vectors = [ORIENTATION.start + 1, VELOCITY.start, ANGULAR_VELOCITY.start, *range(PROPRIOCEPTION, size, 2)]
+    for x in vectors:  # (x, y) -> (-y, x)
+        order[x], order[x + 1], signs[x] = x + 1, x, -1
+    for part in (ANGLES, RATES):  # each leg is the one before
+        for leg in range(LEGS):
+            to, source = part.start + 2 * leg, part.start + 2 * ((leg - 1) % LEGS)
+            order[to], order[to + 1] = source, source + 1
+            signs[to + 1] = int(ANKLE_SIGNS[leg] * ANKLE_SIGNS[leg - 1])
+    orders, all_signs = [list(range(size))], [[1] * size]
+    for _ in range(3):
+        former, before = orders[-1], all_signs[-1]
+        all_signs.append([sign * before[source] for sign, source in zip(signs, order, strict=True)])
+        orders.append([former[source] for source in order])
+    return orders, all_signs
 
 
 def shift_colors(arena: Arena, states: Tensor, shift: Tensor) -> Tensor:
