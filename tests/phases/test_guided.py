@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.clips import draw_clips
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
@@ -62,13 +63,14 @@ def make_steering(**options: Any) -> MetaController:
 
 
 def learn(folder: Path, *parts: int, updates: int, generate: Any = source, **options: Any) -> dict[str, Tensor]:
+    known = {"positions": positions_of, "decisions": decisions_of}
     for number, steps in enumerate(parts):
         steering, run = make_steering(), RunFolder(folder)
         settings = DiscoverConfig(
             optimizer=replace(OPTIMIZER, steps=steps), guided_updates=min(updates, steps), **options
         )
         resume = number > 0
-        discover(settings, make_model(), steering, generate, run, positions=positions_of, resume=resume, quiet=True)
+        discover(settings, make_model(), steering, generate, run, **known, resume=resume, quiet=True)
     return steering.state_dict()
 
 
@@ -119,6 +121,33 @@ def test_the_losses_of_several_processes_add_up_to_that_of_one() -> None:
     assert loss([0, 1]) + loss([2, 3, 4, 5]) == pytest.approx(loss([0, 1, 2, 3, 4, 5]), rel=1e-5)
 
 
+def decisions_of(episodes: Trajectories) -> Tensor:
+    return episodes.mask() & (torch.arange(episodes.steps) % 3 == 0)
+
+
+def test_the_loss_of_clips_is_that_of_steered_steps_under_the_code_of_the_first() -> None:
+    steering, model = make_steering(), make_model()
+    guide = Guide(steering, source, positions_of, augment=None, seed=0)
+    batch = source(4, torch.Generator().manual_seed(3))
+    drawn = draw_clips(source, decisions_of, 12, 3, torch.Generator().manual_seed(5))
+    extras = guide.clip_extras(drawn, batch)
+    total, count = 0.0, 0
+    for number, (row, start) in enumerate(zip(drawn.rows.tolist(), drawn.starts.tolist(), strict=True)):
+        code = F.one_hot(guide.named(drawn.whole)[row, start], 4).float()
+        clip = drawn.clips.index(torch.tensor([number]))
+        with torch.no_grad():
+            residual = model.residual(clip.states, clip.actions)
+            steered = residual + residual @ steering.controller.matrix(code).T
+            log_prob = model.action_readout.log_prob(model.action_readout(model.upper(steered)), clip.actions)
+        total -= float(log_prob[0, : int(clip.lengths)].sum())
+        count += int(clip.lengths)
+    loss = guide.clip_loss(model, batch, extras)
+    assert float(loss.detach()) == pytest.approx(total / count, rel=1e-4)
+    loss.backward()
+    assert float(steering.controller.write.grad.abs().sum()) > 0
+    assert all(value.grad is None for value in model.parameters())
+
+
 def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
     steering, model = make_steering(), make_model()
     batch = source(4, torch.Generator().manual_seed(3))
@@ -144,10 +173,12 @@ def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_pat
 
 
 def test_guided_and_free_updates_resume_exactly(tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole", 6, updates=4)
+    whole = learn(tmp_path / "whole", 6, updates=4, clips=2)
     for first in (3, 5):
-        pieces = learn(tmp_path / f"pieces{first}", first, 6, updates=4)
+        pieces = learn(tmp_path / f"pieces{first}", first, 6, updates=4, clips=2)
         assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
+    plain = learn(tmp_path / "plain", 6, updates=4)
+    assert not torch.equal(plain["controller.write"], whole["controller.write"])
 
 
 def test_it_learns(tmp_path: Path) -> None:
@@ -163,6 +194,17 @@ def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
     settings = DiscoverConfig(optimizer=OPTIMIZER, guided_updates=2)
     with pytest.raises(ValueError, match="guided_updates is 2, but no positions are given"):
         discover(settings, make_model(), make_steering(), source, RunFolder(tmp_path / "a"), quiet=True)
+    for changes in ({"guided_updates": 0}, {}):
+        with pytest.raises(ValueError, match="clips is 2, but updates are not guided or no decisions are given"):
+            discover(
+                replace(settings, clips=2, **changes),
+                make_model(),
+                make_steering(),
+                source,
+                RunFolder(tmp_path / "c"),
+                positions=positions_of,
+                quiet=True,
+            )
     gaussian = make_steering(code="gaussian")
     with pytest.raises(ValueError, match=r"meta_controller\.code is 'gaussian'; set it to 'binary'"):
         discover(
@@ -173,6 +215,8 @@ def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
     world = domain_of(gridworld.debug().domain)
     with pytest.raises(ValueError, match=r"the world gridworld-pinpad has no positions; set discover\.guided_updates"):
         world.positions(torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="the world gridworld-pinpad does not say where experts decide; set clips"):
+        world.decisions(source(2, torch.Generator()))
 
 
 @pytest.mark.parametrize("mode", ["forced", "fixed-frequency"])
@@ -203,7 +247,8 @@ def test_a_run_of_the_ant_may_start_guided_and_goes_on_where_it_stopped(
         config,
         domain=replace(config.domain, dataset=str(tmp_path / "data")),
         meta_controller=codes,
-        discover=replace(config.discover, guided_updates=4, symmetry_augmentation=True),
+        pretrain=replace(config.pretrain, clips=2),
+        discover=replace(config.discover, guided_updates=4, clips=2, symmetry_augmentation=True),
     )
     options: Any = {"quiet": True, "device": "cpu"}
     learned = []

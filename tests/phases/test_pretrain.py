@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from metacontroller.data.clips import draw_clips
+from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
@@ -18,6 +21,7 @@ from metacontroller.recipes.config import build_model
 from metacontroller.recipes.run_phase import demonstrations
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.optimizer import OptimizerConfig
+from metacontroller.training.seeding import noise_generator
 
 OPTIMIZER = OptimizerConfig(steps=40, batch_size=16, lr=1e-2, log_every=10)
 
@@ -44,6 +48,39 @@ def test_pretraining_lowers_the_losses_it_is_asked_to(weight: float, tmp_path: P
         assert lines[-1]["state_loss"] < 0.95 * lines[0]["state_loss"]
     before, after = (one.state_readout.state_dict()["linear.weight"] for one in (build_model(debug()), model))
     assert torch.equal(before, after) == (weight == 0)
+
+
+def every_third(episodes: Trajectories) -> Tensor:
+    return episodes.mask() & (torch.arange(episodes.steps) % 3 == 0)
+
+
+def test_the_loss_of_clips_is_added(tmp_path: Path) -> None:
+    """Of the first update, with the clips drawn again."""
+    config, optimizer = debug(), dataclasses.replace(OPTIMIZER, steps=1, log_every=1)
+    source, run = demonstrations(domain_of(config.domain), "pretrain"), RunFolder(tmp_path)
+    settings = PretrainConfig(optimizer=optimizer, clips=2, clip_steps=4, state_loss_weight=0.5)
+    pretrain(settings, build_model(config), source, run, decisions=every_third, quiet=True)
+    (line,) = run.read_metrics("pretrain")
+    clips = draw_clips(source, every_third, 32, 4, noise_generator(settings.seed, torch.device("cpu"))).clips
+    expected = build_model(config).behavior_cloning_loss(clips.states, clips.actions, clips.lengths)
+    assert line["clip_loss"] == pytest.approx(float(expected.action), rel=1e-5)
+    whole = line["action_loss"] + 0.5 * line["state_loss"]
+    assert line["loss"] == pytest.approx(whole + float(expected.action + 0.5 * expected.state), rel=1e-5)
+
+
+def test_pretraining_with_clips_resumes_exactly(tmp_path: Path) -> None:
+    config = debug()
+    source, learned = demonstrations(domain_of(config.domain), "pretrain"), []
+    for name, parts in (("whole", [6]), ("pieces", [3, 6])):
+        for number, steps in enumerate(parts):
+            optimizer = dataclasses.replace(OPTIMIZER, steps=steps, checkpoint_every=3)
+            model, run = build_model(config), RunFolder(tmp_path / name)
+            settings = PretrainConfig(optimizer=optimizer, clips=2)
+            pretrain(settings, model, source, run, decisions=every_third, resume=number > 0, quiet=True)
+        learned.append(model.state_dict())
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+    with pytest.raises(ValueError, match="clips is 2, but no decisions are given; expected 0"):
+        pretrain(settings, build_model(config), source, RunFolder(tmp_path / "other"), quiet=True)
 
 
 def test_the_model_is_saved(tmp_path: Path) -> None:
