@@ -79,7 +79,7 @@ def laptop() -> ExperimentConfig:
                 optimizer=OptimizerConfig(steps=7000, batch_size=16, lr=2e-3, decay_steps=3000),
                 choice_weight=20.0,  # the expert chooses in one step of 25 (log 93)
                 muon_lr=6e-3,  # learns about three times as fast an update (log 91)
-                clips=32,  # decisions are learned ten times as fast (log 106)
+                clips=32,  # decisions are learned ten times as fast (log 109)
                 state_loss_weight=0.1,  # with 10 actions are learned ten times more slowly (log 85)
                 snapshots=(2000, 4000),
             ),
