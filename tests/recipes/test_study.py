@@ -95,7 +95,7 @@ def test_a_guided_start_keeps_its_share_and_compile_has_gaussian_codes() -> None
     config = ant.laptop()
     named = variants(config, StudyConfig(discovery_steps=500, rate_steps=1000))
     assert config.discover.guided_updates == 0.8 * config.discover.optimizer.steps
-    assert {variant.config.discover.guided_updates for variant in named.values()} == {400, 800, 1600}
+    assert {variant.config.discover.guided_updates for variant in named.values()} == {400, 800, 1200}
     codes = named["compile"].config.meta_controller
     assert (config.meta_controller.code, config.meta_controller.dim_latent) == ("binary", 2)
     assert (codes.code, codes.dim_latent) == ("gaussian", 4)
