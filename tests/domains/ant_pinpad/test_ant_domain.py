@@ -143,7 +143,7 @@ def test_demonstrations_are_walks_in_turned_worlds_with_other_colors(tmp_path: P
     store = world.store("pretrain")
     held = store.read(torch.arange(len(store)))
     places = [states[:, 0, 27:29].abs().sort(-1).values for states in (episodes.states, held.states)]
-    assert float(torch.cdist(*places).amin(1).max()) < 1e-3
+    assert float(torch.cdist(places[0], places[1]).amin(1).max()) < 1e-3
     as_drawn = torch.cdist(episodes.states[:, 0, 27:29], held.states[:, 0, 27:29]).amin(1) < 1e-3
     assert 0.1 < float(as_drawn.float().mean()) < 0.5
 
