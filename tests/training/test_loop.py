@@ -79,7 +79,7 @@ def run_train(folder: Path, steps: int, resume: bool = False, **options: Any) ->
     nn.init.ones_(module.weight)
     parameters = list(module.parameters())
 
-    def sample_extras(batch: Trajectories, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_extras(batch: Trajectories, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {"target": torch.rand(batch.batch, generator=generator)}
 
     def loss_function(batch: Trajectories, step: int, extras: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

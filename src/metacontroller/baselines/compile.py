@@ -168,7 +168,7 @@ def discover_compile(
     trained = (meta_controller.norm, meta_controller.history, meta_controller.switching, meta_controller.controller)
     parameters = [*segmentation.parameters(), *(value for module in trained for value in module.parameters())]
 
-    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+    def sample_extras(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
         noise = segmentation.segmenter.sample_noise(batch.batch, batch.steps, generator)
         states = batch.states if augment is None else augment(batch.states, generator)
         return {**noise._asdict(), "states": states, "later_share": _later_share(batch.lengths).expand(batch.batch)}

@@ -114,11 +114,13 @@ def discover(
     if config.clips and (guide is None or decisions is None):
         raise UserError(f"clips is {config.clips}, but updates are not guided or no decisions are given; expected 0.")
 
-    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+    def sample_extras(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
         noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
         augmented = {} if augment is None else {"embedded_states": augment(batch.states, generator)}
-        named = {} if guide is None else guide.extras(batch)
-        if guide is not None and config.clips and decisions is not None:
+        if guide is None or step >= config.guided_updates:
+            return {**noise._asdict(), **augmented}
+        named = guide.extras(batch)
+        if config.clips and decisions is not None:
             drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)
             named |= guide.clip_extras(drawn, batch)
         return {**noise._asdict(), **augmented, **named}

@@ -100,7 +100,7 @@ def pretrain(
             metrics["clip_loss"] = factor * losses.action
         return loss, metrics
 
-    def sample_extras(batch: Trajectories, generator: torch.Generator) -> BatchExtras:
+    def sample_extras(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
         if not config.clips or decisions is None:
             return {}
         drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)

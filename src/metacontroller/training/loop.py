@@ -62,7 +62,7 @@ class _Means:
 BatchExtras = dict[str, Tensor]
 """Tensors (b, ...) that a loss needs in addition to its batch: noise, augmented states."""
 
-SampleExtras = Callable[[Trajectories, torch.Generator], BatchExtras]
+SampleExtras = Callable[[Trajectories, int, torch.Generator], BatchExtras]
 LossFunction = Callable[[Trajectories, int, BatchExtras], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -86,8 +86,9 @@ def train(
     """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
     loss_function(batch, step, extras) -> the loss, a mean over real steps, and the metrics to log, whose means over the
-    log interval are written. sample_extras(batch, generator) -> ``extras`` of a batch. after(done): called after every
-    update with the number of updates so far. seed: of the episodes and, in a separate stream, of ``sample_extras``.
+    log interval are written. sample_extras(batch, step, generator) -> ``extras`` of a batch. after(done): called after
+    every update with the number of updates so far. seed: of the episodes and, in a separate stream, of
+    ``sample_extras``.
     matrices, muon_lr: as of `Learner`. Several processes share each batch, see `training.distributed`.
 
     Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
@@ -123,7 +124,7 @@ def train(
         for step in range(first, config.steps):
             learner.scale_lr(config.share_of_lr(step))
             batch = stream.next().to(device)
-            extras = sample_extras(batch, learner.generator) if sample_extras else {}
+            extras = sample_extras(batch, step, learner.generator) if sample_extras else {}
             batch, extras, share = _own_share(batch, extras, workers)
             loss, metrics = loss_function(batch, step, extras)
             done, last = step + 1, step + 1 == config.steps

@@ -189,12 +189,9 @@ def test_facts_are_where_the_color_is_and_where_the_ant(tmp_path: Path) -> None:
 def test_an_ant_may_decide_where_it_enters_a_cell(tmp_path: Path) -> None:
     world = AntPinpad(small(tmp_path))
     episodes = world.demonstrations("discover", 6, random_state())
-    arena, right = (
-        world.config.arena,
-        torch.tensor([[0.9, 0.0], [1.1, 0.0], [1.2, 0.1], [1.2, 1.2], [0.3, 1.2], [0.3, 1]]),
-    )
-    places = (right - 1) * arena.cell_size / arena.half  # of 3 x 3 cells, the middle one ends at half a cell
-    episodes.states[:, :6, 27:29] = places * 1.5
+    places = torch.tensor([[-0.5, -0.5], [-0.5, -0.4], [-0.2, -0.4], [-0.2, 0.5], [-0.5, 0.5], [-0.5, 0.5]])
+    episodes.states[:, :6, 27:29] = places  # of 3 x 3 cells that end at a third
+    arena = world.config.arena
     found = world.decisions(episodes)
     cells = arena.cell(episodes.states[:, :-1, 27:29].double() * arena.half)
     expected = torch.zeros_like(found)
