@@ -309,12 +309,15 @@ def test_it_says_what_runs_until_its_end(
 
 @pytest.mark.slow
 def test_side_by_side_and_with_workers_the_result_is_the_same(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "usable_cores", lambda: 2)
-    for workers in (1, 2):
+    for workers, label in ((1, ""), (2, "seed 0, ")):
         out = tmp_path / str(workers)
-        reproduce(debug(), out, [0], workers=workers, quiet=True)
+        reproduce(debug(), out, [0], workers=workers)
+        lines = capfd.readouterr().err.splitlines()
+        for text in (*(f"{phase}: " for phase in PHASES), "evaluate: ", "figures of the run"):
+            assert any(line.startswith(label + text) for line in lines)
         for artefact in ARTEFACTS.values():
             name = f"seed-0/{artefact}.safetensors"
             assert same_weights(out / name, finished / name)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+from contextvars import copy_context
 
 import pytest
 import torch
 from rich.console import Console
 
-from metacontroller.training.progress import BarProgress, LineProgress, Progress, announce, track
+from metacontroller.training.progress import BarProgress, LineProgress, Progress, announce, label_lines, track
 
 
 class Clock:
@@ -121,6 +122,21 @@ def test_announce_is_a_line_on_standard_error_unless_quiet(capfd: pytest.Capture
     announce("evaluate: success")
     announce("evaluate: the gate", quiet=True)
     assert capfd.readouterr() == ("", "evaluate: success\n")
+
+
+def test_a_worker_says_whose_its_lines_are(capfd: pytest.CaptureFixture[str]):
+    def work() -> None:
+        label_lines("seed 3")
+        announce("evaluate: success")
+        with track(4, "pretrain") as progress:
+            progress.update(4)
+
+    copy_context().run(work)  # the label ends with it
+    announce("figures of all seeds")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "seed 3, evaluate: success"
+    assert lines[1].startswith("seed 3, pretrain: 4/4")
+    assert lines[2] == "figures of all seeds"
 
 
 def test_quiet_writes_nothing(capfd: pytest.CaptureFixture[str]):

@@ -9,7 +9,6 @@ Each phase is resumed from its last checkpoint, which also says how long the wor
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from metacontroller.recipes.run_phase import PHASES, RL_PHASES, run_phase
 from metacontroller.report import figures
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
-from metacontroller.training.progress import announce
+from metacontroller.training.progress import announce, label_lines
 from metacontroller.training.seeding import MAX_SEED, stream_seed
 from metacontroller.training.tracking import Tracker
 
@@ -187,10 +186,9 @@ def _all_seeds(
 
 
 def _reproduce_alone(config: ExperimentConfig, path: Path, quiet: bool, device: str, track: Tracker | None) -> None:
-    # quiet, because the bars of several processes would overwrite each other
-    summary = reproduce_seed(config, path, quiet=True, device=device, track=track)
-    if not quiet:
-        print(f"seed {config.seed}: finished in {summary['seconds'] / 60:.1f} minutes", file=sys.stderr, flush=True)
+    label_lines(f"seed {config.seed}")
+    summary = reproduce_seed(config, path, quiet=quiet, device=device, track=track)
+    announce(f"finished in {summary['seconds'] / 60:.1f} minutes", quiet)
 
 
 def combined_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

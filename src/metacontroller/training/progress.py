@@ -6,6 +6,8 @@ with track(steps, "pretrain") as progress:
     for step in range(1, steps + 1):
         loss = ...
         progress.update(step, loss=loss)
+
+A worker among several calls `label_lines` first, so that one can tell whose lines they are.
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 import rich.progress
 from rich.console import Console
+
+_LABEL = ContextVar("label", default="")
+
+
+def label_lines(label: str) -> None:
+    """Begin every plain line of this process with `label`, such as 'seed 1'."""
+    _LABEL.set(f"{label}, ")
 
 
 def track(
@@ -42,7 +52,7 @@ def track(
 def announce(text: str, quiet: bool = False) -> None:
     """Write one line about the next piece of work to standard error; nothing if `quiet`."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{_LABEL.get()}{text}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -108,7 +118,7 @@ class LineProgress(Progress):
         self._console = console
 
     def _show(self) -> None:
-        line = f"{self.description}: {self._step}/{self.total}  {self._measured()}"
+        line = f"{_LABEL.get()}{self.description}: {self._step}/{self.total}  {self._measured()}"
         print(line, file=self._console.file, flush=True)
 
 
