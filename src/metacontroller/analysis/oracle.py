@@ -100,6 +100,7 @@ def named_success(run: LoadedRun, episodes: int, seed: int) -> float:
         run.domain,
         episodes,
         seed,
+        run.controller.action_temperature,
     )
 
 

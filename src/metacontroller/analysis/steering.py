@@ -9,8 +9,9 @@ Axes: b rows, t steps, i residual in, o residual out (both n_e), g subgoals, r r
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,11 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.rollout import Actor, survivors
 from metacontroller.report.analysis_figures import steering_figure
+from metacontroller.training.divergence import NotFinite
+from metacontroller.training.optimizer import Learner
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator, stream_seed
 
@@ -73,6 +77,9 @@ def steer_layers(
     seed: int,
     rank: int | None = 16,
     lr: float = 1e-3,
+    choice_weight: float = 1.0,
+    muon_lr: float = 0.0,
+    temperature: float = 1.0,
     controlled_only: bool = False,
     quiet: bool = False,
 ) -> SteeringResult:
@@ -80,6 +87,8 @@ def steer_layers(
     plays the post-training task with them in ``episodes`` held-out episodes.
 
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
+    choice_weight: see `emphasized_choices`. muon_lr: of Muon in place of AdamW, unless 0. temperature: of the actions
+    in play.
     controlled_only: at the controlled layer alone. The model is left as it is; UserError for one that has to be split
     at every layer and cannot be.
     """
@@ -100,9 +109,12 @@ def steer_layers(
             def update(step: int, loss: float, index: int = index) -> None:
                 progress.update(index * steps + step, layer=index, loss=loss)
 
-            controllers, loss = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
+            with emphasized_choices(split.action_readout, choice_weight):
+                controllers, loss = _train(
+                    split, generate, subgoals, rank, steps, batch_size, lr, muon_lr, seed, update
+                )
             losses.append(loss)
-            successes.append(play_chained(split, controllers, domain, episodes, seed))
+            successes.append(play_chained(split, controllers, domain, episodes, seed, temperature))
     return SteeringResult(losses, successes)
 
 
@@ -114,6 +126,7 @@ def _train(
     steps: int,
     batch_size: int,
     lr: float,
+    muon_lr: float,
     seed: int,
     update: Callable[[int, float], None],
 ) -> tuple[SupervisedControllers, float]:
@@ -123,7 +136,17 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         controllers = SupervisedControllers(subgoals, model.dim, rank).to(device)
-    optimizer = torch.optim.AdamW(controllers.parameters(), lr=lr, fused=True)
+    matrices = list(controllers.parameters())
+    learner = Learner(
+        controllers,
+        matrices,
+        stream.generator,
+        lr=lr,
+        weight_decay=0.01,
+        max_grad_norm=math.inf,
+        matrices=matrices,
+        muon_lr=muon_lr,
+    )
     last = []
     for step in range(1, steps + 1):
         batch = stream.next()
@@ -132,14 +155,27 @@ def _train(
             residual = model.residual(batch.states, batch.actions)
         steered = controllers(residual, labels)
         loss = model.losses_under(steered, batch.states, batch.actions, batch.lengths, with_state_loss=False).action
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        try:
+            learner.optimizer_step(loss)
+        except NotFinite as found:
+            raise UserError(f"supervised controllers diverged at update {step}: {found}; lower lr, {lr}.") from found
         if step > 0.9 * steps:
             last.append(loss.detach())
         if step % 50 == 0 or step == steps:
             update(step, float(loss.detach()))
     return controllers, float(torch.stack(last).mean())
+
+
+def steering_options(run: LoadedRun) -> dict[str, Any]:
+    """How `steer_layers` trains and plays controllers that are like those of a run's discovery."""
+    return {
+        "rank": run.controller.rank,
+        "choice_weight": run.discovery.choice_weight,
+        "muon_lr": run.discovery.muon_lr,
+        "temperature": run.controller.action_temperature,
+        "seed": stream_seed(run.seed, "analyse"),
+    }
 
 
 def tells_goals(domain: Domain, seed: int) -> bool:
@@ -150,11 +186,16 @@ def tells_goals(domain: Domain, seed: int) -> bool:
 @torch.no_grad()
 @weights_cast_once()
 def play_chained(
-    model: SteerableModel, steer: Callable[[Tensor, Tensor], Tensor], domain: Domain, episodes: int, seed: int
+    model: SteerableModel,
+    steer: Callable[[Tensor, Tensor], Tensor],
+    domain: Domain,
+    episodes: int,
+    seed: int,
+    temperature: float = 1.0,
 ) -> float:
     """Share of held-out episodes in which the post-training task is done when each step is steered towards the subgoal
     that the task asks for. steer: residual (b, n_e), subgoal (b,) -> steered residual, such as `SupervisedControllers`.
-    UserError where the world does not tell which subgoal that is."""
+    temperature: of the actions. UserError where the world does not tell which subgoal that is."""
     generator = noise_generator(seed, next(model.parameters()).device)  # a stream apart from the training episodes
     env = domain.reset(episodes, generator)
     if not tells_goals(domain, seed):
@@ -162,7 +203,7 @@ def play_chained(
             f"steering follows the subgoal that a task asks for, which the world {domain.name} does not tell; define "
             "goal() of its episodes."
         )
-    actor, done = Actor(model, env, generator), 0
+    actor, done = Actor(model, env, generator, temperature=temperature), 0
     while len(env):
         residual, before = actor.look(), env.success.clone()
         actor.act(steer(residual, env.goal().clamp(min=0)))
@@ -175,14 +216,14 @@ def play_chained(
 class Steering(Analysis):
     """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).
 
-    They have the rank of the controllers that discovery looks for.
+    They have the rank of the controllers that discovery looks for, and learn from clips of decisions where it does.
     """
 
     Config = LayerConfig
 
     def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
-        seed, source = stream_seed(run.seed, "analyse"), run.demonstrations("discover")
-        steered = steer_layers(run.base, source, run.domain, **vars(config), seed=seed, rank=run.rank, quiet=quiet)
+        options = steering_options(run) | vars(config)
+        steered = steer_layers(run.base, run.clips_or_episodes(), run.domain, **options, quiet=quiet)
         return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
 
     def draw(self, results: Sequence[Results]) -> Figure:
