@@ -93,23 +93,6 @@ def test_the_gate_sees_neither_the_future_nor_the_proposal_of_its_step(mode: str
         assert not torch.equal(after.beta[:, 6:], before.beta[:, 6:])
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard", "gumbel-sigmoid"])
-def test_without_history_the_gate_is_that_of_a_unit_whose_weights_for_it_are_zero(mode: str) -> None:
-    without, unit, inputs = make_unit(mode, history=False).eval(), make_unit(mode).eval(), make_inputs()
-    unit.load_state_dict({**without.state_dict(), "drive.weight": unit.drive.weight})
-    with torch.no_grad():
-        unit.drive.weight[:, :WIDTH], unit.drive.weight[:, WIDTH:] = without.drive.weight, 0.0
-    expected, found = unit(**inputs), without(**inputs)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-    assert torch.equal(without(**inputs | {"history": torch.randn_like(inputs["history"])}).beta, found.beta)
-    step = [inputs[name][:, 3] for name in ("residual", "history")]
-    held = torch.full((BATCH,), 2, dtype=torch.float64)
-    torch.testing.assert_close(without.probability(*step, found.z[:, 2], held), found.beta[:, 3])
-    beta = without.held(inputs["residual"], inputs["history"], found.z, inputs["fresh"]).beta
-    torch.testing.assert_close(beta, unit.held(inputs["residual"], inputs["history"], found.z, inputs["fresh"]).beta)
-
-
 def test_the_gate_knows_the_code_in_force() -> None:
     unit, inputs = make_unit("soft"), make_inputs()
     inputs["z_tilde"].requires_grad_()

@@ -33,8 +33,6 @@ class GateConfig:
     """Divides the logit of gumbel-sigmoid."""
     period: int = 4
     """Steps from one switch to the next, for fixed-frequency."""
-    history: bool = True
-    """Whether beta reads h_{t-1} (the paper). Without, it cannot depend on what was done before (our choice)."""
 
     def __post_init__(self) -> None:
         modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
@@ -48,14 +46,13 @@ class GateConfig:
 class SwitchingUnit(nn.Module):
     """beta_t = f_switch(e_t, h_{t-1}, z_{t-1}), one hidden layer with ReLU; causal (eq. 16).
 
-    The projections of e and h are computed before the loop over time; the loop carries only z. With
-    ``config.history`` false h is left out.
+    The projections of e and h are computed before the loop over time; the loop carries only z.
     """
 
     def __init__(self, dim_model: int, dim_history: int, dim_latent: int, *, hidden: int, config: GateConfig) -> None:
         super().__init__()
         self.config = config
-        self.drive = nn.Linear(dim_model + (dim_history if config.history else 0), hidden)
+        self.drive = nn.Linear(dim_model + dim_history, hidden)
         self.code = nn.Linear(dim_latent, hidden, bias=False)
         self.out = nn.Linear(hidden, 1)
 
@@ -89,7 +86,7 @@ class SwitchingUnit(nn.Module):
             uniform = torch.rand(fresh.shape, device=residual.device) if uniform is None else uniform
             noise = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(residual.dtype)
         return gate_scan(
-            self._driven(residual, history),
+            self.drive(torch.cat([residual, history], -1)),
             z_tilde,
             self.code.weight,
             self.out.weight[0],
@@ -123,12 +120,8 @@ class SwitchingUnit(nn.Module):
             return torch.ones_like(z[..., 0])
         if config.mode == "fixed-frequency":
             return (held >= config.period).to(z.dtype)
-        hidden = torch.relu(self._driven(residual, history) + self.code(z))
+        hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(z))
         return torch.sigmoid(self.out(hidden)[..., 0] / self._temperature())
-
-    def _driven(self, residual: Tensor, history: Tensor) -> Tensor:
-        """The part of the hidden layer that does not depend on z, (..., hidden)."""
-        return self.drive(torch.cat([residual, history], -1) if self.config.history else residual)
 
     def _temperature(self) -> float:
         return self.config.temperature if self.config.mode == "gumbel-sigmoid" else 1.0

@@ -73,7 +73,6 @@ def laptop() -> ExperimentConfig:
                 rank=None,
                 policy_hidden=64,
                 policy_kind="hawk",
-                gate=GateConfig(history=False),  # with it some seeds do not switch after unseen transitions (log 111)
                 action_temperature=0.0,  # twice as many tasks are done as with sampled actions (log 103)
             ),
             pretrain=PretrainConfig(
