@@ -48,16 +48,6 @@ from metacontroller.ranges import (
 from metacontroller.storage.module_file import Saveable
 
 
-def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor:
-    """At each step the history of a random step of its episode: (b, t, n_h), from uniform (b, t) in 0..1.
-
-    Where codes are given, nothing is left to be found out about when one ends, and a gate that reads what came before
-    learns which transitions there are; then it does not open after others.
-    """
-    steps = (uniform.to(history.device) * lengths[:, None]).long().clamp(max=history.shape[1] - 1)
-    return history.gather(1, steps[..., None].expand_as(history))
-
-
 @dataclass
 class ControlState:
     """What the metacontroller carries from step to step while acting; one row per episode.
@@ -200,8 +190,8 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
 
         residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
         (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
-        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals; the
-        gate is then asked with the histories of random steps. UserError for shapes that do not fit.
+        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals.
+        UserError for shapes that do not fit.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -224,7 +214,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if held is None:
             z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
         else:
-            z, gate, beta = self.switching.held(read, at_random_steps(history, noise.gate, lengths), held, first)
+            z, gate, beta = self.switching.held(read, history, held, first)
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, self.codes.kl(distribution), mask, distribution)
 
