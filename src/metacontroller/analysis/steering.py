@@ -88,9 +88,8 @@ def steer_layers(
 
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
     choice_weight: see `emphasized_choices`. muon_lr: of Muon in place of AdamW, unless 0. temperature: of the actions
-    in play.
-    controlled_only: at the controlled layer alone. The model is left as it is; UserError for one that has to be split
-    at every layer and cannot be.
+    in play. controlled_only: at the controlled layer alone. The model is left as it is; UserError for one that has to
+    be split at every layer and cannot be.
     """
     if not controlled_only and type(model).resplit is SteerableModel.resplit:
         raise UserError(
