@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +23,7 @@ def random_state(seed: int = 0) -> torch.Generator:
 def episodes(lengths: Tensor = LENGTHS) -> Trajectories:
     """A state is the number of its row times 100, plus that of its step, and an action the same minus 0.5."""
     time = torch.arange(10.0).clamp(max=lengths[:, None]) + 100 * torch.arange(len(lengths))[:, None]
-    actions = time[:, :-1, None] - 0.5
-    return Trajectories(states=time[..., None], actions=actions, lengths=lengths, subgoals=time[:, :-1].long())
+    return Trajectories(states=time[..., None], actions=time[:, :-1, None] - 0.5, lengths=lengths)
 
 
 def test_clips_are_pieces_of_episodes_that_begin_at_decisions() -> None:
@@ -36,9 +37,6 @@ def test_clips_are_pieces_of_episodes_that_begin_at_decisions() -> None:
         assert count == min(3, int(LENGTHS[row]) - start)
         assert torch.equal(drawn.clips.states[number, : count + 1], whole.states[row, start : start + count + 1])
         assert torch.equal(drawn.clips.actions[number, :count], whole.actions[row, start : start + count])
-        assert drawn.clips.subgoals is not None
-        assert whole.subgoals is not None
-        assert torch.equal(drawn.clips.subgoals[number, :count], whole.subgoals[row, start : start + count])
 
 
 def test_as_many_are_drawn_as_asked_for_from_new_demonstrations() -> None:
@@ -60,7 +58,7 @@ def test_means_over_the_clips_of_several_processes_add_up_to_that_of_one() -> No
 
     def mean(rows: list[int]) -> float:
         kept = torch.tensor(rows)
-        own = batch.index(kept)
+        own = replace(batch, states=batch.states[kept], actions=batch.actions[kept], lengths=batch.lengths[kept])
         clips, factor = clips_of({name: value[kept] for name, value in extras.items()}, own)
         share = own.lengths.sum() / batch.lengths.sum()
         return float(share * factor * masked_mean(clips.actions[..., 0], clips.mask()))

@@ -177,7 +177,7 @@ def test_figure_and_player_show_the_gate_of_the_model_that_is_steered(cotrained:
     gate = shown["episodes"][0]["gate"]
     expected, other = (
         held_out_gate(judged, len(shown["episodes"]), stream_seed(run.seed, "analyse")).beta[0, : len(gate)]
-        for judged in (run, replace(run, discovery=replace(run.discovery, train_model=False)))
+        for judged in (run, replace(run, cotrained=False))
     )
     assert gate == pytest.approx(expected.tolist(), abs=1e-4)
     assert gate != pytest.approx(other.tolist(), abs=1e-4)

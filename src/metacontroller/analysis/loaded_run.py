@@ -11,7 +11,6 @@ from metacontroller.baselines.compile import CompILE
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
-from metacontroller.data.clips import clip_source
 from metacontroller.domains.base import Domain, Split
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import (
@@ -24,7 +23,6 @@ from metacontroller.phases.artefacts import (
     SEGMENTATION,
     load_artefact,
 )
-from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig, Policy, evaluate
 from metacontroller.phases.pretrain import snapshot_path
 from metacontroller.storage.run_folder import RunFolder
@@ -35,9 +33,10 @@ class LoadedRun:
     """One run. Whoever measures or draws it takes its parts from here, so that all of them judge the same model.
 
     folder: its files. domain: its world. settings: how much is measured. seed: from which all its seeds derive, see
-    `stream_seed`. Model: the class of its action model. discovery, controller: how discovery trained which
-    metacontroller. segmented: whether CompILE stands in place of discovery. snapshots, pretraining_steps: updates after
-    which pretraining kept the model, and at which it ended. new_model: makes the model as it was before pretraining.
+    `stream_seed`. Model: the class of its action model. cotrained: whether discovery trained the model along.
+    segmented: whether CompILE stands in place of discovery. snapshots, pretraining_steps: updates after which
+    pretraining kept the model, and at which it ended. new_model: makes the model as it was before pretraining.
+    controller: the config of its metacontroller.
     """
 
     folder: RunFolder
@@ -46,21 +45,16 @@ class LoadedRun:
     seed: int
     device: str
     Model: type[SteerableModel]
-    discovery: DiscoverConfig
-    controller: MetaControllerConfig
+    cotrained: bool
     segmented: bool
     snapshots: tuple[int, ...]
     pretraining_steps: int
     new_model: Callable[[], SteerableModel]
+    controller: MetaControllerConfig
 
     def demonstrations(self, split: Split = "discover") -> Generate:
         """The source of one phase's episodes."""
         return lambda n, generator: self.domain.demonstrations(split, n, generator)
-
-    def clips_or_episodes(self) -> Generate:
-        """The source of discovery's episodes, or of clips of them where it has clips."""
-        source, steps = self.demonstrations(), self.discovery.clip_steps
-        return clip_source(source, self.domain.decisions, steps) if self.discovery.clips else source
 
     @property
     def subgoals(self) -> tuple[str, ...]:
@@ -81,8 +75,7 @@ class LoadedRun:
     @cached_property
     def model(self) -> SteerableModel:
         """The model that the metacontroller steers: the base, or the one that discovery trained along."""
-        cotrained = self.discovery.train_model
-        return load_artefact(self.Model, self.folder, COTRAINED_MODEL, self.device) if cotrained else self.base
+        return load_artefact(self.Model, self.folder, COTRAINED_MODEL, self.device) if self.cotrained else self.base
 
     @cached_property
     def raw_model(self) -> SteerableModel:

@@ -9,7 +9,6 @@ Axes: b rows, t steps, i residual in, o residual out (both n_e), g subgoals, r r
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,11 +23,8 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.rollout import Actor, survivors
 from metacontroller.report.analysis_figures import steering_figure
-from metacontroller.training.divergence import NotFinite
-from metacontroller.training.optimizer import Learner
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator, stream_seed
 
@@ -77,8 +73,6 @@ def steer_layers(
     seed: int,
     rank: int | None = 16,
     lr: float = 1e-3,
-    choice_weight: float = 1.0,
-    muon_lr: float = 0.0,
     temperature: float = 1.0,
     controlled_only: bool = False,
     quiet: bool = False,
@@ -87,9 +81,8 @@ def steer_layers(
     plays the post-training task with them in ``episodes`` held-out episodes.
 
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
-    choice_weight: see `emphasized_choices`. muon_lr: of Muon in place of AdamW, unless 0. temperature: of the actions
-    in play. controlled_only: at the controlled layer alone. The model is left as it is; UserError for one that has to
-    be split at every layer and cannot be.
+    temperature: of the actions in play. controlled_only: at the controlled layer alone. The model is left as it is;
+    UserError for one that has to be split at every layer and cannot be.
     """
     if not controlled_only and type(model).resplit is SteerableModel.resplit:
         raise UserError(
@@ -108,10 +101,7 @@ def steer_layers(
             def update(step: int, loss: float, index: int = index) -> None:
                 progress.update(index * steps + step, layer=index, loss=loss)
 
-            with emphasized_choices(split.action_readout, choice_weight):
-                controllers, loss = _train(
-                    split, generate, subgoals, rank, steps, batch_size, lr, muon_lr, seed, update
-                )
+            controllers, loss = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
             losses.append(loss)
             successes.append(play_chained(split, controllers, domain, episodes, seed, temperature))
     return SteeringResult(losses, successes)
@@ -125,7 +115,6 @@ def _train(
     steps: int,
     batch_size: int,
     lr: float,
-    muon_lr: float,
     seed: int,
     update: Callable[[int, float], None],
 ) -> tuple[SupervisedControllers, float]:
@@ -135,17 +124,7 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         controllers = SupervisedControllers(subgoals, model.dim, rank).to(device)
-    matrices = list(controllers.parameters())
-    learner = Learner(
-        controllers,
-        matrices,
-        stream.generator,
-        lr=lr,
-        weight_decay=0.01,
-        max_grad_norm=math.inf,
-        matrices=matrices,
-        muon_lr=muon_lr,
-    )
+    optimizer = torch.optim.AdamW(controllers.parameters(), lr=lr, fused=True)
     last = []
     for step in range(1, steps + 1):
         batch = stream.next()
@@ -154,11 +133,9 @@ def _train(
             residual = model.residual(batch.states, batch.actions)
         steered = controllers(residual, labels)
         loss = model.losses_under(steered, batch.states, batch.actions, batch.lengths, with_state_loss=False).action
+        optimizer.zero_grad()
         loss.backward()
-        try:
-            learner.optimizer_step(loss)
-        except NotFinite as found:
-            raise UserError(f"supervised controllers diverged at update {step}: {found}; lower lr, {lr}.") from found
+        optimizer.step()
         if step > 0.9 * steps:
             last.append(loss.detach())
         if step % 50 == 0 or step == steps:
@@ -166,15 +143,9 @@ def _train(
     return controllers, float(torch.stack(last).mean())
 
 
-def steering_options(run: LoadedRun) -> dict[str, Any]:
-    """How `steer_layers` trains and plays controllers that are like those of a run's discovery."""
-    return {
-        "rank": run.controller.rank,
-        "choice_weight": run.discovery.choice_weight,
-        "muon_lr": run.discovery.muon_lr,
-        "temperature": run.controller.action_temperature,
-        "seed": stream_seed(run.seed, "analyse"),
-    }
+def controllers_of(run: LoadedRun) -> dict[str, Any]:
+    """Rank and temperature for `steer_layers`: those of the controllers that the run's discovery looks for."""
+    return {"rank": run.controller.rank, "temperature": run.controller.action_temperature}
 
 
 def tells_goals(domain: Domain, seed: int) -> bool:
@@ -215,14 +186,15 @@ def play_chained(
 class Steering(Analysis):
     """Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).
 
-    They have the rank of the controllers that discovery looks for, and learn from clips of decisions where it does.
+    They have the rank of the controllers that discovery looks for, and act at their temperature.
     """
 
     Config = LayerConfig
 
     def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
-        options = steering_options(run) | vars(config)
-        steered = steer_layers(run.base, run.clips_or_episodes(), run.domain, **options, quiet=quiet)
+        seed, source = stream_seed(run.seed, "analyse"), run.demonstrations("discover")
+        options = {**vars(config), **controllers_of(run)}
+        steered = steer_layers(run.base, source, run.domain, **options, seed=seed, quiet=quiet)
         return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
 
     def draw(self, results: Sequence[Results]) -> Figure:

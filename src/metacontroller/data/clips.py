@@ -53,23 +53,12 @@ def cut_clips(whole: Trajectories, at: Tensor, count: int, steps: int, generator
     rows = torch.arange(whole.batch, device=at.device).repeat_interleave(CLIPS_OF_EACH)[:count]
     starts = starts.flatten()[:count]
     index = starts[:, None] + torch.arange(steps + 1, device=at.device)
-    within = index[:, :-1].clamp(max=whole.steps - 1)
     clips = Trajectories(
         states=whole.states[rows[:, None], index.clamp(max=whole.states.shape[1] - 1)],
-        actions=whole.actions[rows[:, None], within],
+        actions=whole.actions[rows[:, None], index[:, :-1].clamp(max=whole.steps - 1)],
         lengths=(whole.lengths[rows] - starts).clamp(max=steps),
-        subgoals=None if whole.subgoals is None else whole.subgoals[rows[:, None], within],
     )
     return Clips(clips, whole, rows, starts)
-
-
-def clip_source(generate: Generate, decisions: Decisions, steps: int) -> Generate:
-    """A source of clips in place of whole episodes, with their labels of subgoals."""
-
-    def draw(count: int, generator: torch.Generator) -> Trajectories:
-        return draw_clips(generate, decisions, count, steps, generator).clips
-
-    return draw
 
 
 def clip_extras(drawn: Clips, batch: Trajectories) -> dict[str, Tensor]:

@@ -183,10 +183,10 @@ def load_run(folder: RunFolder, device: str, config: ExperimentConfig | None = N
         seed=config.seed,
         device=device,
         Model=config.model.Model,
-        discovery=config.discover,
-        controller=config.meta_controller,
+        cotrained=config.discover.train_model,
         segmented=config.discovery == "compile",
         snapshots=config.pretrain.snapshots,
         pretraining_steps=config.pretrain.optimizer.steps,
         new_model=lambda: build_model(config),
+        controller=config.meta_controller,
     )

@@ -13,7 +13,7 @@ from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle
 from metacontroller.analysis.probing import probe_layers
 from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
-from metacontroller.analysis.steering import steer_layers, steering_options, tells_goals
+from metacontroller.analysis.steering import controllers_of, steer_layers, tells_goals
 from metacontroller.phases.evaluate import Policy
 from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
@@ -58,10 +58,8 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     found["probe_accuracy"] = probed.accuracy[0]
     if tells_goals(run.domain, seed):
         announce("evaluate: supervised controllers", quiet)
-        options = {**small, **steering_options(run)}
-        steered = steer_layers(
-            run.base, run.clips_or_episodes(), run.domain, controlled_only=True, quiet=True, **options
-        )
+        options = {**small, **controllers_of(run)}
+        steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **options)
         found["supervised_success"] = steered.success[0]
     announce("evaluate: codes of experts", quiet)
     oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)

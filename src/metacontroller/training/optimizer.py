@@ -94,9 +94,9 @@ class Learner:
         self.module, self.parameters, self.generator = module, parameters, generator
         by_muon = {id(matrix) for matrix in matrices} if muon_lr else set()
         rest = [value for value in parameters if id(value) not in by_muon]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        if rest:
-            self.optimizers["optimizer"] = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "optimizer": torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
+        }
         self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
         if by_muon:
             flat = [value for value in matrices if value.dim() == 2]
