@@ -12,6 +12,7 @@ from tests.control.test_fixed_points import walks
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.clips import draw_clips
 from metacontroller.data.trajectories import Trajectories
@@ -109,12 +110,17 @@ def test_the_losses_of_several_processes_add_up_to_that_of_one() -> None:
     batch = source(6, torch.Generator().manual_seed(3))
     extras = guide.extras(batch)
 
+    noise = steering.sample_noise(6, batch.steps)
+
     def loss(rows: list[int]) -> float:
         kept = torch.tensor(rows)
         own = replace(batch, **{name: value[kept] for name, value in vars(batch).items() if value is not None})
         some = {name: value[kept] for name, value in extras.items()}
         with torch.no_grad():
-            output = steering.discover_episodes(model, own.states, own.actions, own.lengths, held=guide.held(some))
+            own_noise = DiscoveryNoise(noise.code[kept], noise.gate[kept])
+            output = steering.discover_episodes(
+                model, own.states, own.actions, own.lengths, noise=own_noise, held=guide.held(some)
+            )
         share = float(own.lengths.sum() / batch.lengths.sum())
         return share * float(guide.loss(own, some, output))
 
@@ -150,6 +156,8 @@ def test_the_loss_of_clips_is_that_of_steered_steps_under_the_code_of_the_first(
 
 def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
     steering, model = make_steering(), make_model()
+    with torch.no_grad():
+        steering.switching.drive.weight[:, model.dim :] = 0.0  # it reads no history
     batch = source(4, torch.Generator().manual_seed(3))
     free = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths)
     held = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach())
@@ -157,6 +165,28 @@ def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
         torch.testing.assert_close(getattr(held, name), getattr(free, name))
     other = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach().flip(0))
     assert not torch.allclose(other.steered, free.steered)
+
+
+def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() -> None:
+    steering, model = make_steering(), make_model()
+    batch = source(4, torch.Generator().manual_seed(3))
+    held = F.one_hot(torch.randint(4, (4, batch.steps)), 4).float()
+    noise = steering.sample_noise(4, batch.steps)
+    found = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=noise, held=held).beta
+    other: set[bool] = set()
+    with torch.no_grad():
+        read = steering.norm(model.residual(batch.states[:, : batch.steps], batch.actions))
+        for row, length in enumerate(batch.lengths.tolist()):
+            state, histories = torch.zeros(1, steering.dim_history), []
+            for step in range(length):
+                histories.append(state)
+                state = steering.history(read[row : row + 1, step : step + 1], state[None])[1][0]
+            for step in range(1, length):
+                asked = int(noise.gate[row, step] * length)
+                options = (read[row, step], histories[asked][0], held[row, step - 1], torch.ones(()))
+                torch.testing.assert_close(found[row, step], steering.switching.probability(*options))
+                other.add(asked != step)
+    assert True in other
 
 
 def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_path: Path) -> None:

@@ -68,8 +68,10 @@ class EpisodeDiscovery:
         *,
         embedded_residual: Tensor | None = None,
         held: Tensor | None = None,
+        fixed_gate: bool = False,
     ) -> DiscoveryOutput:
-        """Proposes, integrates and steers along residuals (b, t, n_e); held: given codes (b, t, n_z) steer instead."""
+        """Proposes, integrates and steers along residuals (b, t, n_e); held: given codes (b, t, n_z) steer instead;
+        fixed_gate: the gate gets no gradient."""
         raise NotImplementedError
 
     def discover_episodes(
@@ -83,20 +85,23 @@ class EpisodeDiscovery:
         embedded_states: Tensor | None = None,
         train_model: bool = False,
         held: Tensor | None = None,
+        fixed_gate: bool = False,
     ) -> DiscoveryOutput:
         """`discover` on the residuals of whole episodes: states (b, T or T + 1, ...), actions (b, T, ...).
 
         With T + 1 states the sequence embedder also reads the last one, the only one that shows the result of the last
         action. embedded_states: states that the sequence embedder reads instead, such as augmented ones. noise: sampled
         if not given. train_model: whether gradients reach the model's own weights, as in co-training (Fig. 7, 8).
-        held (b, T, n_z): codes that steer instead of the proposals.
+        held (b, T, n_z): codes that steer instead of the proposals. fixed_gate: the gate gets no gradient.
         """
         steps = actions.shape[1]
         embedded = whole_residual(model, states if embedded_states is None else embedded_states, actions, train_model)
         residual = embedded[:, :steps]
         if embedded_states is not None:
             residual = whole_residual(model, states[:, :steps], actions, train_model)
-        return self.discover(residual, episode_lens, noise, embedded_residual=embedded, held=held)
+        return self.discover(
+            residual, episode_lens, noise, embedded_residual=embedded, held=held, fixed_gate=fixed_gate
+        )
 
     def steered_losses(
         self,
@@ -110,6 +115,7 @@ class EpisodeDiscovery:
         embedded_states: Tensor | None = None,
         train_model: bool = False,
         held: Tensor | None = None,
+        fixed_gate: bool = False,
     ) -> tuple[BehaviorCloningLosses, DiscoveryOutput]:
         """State and action loss under steering, and the result of `discover_episodes`, which explains the arguments."""
         output = self.discover_episodes(
@@ -121,6 +127,7 @@ class EpisodeDiscovery:
             embedded_states=embedded_states,
             train_model=train_model,
             held=held,
+            fixed_gate=fixed_gate,
         )
         steered, options = output.steered, {"with_state_loss": with_state_loss}
         if train_model:

@@ -29,7 +29,7 @@ from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_
 from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.stepping import SteeringSteps
-from metacontroller.control.switching import GateConfig, SwitchingUnit
+from metacontroller.control.switching import GateConfig, SwitchingUnit, mix_given
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision, products
@@ -46,6 +46,16 @@ from metacontroller.ranges import (
     check_options,
 )
 from metacontroller.storage.module_file import Saveable
+
+
+def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor:
+    """At each step the history of a random step of its episode: (b, t, n_h), from uniform (b, t) in 0..1.
+
+    Where codes are given, nothing is left to be found out about when one ends, and a gate that reads what came before
+    learns which transitions there are; then it does not open after others.
+    """
+    steps = (uniform.to(history.device) * lengths[:, None]).long().clamp(max=history.shape[1] - 1)
+    return history.gather(1, steps[..., None].expand_as(history))
 
 
 @dataclass
@@ -185,13 +195,15 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         *,
         embedded_residual: Tensor | None = None,
         held: Tensor | None = None,
+        fixed_gate: bool = False,
     ) -> DiscoveryOutput:
         """Proposes, integrates and steers over whole episodes (eq. 12 to 18).
 
         residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
         (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
-        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals.
-        UserError for shapes that do not fit.
+        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals; the
+        gate is then asked with the histories of random steps. fixed_gate: no gradient reaches the gate or what it
+        reads, though the codes that it mixes have theirs. UserError for shapes that do not fit.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -211,10 +223,13 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         noise = self.sample_noise(batch, steps) if noise is None else noise
         z_tilde = self.codes.sample(distribution, noise=noise.code)
         first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        if held is None:
-            z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
+        if held is not None:
+            z, gate, beta = self.switching.held(read, at_random_steps(history, noise.gate, lengths), held, first)
         else:
-            z, gate, beta = self.switching.held(read, history, held, first)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed_gate):
+                z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
+            if fixed_gate:
+                z = mix_given(z_tilde, gate).z
         steered = self.steer(residual, z)
         return DiscoveryOutput(steered, z, gate, beta, self.codes.kl(distribution), mask, distribution)
 

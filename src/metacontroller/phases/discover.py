@@ -57,7 +57,8 @@ class DiscoverConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
-    """Updates at the start in which codes are those that `phases.guided` names; 0: none, as in the paper."""
+    """Updates at the start in which codes are those that `phases.guided` names, and after which the gate stays as it is;
+    0: none, as in the paper."""
     clips: int = 0
     """Clips beside each episode of a batch in guided updates, which begin where experts decide, see `data.clips`."""
     clip_steps: int = 3
@@ -138,6 +139,7 @@ def discover(
             embedded_states=extras.get("embedded_states"),
             train_model=config.train_model,
             held=None if guided is None else guided.held(extras),
+            fixed_gate=guide is not guided,  # free updates would open it where nothing begins (log 112, 113)
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state

@@ -8,7 +8,9 @@ propose that code, and the gate to switch where it changes:
     loss = mean over real steps of  -log p(a_t | o_1:t, z_1:t)
          + -log q(z_t | e_1:T), mean over the steps where a code begins and over all  +  10 BCE(beta_t, code begins)
 
-With clips (`data.clips`) the first term of their steps is added, each steered by the code of its first step.
+The gate is asked with the histories of random steps, so that it learns to see that a code is over, and not which codes
+follow each other in demonstrations; the updates of eq. 3 after these leave it as it is. With clips (`data.clips`) the
+first term of their steps is added, each steered by the code of its first step.
 """
 
 from __future__ import annotations
