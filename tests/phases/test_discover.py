@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
@@ -81,6 +82,29 @@ def test_codes_are_counted_where_the_gate_is_thresholded(tmp_path: Path, mode: A
     assert line["codes"] == (length if mode == "forced" else 1)
     beta = 1.0 if mode == "forced" else 1 / (1 + math.exp(0.5))
     assert line["switches"] == pytest.approx(beta * (length - 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["discover", "compile"])
+def test_switches_are_judged_within_the_given_tolerance(tmp_path: Path, way: str) -> None:
+    config = debug()
+    model, source = build_model(config), demonstrations(domain_of(config.domain), "discover")
+    sizes = dataclasses.replace(config.meta_controller, gate=GateConfig(mode="forced"))
+    precisions = []
+    for tolerance in (0, 100):
+        run = RunFolder(tmp_path / str(tolerance))
+        steering = build_meta_controller(dataclasses.replace(config, meta_controller=sizes))
+        options: dict[str, Any] = {"gate_tolerance": tolerance, "quiet": True}
+        if way == "compile":
+            settings = dataclasses.replace(config.compile, optimizer=dataclasses.replace(OPTIMIZER, steps=1))
+            encoder = domain_of(config.domain).spec().encoder
+            parts = build_compile(settings, model, encoder, sizes.dim_latent, 0), steering
+            discover_compile(settings, model, *parts, source, run, **options)
+        else:
+            optimizer = dataclasses.replace(OPTIMIZER, steps=1)
+            discover(DiscoverConfig(optimizer=optimizer), model, steering, source, run, **options)
+        precisions.append(run.read_metrics("discover")[0]["gate_precision"])
+    assert precisions[0] < 0.7
+    assert precisions[1] == 1.0
 
 
 def test_diagnostics_are_written_and_change_nothing_else(

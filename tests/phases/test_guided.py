@@ -189,6 +189,52 @@ def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() 
     assert True in other
 
 
+@pytest.mark.parametrize("mode", ["soft", "straight-through", "forced"])
+def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> None:
+    steering, model = make_steering(gate={"mode": mode}), make_model()
+    batch = source(4, torch.Generator().manual_seed(3))
+    noise = steering.sample_noise(4, batch.steps)
+    gradients = []
+    for fixed in (False, True):
+        losses, output = steering.steered_losses(
+            model, batch.states, batch.actions, batch.lengths, noise=noise, fixed_gate=fixed
+        )
+        gradients.append(torch.autograd.grad(losses.action, list(steering.encoder.parameters()), retain_graph=True))
+        if fixed:
+            torch.testing.assert_close(output.z, free.z)
+            assert torch.equal(output.beta, free.beta)
+            losses.action.backward()
+            assert all(value.grad is None for value in steering.switching.parameters())
+        else:
+            free = output
+    same = torch.allclose(gradients[0][0], gradients[1][0])  # beta depends on the code before, eq. 16
+    assert same == (mode == "forced")
+    # the slow version: codes mixed one step at a time by numbers
+    gate, z, previous = free.gate.detach(), [], torch.zeros(4, 4)
+    proposal = steering.codes.sample(free.distribution, noise=noise.code)
+    for step in range(batch.steps):
+        share = gate[:, step, None]
+        previous = share * proposal[:, step] + (1 - share) * previous
+        z.append(previous)
+    residual = model.residual(batch.states[:, : batch.steps], batch.actions)
+    steered = steering.steer(residual, torch.stack(z, 1))
+    slow = model.losses_under(steered, batch.states, batch.actions, batch.lengths).action
+    for found, expected in zip(gradients[1], torch.autograd.grad(slow, list(steering.encoder.parameters())), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 1e-2])
+def test_updates_after_guided_ones_leave_the_gate_as_it_is(tmp_path: Path, muon_lr: float) -> None:
+    after, whole = (learn(tmp_path / str(steps), steps, updates=4, muon_lr=muon_lr) for steps in (4, 6))
+    assert not torch.equal(after["switching.drive.weight"], make_steering().state_dict()["switching.drive.weight"])
+    for name, value in after.items():
+        if name.startswith("switching."):
+            assert torch.equal(value, whole[name])
+    assert not torch.equal(after["encoder.0.weight"], whole["encoder.0.weight"])
+    free, start = learn(tmp_path / "free", 6, updates=0), make_steering().state_dict()
+    assert not torch.equal(free["switching.drive.weight"], start["switching.drive.weight"])
+
+
 def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_path: Path) -> None:
     def unlabelled(n: int, generator: torch.Generator) -> Trajectories:
         return replace(source(n, generator), subgoals=None, segments=None)

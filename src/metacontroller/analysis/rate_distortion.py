@@ -1,7 +1,7 @@
 """Rate against distortion: what codes cost and how well the expert is predicted with them (Fig. 7).
 
 Which points are aligned with subgoals is said by a rule: at least `ALIGNED_RECALL` of the true changes have a switch
-within one step, and at least `ALIGNED_PRECISION` of the switches such a change.
+within the world's tolerance, and at least `ALIGNED_PRECISION` of the switches such a change.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ def is_aligned(results: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def rate_distortion(
-    model: SteerableModel, meta_controller: MetaController, generate: Generate, episodes: int, seed: int
+    model: SteerableModel,
+    meta_controller: MetaController,
+    generate: Generate,
+    episodes: int,
+    seed: int,
+    *,
+    gate_tolerance: int = 1,
 ) -> dict[str, float | None]:
     """In held-out episodes: rate (KL of the proposals) and distortion (steered action loss), both in nats per step, and
-    the gate's recall, precision (None without labels) and share of decided values. Codes are sampled, the gate is
-    without noise."""
+    the gate's recall, precision (None without labels), within ``gate_tolerance`` steps, and share of decided values.
+    Codes are sampled, the gate is without noise."""
     held_out, generator = _held_out_episodes(model, generate, episodes, seed)
     meta_controller.eval()
     losses, output = meta_controller.steered_losses(
@@ -46,7 +52,7 @@ def rate_distortion(
         noise=meta_controller.sample_noise(held_out.batch, held_out.steps, generator),
     )
     rate = float(meta_controller.kl_loss(output))
-    return {"rate": rate, "distortion": float(losses.action), **_alignment(output.beta, held_out)}
+    return {"rate": rate, "distortion": float(losses.action), **_alignment(output.beta, held_out, gate_tolerance)}
 
 
 @torch.no_grad()
@@ -57,6 +63,8 @@ def rate_distortion_of_segments(
     generate: Generate,
     episodes: int,
     seed: int,
+    *,
+    gate_tolerance: int = 1,
 ) -> dict[str, float | None]:
     """The same of CompILE, with its likeliest boundaries; the gate is the learned one that acts. segment_recall and
     segment_precision are those of the boundaries themselves."""
@@ -70,11 +78,11 @@ def rate_distortion_of_segments(
     losses = model.losses_under(steered, held_out.states, held_out.actions, held_out.lengths, with_state_loss=False)
     likeliest = segmentation(held_out.states, held_out.lengths)
     beta = boundary_probability(meta_controller, residual, likeliest.code_at())
-    segments = _alignment(likeliest.boundary_at(), held_out)
+    segments = _alignment(likeliest.boundary_at(), held_out, gate_tolerance)
     return {
         "rate": float(sampled.code_kl.sum() / held_out.lengths.sum()),
         "distortion": float(losses.action),
-        **_alignment(beta, held_out),
+        **_alignment(beta, held_out, gate_tolerance),
         "segment_recall": segments["gate_recall"],
         "segment_precision": segments["gate_precision"],
     }
@@ -89,10 +97,10 @@ def _held_out_episodes(
     return generate(episodes, generator).to(device), generator
 
 
-def _alignment(beta: Tensor, held_out: Trajectories) -> dict[str, float | None]:
+def _alignment(beta: Tensor, held_out: Trajectories, tolerance: int) -> dict[str, float | None]:
     """`gate_alignment`; without labels, recall and precision are None."""
     if held_out.segments is None:
         decided = float(binary_fraction(beta, held_out.lengths))
         return {"gate_recall": None, "gate_precision": None, "gate_binary_fraction": decided}
-    alignment = gate_alignment(beta, held_out.segments, held_out.lengths)
+    alignment = gate_alignment(beta, held_out.segments, held_out.lengths, tolerance=tolerance)
     return {name: float(value) for name, value in alignment.items()}

@@ -155,13 +155,14 @@ def discover_compile(
     run: RunFolder,
     *,
     augment: Augment | None = None,
+    gate_tolerance: int = 1,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
     """Trains ``segmentation`` and the ``meta_controller`` that acts for it, in place, on a frozen ``model``.
 
     Writes ``compile.safetensors`` and ``meta_controller.safetensors`` to the run; of the latter only gate, history and
-    controller are trained. augment: symmetry augmentation of the states that the segmentation reads, as in `discover`.
+    controller are trained. augment, gate_tolerance: as in `discover`; the segmentation reads the augmented states.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     evaluation_mode(model)
@@ -200,7 +201,7 @@ def discover_compile(
         if batch.segments is not None:
             with torch.no_grad():
                 for name, value in (("gate", beta), ("segment", boundary)):
-                    alignment = gate_alignment(value, batch.segments, lengths)
+                    alignment = gate_alignment(value, batch.segments, lengths, tolerance=gate_tolerance)
                     metrics |= {f"{name}_{kind}": alignment[f"gate_{kind}"] for kind in ("recall", "precision")}
         return loss, metrics
 

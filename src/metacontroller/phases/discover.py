@@ -92,6 +92,7 @@ def discover(
     augment: Augment | None = None,
     positions: Positions | None = None,
     decisions: Decisions | None = None,
+    gate_tolerance: int = 1,
     resume: bool = False,
     quiet: bool = False,
 ) -> MetaController:
@@ -101,7 +102,8 @@ def discover(
     augment: symmetry augmentation of the states that the sequence embedder reads, random for each batch. It must leave
     subgoals unchanged; codes can then carry only what is invariant under it. None (the paper): no augmentation.
     positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`. decisions: for
-    ``config.clips``, see `Domain.decisions`.
+    ``config.clips``, see `Domain.decisions`. gate_tolerance: steps within which the metrics take a switch and a change
+    of subgoal as the same.
     At the end, gate and codes are checked on one held-out batch (`phases.diagnostics`): analyses/diagnostics.json holds
     the measurements and the warnings, which are also printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
@@ -155,7 +157,7 @@ def discover(
             codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
             metrics["codes"] = codes.to(output.beta.dtype).mean()
             if batch.segments is not None:
-                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths)
+                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths, tolerance=gate_tolerance)
         return loss, metrics
 
     trained, parameters = meta_controller, meta_controller.discovery_parameters()

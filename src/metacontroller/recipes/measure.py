@@ -113,11 +113,12 @@ def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
 def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:
     """All measures of a study's variant. reinforced: whether it has been through internal RL."""
     episodes, seed = run.settings.episodes, stream_seed(run.seed, "evaluate")
-    model, controlled, source = run.model, run.meta_controller, run.demonstrations()
+    model, controlled, tolerance = run.model, run.meta_controller, run.domain.gate_tolerance
+    drawn = (run.demonstrations(), episodes, seed)
     if run.segmentation is not None:
-        results = rate_distortion_of_segments(model, run.segmentation, controlled, source, episodes, seed)
+        results = rate_distortion_of_segments(model, run.segmentation, controlled, *drawn, gate_tolerance=tolerance)
     else:
-        results = rate_distortion(model, controlled, source, episodes, seed)
+        results = rate_distortion(model, controlled, *drawn, gate_tolerance=tolerance)
     aligned = is_aligned(results)
     if reinforced:
         results["internal_rl_success"] = run.evaluate("internal-rl", episodes=episodes, seed=seed)["success"]

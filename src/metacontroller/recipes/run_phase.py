@@ -50,7 +50,8 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     meta_controller = build_meta_controller(config).to(device)
     source = demonstrations(domain, "discover")
     augment = domain.augment if config.discover.symmetry_augmentation else None
-    options: dict[str, Any] = {"augment": augment, "resume": resume, "quiet": quiet}
+    options: dict[str, Any] = {"augment": augment, "gate_tolerance": domain.gate_tolerance}
+    options |= {"resume": resume, "quiet": quiet}
     if config.discovery == "compile":
         seed, dim_latent = stream_seed(config.seed, "meta_controller"), config.meta_controller.dim_latent
         segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
