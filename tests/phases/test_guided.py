@@ -219,7 +219,9 @@ def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> N
     residual = model.residual(batch.states[:, : batch.steps], batch.actions)
     steered = steering.steer(residual, torch.stack(z, 1))
     slow = model.losses_under(steered, batch.states, batch.actions, batch.lengths).action
-    for found, expected in zip(gradients[1], torch.autograd.grad(slow, list(steering.encoder.parameters())), strict=True):
+    for found, expected in zip(
+        gradients[1], torch.autograd.grad(slow, list(steering.encoder.parameters())), strict=True
+    ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 

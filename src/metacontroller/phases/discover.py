@@ -57,8 +57,8 @@ class DiscoverConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
-    """Updates at the start in which codes are those that `phases.guided` names, and after which the gate stays as it is;
-    0: none, as in the paper."""
+    """Updates at the start in which codes are those that `phases.guided` names; the gate then stays as it is. 0: none,
+    as in the paper."""
     clips: int = 0
     """Clips beside each episode of a batch in guided updates, which begin where experts decide, see `data.clips`."""
     clip_steps: int = 3
