@@ -173,7 +173,7 @@ def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() 
     held = F.one_hot(torch.randint(4, (4, batch.steps)), 4).float()
     noise = steering.sample_noise(4, batch.steps)
     found = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=noise, held=held).beta
-    other: set[bool] = set()
+    elsewhere = 0
     with torch.no_grad():
         read = steering.norm(model.residual(batch.states[:, : batch.steps], batch.actions))
         for row, length in enumerate(batch.lengths.tolist()):
@@ -185,44 +185,39 @@ def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() 
                 asked = int(noise.gate[row, step] * length)
                 options = (read[row, step], histories[asked][0], held[row, step - 1], torch.ones(()))
                 torch.testing.assert_close(found[row, step], steering.switching.probability(*options))
-                other.add(asked != step)
-    assert True in other
+                elsewhere += asked != step
+    assert elsewhere > 20
 
 
 @pytest.mark.parametrize("mode", ["soft", "straight-through", "forced"])
 def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> None:
-    steering, model = make_steering(gate={"mode": mode}), make_model()
+    steering, model = make_steering(gate={"mode": mode}).double(), make_model().double()
     batch = source(4, torch.Generator().manual_seed(3))
-    noise = steering.sample_noise(4, batch.steps)
-    gradients = []
-    for fixed in (False, True):
-        losses, output = steering.steered_losses(
-            model, batch.states, batch.actions, batch.lengths, noise=noise, fixed_gate=fixed
-        )
-        gradients.append(torch.autograd.grad(losses.action, list(steering.encoder.parameters()), retain_graph=True))
-        if fixed:
-            torch.testing.assert_close(output.z, free.z)
-            assert torch.equal(output.beta, free.beta)
-            losses.action.backward()
-            assert all(value.grad is None for value in steering.switching.parameters())
-        else:
-            free = output
-    same = torch.allclose(gradients[0][0], gradients[1][0])  # beta depends on the code before, eq. 16
+    batch = replace(batch, states=batch.states.double(), actions=batch.actions.double())
+    noise, encoder = steering.sample_noise(4, batch.steps), list(steering.encoder.parameters())
+    options = (model, batch.states, batch.actions, batch.lengths)
+    losses, free = steering.steered_losses(*options, noise=noise)
+    attached = torch.autograd.grad(losses.action, encoder, retain_graph=True)
+    losses, fixed = steering.steered_losses(*options, noise=noise, fixed_gate=True)
+    detached = torch.autograd.grad(losses.action, encoder, retain_graph=True)
+    torch.testing.assert_close(fixed.z, free.z)
+    assert torch.equal(fixed.beta, free.beta)
+    losses.action.backward()
+    assert all(value.grad is None for value in steering.switching.parameters())
+    same = torch.allclose(attached[0], detached[0])  # beta depends on the code before, eq. 16
     assert same == (mode == "forced")
-    # the slow version: codes mixed one step at a time by numbers
-    gate, z, previous = free.gate.detach(), [], torch.zeros(4, 4)
+
+    z, before = [], torch.zeros(4, 4, dtype=torch.float64)  # the slow version: step by step, beta as numbers
     proposal = steering.codes.sample(free.distribution, noise=noise.code)
     for step in range(batch.steps):
-        share = gate[:, step, None]
-        previous = share * proposal[:, step] + (1 - share) * previous
-        z.append(previous)
-    residual = model.residual(batch.states[:, : batch.steps], batch.actions)
-    steered = steering.steer(residual, torch.stack(z, 1))
+        share = free.gate.detach()[:, step, None]
+        before = share * proposal[:, step] + (1 - share) * before
+        z.append(before)
+    steered = steering.steer(model.residual(batch.states[:, : batch.steps], batch.actions), torch.stack(z, 1))
     slow = model.losses_under(steered, batch.states, batch.actions, batch.lengths).action
-    for found, expected in zip(
-        gradients[1], torch.autograd.grad(slow, list(steering.encoder.parameters())), strict=True
-    ):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(losses.action, slow)
+    for found, expected in zip(detached, torch.autograd.grad(slow, encoder), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("muon_lr", [0.0, 1e-2])

@@ -20,7 +20,7 @@ from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosse
 class DiscoveryNoise(NamedTuple):
     """code (b, t, n_z), of binary codes (b, t, bits): standard normal.
 
-    gate (b, t): uniform in (0, 1), used by the Gumbel-sigmoid gate alone.
+    gate (b, t): uniform in (0, 1), used by the Gumbel-sigmoid gate and, under given codes, to draw histories for it.
     """
 
     code: Tensor

@@ -29,7 +29,7 @@ from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_
 from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.stepping import SteeringSteps
-from metacontroller.control.switching import GateConfig, SwitchingUnit, mix_given
+from metacontroller.control.switching import GateConfig, SwitchingUnit, at_random_steps, mix_given
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision, products
@@ -46,16 +46,6 @@ from metacontroller.ranges import (
     check_options,
 )
 from metacontroller.storage.module_file import Saveable
-
-
-def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor:
-    """At each step the history of a random step of its episode: (b, t, n_h), from uniform (b, t) in 0..1.
-
-    Where codes are given, nothing is left to be found out about when one ends, and a gate that reads what came before
-    learns which transitions there are; then it does not open after others.
-    """
-    steps = (uniform.to(history.device) * lengths[:, None]).long().clamp(max=history.shape[1] - 1)
-    return history.gather(1, steps[..., None].expand_as(history))
 
 
 @dataclass

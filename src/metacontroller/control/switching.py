@@ -127,6 +127,16 @@ class SwitchingUnit(nn.Module):
         return self.config.temperature if self.config.mode == "gumbel-sigmoid" else 1.0
 
 
+def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor:
+    """At each step the history of a random step of its episode: (b, t, n_h), from uniform (b, t) in 0..1.
+
+    Where codes are given, nothing is left to be found out about when one ends, and a gate that reads what came before
+    learns which transitions there are; then it does not open after others.
+    """
+    steps = (uniform.to(history.device) * lengths[:, None]).long().clamp(max=history.shape[1] - 1)
+    return history.gather(1, steps[..., None].expand_as(history))
+
+
 def mix_given(z_tilde: Tensor, beta: Tensor, z_initial: Tensor | None = None) -> GateOutput:
     """Eq. 17 for given weights beta (b, t) in 0..1 of the proposals (b, t, n_z), after z_initial (b, n_z) or zeros."""
     kept = (1 - beta)[..., None].expand_as(z_tilde)

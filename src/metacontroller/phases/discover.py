@@ -141,7 +141,9 @@ def discover(
             embedded_states=extras.get("embedded_states"),
             train_model=config.train_model,
             held=None if guided is None else guided.held(extras),
-            fixed_gate=guide is not guided,  # free updates would open it where nothing begins (log 112, 113)
+            fixed_gate=step
+            >= config.guided_updates
+            > 0,  # free updates would open it where nothing begins (log 112, 113)
         )
         kl = meta_controller.kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state
