@@ -23,3 +23,9 @@ class DivergedError(UserError):
     """Training met a loss, gradient, parameter, return or fitness that is not finite, and stopped there."""
 
     status = 3
+
+
+def last_line(error: BaseException) -> str:
+    """Type and text of an exception, as a traceback ends with them, without the last dot."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import multiprocessing
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,19 @@ def test_a_package_that_registers_when_imported_is_found() -> None:
     assert environment_facts("MiniGrid-Empty-5x5-v0").max_steps == 100
 
 
-@pytest.mark.parametrize("name", ["Nothing-v0", "no_such_module:Nothing-v0", "CartPole-v99"])
+@pytest.mark.parametrize("name", ["Nothing-v0", "json:Nothing-v0", "CartPole-v99"])
 def test_an_unknown_environment_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"env '{name}' is no environment"):
         environment_facts(name)
+
+
+def test_a_module_of_an_environment_is_found_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = 'gymnasium.register("Near-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=7)'
+    (tmp_path / "near_module.py").write_text(f"import gymnasium\n{spec}\n")
+    assert environment_facts("near_module:Near-v0").max_steps == 7
+    with pytest.raises(UserError, match="env 'far_module:Near-v0' names no module that can be imported; write module:"):
+        environment_facts("far_module:Near-v0")

@@ -168,7 +168,7 @@ def at_random(observation: Any, env: Any) -> Any:
 
 
 def test_what_broke_before_an_episode_was_kept_begins_anew(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match="broken' raised TypeError: unsupported operand"):
         collect(replace(CONFIG, policy=f"{__name__}:broken"), tmp_path / "data", quiet=True)
     assert collect(CONFIG, tmp_path / "data", quiet=True)["kept"] == 90
 

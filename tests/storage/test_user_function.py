@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from metacontroller.presets.offline import debug
 from metacontroller.recipes.config import read_config, to_json
 from metacontroller.storage.files import plain
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.user_function import is_code, refuse_unknown_code, trusting
+from metacontroller.storage.user_function import import_user_module, is_code, refuse_unknown_code, trusting
 
 NAME = "stranger_module:make"
 
@@ -83,3 +84,59 @@ def test_what_counts_as_code() -> None:
     assert not any(map(is_code, ("CartPole-v1", "D4RL/door/human-v2", "/data/mine", "C:\\data", "", 3, None)))
     with pytest.raises(UserError, match="names x:y"):
         refuse_unknown_code({"a": [1, {"b": ["x:y"]}]}, Path("file"))
+
+
+OWN = """
+import sys
+
+
+def fails(*arguments):
+    return 1 + None
+
+
+def leaves(*arguments):
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("fails", "raised TypeError: unsupported operand"), ("leaves", "raised SystemExit: 3")],
+)
+def test_what_code_of_the_user_raises_is_shown_as_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], function: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"own_{function}.py").write_text(OWN)
+    name, line = f"own_{function}:{function}", OWN.splitlines().index(f"def {function}(*arguments):") + 2
+    for words in (
+        ["pretrain", "run", "--preset", name],
+        ["pretrain", "run", "--dataset", name],
+        ["collect", "--env", "CartPole-v1", "--policy", name, "--episodes", "1", "--out", "data", "--quiet"],
+    ):
+        assert cli.main(words) == 2
+        told = capsys.readouterr().err
+        assert f"metacontroller: {words[2 + (words[0] == 'collect')].removeprefix('--')} '{name}' {said}" in told
+        assert f"own_{function}.py, line {line}); mend it there." in told
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("def", "raised SyntaxError: invalid syntax"),
+        ("raise SystemExit", "raised SystemExit ("),
+        ("import no_such_package", "needs the module no_such_package, which is not installed"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_shown_as_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "broken_module.py").write_text(f"\n{content}\n")
+    for what in ("policy", "env"):
+        with pytest.raises(UserError, match=f"^{what} 'broken_module:make'") as caught:
+            import_user_module(what, "broken_module:make")
+        assert said in str(caught.value)
+        assert "needs" in said or f"{tmp_path / 'broken_module.py'}, line 2)" in str(caught.value)

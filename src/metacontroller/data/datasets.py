@@ -18,7 +18,7 @@ from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.ranges import shown
-from metacontroller.storage.user_function import import_user_function
+from metacontroller.storage.user_function import code_of_the_user, import_user_function
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def load_dataset(name: str) -> Dataset:
     if Path(name).is_dir():
         return dataset_of_store(TrajectoryStore(name).verify())
     if ":" in name:
-        made = import_user_function("dataset", name)()
+        make = import_user_function("dataset", name)
+        with code_of_the_user("dataset", name):
+            made = make()
         if isinstance(made, Dataset):
             return made
         if isinstance(made, Trajectories):

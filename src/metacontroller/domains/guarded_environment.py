@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from metacontroller.data.spaces import readable, without_text
 from metacontroller.errors import UserError
+from metacontroller.storage.user_function import import_user_module
 
 FLAGS = ("terminated", "truncated", "success", "lost")
 OWN_PACKAGE = "metacontroller-rl"
@@ -37,7 +38,13 @@ def environment_id(name: str) -> str:
     if reason is None:
         return name
     for module in [] if ":" in name else _modules_on_gymnasium(name):
-        if _unknown(f"{module}:{name}") is None:
+        with (
+            warnings.catch_warnings(),
+            suppress(Exception, SystemExit),
+        ):  # whatever a package does that is not asked for
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+        if _unknown(name) is None:
             return f"{module}:{name}"
     raise UserError(
         f"env {name!r} is no environment of Gymnasium's or of an installed package ({reason}); install the package "
@@ -46,15 +53,15 @@ def environment_id(name: str) -> str:
 
 
 def _unknown(name: str) -> str | None:
-    """What Gymnasium has against an ID; None if it knows it."""
-    module, _, known = name.rpartition(":")
+    """What Gymnasium has against an ID; None if it knows it. A module that it names is imported: UserError if it
+    cannot be."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
-            if module:
-                importlib.import_module(module)
-            gymnasium.spec(known)
-    except (ImportError, gymnasium.error.Error) as error:
+            if ":" in name:
+                import_user_module("env", name, "module:ID")
+            gymnasium.spec(name.partition(":")[2] or name)
+    except gymnasium.error.Error as error:
         return str(error).rstrip(".")
     return None
 

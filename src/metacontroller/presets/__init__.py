@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, with_seed
 from metacontroller.recipes.variants import StudyConfig
-from metacontroller.storage.user_function import import_user_module
+from metacontroller.storage.user_function import code_of_the_user, import_user_module
 
 COMMON = "gridworld"
 """The module whose presets may be named without it."""
@@ -41,7 +42,8 @@ def preset(name: str) -> ExperimentConfig:
         signature(chosen).bind()
     except TypeError as error:
         raise UserError(f"preset {name!r} takes arguments ({error}); name a function that takes none.") from None
-    config = chosen()
+    with code_of_the_user("preset", name) if ":" in name else nullcontext():
+        config = chosen()
     if not isinstance(config, ExperimentConfig):
         raise UserError(
             f"preset {name!r} returned a {type(config).__name__}; expected an ExperimentConfig "

@@ -34,7 +34,7 @@ from metacontroller.storage.files import left_behind, plain, write_text
 from metacontroller.storage.lock import LOCK, held
 from metacontroller.storage.plain_files import read_json
 from metacontroller.storage.sealed import SEAL, check_seal, seal
-from metacontroller.storage.user_function import import_user_function
+from metacontroller.storage.user_function import code_of_the_user, import_user_function
 from metacontroller.training.progress import track
 
 PART = 64
@@ -166,6 +166,11 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
     """One worker's parts: every so many, until all workers together have kept enough."""
     policy = import_user_function("policy", config.policy)
     env = GuardedEnvironment(environment_id(config.env), config.success_return)()
+
+    def answer(observation: Any, environment: Any) -> Any:
+        with code_of_the_user("policy", config.policy):
+            return deepcopy(policy(observation, environment))
+
     size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
     with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
         for index in itertools.count(rank, workers):
@@ -180,7 +185,7 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
                     "--only-successes."
                 )
             if not _part(out, index).exists():
-                _play_part(config, env, policy, _part(out, index), range(index * size, (index + 1) * size))
+                _play_part(config, env, answer, _part(out, index), range(index * size, (index + 1) * size))
     env.close()
 
 
@@ -236,7 +241,7 @@ def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
     env.action_space.seed(seed)
     observations, actions, rewards = [deepcopy(env.last)], [], []  # environments may write into what they returned
     while not env.ended:
-        action = deepcopy(policy(env.last, env.env))
+        action = policy(env.last, env.env)
         rewards.append(env.step(action)[1])
         observations.append(deepcopy(env.last))
         actions.append(action)

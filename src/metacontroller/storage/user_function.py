@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from metacontroller.errors import UserError
+from metacontroller.errors import UserError, last_line
 
 TRUST = "METACONTROLLER_TRUST"
 """The environment variable; worker processes inherit it."""
@@ -93,27 +94,53 @@ def _remembered(name: str, folder: Path) -> bool:
     return any(noted == name and folder.resolve().is_relative_to(where) for where, noted in notes)
 
 
-def import_user_module(what: str, name: str) -> ModuleType:
-    """The module of ``name``, package.module:function, from the current folder too.
+def import_user_module(what: str, name: str, form: str = "package.module:function") -> ModuleType:
+    """The module of ``name``, what stands before the colon, from the current folder too.
 
-    what: the option, for errors. UserError if there is none, or if it needs one that is not installed.
+    what: the option; form: of names, both for errors. UserError if there is none, if it needs one that is not
+    installed, and for whatever it raises.
     """
     path = name.partition(":")[0]
     known = all(part.isidentifier() for part in path.split("."))
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        module = import_module(path) if known else None
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise UserError(f"{what} {name!r} needs the module {error.name}, which is not installed.") from error
-        module = None
+    module = None
+    with code_of_the_user(what, name):
+        try:
+            module = import_module(path) if known else None
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):
+                raise UserError(f"{what} {name!r} needs the module {error.name}, which is not installed.") from error
     if module is None:
         raise UserError(
-            f"{what} {name!r} names no module that can be imported; write package.module:function, and install the "
-            "package or start in its folder."
+            f"{what} {name!r} names no module that can be imported; write {form}, and install the package or start in "
+            "its folder."
         )
     return module
+
+
+@contextmanager
+def code_of_the_user(what: str, name: str) -> Iterator[None]:
+    """Context in which code of the user's runs: what it raises, sys.exit too, is a UserError that says what and where.
+
+    what: the option that named it. Memory that ran out is let through.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} {name!r} raised {last_line(error)} ({_place(error, name)}); mend it there.") from error
+
+
+def _place(error: BaseException, name: str) -> str:
+    """File and line where code of the user's raised: the last one in its own module, if any is."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    frame = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def import_user_function(what: str, name: str) -> Callable[..., Any]:
