@@ -136,7 +136,7 @@ LINES: list[tuple[list[str], str]] = [
     (["collect"], "--env"),
     (collect("--env", "Nowhere-v0"), "Nowhere-v0"),
     (collect("--policy", "nowhere:b"), "policy 'nowhere:b' names no module that can be imported"),
-    (collect("--policy", "json"), "policy 'json' is no function"),
+    (collect("--policy", "json"), "policy 'json' is of another form"),
     (collect("--policy", "json:nothing"), "policy 'json:nothing' is no function of json"),
     (collect("--episodes", "0"), "episodes is 0; expected at least 1"),
     (collect("--workers", "0"), "workers is 0; expected at least 1"),

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metacontroller import cli
+from metacontroller.data.datasets import load_dataset
+from metacontroller.domains import guarded_environment
 from metacontroller.errors import UserError
+from metacontroller.presets import preset
 from metacontroller.presets.offline import debug
 from metacontroller.recipes.config import read_config, to_json
+from metacontroller.storage import user_function
 from metacontroller.storage.files import plain
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.user_function import import_user_module, is_code, refuse_unknown_code, trusting
+from metacontroller.storage.user_function import (
+    code_name,
+    import_user_function,
+    import_user_module,
+    refuse_unknown_code,
+    remember_code,
+    trusting,
+)
 
 NAME = "stranger_module:make"
 
@@ -43,8 +59,8 @@ def test_a_strangers_run_folder_runs_no_code(
 
 
 def test_a_name_that_the_user_gives_is_imported(strangers: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for given in (["--trust", NAME], [f"--trust={NAME}"]):
-        assert cli.main(["discover", str(strangers), *given]) == 2
+    for words in (["--trust", NAME], [f"--trust={NAME}"]):
+        assert cli.main(["discover", str(strangers), *words]) == 2
         assert "config.json names" not in capsys.readouterr().err
     with trusting([NAME]):
         assert read_config(RunFolder(strangers)).domain.dataset == NAME
@@ -80,8 +96,9 @@ def test_where_nothing_can_be_noted_names_are_given_again(
 
 
 def test_what_counts_as_code() -> None:
-    assert all(map(is_code, ("a:b", "package.module:function", "package:Env-v0", "a.b:c.d")))
-    assert not any(map(is_code, ("CartPole-v1", "D4RL/door/human-v2", "/data/mine", "C:\\data", "", 3, None)))
+    assert all(map(code_name, ("a:b", "package.module:function", "package:Env-v0", "package:space/Env-v0", "a.b:c.d")))
+    others = ("CartPole-v1", "D4RL/door/human-v2", "/data/mine", "C:\\data", "C:/data", "./a:b", "", 3, None)
+    assert not any(map(code_name, others))
     with pytest.raises(UserError, match="names x:y"):
         refuse_unknown_code({"a": [1, {"b": ["x:y"]}]}, Path("file"))
 
@@ -140,3 +157,91 @@ def test_a_module_that_cannot_be_imported_is_shown_as_theirs(
             import_user_module(what, "broken_module:make")
         assert said in str(caught.value)
         assert "needs" in said or f"{tmp_path / 'broken_module.py'}, line 2)" in str(caught.value)
+
+
+def test_a_file_of_that_name_makes_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x:y").touch()
+    with pytest.raises(UserError, match="names x:y"):
+        refuse_unknown_code(["x:y"], Path("file"))
+
+
+def test_names_are_found_however_deep() -> None:
+    content: object = "x:y"
+    for _ in range(10_000):
+        content = [content]
+    with pytest.raises(UserError, match="names x:y"):
+        refuse_unknown_code(content, Path("file"))
+
+
+# -- what is imported is what was recognised -------------------------------------------------------------------------
+
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.from_regex(r"\A[\w.]{1,6}:[\w./ -]{1,6}\Z"),
+    st.text("ab_.:/ -0\u00e9\uff41\u0130\n\x00", max_size=10),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS)
+def test_only_what_is_recognised_is_imported(text: str) -> None:
+    """By any of the importers, and whatever it is that they would have imported."""
+    imported: list[str] = []
+
+    def instead(name: str, *_: object) -> None:
+        imported.append(name)
+        raise ModuleNotFoundError(name=name)
+
+    importers: list[Callable[[str], object]] = [
+        lambda name: import_user_function("policy", name),
+        load_dataset,
+        preset,
+        guarded_environment.environment_id.__wrapped__,
+    ]
+    for importer in importers:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guarded_environment, "_modules_on_gymnasium", lambda name: [])
+            patch.setattr(user_function, "import_module", instead)
+            patch.setattr(importlib, "import_module", instead)
+            with suppress(UserError, OSError, ValueError):
+                importer(text)
+    code = code_name(text)
+    assert set(imported) <= ({code.module} if code else set())
+    assert bool(imported) == bool(code)
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS)
+def test_whatever_is_recognised_needs_trust(text: str) -> None:
+    try:
+        refuse_unknown_code({"domain": [{"dataset": text}]}, Path("nowhere") / "config.json")
+    except UserError:
+        assert code_name(text) is not None
+    else:
+        assert code_name(text) is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(TEXTS, max_size=3), st.sampled_from(["x:y", "other:z"]))
+def test_words_of_a_command_line_trust_themselves_alone(words: list[str], name: str) -> None:
+    with trusting(words):
+        try:
+            refuse_unknown_code(name, Path("nowhere") / "config.json")
+        except UserError:
+            assert name not in words
+        else:
+            assert name in words
+
+
+@pytest.mark.parametrize("torn", ['["/somewhere", "a', "5", "{}", '["/x", 3]', "\udcff"])
+def test_a_torn_note_makes_the_others_no_worse(torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    remember_code(["x:y"], tmp_path / "before")
+    with (tmp_path / "metacontroller" / "own_code.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(torn)  # and a kill
+    remember_code(["x:y"], tmp_path / "after")
+    for folder in ("before", "after"):
+        refuse_unknown_code(["x:y"], tmp_path / folder / "config.json")
+    with pytest.raises(UserError, match="names x:y"):
+        refuse_unknown_code(["x:y"], tmp_path / "elsewhere" / "config.json")

@@ -58,9 +58,7 @@ def _unknown(name: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
-            if ":" in name:
-                import_user_module("env", name, "module:ID")
-            gymnasium.spec(name.partition(":")[2] or name)
+            gymnasium.spec(import_user_module("env", name, "module:ID")[1] if ":" in name else name)
     except gymnasium.error.Error as error:
         return str(error).rstrip(".")
     return None

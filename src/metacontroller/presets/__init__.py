@@ -74,8 +74,7 @@ def _module(name: str) -> ModuleType:
 def _find(name: str) -> tuple[ModuleType, str]:
     """The module of a preset and its name there."""
     if ":" in name:
-        function = name.partition(":")[2]
-        return import_user_module("preset", name), function
+        return import_user_module("preset", name)
     module, dash, function = name.partition("-")
     if not dash:
         module, function = (name, "laptop") if name in _modules() else (COMMON, name)

@@ -4,6 +4,9 @@ To find one its module is imported, which runs code. A name that a file holds, s
 from somebody else, is therefore refused unless this user has given it: on this very command line, by --trust NAME, in
 the variable METACONTROLLER_TRUST, names with spaces between, or when the config was written. Which configs these were
 stands in a file of the user's own, outside all run folders.
+
+`code_name` alone says what is a name of code. Whatever asks for trust and whatever imports goes by it, so that nothing
+is imported that was taken for another text.
 """
 
 from __future__ import annotations
@@ -18,26 +21,39 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from metacontroller.errors import UserError, last_line
 
 TRUST = "METACONTROLLER_TRUST"
 """The environment variable; worker processes inherit it."""
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[^\s/\\\\]+")
+_WORD = "[A-Za-z_][A-Za-z0-9_]*"
+_ID = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_NAME = re.compile(rf"({_WORD}(?:[.]{_WORD})*):((?:{_ID}/)?{_ID})")
 
 
-def is_code(text: Any) -> bool:
-    """Whether a value is a name such as package.module:function, for which a module would be imported."""
-    return isinstance(text, str) and _NAME.fullmatch(text) is not None and not os.path.exists(text)
+class CodeName(NamedTuple):
+    """A module to import, and what in it is meant: a function, or the ID of an environment that it registers."""
+
+    module: str
+    name: str
+
+
+def code_name(text: Any) -> CodeName | None:
+    """The parts of package.module:function, or of package.module:namespace/Environment-v0; None for anything else.
+
+    Names are of ASCII letters, digits and underscores; an ID may have dots and dashes too.
+    """
+    found = _NAME.fullmatch(text) if isinstance(text, str) else None
+    return None if found is None else CodeName(*found.groups())
 
 
 @contextmanager
 def trusting(names: Iterable[str]) -> Iterator[None]:
-    """Context in which files may hold these names too."""
+    """Context in which files may hold these names too; other words are no matter."""
     before = os.environ.get(TRUST)
-    os.environ[TRUST] = " ".join([*(before or "").split(), *names])
+    os.environ[TRUST] = " ".join([*(before or "").split(), *filter(code_name, names)])
     try:
         yield
     finally:
@@ -63,21 +79,24 @@ def remember_code(content: Any, folder: Path) -> None:
     """
     missing = [name for name in _code_in(content) if not _remembered(name, folder)]
     if missing:
+        notes = [json.dumps([str(folder.resolve()), name]) for name in missing]
         with suppress(OSError):
             _notes().parent.mkdir(parents=True, exist_ok=True)
-            with _notes().open("a") as file:
-                file.writelines(json.dumps([str(folder.resolve()), name]) + "\n" for name in missing)
+            with _notes().open("a", encoding="utf-8") as file:
+                file.write("".join(f"\n{note}\n" for note in notes))  # apart from a line that a kill has cut
 
 
 def _code_in(content: Any) -> Iterator[str]:
-    """All names of code in JSON data."""
-    if isinstance(content, Mapping):
-        content = list(content.values())
-    if isinstance(content, list | tuple):
-        for entry in content:
-            yield from _code_in(entry)
-    elif is_code(content):
-        yield content
+    """All names of code in JSON data, however deep."""
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+        elif code_name(value):
+            yield value
 
 
 def _notes() -> Path:
@@ -87,36 +106,44 @@ def _notes() -> Path:
 
 
 def _remembered(name: str, folder: Path) -> bool:
+    """Whether a note allows it; a line that is no note, such as one that a kill has cut, says nothing."""
     try:
-        notes = [json.loads(line) for line in _notes().read_text().splitlines()]
-    except (OSError, ValueError):
+        lines = _notes().read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return False
+    notes = [note for line in lines if (note := _note(line)) is not None]
     return any(noted == name and folder.resolve().is_relative_to(where) for where, noted in notes)
 
 
-def import_user_module(what: str, name: str, form: str = "package.module:function") -> ModuleType:
-    """The module of ``name``, what stands before the colon, from the current folder too.
+def _note(line: str) -> list[str] | None:
+    try:
+        note = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return note if isinstance(note, list) and [type(part) for part in note] == [str, str] else None
 
-    what: the option; form: of names, both for errors. UserError if there is none, if it needs one that is not
-    installed, and for whatever it raises.
+
+def import_user_module(what: str, name: str, form: str = "package.module:function") -> tuple[ModuleType, str]:
+    """The module that stands in ``name`` before the colon, from the current folder too, and what stands behind it.
+
+    what: the option; form: of names, both for errors. UserError for another form, if there is no such module, if it
+    needs one that is not installed, and for whatever it raises.
     """
-    path = name.partition(":")[0]
-    known = all(part.isidentifier() for part in path.split("."))
+    code = code_name(name)
+    if code is None:
+        raise UserError(f"{what} {name!r} is of another form; write {form}, in ASCII letters, digits and underscores.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    module = None
     with code_of_the_user(what, name):
         try:
-            module = import_module(path) if known else None
+            return import_module(code.module), code.name
         except ModuleNotFoundError as error:
-            if not f"{path}.".startswith(f"{error.name}."):
+            if not f"{code.module}.".startswith(f"{error.name}."):
                 raise UserError(f"{what} {name!r} needs the module {error.name}, which is not installed.") from error
-    if module is None:
-        raise UserError(
-            f"{what} {name!r} names no module that can be imported; write {form}, and install the package or start in "
-            "its folder."
-        )
-    return module
+    raise UserError(
+        f"{what} {name!r} names no module that can be imported; write {form}, and install the package or start in its "
+        "folder."
+    )
 
 
 @contextmanager
@@ -145,7 +172,7 @@ def _place(error: BaseException, name: str) -> str:
 
 def import_user_function(what: str, name: str) -> Callable[..., Any]:
     """The function that ``name``, package.module:function, names; UserError if there is none."""
-    module, function = import_user_module(what, name), name.partition(":")[2]
+    module, function = import_user_module(what, name)
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"{what} {name!r} is no function of {module.__name__}; write package.module:function.")
