@@ -76,12 +76,10 @@ def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None,
         frames += [*shown, *[shown[-1]] * round(END_SECONDS * rate)]
     even = np.stack(frames)[:, : frames[0].shape[0] // 2 * 2, : frames[0].shape[1] // 2 * 2]  # as MP4 needs
     with replacing(path) as draft:
-        named = draft.with_suffix(path.suffix)
         options: dict[str, Any] = {"duration": 1000 / rate, "loop": 0}
         if path.suffix == ".mp4":
             options = {"fps": rate, "macro_block_size": 2}
-        imageio.imwrite(named, even, **options)
-        named.replace(draft)
+        imageio.imwrite(draft, even, **options)
 
 
 def _frames(run: LoadedRun, film: Film, every: int) -> list[np.ndarray]:

@@ -12,36 +12,33 @@ from typing import Any
 
 from metacontroller.errors import UserError
 from metacontroller.storage import manifest
+from metacontroller.storage.drafts import PREFIX, SUFFIX, drafting
 from metacontroller.storage.lock import LOCK
 from metacontroller.storage.plain_files import read_json
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` when the block succeeds, and is removed otherwise.
+    """Yield a new file beside `path`, of the same name; it replaces `path` when the block succeeds, and is removed
+    otherwise, see `storage.drafts`.
 
     The file gets the permissions that the process's umask leaves, whatever wrote it, and is listed in the manifest of
     its run folder, if it has one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        manifest.record(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with drafting(path) as draft:
+        mode = draft.stat().st_mode
+        yield draft
+        draft.chmod(mode)
+        _sync(draft)
+        manifest.record(path, draft)
+        os.replace(draft, path)
     if os.name == "posix":  # the new name is on disk only once its folder is; other systems cannot sync a folder
         _sync(path.parent)
 
 
 def left_behind(path: Path) -> bool:
     """Whether a file is the lock or the manifest of a writer, or a draft, and may be all that a killed one left."""
-    return path.name in (LOCK, manifest.NAME) or (path.name.startswith(".") and path.name.endswith(".tmp"))
+    return path.name in (LOCK, manifest.NAME) or (path.name.startswith(PREFIX) and path.name.endswith(SUFFIX))
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metacontroller.errors import UserError
+from metacontroller.storage.drafts import sweep
 
 try:
     import fcntl
@@ -27,7 +28,8 @@ _held: dict[Path, list[int]] = {}
 def held(folder: Path) -> Iterator[None]:
     """Context in which this process, with the workers that it starts, is the only one to write to the folder.
 
-    It may be entered again within itself. UserError if another process holds the folder.
+    It may be entered again within itself. Drafts that killed writers have left are removed. UserError if another
+    process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
@@ -37,6 +39,7 @@ def held(folder: Path) -> Iterator[None]:
             yield
             return
         _held[key] = [handle, 0]
+        sweep(folder)
     _held[key][1] += 1
     try:
         yield

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from metacontroller.errors import UserError
+from metacontroller.storage.drafts import drafting
 from metacontroller.storage.plain_files import file_digest, read_json
 
 try:
@@ -192,12 +193,9 @@ def _sound(files: Any) -> TypeGuard[dict[str, Any]]:
 
 def _write(folder: Path, files: dict[str, Any]) -> None:
     """Atomically, but not synced: after a crash of the machine a lost manifest can be deleted, files cannot."""
-    draft = folder / f".{NAME}.{os.getpid()}.tmp"
-    try:
+    with drafting(folder / NAME) as draft:
         draft.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, folder / NAME)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""Drafts: files that are written beside their place, and moved there once they are whole.
+
+Each stands in a folder of its own, ``.metacontroller-RANDOM.tmp``, which nobody can have put there before, and which is
+locked while its writer lives: what a killed one has left is known by that, and removed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+PREFIX, SUFFIX = ".metacontroller-", ".tmp"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+@contextmanager
+def drafting(path: Path) -> Iterator[Path]:
+    """Yields a new, empty file of the name of ``path``, to fill and to move there; removed at the end unless moved.
+
+    What writes it may replace it, as safetensors does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, handle = _own_folder(path)
+    try:
+        draft = folder / path.name
+        os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
+        yield draft
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the drafts, here and one folder below, whose writers do not live any more."""
+    for pattern in (f"{PREFIX}*{SUFFIX}", f"*/{PREFIX}*{SUFFIX}"):
+        for left in folder.glob(pattern):
+            if not left.parent.is_symlink() and (handle := _lock(left, wait=False)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+
+
+def _own_folder(path: Path) -> tuple[Path, int | None]:
+    """A new folder beside ``path``, and its open and locked handle, None where there are no locks."""
+    while True:
+        folder = path.parent / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:  # such as of a disk that is full: of the user's file, not of this one
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        handle = _lock(folder, wait=True)
+        if folder.exists():
+            return folder, handle
+        if handle is not None:  # swept between the two
+            os.close(handle)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """The handle of a folder, locked; None if it is none, is locked by another, or where the system has no such locks."""
+    if fcntl is None:
+        return None
+    with suppress(OSError):  # some network file systems do not lock folders
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _NO_LINK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return handle
+        except OSError:
+            os.close(handle)
+    return None
