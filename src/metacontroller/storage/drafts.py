@@ -65,7 +65,7 @@ def _own_folder(path: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """The handle of a folder, locked; None if it is none, is locked by another, or where the system has no such locks."""
+    """The handle of a folder, locked; None for none, for one that another has locked, and where there are no locks."""
     if fcntl is None:
         return None
     with suppress(OSError):  # some network file systems do not lock folders
