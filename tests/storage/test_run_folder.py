@@ -121,7 +121,7 @@ def test_new_content_is_complete_before_it_takes_the_name(run: RunFolder, monkey
     replace = os.replace
 
     def look_then_replace(source: Path, target: Path) -> None:
-        seen.append((source.parent == target.parent, json.loads(source.read_text())))
+        seen.append((source.parent.parent == target.parent, json.loads(source.read_text())))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", look_then_replace)
