@@ -103,7 +103,7 @@ def test_what_counts_as_code() -> None:
         refuse_unknown_code({"a": [1, {"b": ["x:y"]}]}, Path("file"))
 
 
-OWN = """
+OWN: str = """
 import sys
 
 
