@@ -140,8 +140,7 @@ def boundary_probability(meta_controller: MetaController, residual: Tensor, code
 
     The first step has no meaning: there a metacontroller always takes a new code.
     """
-    read = meta_controller.norm(residual)
-    history = F.pad(meta_controller.history(read)[0], (0, 0, 1, -1))
+    read, history, _ = meta_controller.read(residual)
     never = torch.zeros(code.shape[:2], dtype=torch.bool, device=code.device)
     return meta_controller.switching.held(read, history, code, never).beta
 

@@ -14,14 +14,14 @@ sequence embedder also reads the observation after the last action: our choice.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from metacontroller.control.codes import CodeKind, make_codes
+from metacontroller.control.codes import CodeKind, bounded, make_codes
 from metacontroller.control.controller import Controller
 from metacontroller.control.discovery import DiscoveryNoise, DiscoveryOutput, EpisodeDiscovery
 from metacontroller.control.freezing import ParameterGroups
@@ -33,6 +33,7 @@ from metacontroller.control.switching import GateConfig, SwitchingUnit, at_rando
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision, products
+from metacontroller.models.protocol import frozen
 from metacontroller.ranges import (
     COUNT,
     DEPTH,
@@ -192,8 +193,9 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
         (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
         observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals; the
-        gate is then asked with the histories of random steps. fixed_gate: no gradient reaches the gate or what it
-        reads, though the codes that it mixes have theirs. UserError for shapes that do not fit.
+        gate is then asked with the histories of random steps. fixed_gate: nothing that beta depends on, given residuals
+        and codes, gets a gradient: not the gate, nor norm and history, which it reads; the codes that it mixes have
+        theirs. UserError for shapes that do not fit.
         """
         self._check_residual(residual)
         batch, steps = residual.shape[:2]
@@ -204,20 +206,19 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
             )
         lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         mask = length_mask(lengths, steps)
-        read = self.norm(residual)
-        history = F.pad(self.history(read)[0], (0, 0, 1, -1))  # h_{t-1}, zero at the first step
-        sequence = self._embed_sequence(residual if embedded_residual is None else embedded_residual, lengths, steps)
-        sequence = sequence[:, None].expand(-1, steps, -1) if sequence.dim() == 2 else sequence[:, :steps]
-        proposal = self.encoder(torch.cat([read, history, sequence], -1))
-        distribution = proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+        embedded = residual if embedded_residual is None else embedded_residual
+        with frozen(nn.ModuleList([self.norm, self.history])) if fixed_gate else nullcontext():
+            read, history, _ = self.read(residual)
+            distribution = self._propose(embedded, lengths, read, history)
         noise = self.sample_noise(batch, steps) if noise is None else noise
-        z_tilde = self.codes.sample(distribution, noise=noise.code)
+        z_tilde = bounded(self.codes.sample(distribution, noise=noise.code), self.code_bound)
         first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
         if held is not None:
             z, gate, beta = self.switching.held(read, at_random_steps(history, noise.gate, lengths), held, first)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed_gate):
-                z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate)
+                options = {"config": self._gate_of_call(discovery=True), "temperature": self.switch_temperature}
+                z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate, **options)
             if fixed_gate:
                 z = mix_given(z_tilde, gate).z
         steered = self.steer(residual, z)
@@ -238,9 +239,14 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         entries = residual.shape[1]
         if entries not in (steps, steps + 1):
             raise UserError(f"embedded_residual has {entries} steps; expected {steps}, as the residual, or one more.")
+        residual = self.own(residual)
         with products(self.precision, residual):
             embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + entries - steps, entries))
         return embedded.to(residual.dtype)
+
+    def own(self, residual: Tensor) -> Tensor:
+        """A residual in the type of the metacontroller's weights, whatever that of the model is."""
+        return residual.to(self.norm.weight.dtype)
 
     # phase 3: acting with abstract actions
 
@@ -258,7 +264,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
 
     def observe(self, residual: Tensor, state: ControlState) -> tuple[Tensor, Tensor]:
         """Reads residual (b, n_e); returns beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
-        read = self.norm(residual)
+        read = self.norm(self.own(residual))
         beta = self.switching.probability(read, state.history, state.z, state.held)
         beta = torch.where(state.started, beta, torch.ones_like(beta))
         return beta, gru_step(self.history, read, state.history)
@@ -274,9 +280,14 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         )
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
-        """e + U e (eq. 11)."""
-        with products(self.precision, residual):
-            return residual + self.controller(z.to(residual.dtype), residual)
+        """e + U e (eq. 11), in the type of the residual; where U is 0, e to the bit."""
+        return (residual + self._control(residual, z)).to(residual.dtype)
+
+    def _control(self, residual: Tensor, z: Tensor) -> Tensor:
+        """U e (eq. 18)."""
+        read = self.own(residual)
+        with products(self.precision, read):
+            return self.controller(z.to(read.dtype), read)
 
     def act(self, residual: Tensor, state: Any = None, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
         """One acting step: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and `MetaControllerOutput`.
@@ -289,25 +300,15 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         if self.policy.every_step:
-            control, output = self._steer(
-                residual,
-                state,
-                discovery=False,
-                hard=True,
-                straight_through=False,
-                given=None,
-                temperature=1.0,
-                lengths=None,
-                generator=generator,
-            )
+            control, output = self._steer(residual, state, self._gate_of_call(False, True, False), generator=generator)
             return residual + control, output
         state = self.initial_state(len(residual)) if state is None else state
         if len(state.history) != len(residual):
             raise UserError(f"the state has {len(state.history)} episodes; expected {len(residual)}, as the residual.")
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
-        distribution, advanced = self.policy(residual, state.policy)
-        proposed = self.codes.sample(distribution[:, 0], generator)
+        distribution, advanced = self.policy(self.own(residual), state.policy)
+        proposed = bounded(self.codes.sample(distribution[:, 0], generator), self.code_bound)
         next_state = self.integrate(state, history, switch, proposed)
         next_state.policy = torch.where(switch[:, None], advanced, state.policy)
         output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)

@@ -52,6 +52,9 @@ class PolicyLearning:
     def _check_residual(self, residual: Tensor) -> None:
         raise NotImplementedError
 
+    def own(self, residual: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each entry of the codes: (b, t, p), (b, t, n_z) -> (b, t, n_z), or a bit each."""
         check_tensor("action_dist", action_dist)
@@ -174,7 +177,7 @@ class PolicyLearning:
             switch, wide = switch.gather(1, order), order[..., None]
             states, actions, old = (value.gather(1, wide.expand_as(value)) for value in (states, actions, old))
             advantages = advantages.gather(1, order)
-        distribution, _ = self.policy(states)
+        distribution, _ = self.policy(self.own(states))
         return _Decisions(distribution, self.codes.log_prob(distribution, actions), old, advantages, switch)
 
     def evolve_policy(

@@ -80,6 +80,12 @@ class SteeringSteps:
     def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
         raise NotImplementedError
 
+    def own(self, residual: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _control(self, residual: Tensor, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def forward(
         self,
         residual_stream: Tensor,
@@ -96,8 +102,9 @@ class SteeringSteps:
         """The control U e (b, t, n_e) for residual_stream (b, t, n_e), and the output from which the next call goes on.
 
         discovery_phase: codes of the encoder, which sees all steps of this call, and losses; else codes of the policy.
-        hard_switch: 1[beta >= threshold] mixes codes, by default only when acting; its gradient passes straight through
-        if hard_switch_straight_through. ablate_switch_beta (b, t): given weights instead of the gate's.
+        The gate is used as ``gate.mode`` says, as by `discover` and `act`. hard_switch: whether 1[beta >= threshold] or
+        beta mixes codes, for this call, where the gate is learned; its gradient passes straight through if
+        hard_switch_straight_through. ablate_switch_beta (b, t): given weights instead of the gate's.
         switch_beta_frequency: a switch at the last of so many steps, counted from ablate_offset. temperature: of the
         codes. episode_lens (b,): real steps, for the losses and the encoder. UserError for shapes that do not fit.
         """
@@ -106,20 +113,17 @@ class SteeringSteps:
         if switch_beta_frequency is not None:
             regular = regular_switches(batch, steps, switch_beta_frequency, ablate_offset)
             ablate_switch_beta = regular.to(residual_stream)
-        hard = not discovery_phase if self.hard_switch is None else self.hard_switch
-        hard = hard if hard_switch is None else hard_switch
-        passes = self.straight_through if hard_switch_straight_through is None else hard_switch_straight_through
+        if ablate_switch_beta is not None:
+            ablate_switch_beta = _given_weights(ablate_switch_beta, batch, steps)
+        gate = self._gate_of_call(discovery_phase, hard_switch, hard_switch_straight_through)
         state = None if cache is None else cache.prev_hiddens
         if discovery_phase or self.policy.every_step:
-            return self._steer(
-                residual_stream, state, discovery_phase, hard, passes, ablate_switch_beta, temperature, episode_lens
-            )
+            lengths = episode_lens if discovery_phase else None
+            return self._steer(residual_stream, state, gate, discovery_phase, ablate_switch_beta, temperature, lengths)
         calls, outputs = [], []  # a policy that reads switches alone must know them before it goes on
         for t in range(steps):
             given = None if ablate_switch_beta is None else ablate_switch_beta[:, t : t + 1]
-            control, output = self._steer(
-                residual_stream[:, t : t + 1], state, False, hard, passes, given, temperature, None
-            )
+            control, output = self._steer(residual_stream[:, t : t + 1], state, gate, False, given, temperature)
             state = output.prev_hiddens
             calls.append(control)
             outputs.append(output)
@@ -129,59 +133,90 @@ class SteeringSteps:
         }
         return torch.cat(calls, 1), outputs[-1]._replace(**joined)
 
+    def _gate_of_call(
+        self, discovery: bool, hard: bool | None = None, straight_through: bool | None = None
+    ) -> GateConfig:
+        """The gate as a call uses it: hard when acting, in discovery as it is configured, unless a learned gate is told
+        otherwise by arguments or attributes."""
+        config = self.gate_config
+        if config.mode in ("forced", "fixed-frequency"):
+            return config
+        hard = self.hard_switch if hard is None else hard
+        if hard is None:
+            hard = not discovery or config.mode in ("hard", "straight-through")
+        if straight_through is None:
+            straight_through = self.straight_through or config.mode == "straight-through"
+        if hard:
+            return replace(config, mode="straight-through" if straight_through else "hard")
+        noisy = discovery and config.mode == "gumbel-sigmoid"
+        return config if noisy else replace(config, mode="soft")
+
     def _steer(
         self,
         residual: Tensor,
         state: StepState | None,
-        discovery: bool,
-        hard: bool,
-        straight_through: bool,
-        given: Tensor | None,
-        temperature: float,
-        lengths: Tensor | None,
+        gate: GateConfig,
+        discovery: bool = False,
+        given: Tensor | None = None,
+        temperature: float = 1.0,
+        lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, SteeringOutput]:
         batch, steps = residual.shape[:2]
-        read = self.norm(residual)
-        before = read.new_zeros(batch, self.history.hidden_size) if state is None else state.history
-        after, last = self.history(read, before[None].contiguous())
-        history = torch.cat([before[:, None], after[:, :-1]], 1)
+        taken = 0 if state is None else state.steps
+        read, history, last = self.read(residual, None if state is None else state.history)
         policy_state = None if state is None else state.policy
         if discovery:
             whole = residual.new_full((batch,), steps, dtype=torch.long) if lengths is None else lengths
-            distribution = self._propose(residual, read, history, whole)
+            distribution = self._propose(residual, whole, read, history)
         elif self.policy.every_step:
-            distribution, policy_state = self.policy(residual, policy_state, keep=True)
+            distribution, policy_state = self.policy(self.own(residual), policy_state, keep=True)
         else:
             policy_state = self.policy.initial_state(batch) if policy_state is None else policy_state
-            distribution, advanced = self.policy(residual, policy_state)
+            distribution, advanced = self.policy(self.own(residual), policy_state)
         proposed = self.codes.sample(distribution, generator, temperature=temperature)
         proposal = bounded(proposed, self.code_bound)
         z_before = proposal.new_zeros(batch, self.dim_latent) if state is None else state.z
         fresh = torch.zeros(batch, steps, dtype=torch.bool, device=residual.device)
         fresh[:, 0] = state is None
         if given is not None:
-            z, gate, beta = mix_given(proposal, _given_weights(given, batch, steps, hard).to(proposal), z_before)
+            hard = gate.mode not in ("soft", "gumbel-sigmoid")
+            weights = (given >= gate.threshold if hard else given).to(proposal)
+            z, weight, beta = mix_given(proposal, weights, z_before)
         else:
-            mode = ("straight-through" if straight_through else "hard") if hard else "soft"
-            config = replace(self.gate_config, mode=mode)
-            z, gate, beta = self.switching(
-                read, history, proposal, fresh, z_before, config=config, temperature=self.switch_temperature
+            z, weight, beta = self.switching(
+                read,
+                history,
+                proposal,
+                fresh,
+                z_before,
+                config=gate,
+                temperature=self.switch_temperature,
+                steps_before=taken,
             )
         if not discovery and not self.policy.every_step:
-            switch = gate >= self.gate_config.threshold  # of one step
+            switch = weight >= gate.threshold  # of one step
             policy_state = torch.where(switch, advanced, policy_state)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        kl, weight, ratio = self._losses(distribution, beta, lengths, discovery)
-        control = self.controller(z.to(residual.dtype), residual)
-        done = StepState(last[0], z[:, -1], policy_state, steps + (0 if state is None else state.steps))
-        return control, SteeringOutput(done, residual, distribution, proposed, gate, kl, weight, ratio, z)
+        kl, kl_weight, ratio = self._losses(distribution, beta, lengths, discovery)
+        control = self._control(residual, z).to(residual.dtype)
+        done = StepState(last, z[:, -1], policy_state, steps + taken)
+        return control, SteeringOutput(done, residual, distribution, proposed, weight, kl, kl_weight, ratio, z)
 
-    def _propose(self, residual: Tensor, read: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
-        """The encoder's distributions (b, t, p) (eq. 14, 15)."""
-        steps = residual.shape[1]
-        sequence = self._embed_sequence(residual, lengths, steps)
-        if sequence.dim() == 2:
-            sequence = sequence[:, None].expand(-1, steps, -1)
+    def read(self, residual: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What gate and encoder read of residuals (b, t, n_e), after the history ``before`` (b, n_h), zero at an
+        episode's start: residuals normed (b, t, n_e), h_{t-1} (b, t, n_h), and h_t of the last step (b, n_h) (eq. 12).
+        """
+        read = self.norm(self.own(residual))
+        start = read.new_zeros(len(read), self.history.hidden_size) if before is None else before
+        after, last = self.history(read, start[None].contiguous())
+        return read, torch.cat([start[:, None], after[:, :-1]], 1), last[0]
+
+    def _propose(self, embedded: Tensor, lengths: Tensor, read: Tensor, history: Tensor) -> Tensor:
+        """The encoder's distributions (b, t, p) (eq. 14, 15); embedded (b, t or t + 1, n_e): what the sequence embedder
+        reads."""
+        steps = read.shape[1]
+        sequence = self._embed_sequence(embedded, lengths, steps)
+        sequence = sequence[:, None].expand(-1, steps, -1) if sequence.dim() == 2 else sequence[:, :steps]
         proposal = self.encoder(torch.cat([read, history, sequence], -1))
         return proposal.to(torch.promote_types(proposal.dtype, torch.float32))
 
@@ -203,9 +238,9 @@ class SteeringSteps:
         return kl, kl_weight, ratio * ratio_weight
 
 
-def _given_weights(given: Tensor, batch: int, steps: int, hard: bool) -> Tensor:
+def _given_weights(given: Tensor, batch: int, steps: int) -> Tensor:
     """Given weights as (b, t); (b,) stands for one step. UserError for another shape."""
     given = given[:, None] if given.dim() == 1 else given
     if given.shape != (batch, steps):
         raise UserError(f"ablate_switch_beta has shape {tuple(given.shape)}; expected {(batch, steps)}.")
-    return (given > 0.5).to(given.dtype) if hard else given
+    return given

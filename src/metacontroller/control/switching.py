@@ -67,6 +67,7 @@ class SwitchingUnit(nn.Module):
         *,
         config: GateConfig | None = None,
         temperature: float | None = None,
+        steps_before: int = 0,
     ) -> GateOutput:
         """Integrates the proposals over time (eq. 16, 17).
 
@@ -74,12 +75,13 @@ class SwitchingUnit(nn.Module):
         that must take a new code, such as the first of an episode. z_initial (b, n_z): code held before the first step.
         uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid, sampled here if not given. Returns z (b, t, n_z), gate
         (b, t), the weight of the proposal, and beta (b, t), the switching probability.
-        config, temperature: for this call; the temperature divides the logit in every mode.
+        config, temperature: for this call; the temperature divides the logit in every mode. steps_before: of the
+        episode, before the first of these.
         """
         config = self.config if config is None else config
         if config.mode in ("forced", "fixed-frequency"):
             period = 1 if config.mode == "forced" else config.period
-            due = torch.arange(fresh.shape[1], device=fresh.device) % period == 0
+            due = torch.arange(steps_before, steps_before + fresh.shape[1], device=fresh.device) % period == 0
             return hold_between(z_tilde, fresh | due, z_initial)
         noise = None
         if config.mode == "gumbel-sigmoid" and self.training:

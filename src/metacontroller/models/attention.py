@@ -47,14 +47,19 @@ class AttentionCache:
         return self.scratch[:size].view(dtype).view(shape)
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied."""
+        """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied.
+        Rows may repeat, so that there are more than before; then all are copied."""
+        self.padding = None if self.padding is None else self.padding[:, rows]
+        if self.keys and len(rows) > self.keys[0].shape[1]:
+            self.keys = [keys[:, rows] for keys in self.keys]
+            self.values = [values[:, rows] for values in self.values]
+            return
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for buffers in (self.keys, self.values):
             for block, buffer in enumerate(buffers):
                 used = buffer[: self.length]
                 used.index_copy_(1, moved, used.index_select(1, rows[moved]))
                 buffers[block] = buffer[:, : len(rows)]
-        self.padding = None if self.padding is None else self.padding[:, rows]
 
 
 class RelativePositionBias(nn.Module):

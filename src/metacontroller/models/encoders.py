@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.models.float_states import OBSERVATION_LIMIT, FloatStates
+from metacontroller.models.float_states import FloatStates, limited
 from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.image_encoder import ImageEncoder
 from metacontroller.models.mixed_encoder import MixedEncoder
@@ -56,7 +56,7 @@ class VectorEncoder(FloatStates, nn.Module):
         states = states.to(self.linear.weight.dtype)
         if self.mean is not None and self.std is not None:
             return self.linear(((states - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT))
-        return self.linear(states.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT))
+        return self.linear(limited(states))
 
     def state_readout(self, dim: int) -> GaussianReadout:
         """The readout that predicts the next observation from a residual of width ``dim``."""

@@ -13,12 +13,18 @@ OBSERVATION_LIMIT = 1e9
 """Of the numbers of an observation: the squares of larger ones would overflow in the layers behind."""
 
 
+def limited(numbers: Tensor) -> Tensor:
+    """Numbers of an observation within ±1e9, or within what their type holds."""
+    limit = min(OBSERVATION_LIMIT, torch.finfo(numbers.dtype).max)
+    return numbers.clamp(-limit, limit)
+
+
 class FloatStates:
     """Mixin of such an encoder. It has `_check_shape`: UserError for states of another width or dtype."""
 
     def targets(self, states: Tensor) -> Tensor:
         """The targets of ``state_readout`` in states (b, t, ...): the states themselves, within ±1e9."""
-        return states.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
+        return limited(states)
 
     def from_observation(self, observation: Any) -> Tensor:
         """Converts one observation of an environment to one state, without batch and time axes."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.models.float_states import OBSERVATION_LIMIT, FloatStates
+from metacontroller.models.float_states import FloatStates, limited
 from metacontroller.models.readouts import GaussianReadout, MultiCategoricalReadout, block_starts
 from metacontroller.ranges import ROWS, check_each, check_number
 
@@ -69,8 +69,7 @@ class MixedEncoder(FloatStates, nn.Module):
         self._check_shape(states)
         entries = len(self.sizes)
         chosen = self.table(states[..., :entries].long() + self.offsets).sum(-2)
-        numbers = states[..., entries:].to(self.linear.weight.dtype).clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
-        return chosen + self.linear(numbers)
+        return chosen + self.linear(limited(states[..., entries:].to(self.linear.weight.dtype)))
 
     def state_readout(self, dim: int) -> MixedReadout:
         """The readout that predicts the next state from a residual of width ``dim``."""

@@ -207,7 +207,8 @@ class GaussianReadout(nn.Module):
         return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
-        """One sample per step, (b, t, a); temperature: multiplies the standard deviation."""
+        """One sample per step, (b, t, a), in at least float32; temperature: multiplies the standard deviation."""
+        params = params.to(torch.promote_types(params.dtype, torch.float32))
         mean = params.chunk(2, -1)[0]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return sample_gaussian(params, noise=noise if temperature == 1 else temperature * noise)

@@ -216,12 +216,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _begin(self) -> _Rows:
         """New episodes in every row, after their first observations."""
-        state, weight = self._initial_state(self.num_envs), self.meta_controller.norm.weight
-        residual, history = weight.new_zeros(self.num_envs, self.model.dim), torch.zeros_like(state.history)
-        caches = self.model.cache_store(self.num_envs)
-        home = _Rows(self._episodes(self.num_envs), caches, state, residual, history)
-        self._look(home, torch.arange(self.num_envs, device=self._device))
-        return home
+        env, caches = self._episodes(self.num_envs), self.model.cache_store(self.num_envs)
+        return _Rows(env, caches, *self._look(env, caches, torch.arange(self.num_envs, device=self._device)))
 
     def _begin_again(self, home: _Rows, ended: Tensor, steps: np.ndarray) -> dict[str, Any]:
         """Replaces the episodes that ended (b,) bool by new ones; the info of this step, which took ``steps`` (b,)."""
@@ -248,16 +244,16 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         else:
             begin_again(rows, self._generator)
         home.caches.restart(rows)
-        self._look(home, rows)
+        home.put(rows, *self._look(home.env, home.caches, rows))
         return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
 
-    def _look(self, home: _Rows, rows: Tensor) -> None:
-        """Reads the first observation of the episodes ``rows`` (m,)."""
-        state, lower = self._initial_state(len(rows)), home.caches.lower.take(rows)
-        residual = self.model.lower(self.model.embed(home.env.observation[rows][:, None]), lower)[:, 0]
-        home.caches.lower.put(rows, lower, torch.arange(len(rows), device=rows.device), 1)
+    def _look(self, env: _ReplaceableEnv, caches: Any, rows: Tensor) -> tuple[ControlState, Tensor, Tensor]:
+        """Reads the first observation of the episodes ``rows`` (m,): state, residual and history of `_Rows`."""
+        state, lower = self._initial_state(len(rows)), caches.lower.take(rows)
+        residual = self.model.lower(self.model.embed(env.observation[rows][:, None]), lower)[:, 0]
+        caches.lower.put(rows, lower, torch.arange(len(rows), device=rows.device), 1)
         _, history = self.meta_controller.observe(residual, state)
-        home.put(rows, state, residual, history)
+        return state, residual, history
 
     def _initial_state(self, n: int) -> ControlState:
         state = self.meta_controller.initial_state(n)

@@ -183,8 +183,9 @@ def rollout_abstract(
         beta, history = meta_controller.observe(residual, state)
         switch = (beta >= meta_controller.gate_config.threshold) & alive
         chosen = switch.nonzero().squeeze(1)
-        code, log_prob, advanced = propose(residual[chosen], state.policy[chosen], rows[chosen])
-        decisions.add(rows[chosen], residual[chosen], code, log_prob)
+        read = meta_controller.own(residual[chosen])
+        code, log_prob, advanced = propose(read, state.policy[chosen], rows[chosen])
+        decisions.add(rows[chosen], read, code, log_prob)
         state = meta_controller.integrate(state, history, switch, state.z.index_copy(0, chosen, code))
         state.policy = state.policy.index_copy(0, chosen, advanced)
         outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
