@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=512)
     arguments = parser.parse_args()
     domain = domain_of(from_json(RunFolder(arguments.run).read_config()).domain)
-    batch = domain.held_out(arguments.episodes, torch.Generator().manual_seed(0))
+    batch = domain.demonstrations("validation", arguments.episodes, torch.Generator().manual_seed(0))
     model = Transformer.init_and_load(arguments.run / arguments.model).eval()
     losses, choices = [], []
     with torch.no_grad():

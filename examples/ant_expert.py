@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from metacontroller.domains.ant_pinpad.expert import FEATURES, HIDDEN, LIMIT, Ex
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
 from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
+from metacontroller.domains.base import Split
 from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, Task, format_task
 from metacontroller.presets import ant
 from metacontroller.storage.files import replacing
@@ -417,7 +418,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def data(arguments: argparse.Namespace) -> None:
-    """Writes the demonstrations of both phases as a preset has them, if they are not there, and says where."""
+    """Writes the demonstrations that a preset reads, if they are not there, and says where."""
     _, about = Expert.load(arguments.expert)
     world = ant.PRESETS[arguments.preset.removeprefix("ant-")]().domain
     assert isinstance(world, AntPinpadConfig)
@@ -430,7 +431,7 @@ def data(arguments: argparse.Namespace) -> None:
         dataset_seed=arguments.seed,
         only_successes=not arguments.keep_failures,
     )
-    for split in ("pretrain", "discover"):
+    for split in get_args(Split):
         store = AntPinpad(config).store(split)
         print(f"{split}: {store.path}, {len(store)} episodes of {store.meta['played']} played")
 

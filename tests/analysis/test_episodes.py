@@ -54,7 +54,7 @@ def test_the_lists_of_an_episode_fit_together(untrained: Untrained) -> None:
 
 def test_frames_are_the_pictures_of_the_states(untrained: Untrained) -> None:
     run = untrained()
-    held_out = run.domain.demonstrations("discover", 8, torch.Generator().manual_seed(run.seed * 8 + 7))
+    held_out = run.demonstrations("validation")(8, torch.Generator().manual_seed(run.seed * 8 + 7))
     frames = run_analysis("episodes", run)["episodes"][2]["frames"]
     pictures = run.domain.render(held_out.states[2, : len(frames)])
     for frame, picture in zip(frames, pictures, strict=True):
@@ -66,7 +66,7 @@ def test_the_belief_is_that_of_the_probe_at_the_controlled_layer(untrained: Untr
     Probes().measure(run, Probes.Config(steps=2, batch_size=4, episodes=8), quiet=True)
     results = run_analysis("episodes", run, Episodes.Config(episodes=2))
     tensors, _ = run.folder.load_checkpoint("probes")
-    held_out = run.domain.demonstrations("discover", 2, torch.Generator().manual_seed(run.seed * 8 + 7))
+    held_out = run.demonstrations("validation")(2, torch.Generator().manual_seed(run.seed * 8 + 7))
     with torch.no_grad():
         residual = run.base.residual(held_out.states, held_out.actions)[0, 0]
     expected = torch.softmax(tensors["probes.1.weight"] @ residual + tensors["probes.1.bias"], -1)

@@ -70,7 +70,8 @@ def test_a_supervised_controller_a_pair_is_trained_and_chained(monkeypatch: pyte
         steering, "play_chained", lambda model, controllers, *rest: chained.append(len(controllers.read)) or 0.0
     )
     options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "quiet": True}
-    steering.steer_layers(build_model(SMALL), partial(WORLD.demonstrations, "discover"), WORLD, **options)
+    source = partial(WORLD.demonstrations, "discover")
+    steering.steer_layers(build_model(SMALL), source, source, WORLD, **options)
     assert chained == [4, 4, 4]
 
 

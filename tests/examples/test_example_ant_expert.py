@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from helpers import load_script
 from metacontroller.domains.ant_pinpad.domain import AntPinpad, AntPinpadConfig
 from metacontroller.domains.ant_pinpad.expert import Expert
+from metacontroller.domains.base import Split
 from metacontroller.presets import preset
 from metacontroller.storage.run_folder import RunFolder
 
@@ -100,10 +102,10 @@ def test_data_are_those_of_the_preset(
     words = ["--preset", "ant-debug", "--episodes", "4", "--keep-failures", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["ant_expert.py", "data", str(expert), *words])
     script.main()
-    assert capsys.readouterr().out.count("4 episodes of 4 played") == 2
+    assert capsys.readouterr().out.count("4 episodes of 4 played") == 3
     written = {path.name for path in out.iterdir()}
     config = replace(preset("ant-debug").domain, expert=str(expert), episodes=4, dataset=str(out))
-    for split in ("pretrain", "discover"):
+    for split in get_args(Split):
         AntPinpad(config).store(split)
     assert {path.name for path in out.iterdir()} == written
 

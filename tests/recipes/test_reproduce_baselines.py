@@ -53,7 +53,7 @@ def test_after_compile_the_gate_is_the_causal_one_along_its_own_codes(compiled: 
     model = Transformer.init_and_load(run.path / "base_model.safetensors").eval()
     acting = MetaController.init_and_load(run.path / "meta_controller.safetensors").eval()
     segmentation = CompILE.init_and_load(run.path / "compile.safetensors")
-    episodes = loaded.domain.demonstrations("discover", 32, torch.Generator().manual_seed(5))
+    episodes = loaded.demonstrations("validation")(32, torch.Generator().manual_seed(5))
     assert torch.equal(gate.episodes.states, episodes.states)
     with torch.no_grad():
         code = segmentation(episodes.states, episodes.lengths).code_at()

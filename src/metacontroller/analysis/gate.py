@@ -60,7 +60,7 @@ def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
     """The gate that acts in a run, along so many held-out demonstrations: whatever says something about a run's gate
     reads it here."""
     device = next(run.model.parameters()).device
-    held_out = run.domain.held_out(episodes, torch.Generator().manual_seed(seed)).to(device)
+    held_out = run.demonstrations("validation")(episodes, torch.Generator().manual_seed(seed)).to(device)
     return gate_along(run, held_out, seed)
 
 

@@ -11,7 +11,7 @@ from metacontroller.baselines.compile import CompILE
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
-from metacontroller.domains.base import Domain, Split
+from metacontroller.domains.base import Domain, Split, demonstrations
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import (
     BASE_MODEL,
@@ -52,9 +52,9 @@ class LoadedRun:
     new_model: Callable[[], SteerableModel]
     controller: MetaControllerConfig
 
-    def demonstrations(self, split: Split = "discover") -> Generate:
-        """The source of one phase's episodes."""
-        return lambda n, generator: self.domain.demonstrations(split, n, generator)
+    def demonstrations(self, split: Split) -> Generate:
+        """The source of one split's episodes."""
+        return demonstrations(self.domain, split)
 
     @property
     def subgoals(self) -> tuple[str, ...]:

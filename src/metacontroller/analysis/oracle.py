@@ -104,40 +104,52 @@ def named_success(run: LoadedRun, episodes: int, seed: int) -> float:
     )
 
 
-def readable(codes: Tensor, labels: Tensor, seed: int) -> float:
-    """How well a small network reads a label from a code: accuracy on the second half of codes (m, n_z), after training
-    on the first. labels (m,) int64 from 0."""
-    half = len(codes) // 2
-    x = (codes - codes[:half].mean(0)) / codes[:half].std(0).clamp_min(1e-6)
+def readable(learned: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor], seed: int) -> float:
+    """How well a small network reads a label from a code, after training on ``learned``: its accuracy on ``judged``.
+    Both are codes (m, n_z) and labels (m,) int64 from 0."""
+    (codes, labels), (others, answers) = learned, judged
+    mean, std = codes.mean(0), codes.std(0).clamp_min(1e-6)
+    classes = int(torch.cat([labels, answers]).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        reader = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1)).to(x.device)
+        reader = nn.Sequential(nn.Linear(codes.shape[1], 64), nn.ReLU(), nn.Linear(64, classes)).to(codes.device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=READER_LR, weight_decay=1e-2)
     with torch.enable_grad():
         for _ in range(READER_UPDATES):
             optimizer.zero_grad()
-            F.cross_entropy(reader(x[:half]), labels[:half]).backward()
+            F.cross_entropy(reader((codes - mean) / std), labels).backward()
             optimizer.step()
     with torch.no_grad():
-        return float((reader(x[half:]).argmax(-1) == labels[half:]).double().mean())
+        return float((reader((others - mean) / std).argmax(-1) == answers).double().mean())
 
 
 def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
     """Of the codes at the switches of held-out demonstrations: nats a code, by dimension and in all (None after
-    CompILE), and what can be read from them, beside the share of the commonest answer."""
+    CompILE), and what can be read from them, beside the share of the commonest answer. The reader learns from as many
+    demonstrations of discovery."""
     gate = held_out_gate(run, episodes, seed)
     switch = switches(gate, run.meta_controller.gate_config.threshold)
     nats = None if gate.nats is None else gate.nats[switch].mean(0)
-    batch, code = gate.episodes, gate.code[switch]
-    assert batch.subgoals is not None
-    labels = {name: value[switch] for name, value in {"subgoal": batch.subgoals, **run.domain.facts(batch)}.items()}
+    code, labels = _labelled_codes(run, gate)
+    shown = run.demonstrations("discover")(episodes, torch.Generator().manual_seed(seed)).to(code.device)
+    known, known_labels = _labelled_codes(run, gate_along(run, shown, seed))
     return {
         "nats": None if nats is None else float(nats.sum()),
         "nats_by_dimension": None if nats is None else nats.tolist(),
         "dimensions_used": None if nats is None else int((nats >= USED_NATS).sum()),
-        "readable": {name: readable(code, label, seed) for name, label in labels.items()},
+        "readable": {
+            name: readable((known, known_labels[name]), (code, label), seed) for name, label in labels.items()
+        },
         "commonest": {name: float(torch.bincount(label).max() / len(label)) for name, label in labels.items()},
     }
+
+
+def _labelled_codes(run: LoadedRun, gate: HeldOutGate) -> tuple[Tensor, dict[str, Tensor]]:
+    """The codes at switches (m, n_z), and what each might name, by name (m,)."""
+    switch, episodes = switches(gate, run.meta_controller.gate_config.threshold), gate.episodes
+    assert episodes.subgoals is not None
+    facts = {"subgoal": episodes.subgoals, **run.domain.facts(episodes)}
+    return gate.code[switch], {name: value[switch] for name, value in facts.items()}
 
 
 @analysis("oracle", command="oracle", figure="none")
@@ -164,7 +176,7 @@ class Oracle(Analysis):
         results: Results = dict.fromkeys(("seen", "seen_subgoals", "unseen", "unseen_subgoals"))
         if run.domain.offers("demonstrate") and run.domain.offers("restart"):
             experts = {
-                "seen": run.domain.demonstrations("discover", config.episodes, generator),
+                "seen": run.demonstrations("validation")(config.episodes, generator),
                 "unseen": run.domain.demonstrate(None, config.episodes, generator),
             }
             for name, episodes in experts.items():

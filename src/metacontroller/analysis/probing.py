@@ -43,6 +43,7 @@ class ProbeResult(NamedTuple):
 def probe_layers(
     model: SteerableModel,
     generate: Generate,
+    validation: Generate,
     *,
     subgoals: int,
     steps: int,
@@ -53,7 +54,7 @@ def probe_layers(
     controlled_only: bool = False,
     quiet: bool = False,
 ) -> ProbeResult:
-    """Trains one linear map a layer on labelled episodes of ``generate`` and judges it on ``episodes`` others.
+    """Trains one linear map a layer on labelled episodes of ``generate``, judges it on ``episodes`` of ``validation``.
 
     The model is frozen. subgoals: how many there are. steps, batch_size, lr: of AdamW (the paper: 8k, 512, 1e-3).
     controlled_only: at the controlled layer alone.
@@ -80,7 +81,7 @@ def probe_layers(
             optimizer.step()
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 progress.update(step + 1, loss=float(loss.detach()) / len(probes))
-    held_out = generate(episodes, noise_generator(seed, device))  # a stream apart from the training episodes
+    held_out = validation(episodes, noise_generator(seed, device))
     labels, mask = labelled(held_out)
     assert held_out.segments is not None
     first = mask & (held_out.segments == 0)
@@ -158,8 +159,8 @@ class Probes(Analysis):
         training = {**vars(config), "seed": stream_seed(run.seed, "analyse"), "quiet": quiet}
 
         def probed(model: SteerableModel) -> ProbeResult:
-            source = run.demonstrations("discover")
-            return probe_layers(model.to(run.device), source, subgoals=len(run.subgoals), **training)
+            sources = run.demonstrations("discover"), run.demonstrations("validation")
+            return probe_layers(model.to(run.device), *sources, subgoals=len(run.subgoals), **training)
 
         kept = {step: model for step in run.snapshots if (model := run.snapshot(step)) is not None}
         models = {0: run.new_model(), **kept} if kept else {}

@@ -91,7 +91,7 @@ def rate_distortion_of_segments(
 def _held_out_episodes(
     model: SteerableModel, generate: Generate, episodes: int, seed: int
 ) -> tuple[Trajectories, torch.Generator]:
-    """Episodes apart from those of training, and a source of noise."""
+    """Episodes of a source, which should be one for validation, and a source of noise."""
     device = next(model.parameters()).device
     generator = noise_generator(seed, device)
     return generate(episodes, generator).to(device), generator

@@ -19,6 +19,7 @@ from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.probing import LayerConfig, labelled, layer_rows
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.data.batching import EpisodeStream, Generate
+from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
@@ -56,7 +57,7 @@ class SupervisedControllers(nn.Module):
 
 
 class SteeringResult(NamedTuple):
-    """By layer, 0 first: action loss under steering in the last updates, and success of the chained controllers."""
+    """By layer, 0 first: action loss under steering on validation episodes, and success of the chained controllers."""
 
     action_loss: list[float]
     success: list[float]
@@ -65,6 +66,7 @@ class SteeringResult(NamedTuple):
 def steer_layers(
     model: SteerableModel,
     generate: Generate,
+    validation: Generate,
     domain: Domain,
     *,
     steps: int,
@@ -77,8 +79,8 @@ def steer_layers(
     controlled_only: bool = False,
     quiet: bool = False,
 ) -> SteeringResult:
-    """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``, and
-    plays the post-training task with them in ``episodes`` held-out episodes.
+    """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``; measures
+    the action loss on ``episodes`` of ``validation``, and plays the post-training task in as many.
 
     steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
     temperature: of the actions in play. controlled_only: at the controlled layer alone. The model is left as it is;
@@ -101,8 +103,9 @@ def steer_layers(
             def update(step: int, loss: float, index: int = index) -> None:
                 progress.update(index * steps + step, layer=index, loss=loss)
 
-            controllers, loss = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
-            losses.append(loss)
+            controllers = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
+            judged_by = validation(episodes, noise_generator(seed, next(model.parameters()).device))
+            losses.append(_action_loss(split, controllers, judged_by, batch_size))
             successes.append(play_chained(split, controllers, domain, episodes, seed, temperature))
     return SteeringResult(losses, successes)
 
@@ -117,30 +120,44 @@ def _train(
     lr: float,
     seed: int,
     update: Callable[[int, float], None],
-) -> tuple[SupervisedControllers, float]:
-    """Controllers that make the labelled subgoal's actions likely, and the mean action loss of the last tenth."""
+) -> SupervisedControllers:
+    """Controllers that make the labelled subgoal's actions likely."""
     device = next(model.parameters()).device
     stream = EpisodeStream(generate, batch_size, seed, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         controllers = SupervisedControllers(subgoals, model.dim, rank).to(device)
     optimizer = torch.optim.AdamW(controllers.parameters(), lr=lr, fused=True)
-    last = []
     for step in range(1, steps + 1):
         batch = stream.next()
-        labels, _ = labelled(batch)
-        with torch.no_grad():
-            residual = model.residual(batch.states, batch.actions)
-        steered = controllers(residual, labels)
-        loss = model.losses_under(steered, batch.states, batch.actions, batch.lengths, with_state_loss=False).action
+        loss = _steered_loss(model, controllers, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step > 0.9 * steps:
-            last.append(loss.detach())
         if step % 50 == 0 or step == steps:
             update(step, float(loss.detach()))
-    return controllers, float(torch.stack(last).mean())
+    return controllers
+
+
+def _steered_loss(model: SteerableModel, controllers: SupervisedControllers, batch: Trajectories) -> Tensor:
+    """Mean action loss of the steps of a batch under their subgoals' controllers, a scalar."""
+    labels, _ = labelled(batch)
+    with torch.no_grad():
+        residual = model.residual(batch.states, batch.actions)
+    steered = controllers(residual, labels)
+    return model.losses_under(steered, batch.states, batch.actions, batch.lengths, with_state_loss=False).action
+
+
+@torch.no_grad()
+def _action_loss(
+    model: SteerableModel, controllers: SupervisedControllers, episodes: Trajectories, batch_size: int
+) -> float:
+    """The same over all steps of ``episodes``, so many episodes at a time."""
+    total = 0.0
+    for rows in torch.arange(episodes.batch, device=episodes.lengths.device).split(batch_size):
+        batch = episodes.index(rows)
+        total += float(_steered_loss(model, controllers, batch) * batch.lengths.sum())
+    return total / float(episodes.lengths.sum())
 
 
 def controllers_of(run: LoadedRun) -> dict[str, Any]:
@@ -192,9 +209,10 @@ class Steering(Analysis):
     Config = LayerConfig
 
     def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
-        seed, source = stream_seed(run.seed, "analyse"), run.demonstrations("discover")
+        seed = stream_seed(run.seed, "analyse")
+        sources = run.demonstrations("discover"), run.demonstrations("validation")
         options = {**vars(config), **controllers_of(run)}
-        steered = steer_layers(run.base, source, run.domain, **options, seed=seed, quiet=quiet)
+        steered = steer_layers(run.base, *sources, run.domain, **options, seed=seed, quiet=quiet)
         return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
 
     def draw(self, results: Sequence[Results]) -> Figure:

@@ -14,6 +14,20 @@ from metacontroller.ranges import ROWS, check_number, shown
 Generate = Callable[[int, torch.Generator], Trajectories]
 """A source of behaviour: ``generate(n, generator)`` returns n episodes, generated or sampled from a dataset."""
 
+VALIDATION_BIT = 2**31
+"""In the seed of every validation stream, see `apart`."""
+
+
+def apart(generator: torch.Generator) -> torch.Generator:
+    """A generator for validation episodes, seeded by a draw of this one, on its device.
+
+    No phase trains on its stream: phases draw episodes from seeds below this bit, and their noise, fits and clips from
+    seeds with it that are no multiples of 8, see `training.seeding`.
+    """
+    draw = int(torch.randint(2**28, (), generator=generator, device=generator.device))
+    return torch.Generator(generator.device).manual_seed(VALIDATION_BIT | 8 * draw)
+
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Symmetry augmentation: states (b, t, ...) and a generator -> states of the same shape."""
 

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from metacontroller.data.batching import Generate, apart
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 
-Split = Literal["pretrain", "discover"]
-"""The phase for which demonstrations are made; worlds may make those for discovery less noisy, as in the paper."""
+Split = Literal["pretrain", "discover", "validation"]
+"""What demonstrations are for: the phase that trains on them, or to judge what was trained. Worlds may make those for
+discovery less noisy, as in the paper; those for validation are like them, and no phase trains on any of them."""
 
 
 class Free:
@@ -115,13 +117,10 @@ class Domain:
         """n episodes of experts, states (n, t + 1, *obs), on the generator's device.
 
         All randomness comes from the generator. Subgoals and segments are labels for evaluation only, or None.
+        A world that makes its episodes anew each time may make those for validation as those for discovery:
+        `demonstrations` hands it a generator apart. One that keeps episodes keeps others for validation.
         """
         raise NotImplementedError
-
-    def held_out(self, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes like those for discovery, by which a gate is judged; a world that keeps its demonstrations gives
-        others here."""
-        return self.demonstrations("discover", n, generator)
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
@@ -194,3 +193,10 @@ class Domain:
     def offers(self, method: str) -> bool:
         """Whether this world defines the optional method of this name."""
         return getattr(type(self), method) is not getattr(Domain, method)
+
+
+def demonstrations(domain: Domain, split: Split) -> Generate:
+    """The source of one split's episodes; those for validation come from streams that no phase trains on."""
+    if split == "validation":
+        return lambda n, generator: domain.demonstrations(split, n, apart(generator))
+    return lambda n, generator: domain.demonstrations(split, n, generator)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.batching import Augment, Generate
+from metacontroller.data.batching import Augment, Generate, apart
 from metacontroller.data.clips import Decisions, draw_clips
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
@@ -92,6 +92,7 @@ def discover(
     augment: Augment | None = None,
     positions: Positions | None = None,
     decisions: Decisions | None = None,
+    validation: Generate | None = None,
     gate_tolerance: int = 1,
     resume: bool = False,
     quiet: bool = False,
@@ -104,11 +105,13 @@ def discover(
     positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`. decisions: for
     ``config.clips``, see `Domain.decisions`. gate_tolerance: steps within which the metrics take a switch and a change
     of subgoal as the same.
-    At the end, gate and codes are checked on one held-out batch (`phases.diagnostics`): analyses/diagnostics.json holds
-    the measurements and the warnings, which are also printed to standard error unless ``quiet``.
+    At the end, gate and codes are checked on one batch of ``validation`` (`phases.diagnostics`), or without that of
+    ``generate`` from a stream apart: analyses/diagnostics.json holds the measurements and the warnings, which are also
+    printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     evaluation_mode(model)
+    judged_by = (lambda n, generator: generate(n, apart(generator))) if validation is None else validation
     guide = None
     if config.guided_updates:
         if positions is None:
@@ -186,22 +189,19 @@ def discover(
         if config.train_model:
             model.save(artefact_path(run, COTRAINED_MODEL))
         meta_controller.save(artefact_path(run, META_CONTROLLER))
-        for warning in write_diagnostics(config, model, meta_controller, generate, run):
+        for warning in write_diagnostics(config, model, meta_controller, judged_by, run):
             if not quiet:
                 print(f"discover: warning: {warning}", file=sys.stderr, flush=True)
     return meta_controller
 
 
 def write_diagnostics(
-    config: DiscoverConfig, model: SteerableModel, meta_controller: MetaController, generate: Generate, run: RunFolder
+    config: DiscoverConfig, model: SteerableModel, meta_controller: MetaController, validation: Generate, run: RunFolder
 ) -> list[str]:
-    """Measures gate and codes on one held-out batch, writes analyses/diagnostics.json and returns the warnings.
-
-    The batch comes from a generator of its own, with a seed that no training episodes use.
-    """
+    """Measures gate and codes on one validation batch, writes analyses/diagnostics.json and returns the warnings."""
     device = next(model.parameters()).device
     generator = noise_generator(config.seed, device)
-    batch = generate(config.optimizer.batch_size, generator).to(device)
+    batch = validation(config.optimizer.batch_size, generator).to(device)
     measured = measure(model, meta_controller, batch, generator)
     warnings = diagnose(**measured)
     run.write_analysis("diagnostics", {**measured, "warnings": warnings})

@@ -50,16 +50,17 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys((*names, "code_nats", "code_dimensions", "code_readable"))
     if not run.subgoals:
         return found
-    source, seed = run.demonstrations(), stream_seed(run.seed, "analyse")
+    seed = stream_seed(run.seed, "analyse")
+    sources = run.demonstrations("discover"), run.demonstrations("validation")
     episodes = min(LINK_EPISODES, run.settings.episodes)
     small = {"steps": run.settings.link_updates, "batch_size": 128, "lr": 3e-3, "episodes": episodes, "seed": seed}
     announce("evaluate: linear probe of the subgoal", quiet)
-    probed = probe_layers(run.base, source, subgoals=len(run.subgoals), controlled_only=True, quiet=True, **small)
+    probed = probe_layers(run.base, *sources, subgoals=len(run.subgoals), controlled_only=True, quiet=True, **small)
     found["probe_accuracy"] = probed.accuracy[0]
     if tells_goals(run.domain, seed):
         announce("evaluate: supervised controllers", quiet)
         options = {**small, **controllers_of(run)}
-        steered = steer_layers(run.base, source, run.domain, controlled_only=True, quiet=True, **options)
+        steered = steer_layers(run.base, *sources, run.domain, controlled_only=True, quiet=True, **options)
         found["supervised_success"] = steered.success[0]
     announce("evaluate: codes of experts", quiet)
     oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)
@@ -114,7 +115,7 @@ def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:
     """All measures of a study's variant. reinforced: whether it has been through internal RL."""
     episodes, seed = run.settings.episodes, stream_seed(run.seed, "evaluate")
     model, controlled, tolerance = run.model, run.meta_controller, run.domain.gate_tolerance
-    drawn = (run.demonstrations(), episodes, seed)
+    drawn = (run.demonstrations("validation"), episodes, seed)
     if run.segmentation is not None:
         results = rate_distortion_of_segments(model, run.segmentation, controlled, *drawn, gate_tolerance=tolerance)
     else:

@@ -10,8 +10,7 @@ from typing import Any
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.batching import Generate
-from metacontroller.domains.base import Domain, Split
+from metacontroller.domains.base import Domain, demonstrations
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import BASE_MODEL, load_artefact
@@ -57,6 +56,7 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
         segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
         segmentation.versions = run.versions
         return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
+    options["validation"] = demonstrations(domain, "validation")
     if config.discover.guided_updates:
         options["positions"] = domain.positions
     if config.discover.clips:
@@ -91,11 +91,6 @@ def run_raw_action_rl(
     run.versions = domain.versions()
     model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
     return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
-
-
-def demonstrations(domain: Domain, split: Split) -> Generate:
-    """The source of one phase's episodes."""
-    return lambda n, generator: domain.demonstrations(split, n, generator)
 
 
 def post_training(domain: Domain) -> Reset:

@@ -17,7 +17,8 @@ def noise_generator(seed: int, device: torch.device) -> torch.Generator:
 
 
 STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "raw_action_rl", "evaluate", "analyse")
-"""What samples, each from a stream of its own."""
+"""What samples, each from a stream of its own. The noise of the first is that of validation episodes, see
+`data.batching.apart`."""
 
 
 MAX_SEED = 2**28 - 1

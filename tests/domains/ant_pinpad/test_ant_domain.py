@@ -260,15 +260,6 @@ def test_an_expert_of_other_cells_warns(tmp_path: Path) -> None:
 
 
 @needs_mujoco
-def test_a_gate_is_judged_by_other_episodes(tmp_path: Path) -> None:
-    world = AntPinpad(small(tmp_path))
-    apart = world.held_out(8, random_state())
-    assert apart.segments is not None
-    known = {tuple(state) for state in world.store("discover").read(torch.arange(16)).states[:, 0].tolist()}
-    assert known.isdisjoint(tuple(state) for state in apart.states[:, 0].tolist())
-
-
-@needs_mujoco
 def test_augmented_episodes_are_those_of_a_turned_world_and_keep_the_yaw() -> None:
     """Played again in the turned world with torques renamed alike, the ant does what the augmented episode shows."""
     world = AntPinpad(AntPinpadConfig(threads=1, start_yaw=math.pi / 4))

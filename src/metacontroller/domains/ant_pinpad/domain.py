@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -45,9 +45,8 @@ from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_fiel
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
-DATASETS = ("pretrain", "discover", "held out")
-HELD_OUT = 512
-"""Episodes of the last, at most."""
+VALIDATION_EPISODES = 512
+"""Demonstrations on disk for validation, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +118,16 @@ class AntPinpad(Domain):
         return DomainSpec(states, actions, arena.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes drawn from those on disk, with replacement. Each phase has a dataset of its own: actions are
-        sampled in that for pretraining, and the expert's mean ones in that for discovery (§2).
+        """n episodes drawn from those on disk, with replacement. Each split has a dataset of its own: actions are
+        sampled in that for pretraining, and the expert's mean ones in the others (§2).
 
-        Each is drawn in a world turned by 0 to 3 right angles, with its colors counted on by a number under which the
-        tasks stay the same ones. Those are as likely, and walked alike, so there are sixteen times as many."""
+        For training, each is drawn in a world turned by 0 to 3 right angles, with its colors counted on by a number
+        under which the tasks stay the same ones. Those are as likely, and walked alike, so there are sixteen times as
+        many."""
         store, device = self.store(split), generator.device
         rows = torch.randint(len(store), (n,), generator=generator, device=device)
-        return self._varied(store.read(rows.cpu()).to(device), generator)
+        episodes = store.read(rows.cpu()).to(device)
+        return episodes if split == "validation" else self._varied(episodes, generator)
 
     def _varied(self, episodes: Trajectories, generator: torch.Generator) -> Trajectories:
         """Other episodes that the expert would show as likely, drawn for each of these."""
@@ -145,14 +146,8 @@ class AntPinpad(Domain):
         )
 
     def store(self, split: Split) -> TrajectoryStore:
-        """The demonstrations of one phase on disk, written first if they are not there."""
+        """The demonstrations of one split on disk, written first if they are not there."""
         return _open(self.config, split)
-
-    def held_out(self, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes drawn, with replacement, from a smaller dataset of its own, of mean actions."""
-        store = _open(self.config, "held out")
-        rows = torch.randint(len(store), (n,), generator=generator, device=generator.device)
-        return store.read(rows.cpu()).to(generator.device)
 
     def demonstrate(self, task: Sequence[int] | None, n: int, generator: torch.Generator) -> Trajectories:
         """n new episodes of the expert with its mean actions."""
@@ -297,9 +292,10 @@ def _recipe(config: AntPinpadConfig, tasks: tuple[Task, ...], *, mean_actions: b
 
 
 @cache
-def _open(config: AntPinpadConfig, which: str) -> TrajectoryStore:
-    """One of the `DATASETS`, which hold different episodes."""
-    seed = len(DATASETS) * config.dataset_seed + DATASETS.index(which)
-    recipe = _recipe(config, config.tasks, mean_actions=which != "pretrain", seed=seed)
-    episodes = min(HELD_OUT, config.episodes) if which == "held out" else config.episodes
+def _open(config: AntPinpadConfig, split: Split) -> TrajectoryStore:
+    """The dataset of a split; each has a seed of its own, and so other episodes."""
+    splits = get_args(Split)
+    seed = len(splits) * config.dataset_seed + splits.index(split)
+    recipe = _recipe(config, config.tasks, mean_actions=split != "pretrain", seed=seed)
+    episodes = min(VALIDATION_EPISODES, config.episodes) if split == "validation" else config.episodes
     return open_dataset(recipe, episodes, Path(config.dataset))

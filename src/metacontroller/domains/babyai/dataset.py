@@ -24,13 +24,16 @@ from metacontroller.errors import UserError
 
 CHUNK = 250
 """Episodes that a process makes at a time."""
+TRAINING_ROOMS = 2**31
+"""Seeds of rooms for training are below; as many above are those for validation."""
 ATTEMPTS = 100
 """Seeds that are tried for one episode; the bot fails in a few of a hundred."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that the bot's episodes depend on. objects: (kind, color). tasks: indices of objects, one task an episode."""
+    """All that the bot's episodes depend on. objects: (kind, color). tasks: indices of objects, one task an episode.
+    validation: whether rooms have seeds that those for training never have."""
 
     objects: tuple[tuple[str, str], ...]
     tasks: tuple[tuple[int, ...], ...]
@@ -39,10 +42,12 @@ class Recipe:
     epsilon: float
     mission_length: int
     seed: int
+    validation: bool = False
 
     def folder(self, episodes: int) -> str:
         """A name that no other recipe or number of episodes has."""
-        text = json.dumps([FORMAT, sorted(vars(self).items()), episodes])
+        facts = {name: value for name, value in vars(self).items() if name != "validation" or value}
+        text = json.dumps([FORMAT, sorted(facts.items()), episodes])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -104,7 +109,7 @@ def _episode(recipe: Recipe, rooms: Sequence[Room], number: int) -> Made:
     random = np.random.default_rng([recipe.seed, number])
     task = int(random.integers(len(rooms)))
     for _ in range(ATTEMPTS):
-        seed = int(random.integers(2**31))
+        seed = int(random.integers(TRAINING_ROOMS)) + TRAINING_ROOMS * recipe.validation
         episode = play(rooms[task], seed, epsilon=recipe.epsilon, mission_length=recipe.mission_length)
         if episode is not None:
             return Made(task, seed, episode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +39,8 @@ from metacontroller.ranges import (
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
+VALIDATION_EPISODES = 2048
+"""Demonstrations on disk for validation, at most."""
 MORE_OBJECTS = "add to domain.objects"
 MOST_WORDS = 2**12
 TOLD = "told:"
@@ -128,7 +130,7 @@ class BabyAI(Domain):
         return DomainSpec(encoder, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes drawn from those on disk, with replacement; each phase has a dataset of its own."""
+        """n episodes drawn from those on disk, with replacement; each split has a dataset of its own."""
         store = _open(self.config, split)
         device, easiest = generator.device, max(1, round(self.config.easiest * len(store)))
         rows = torch.randint(easiest, (n,), generator=generator, device=device)
@@ -243,17 +245,19 @@ def _recipe(config: BabyAIConfig, tasks: tuple[Task, ...], epsilon: float, seed:
 
 
 def recipe_of(config: BabyAIConfig, split: Split) -> Any:
-    """The `Recipe` of the demonstrations of one phase; those of the two phases have different rooms."""
+    """The `Recipe` of the demonstrations of one split, each with rooms of its own."""
     first = split == "pretrain"
     epsilon = config.epsilon if first else config.discovery_epsilon
-    return _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
+    recipe = _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
+    return replace(recipe, validation=split == "validation")
 
 
 @cache
 def _open(config: BabyAIConfig, split: Split) -> Any:
-    """The dataset of one phase."""
+    """The dataset of one split."""
     recipe = recipe_of(config, split)
-    return _minigrid().open_dataset(recipe, config.episodes, Path(config.dataset), config.workers)
+    episodes = min(VALIDATION_EPISODES, config.episodes) if split == "validation" else config.episodes
+    return _minigrid().open_dataset(recipe, episodes, Path(config.dataset), config.workers)
 
 
 @cache
