@@ -21,7 +21,7 @@ from metacontroller.data.batching import EpisodeStream, apart
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.domain import AntPinpad
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig
-from metacontroller.domains.base import Domain, demonstrations
+from metacontroller.domains.base import demonstrations
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.phases import discover as discover_module
 from metacontroller.presets import preset
@@ -209,7 +209,7 @@ def test_discovery_is_diagnosed_on_episodes_that_neither_it_nor_its_guide_saw(
     build_model(config).save(run.path / "base_model.safetensors")
     whole = GridworldPinpad.demonstrations
 
-    def noted(self: Domain, split: Any, n: int, generator: torch.Generator) -> Trajectories:
+    def noted(self: GridworldPinpad, split: Any, n: int, generator: torch.Generator) -> Trajectories:
         made = whole(self, split, n, generator)
         asked.append((split, made))
         return made
