@@ -61,8 +61,8 @@ class Number(NamedTuple):
 
     def expected(self, value: Any) -> str | None:
         """What was expected instead of a value; None if it is in the range."""
-        if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
-            number = float(value)
+        number = _real(value)
+        if math.isfinite(number):
             low = self.least < number if self.above else self.least <= number
             high = number < self.most if self.below else number <= self.most
             if low and high:
@@ -74,6 +74,16 @@ class Number(NamedTuple):
         if self.least > -math.inf:
             return f"a {self.noun} {'above' if self.above else 'of at least'} {self.least:g}"
         return f"a finite {self.noun}"
+
+
+def _real(value: Any) -> float:
+    """A number as a float, infinite where it is too large for one; NaN for all else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 POSITIVE = Number(0, above=True)

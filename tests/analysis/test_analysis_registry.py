@@ -69,7 +69,7 @@ def test_one_of_your_own_is_found_run_kept_and_drawn(untrained: Untrained, toy: 
     assert results == run.folder.read_analysis("toy")
     assert results == {"count": 5, "double": 10.0, "none": None, "listed": [1, 2]}
     assert toy().rows([results, results]) == [("count", [5, 5]), ("double", [10.0, 10.0]), ("none", [None, None])]
-    draw_analysis("toy", run.folder.path, [run.folder])
+    draw_analysis("toy", run.folder, [run.folder])
     assert (run.folder.path / "figures" / "toy.png").stat().st_size > 0
 
 

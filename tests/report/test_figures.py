@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from metacontroller.report.figures import (
     success_figure,
 )
 from metacontroller.storage.run_folder import RunFolder
+
+NAN = math.nan
 
 
 def rl_run(path: Path, success: list[float]) -> RunFolder:
@@ -74,6 +78,19 @@ def test_negative_losses_of_continuous_actions_are_seen(tmp_path: Path) -> None:
     low, high = right.get_ylim()
     assert low < -1.5
     assert high > 3.0
+
+
+def test_what_is_too_large_to_draw_and_what_was_not_logged_leaves_a_gap(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step, value in enumerate((1e308, 0.5, -1e300), 1):
+        run.log_metrics("pretrain", step, action_loss=value)
+        run.log_metrics("discover", step, kl=value)
+    with run.metrics_path.open("a") as file:
+        file.write(json.dumps({"phase": "pretrain", "step": 10**400, "action_loss": 10**400}) + "\n")
+    figure = losses_figure(run)
+    figure.savefig(tmp_path / "x.png")
+    assert points(figure.axes[0].get_lines()[0])[1] == pytest.approx([NAN, 0.5, NAN, NAN], nan_ok=True)
+    assert points(figure.axes[1].get_lines()[0])[1] == pytest.approx([NAN] * 3, nan_ok=True)
 
 
 def test_codes_are_sorted_by_their_favourite_subgoal() -> None:

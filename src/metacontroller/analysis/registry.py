@@ -17,13 +17,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metacontroller import analysis as package
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.errors import UserError
 from metacontroller.report.figures import save_figure
+from metacontroller.report.results import read_results
 from metacontroller.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -116,14 +116,15 @@ def run_analysis(name: str, run: LoadedRun, config: Any = None, *, quiet: bool =
             f"{name} needs the subgoal of each step, and the demonstrations of {run.domain.name} carry none; give a "
             "world whose demonstrations are labelled."
         )
-    run.folder.write_analysis(name, chosen.measure(run, chosen.Config() if config is None else config, quiet=quiet))
-    return run.folder.read_analysis(name)
+    return run.folder.write_analysis(
+        name, chosen.measure(run, chosen.Config() if config is None else config, quiet=quiet)
+    )
 
 
-def draw_analysis(name: str, folder: Path, runs: Sequence[RunFolder]) -> None:
-    """Draws the results that the runs hold of an analysis into ``folder``/figures, if there is something to draw."""
-    results = [analysed for run in runs if (analysed := run.read_analysis(name))]
+def draw_analysis(name: str, folder: RunFolder, runs: Sequence[RunFolder]) -> None:
+    """Draws the results that the runs hold of an analysis into the folder's figures, if there is something to draw."""
+    results = read_results(runs, name)
     chosen = analyses()[name]
     figure = chosen.draw(results) if results else None
     if figure is not None:
-        save_figure(figure, folder / "figures" / f"{chosen.file}.png")
+        save_figure(figure, folder, chosen.file)

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from metacontroller.analysis.registry import Analysis, analyses, draw_analysis, run_analysis
 from metacontroller.commands.options import Device, device_name, seed_folders
-from metacontroller.commands.output import print_results
+from metacontroller.commands.output import print_results, say_unkept
 from metacontroller.recipes.config import load_run
 from metacontroller.report.figures import require_matplotlib
 from metacontroller.report.tables import analysis_table
@@ -37,12 +37,15 @@ class AnalysisCommand:
     def __call__(self) -> None:
         require_matplotlib()
         name, runs = self.analysis.name, [RunFolder(path) for path in seed_folders(self.run)]
-        results = []
+        folder, results = RunFolder(self.run), []
+        for each in (*runs, folder):
+            each.unkept = []
         for run in runs:
             loaded = load_run(run, device_name(self.device))
             results.append({"run": run.path.name, **run_analysis(name, loaded, self.config, quiet=self.quiet)})
-        draw_analysis(name, self.run, runs)
+        draw_analysis(name, folder, runs)
         print_results(results, self.run, self._table, as_json=self.json)
+        say_unkept(*runs, folder)
 
     def _table(self, results: list[dict[str, Any]]) -> Table:
         return analysis_table(results, self.analysis.rows(results))

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from metacontroller.analysis.video import write_video
 from metacontroller.commands.options import Device, device_name, seed_folders
-from metacontroller.commands.output import print_results
+from metacontroller.commands.output import print_results, say_unkept
 from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
@@ -47,8 +47,11 @@ class Evaluate:
         folders = seed_folders(self.run)
         if self.video is not None and len(folders) > 1:
             raise UserError(f"{self.run} holds {len(folders)} runs; name one of them to film it, as {folders[0]}.")
-        results = [self.measure(RunFolder(path)) for path in folders]
-        print_results(results, self.run, evaluation_table, as_json=self.json)
+        runs = [RunFolder(path) for path in folders]
+        for run in runs:
+            run.unkept = []
+        print_results([self.measure(run) for run in runs], self.run, evaluation_table, as_json=self.json)
+        say_unkept(*runs)
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too. The report reads

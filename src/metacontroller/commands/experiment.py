@@ -19,6 +19,7 @@ from metacontroller.commands.options import (
     preset_config,
     seed_folders,
 )
+from metacontroller.commands.output import say_unkept
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import META_CONTROLLER, artefact_path
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder
@@ -30,6 +31,7 @@ from metacontroller.recipes.variants import StudyConfig
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
 from metacontroller.report.figures import require_matplotlib
 from metacontroller.report.html import write_report
+from metacontroller.report.results import read_reproduction
 from metacontroller.report.study_figures import draw_study
 from metacontroller.report.tables import results_table, study_table, sweep_table
 from metacontroller.storage.run_folder import RunFolder
@@ -117,7 +119,7 @@ class Figures:
             runs = [RunFolder(path) for path in seed_folders(self.out)]
             draw_study(folder, runs)
             for name in analyses().keys() - ANALYSIS_FIGURES.keys():
-                draw_analysis(name, folder.path, runs)
+                draw_analysis(name, folder, runs)
             print(write_report([self.out], self.out / "report.html"))
         Console().print(study_table(summary))
         if failed:
@@ -195,8 +197,10 @@ class Report:
         if not self.runs:
             raise UserError("no folder was named; give that of a run or of a reproduction.")
         for folder in map(RunFolder, self.runs):
-            seeds = folder.read_summary().get("seeds", [])
-            first = RunFolder(folder.path / f"seed-{seeds[0]}") if seeds else folder
+            seeds = read_reproduction(folder).get("seeds", [])
+            first = folder.child(f"seed-{seeds[0]}") if seeds else folder
+            first.unkept = []
             if artefact_path(first, META_CONTROLLER).exists():
                 show_episodes(load_run(first, device_name(self.device)))
+            say_unkept(first)
         print(write_report(self.runs, self.out))

@@ -11,6 +11,7 @@ import torch
 from metacontroller import presets
 from metacontroller.errors import UserError
 from metacontroller.recipes.config import ExperimentConfig, read_config, with_seed
+from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.tracking import Tracker, track_with
@@ -65,5 +66,6 @@ def device_name(device: Device) -> str:
 
 
 def seed_folders(path: Path) -> list[Path]:
-    """The runs in a reproduction's folder, or the folder of a run itself."""
-    return sorted(path.glob("seed-*"), key=lambda part: (len(part.name), part.name)) or [path]
+    """The runs in a reproduction's folder, or the folder of a run itself; UserError for a link that leads out."""
+    seeds = sorted(path.glob("seed-*"), key=lambda part: (len(part.name), part.name))
+    return [inside(path, seed) for seed in seeds] or [path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from metacontroller.commands.options import seed_folders
+from metacontroller.storage.run_folder import RunFolder
+
+
+def say_unkept(*folders: RunFolder) -> None:
+    """Tells what could not be kept in folders that may only be read, see `RunFolder.keeping`."""
+    for folder in folders:
+        if folder.unkept:
+            names = ", ".join(folder.unkept)
+            print(f"metacontroller: {folder.path} may only be read: {names} could not be kept.", file=sys.stderr)
 
 
 def print_results(

@@ -33,7 +33,7 @@ _MADE_BY = {
 
 def artefact_path(run: RunFolder, name: str) -> Path:
     """The file of a module that a phase writes, such as `BASE_MODEL`."""
-    return inside(run.path, run.path / f"{name}.safetensors")
+    return run.within(f"{name}.safetensors")
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:

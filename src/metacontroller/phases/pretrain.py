@@ -23,7 +23,6 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
 from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
 from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_each, check_fields
-from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import BatchExtras, train
@@ -130,4 +129,4 @@ def pretrain(
 
 def snapshot_path(run: RunFolder, step: int) -> Path:
     """The file of the model after ``step`` updates."""
-    return inside(run.path, run.path / "snapshots" / f"{BASE_MODEL}-{step}.safetensors")
+    return run.within(f"snapshots/{BASE_MODEL}-{step}.safetensors")

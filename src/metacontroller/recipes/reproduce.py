@@ -27,6 +27,7 @@ from metacontroller.recipes.machine import environment_facts
 from metacontroller.recipes.measure import measure
 from metacontroller.recipes.run_phase import PHASES, RL_PHASES, run_phase
 from metacontroller.report import figures
+from metacontroller.report.results import read_episodes
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.training.progress import announce, label_lines
@@ -92,7 +93,7 @@ def conclude(
     show_episodes(loaded, quiet=quiet)
     figures.draw_run(run, measured)
     if can_film(loaded.domain, figures.FILM):
-        film = run.path / "figures" / figures.FILM
+        film = run.within(f"figures/{figures.FILM}")
         write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"))
     summary = {
         "seed": config.seed,
@@ -106,8 +107,8 @@ def conclude(
 def show_episodes(run: LoadedRun, *, quiet: bool = False) -> None:
     """The analysis ``episodes`` of a run, which the figure of the gate and the report's player show, unless it is there
     with all that the run has to show: probes may have come later."""
-    episodes = run.folder.read_analysis("episodes").get("episodes", [])
-    believed = any(episode["belief"] is not None for episode in episodes)
+    episodes = read_episodes(run.folder).get("episodes", [])
+    believed = any(episode.get("belief") is not None for episode in episodes)
     if not episodes or (run.folder.has_checkpoint("probes") and not believed):
         run_analysis("episodes", run, quiet=quiet)
 
@@ -168,7 +169,7 @@ def _all_seeds(
     track: Tracker | None,
 ) -> dict[str, Any]:
     configs = [with_seed(config, seed) for seed in seeds]
-    paths = [folder.path / f"seed-{seed}" for seed in seeds]
+    paths = [folder.within(f"seed-{seed}") for seed in seeds]
     if workers == 1:
         apart = usable_cores() > 1
         for seeded, path in zip(configs, paths, strict=True):

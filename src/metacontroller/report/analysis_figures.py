@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metacontroller.metrics.gate import HISTOGRAM_BINS
-from metacontroller.report.figures import figure_of_size, say_not_measured
+from metacontroller.report.figures import figure_of_size, numbers, say_not_measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +26,13 @@ def probes_figure(results: Sequence[Results]) -> Figure:
     left, right = figure.subplots(1, 2)
     by_layer(left, [result["accuracy"] for result in results])
     left.set(title="Linear probe of the subgoal", ylabel="accuracy")
-    over = [result["over_training"] for result in results if result.get("over_training")]
+    over = [found for result in results if (found := result.get("over_training"))]
     right.set(title="The same over pretraining", xlabel="update", ylabel="accuracy", ylim=(-0.02, 1.02))
     if not over:
         say_not_measured(right)
         return figure
-    accuracy = torch.tensor([values["accuracy"] for values in over]).quantile(0.5, dim=0)  # (snapshots, layers)
+    accuracy = torch.tensor([[numbers(line) for line in values["accuracy"]] for values in over])
+    accuracy = accuracy.quantile(0.5, dim=0)  # (snapshots, layers)
     for layer, line in enumerate(accuracy.T.tolist()):
         right.plot(over[0]["steps"], line, marker=".", label=f"layer {layer}")
     right.legend(frameon=False, fontsize="small")
@@ -47,13 +48,13 @@ def steering_figure(results: Sequence[Results]) -> Figure:
     return figure
 
 
-def by_layer(ax: Axes, lines: Sequence[Sequence[float]]) -> None:
+def by_layer(ax: Axes, lines: Sequence[Sequence[float | None]]) -> None:
     """Draws values in [0, 1] by layer, a thin line a run and the median."""
     ax.set(xlabel="layer (0: input embedding)", ylim=(-0.02, 1.02))
     if not lines:
         say_not_measured(ax)
         return
-    values = torch.tensor(lines)  # (runs, layers)
+    values = torch.tensor([numbers(line) for line in lines])  # (runs, layers)
     layers = range(values.shape[1])
     ax.plot(layers, values.T.numpy(), color="C0", alpha=0.3, linewidth=0.8)
     ax.plot(layers, values.quantile(0.5, dim=0).tolist(), color="C0", marker=".")
@@ -70,13 +71,13 @@ def gate_histogram_figure(results: Sequence[Results]) -> Figure:
         return figure
     edges = torch.linspace(0, 1, HISTOGRAM_BINS + 1)[:-1].tolist()
     for name, label, color in (("elsewhere", "elsewhere", "C7"), ("at_change", "at true changes", "C1")):
-        share = torch.tensor([result[name] for result in results]).mean(0)
+        share = torch.tensor([numbers(result[name]) for result in results]).mean(0)
         left.bar(edges, share.tolist(), 1 / HISTOGRAM_BINS, align="edge", label=label, color=color, alpha=0.7)
     left.set(xlabel="gate β", ylabel="share of steps", title="Histogram of the gate")
     left.legend(frameon=False)
     tolerance = results[0]["tolerance"]
     for name, marker in (("recall", "^"), ("precision", "v"), ("f1", "o")):
-        values = torch.tensor([result[name] for result in results]).quantile(0.5, dim=0)
+        values = torch.tensor([numbers(result[name]) for result in results]).quantile(0.5, dim=0)
         right.plot(tolerance, values.tolist(), marker=marker, label=name)
     right.set(xlabel="tolerance (steps)", ylim=(-0.02, 1.05), title="Against true subgoal changes", xticks=tolerance)
     right.legend(frameon=False)

@@ -4,13 +4,14 @@ drawing."""
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metacontroller.errors import UserError
+from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ FILM = "episodes.gif"
 
 NOT_MEASURED = "not measured"
 
+MOST = 1e30
+"""Of what can be drawn; axes of larger numbers overflow."""
+
 
 def require_matplotlib() -> None:
     """Raises UserError, before hours are spent, if figures cannot be drawn at their end."""
@@ -34,16 +38,15 @@ def require_matplotlib() -> None:
 
 def draw_run(run: RunFolder, measured: Mapping[str, Any]) -> None:
     """All figures of one finished seed. measured: what its summary holds."""
-    folder = run.path / "figures"
-    save_figure(losses_figure(run), folder / "losses.png")
-    save_figure(gate_figure(run.read_analysis("episodes")), folder / "gate.png")
-    save_figure(success_figure([run], measured["task"]), folder / "success.png")
-    save_figure(measured_codes_figure(measured), folder / "codes.png")
+    save_figure(losses_figure(run), run, "losses")
+    save_figure(gate_figure(run.read_analysis("episodes")), run, "gate")
+    save_figure(success_figure([run], measured["task"]), run, "success")
+    save_figure(measured_codes_figure(measured), run, "codes")
 
 
 def draw_all(folder: RunFolder, runs: Sequence[RunFolder], task: str) -> None:
     """Figures over all seeds."""
-    save_figure(success_figure(runs, task), folder.path / "figures" / "success.png")
+    save_figure(success_figure(runs, task), folder, "success")
 
 
 def losses_figure(run: RunFolder) -> Figure:
@@ -80,7 +83,7 @@ def gate_figure(analysed: Mapping[str, Any]) -> Figure:
         for change in episode["changes"] or []:
             ax.axvline(change, color="C1", linestyle="--", linewidth=1.2)
         ax.plot(range(len(episode["gate"])), episode["gate"], color="C0", marker=".", linewidth=1.2)
-        ax.set_ylabel(episode["task"], rotation=0, ha="right", va="center")
+        ax.set_ylabel(plain(episode["task"]), rotation=0, ha="right", va="center")
         ax.set(ylim=(-0.05, 1.05), yticks=(0, 1))
     figure.suptitle("Switching gate β (solid) and true subgoal changes (dashed), one task a row", fontsize="large")
     axes[-1].set_xlabel("environment step")
@@ -102,7 +105,7 @@ def success_figure(runs: Sequence[RunFolder], task: str) -> Figure:
     ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
     top = 1.02 if highest > 0.2 else max(1.1 * highest, 0.05)
     ax.set_ylim(-0.02 * top, top)
-    ax.set_title(f"Task: {task}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+    ax.set_title(f"Task: {plain(task)}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
     if ax.lines:
         ax.legend(frameon=False)
     else:
@@ -138,7 +141,7 @@ def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label
 
 
 def measured_codes_figure(measured: Mapping[str, Any]) -> Figure:
-    """The figure of codes from what a run's summary holds of them."""
+    """The figure of codes from what a run's summary holds of them, see `results.read_meaning`."""
     if measured.get("code_subgoal_share") is None:
         figure = figure_of_size(4.0, 2.0)
         say_not_measured(figure.subplots())
@@ -157,7 +160,7 @@ def codes_figure(share: torch.Tensor, bits: float, names: Sequence[str]) -> Figu
     figure = figure_of_size(1.2 + 0.55 * len(names) + 1.6, 5.0)
     ax = figure.subplots()
     image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    ax.set_xticks(range(len(names) + 1), [*names, "none"])
+    ax.set_xticks(range(len(names) + 1), [*map(plain, names), "none"])
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="subgoal reached first", ylabel="fixed code, by favourite subgoal", title=f"{bits:.2f} bits")
     figure.colorbar(image, ax=ax, label="share of held-out episodes")
@@ -177,11 +180,22 @@ def figure_of_size(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def save_figure(figure: Figure, folder: RunFolder, name: str) -> None:
+    """As figures/NAME.png; replaced only when it is whole."""
+    path = folder.within(f"figures/{name}.png")
+    with folder.keeping(f"figures/{name}.png"), replacing(path) as draft:
+        figure.savefig(draft, dpi=150)
+
+
+def plain(text: str) -> str:
+    """Text that a figure shows as it is, dollars too, which would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [float("nan") if line[name] is None else line[name] for line in lines]
+    return numbers([line.get(name) for line in lines])
+
+
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """NaN where nothing was measured, or what cannot be drawn."""
+    return [math.nan if value is None or abs(value) > MOST else float(value) for value in values]

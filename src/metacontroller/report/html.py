@@ -15,10 +15,13 @@ from typing import Any
 from metacontroller.errors import UserError
 from metacontroller.report import figures
 from metacontroller.report.figures import NOT_MEASURED
+from metacontroller.report.results import read_episodes, read_meaning, read_reproduction, read_results, read_study
 from metacontroller.report.study_figures import BASELINES, CONTROLS, study_figures
 from metacontroller.report.tables import POLICIES, evaluation_name, variant_rows
-from metacontroller.storage.files import write_text
+from metacontroller.storage.files import read_regular, write_text
 from metacontroller.storage.run_folder import RunFolder
+
+MAX_PICTURE_BYTES = 64 * 2**20
 
 PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[Any]]], ...] = (
     (
@@ -40,27 +43,27 @@ PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[An
     (
         "linear probe of the subgoal at the input (Fig. 3)",
         "about 0.3",
-        lambda summary, runs: [results["accuracy"][0] for results in _analyses(runs, "probes")],
+        lambda summary, runs: [results["accuracy"][0] for results in read_results(runs, "probes")],
     ),
     (
         "the same at the best layer (Fig. 3)",
         "about 0.5 by mid-depth",
-        lambda summary, runs: [max(results["accuracy"]) for results in _analyses(runs, "probes")],
+        lambda summary, runs: [_best(results["accuracy"]) for results in read_results(runs, "probes")],
     ),
     (
         "supervised controllers at the best layer, chained (Fig. 4)",
         "0.5 to 0.7, near mid-depth",
-        lambda summary, runs: [max(results["success"]) for results in _analyses(runs, "steering")],
+        lambda summary, runs: [_best(results["success"]) for results in read_results(runs, "steering")],
     ),
     (
         "code forced in mid-episode (Fig. A4, ant)",
         "36% instead of 23%",
-        lambda summary, runs: [results["forced"] for results in _analyses(runs, "injection")],
+        lambda summary, runs: [results.get("forced") for results in read_results(runs, "injection")],
     ),
     (
         "the same over unseen transitions (Fig. A4, ant)",
         "24% instead of 10%",
-        lambda summary, runs: [results["forced_unseen"] for results in _analyses(runs, "injection")],
+        lambda summary, runs: [results.get("forced_unseen") for results in read_results(runs, "injection")],
     ),
 )
 """What is compared: a name, what the paper says of it, and our values over seeds."""
@@ -69,17 +72,16 @@ PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[An
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Writes the report on reproductions or runs, one folder each, to the file ``out``; replaced only when it is whole.
 
-    UserError for a folder that is neither a finished reproduction nor a run.
+    UserError for a folder that is neither a finished reproduction nor a run, and for results of another shape. Nothing
+    is read that a link leads to out of its folder, and all that files say is escaped.
     """
     figures.require_matplotlib()
     parts, players = [], []
     for path in paths:
         folder = RunFolder(path)
-        summary = folder.read_summary()
-        if summary.get("seeds"):
-            if not all(type(seed) is int for seed in summary["seeds"]):
-                raise UserError(f"{path / 'summary.json'} names seeds {summary['seeds']}; expected whole numbers.")
-            runs = [RunFolder(path / f"seed-{seed}") for seed in summary["seeds"]]
+        summary = read_reproduction(folder)
+        if summary:
+            runs = [folder.child(f"seed-{seed}") for seed in summary["seeds"]]
             parts.append(_section(folder, summary, runs))
         elif folder.read_metrics():
             runs = [folder]
@@ -89,95 +91,105 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
                 f"{path} holds no finished reproduction; run `metacontroller reproduce --out {path}` first, or name a "
                 "run."
             )
-        if episodes := runs[0].read_analysis("episodes"):
+        if episodes := read_episodes(runs[0]):
             players.append(episodes)
     page = resources.files("metacontroller.report").joinpath("report.html").read_text(encoding="utf-8")
-    data = json.dumps(players).replace("</", "<\\/")  # a script's text may not end the script
+    data = json.dumps(players).replace("<", r"\u003c")  # a script's text may neither end the script nor begin a comment
     write_text(out, page.replace("<!--CONTENT-->", "\n".join(parts)).replace("<!--DATA-->", data))
     return out
 
 
-def _analyses(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
-    """What the seeds have of an analysis."""
-    return [results for run in runs if (results := run.read_analysis(name))]
+def _escaped(value: Any) -> str:
+    """Anything as text of a page."""
+    return html.escape(str(value))
+
+
+def _row(cells: Sequence[Any], tag: str = "td") -> str:
+    """One line of a table."""
+    return f"<tr>{''.join(f'<{tag}>{_escaped(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def _drawn(caption: str, picture: str) -> str:
+    return f"<figure>{picture}<figcaption>{_escaped(caption)}</figcaption></figure>"
+
+
+def _best(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _section(folder: RunFolder, summary: dict[str, Any], runs: list[RunFolder]) -> str:
     """One reproduction."""
     name, seeds, first = folder.path.name, len(runs), runs[0]
-    measured, episodes = first.read_summary(), first.read_analysis("episodes")
-    task, studied_figures = summary.get("task", "post-training task"), study_figures(folder, runs)
+    episodes, studied_figures = read_episodes(first), study_figures(folder, runs)
+    task = summary.get("task") or "post-training task"
     drawn = {
         "Success against episodes, median and quartiles over seeds": figures.success_figure(runs, task),
         "Gate and true subgoal changes, first seed": figures.gate_figure(episodes),
         "Losses, first seed": figures.losses_figure(first),
-        "What a fixed code leads to, first seed": figures.measured_codes_figure(measured),
+        "What a fixed code leads to, first seed": figures.measured_codes_figure(read_meaning(first)),
         **dict(studied_figures.values()),
     }
-    lines = [f"<h2>{html.escape(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>"]
-    lines.append("<table><tr><th>measure</th><th>the paper</th><th>here: median [quartiles]</th></tr>")
+    lines = [f"<h2>{_escaped(name)}: {seeds} seed{'s' if seeds > 1 else ''}</h2>", "<table>"]
+    lines.append(_row(("measure", "the paper", "here: median [quartiles]"), "th"))
     compared = [(label, said, values(summary, runs)) for label, said, values in PAPER]
-    studied = variant_rows(RunFolder(folder.path / "study").read_summary())
+    studied = variant_rows(read_study(folder))
     variants = {name: (label, "near 0") for name, (label, _) in BASELINES.items()}
     variants |= {name: said for name, said in CONTROLS.items() if name in studied}
     for variant, (label, said) in variants.items():
-        values = [row["internal_rl_success"] for row in studied.get(variant, [])]
+        values = [row.get("internal_rl_success") for row in studied.get(variant, [])]
         compared.append((f"{label}: internal RL on it (Fig. 8)", said, values))
-    for label, said, values in compared:
-        lines.append(f"<tr><td>{label}</td><td>{said}</td><td>{_spread(values)}</td></tr>")
+    lines += [_row((label, said, _spread(values))) for label, said, values in compared]
     lines.append("</table>")
-    for caption, figure in drawn.items():
-        lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
+    lines += [_drawn(caption, _svg(figure)) for caption, figure in drawn.items()]
     lines += _film(first)
     lines += _other_figures(folder, {"success", "gate", *studied_figures})
     lines.append("<h3>Episodes of experts, as the metacontroller sees them</h3>")
     lines.append(_player(name) if episodes else f"<p>{NOT_MEASURED}</p>")
     lines.append(_cost(summary))
-    shown = html.escape(json.dumps(first.read_config(), indent=2))
+    shown = _escaped(json.dumps(first.read_config(), indent=2))
     lines.append(f"<details><summary>Configuration, first seed</summary><pre>{shown}</pre></details>")
     return "\n".join(lines)
 
 
 def _run_section(run: RunFolder) -> str:
     """One run that was made phase by phase: what `evaluate` has measured of it, its figures, its episodes."""
-    name, evaluated = run.path.name, {policy: run.read_analysis(evaluation_name(policy)) for policy in POLICIES}
-    task = next((results["task"] for results in evaluated.values() if results), "post-training task")
-    lines = [f"<h2>{html.escape(name)}</h2>", "<table><tr><th>who acts</th>"]
-    lines.append(
-        "".join(f"<th>{title}</th>" for title in ("success", "return", "steps", "decisions", "episodes", "lost"))
-    )
-    lines.append("</tr>")
+    name, evaluated = run.path.name, {policy: read_results([run], evaluation_name(policy)) for policy in POLICIES}
+    task = next((results["task"] for found in evaluated.values() for results in found), "post-training task")
+    lines = [f"<h2>{_escaped(name)}</h2>", "<table>"]
+    lines.append(_row(("who acts", "success", "return", "steps", "decisions", "episodes", "lost"), "th"))
     for policy, label in POLICIES.items():
-        cells = _evaluation_cells(evaluated[policy]) if evaluated[policy] else [NOT_MEASURED] + [""] * 5
-        lines.append(f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        found = evaluated[policy]
+        lines.append(_row([label, *(_evaluation_cells(found[0]) if found else [NOT_MEASURED] + [""] * 5)]))
     lines.append("</table><p>± one standard error of the mean over held-out episodes.</p>")
-    episodes = run.read_analysis("episodes")
+    episodes = read_episodes(run)
     drawn = {
         "Success against episodes": figures.success_figure([run], task),
         "Return against episodes": figures.return_figure(run),
         "Gate in episodes of the data": figures.gate_figure(episodes),
         "Losses": figures.losses_figure(run),
     }
-    for caption, figure in drawn.items():
-        lines.append(f"<figure>{_svg(figure)}<figcaption>{caption}</figcaption></figure>")
+    lines += [_drawn(caption, _svg(figure)) for caption, figure in drawn.items()]
     lines.append("<h3>Episodes of the data, as the metacontroller sees them</h3>")
     lines.append(_player(name) if episodes else f"<p>{NOT_MEASURED}</p>")
-    shown = html.escape(json.dumps(run.read_config(), indent=2))
+    shown = _escaped(json.dumps(run.read_config(), indent=2))
     lines.append(f"<details><summary>Configuration</summary><pre>{shown}</pre></details>")
     return "\n".join(lines)
 
 
 def _evaluation_cells(results: dict[str, Any]) -> list[str]:
     """Success, return, steps, decisions, episodes and lost ones of an evaluation."""
-    decisions, lost = results["decisions"], results.get("lost")
-    spread = "" if results["return_se"] is None else f" ± {results['return_se']:.2g}"
+
+    def cell(name: str, form: str) -> str:
+        value = results.get(name)
+        return "" if value is None else form.format(value)
+
     return [
-        f"{results['success']:.3f} ± {results['success_se']:.2g}",
-        f"{results['mean_return']:.4g}{spread}",
-        f"{results['steps']:.1f}",
-        "" if decisions is None else f"{decisions:.1f}",
-        str(results["episodes"]),
-        "" if lost is None else str(lost),
+        cell("success", "{:.3f}") + cell("success_se", " ± {:.2g}"),
+        cell("mean_return", "{:.4g}") + cell("return_se", " ± {:.2g}"),
+        cell("steps", "{:.1f}"),
+        cell("decisions", "{:.1f}"),
+        cell("episodes", "{}"),
+        cell("lost", "{}"),
     ]
 
 
@@ -198,11 +210,10 @@ def _cost(summary: dict[str, Any]) -> str:
         "episodes of reinforcement learning": f"{summary['episodes']:,}",
         "minutes a seed": ", ".join(f"{seconds / 60:.1f}" for seconds in summary["seconds"]),
         "peak memory": f"{summary['peak_rss_mb']:,.0f} MB",
-        **{f"version of {name}": value for name, value in summary.get("versions", {}).items()},
-        **summary.get("hardware", {}),
+        **{f"version of {name}": value for name, value in (summary.get("versions") or {}).items()},
+        **(summary.get("hardware") or {}),
     }
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    return f"<h3>Cost, versions, hardware</h3><table>{rows}</table>"
+    return f"<h3>Cost, versions, hardware</h3><table>{''.join(map(_row, facts.items()))}</table>"
 
 
 def _svg(figure: Any) -> str:
@@ -215,22 +226,25 @@ def _svg(figure: Any) -> str:
 
 def _other_figures(folder: RunFolder, known: set[str]) -> list[str]:
     """The figures that analyses of other packages have left in the folder, as pictures."""
-    paths = sorted(path for path in (folder.path / "figures").glob("*.png") if path.stem not in known)
-    return [
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="">'
-        f"<figcaption>{html.escape(path.stem)}</figcaption></figure>"
-        for path in paths
-    ]
+    names = sorted(path.stem for path in folder.within("figures").glob("*.png") if path.stem not in known)
+    return [line for name in names for line in _picture(folder, f"{name}.png", name)]
 
 
 def _film(run: RunFolder) -> list[str]:
     """The film that `reproduce` has left of a run, if it could make one."""
-    path = run.path / "figures" / figures.FILM
-    if not path.is_file():
+    if not (run.path / "figures" / figures.FILM).exists():
         return []
-    data = base64.b64encode(path.read_bytes()).decode()
     caption = "Two episodes of internal RL, first seed; below, the gate, in a new color for each abstract action"
-    return [f'<figure><img src="data:image/gif;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>']
+    return _picture(run, figures.FILM, caption)
+
+
+def _picture(folder: RunFolder, name: str, caption: str) -> list[str]:
+    """A picture of the folder's figures; a sentence in its place where that is no regular file of the folder."""
+    content = read_regular(folder.path, folder.path / "figures" / name, MAX_PICTURE_BYTES)
+    if content is None:
+        return [f"<p>{_escaped(name)} is no regular file of this folder, or too large, and is not shown.</p>"]
+    data = base64.b64encode(content).decode()
+    return [_drawn(caption, f'<img src="data:image/{Path(name).suffix[1:]};base64,{data}" alt="">')]
 
 
 def _player(name: str) -> str:
@@ -250,7 +264,7 @@ def _player(name: str) -> str:
         "<figcaption>episode</figcaption></figure>"
     )
     return (
-        f'<div class="player-root" aria-label="{html.escape(name)}">'
+        f'<div class="player-root" aria-label="{_escaped(name)}">'
         '<div class="controls"><select data-part="episode"></select> <button data-part="back">&#9664;</button> '
         '<button data-part="play">play</button> <button data-part="forth">&#9654;</button> '
         '<input data-part="step" type="range" min="0" value="0"> <span class="now" data-part="now"></span></div>'

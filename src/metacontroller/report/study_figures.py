@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
 from metacontroller.report.figures import figure_of_size, median_and_quartiles, save_figure, say_not_measured
+from metacontroller.report.results import read_results, read_study
 from metacontroller.report.tables import study_rows
 from metacontroller.storage.run_folder import RunFolder
 
@@ -36,8 +37,8 @@ def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tup
     """What a reproduction's folder has beyond the reproduction: by file name, a caption and the figure."""
     drawn = {}
     for name, (file, caption, draw) in ANALYSIS_FIGURES.items():
-        drawn[file] = (caption, draw([results for run in runs if (results := run.read_analysis(name))]))
-    rows = study_rows(RunFolder(folder.path / "study").read_summary())
+        drawn[file] = (caption, draw(read_results(runs, name)))
+    rows = study_rows(read_study(folder))
     if rows:
         drawn |= {
             "baselines": ("Baselines, median and quartiles over seeds", baselines_figure(folder, runs)),
@@ -50,7 +51,7 @@ def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tup
 def draw_study(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
     """Writes them to the folder's figures."""
     for name, (_, figure) in study_figures(folder, runs).items():
-        save_figure(figure, folder.path / "figures" / f"{name}.png")
+        save_figure(figure, folder, name)
 
 
 def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
@@ -59,7 +60,7 @@ def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
     ax = figure.subplots()
     lines = [("internal RL", "C0", [run.read_metrics("internal_rl") for run in runs])]
     for name, (label, color) in BASELINES.items():
-        variant = [RunFolder(folder.path / "study" / name / run.path.name) for run in runs]
+        variant = [folder.child(f"study/{name}/{run.path.name}") for run in runs]
         lines.append((label, color, [run.read_metrics("internal_rl") for run in variant]))
     lines.append(("raw-action RL", "C3", [run.read_metrics("raw_action_rl") for run in runs]))
     for label, color, logged in lines:
@@ -76,14 +77,15 @@ def rate_distortion_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = figure_of_size(6.0, 4.0)
     ax = figure.subplots()
     for kind, label, color in (("frozen", "base frozen", "C0"), ("cotrained", "base co-trained", "C4")):
-        points = [row for row in rows if row["name"].startswith(f"rate-{kind}-") and "rate" in row]
+        wanted = [row for row in rows if row["name"].startswith(f"rate-{kind}-")]
+        points = [row for row in wanted if None not in map(row.get, ("value", "rate", "distortion"))]
         if not points:
             continue
         alphas = sorted({row["value"] for row in points})
         middle = [_median_of([row for row in points if row["value"] == alpha]) for alpha in alphas]
         ax.plot([x for x, _ in middle], [y for _, y in middle], color=color, linewidth=1.0, label=label)
         for row in points:
-            marker, size = ("*", 11) if row["aligned"] else ("o", 4)
+            marker, size = ("*", 11) if row.get("aligned") else ("o", 4)
             ax.plot(row["rate"], row["distortion"], color=color, marker=marker, markersize=size)
         for alpha, place in zip(alphas, middle, strict=True):
             ax.annotate(f"α {alpha:g}", place, textcoords="offset points", xytext=(6, 5), fontsize="x-small")
@@ -116,10 +118,11 @@ def pretraining_figure(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> Fig
     with other settings beside the preset's after as many updates."""
     figure = figure_of_size(11.0, 3.0)
     panels: Sequence[Axes] = figure.subplots(1, len(PRETRAINING_PANELS), sharey=True)
-    steps = RunFolder(folder.path / "study").read_config().get("pretraining_steps") if rows else None
+    steps = folder.child("study").read_config().get("pretraining_steps") if rows else None
     reference = [row for row in rows if row["name"] == f"pretraining-steps-{steps}" and "gate_recall" in row]
     for ax, (prefix, label) in zip(panels, PRETRAINING_PANELS, strict=True):
-        points = [row for row in rows if row["name"].startswith(prefix) and "gate_recall" in row]
+        wanted = [row for row in rows if row["name"].startswith(prefix)]
+        points = [row for row in wanted if None not in map(row.get, ("value", "gate_recall"))]
         ax.set(xlabel=label, ylim=(-0.03, 1.05))
         if not points:
             say_not_measured(ax)

@@ -14,13 +14,14 @@ reads JSON and safetensors only: it never runs code from a file, and follows no 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,27 @@ class RunFolder:
         self._opened = time.monotonic()
         self._started: dict[str, float] = {}  # by checkpoint name: start of its work, minus the time before a resume
         self._peak: dict[str, float] = {}
+        self.unkept: list[str] | None = None  # see `keeping`
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics
+
+    def within(self, name: str) -> Path:
+        """The path of a file or a folder of this run; UserError where a link leads out of it."""
+        return inside(self.path, self.path / name)
+
+    def child(self, name: str) -> RunFolder:
+        """The run in a folder below, such as that of a seed; UserError where a link leads out."""
+        return RunFolder(self.within(name))
+
+    @contextmanager
+    def keeping(self, name: str) -> Iterator[None]:
+        """Context in which a file is written. Where ``unkept`` is a list, a folder that may only be read ends nothing:
+        the name is put there."""
+        try:
+            yield
+        except OSError as error:
+            if self.unkept is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            self.unkept.append(name)
 
     def held(self) -> AbstractContextManager[None]:
         """Context in which no other process may write here, see `storage.lock`."""
@@ -77,7 +98,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Return config.json; MissingFileError if the folder has none."""
-        path = inside(self.path, self.path / "config.json")
+        path = self.within("config.json")
         if not path.exists():
             raise MissingFileError(
                 f"{self.path} has no config.json; name the folder of a run that has been started, or write the config "
@@ -91,21 +112,24 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json; empty if nothing has been written yet."""
-        path = inside(self.path, self.path / "summary.json")
+        path = self.within("summary.json")
         return read_object(path) if path.exists() else {}
 
-    def write_analysis(self, name: str, result: Mapping[str, Any]) -> None:
-        """Replace analyses/NAME.json, in strict JSON like the summary."""
-        write_text(self._own(f"analyses/{name}.json"), json.dumps(strict_json(dict(result)), indent=2) + "\n")
+    def write_analysis(self, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace analyses/NAME.json, in strict JSON like the summary; returns what it then holds."""
+        written = strict_json(dict(result))
+        with self.keeping(f"analyses/{name}.json"):
+            write_text(self._own(f"analyses/{name}.json"), json.dumps(written, indent=2) + "\n")
+        return written
 
     def read_analysis(self, name: str) -> dict[str, Any]:
         """Return analyses/NAME.json; empty if nothing has been written yet."""
-        path = inside(self.path, self.path / "analyses" / f"{name}.json")
+        path = self.within(f"analyses/{name}.json")
         return read_object(path) if path.exists() else {}
 
     def _own(self, name: str) -> Path:
         """The path of a file about to be written, which the folder's manifest will list."""
-        path = inside(self.path, self.path / name)
+        path = self.within(name)
         manifest.begin(self.path)
         return path
 
@@ -114,7 +138,7 @@ class RunFolder:
     @property
     def metrics_path(self) -> Path:
         """The path of metrics.jsonl."""
-        return inside(self.path, self.path / "metrics.jsonl")
+        return self.within("metrics.jsonl")
 
     def log_metrics(self, phase: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl.
@@ -166,7 +190,7 @@ class RunFolder:
         """Return the path of checkpoint `name`; UserError unless it is a plain name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise UserError(f"Checkpoint name {name!r} must be letters, digits, '_', '-' and '.', without a folder.")
-        return inside(self.path, self.path / f"{name}.safetensors")
+        return self.within(f"{name}.safetensors")
 
     def has_checkpoint(self, name: str) -> bool:
         """Whether checkpoint `name` exists."""
@@ -202,9 +226,10 @@ class RunFolder:
         if self.versions:
             meta["versions"] = self.versions
         header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
-        manifest.begin(self.path)
-        with replacing(path) as temporary:
-            write_tensors(temporary, tensors, {_HEADER: header})
+        with self.keeping(path.name):
+            manifest.begin(self.path)
+            with replacing(path) as temporary:
+                write_tensors(temporary, tensors, {_HEADER: header})
         return path
 
     def load_checkpoint(
@@ -266,7 +291,7 @@ def _scalar(name: str, value: Any) -> float:
     """A metric as a number; UserError if it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"the metric {name} is {shown(value)}; expected a number, or a tensor of one.") from error
 
 

@@ -59,12 +59,11 @@ def diverged(
     if run.has_checkpoint(phase):
         kept = f"{run.checkpoint_path(phase).name}, as it was"
     if writes:
-        path = run.path / FOLDER / phase
         tensors = {**module_tensors("module", module), **{f"batch.{name}": value for name, value in batch.items()}}
-        with replacing(path.with_suffix(".safetensors")) as draft:
+        with replacing(run.within(f"{FOLDER}/{phase}.safetensors")) as draft:
             write_tensors(draft, tensors)
         told = {"phase": phase, "update": update, "found": str(found), "checkpoint": kept, **facts}
-        write_text(path.with_suffix(".json"), json.dumps(strict_json(told), indent=2) + "\n")
+        write_text(run.within(f"{FOLDER}/{phase}.json"), json.dumps(strict_json(told), indent=2) + "\n")
     return DivergedError(
         f"{phase} diverged at update {update}: {found}; the last checkpoint is kept ({kept}), and "
         f"{run.path / FOLDER} holds the batch and the weights; start again with a lower learning rate or other data."

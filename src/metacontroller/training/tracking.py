@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from metacontroller.errors import UserError
@@ -25,12 +24,13 @@ Log = Callable[[str, int, Mapping[str, float]], None]
 def track_with(run: RunFolder, tracker: Tracker | None) -> RunFolder:
     """Returns the run folder after connecting it to a tracker, if one is given; UserError if it is not installed."""
     if tracker is not None:
-        run.listeners.append({"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](run.path))
+        run.listeners.append({"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](run))
     return run
 
 
-def _tensorboard(path: Path) -> Log:
-    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(path / "tensorboard"))
+def _tensorboard(run: RunFolder) -> Log:
+    folder = str(run.within("tensorboard"))
+    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder)
 
     def log(phase: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -40,14 +40,15 @@ def _tensorboard(path: Path) -> Log:
     return log
 
 
-def _trackio(path: Path) -> Log:
-    os.environ.setdefault("TRACKIO_DIR", str(path / "trackio"))
+def _trackio(run: RunFolder) -> Log:
+    os.environ.setdefault("TRACKIO_DIR", str(run.within("trackio")))
     trackio = _need("trackio", "trackio")
-    trackio.init(project="metacontroller", name=path.name, embed=False)
+    trackio.init(project="metacontroller", name=run.path.name, embed=False)
     return lambda phase, step, values: trackio.log({f"{phase}/{name}": value for name, value in values.items()}, step)
 
 
-def _wandb(path: Path) -> Log:
+def _wandb(run: RunFolder) -> Log:
+    path = run.within("wandb").parent  # where it makes a folder of that name
     wandb = _need("wandb", "wandb")
     path.mkdir(parents=True, exist_ok=True)
     mode = os.environ.get("WANDB_MODE", "offline")
