@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.datasets import Dataset, load_dataset, read_minari, space_meta
-from metacontroller.data.statistics import normalization
+from metacontroller.data.datasets import Dataset, dataset_of, load_dataset, read_minari, space_meta
+from metacontroller.data.statistics import normalization, pixel_scale
 from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
@@ -75,6 +76,13 @@ def test_a_sample_is_repeatable() -> None:
     assert torch.equal(first.states, again.states)
 
 
+def test_values_that_are_not_finite_are_refused_with_their_place() -> None:
+    rows = [{"states": np.ones((4, 2)), "actions": np.ones((3, 1)), "rewards": np.ones(3)} for _ in range(3)]
+    rows[1]["actions"][2] = np.inf
+    with pytest.raises(UserError, match="episode 1 has actions that are NaN or infinite at step 2"):
+        Trajectories.from_episodes(rows)
+
+
 # -- folders and functions --------------------------------------------------------------------------------------------
 
 
@@ -127,6 +135,86 @@ def test_a_function_gives_a_dataset_whose_spaces_the_data_show() -> None:
         load_dataset(f"{__name__}:made_wrong")
     with pytest.raises(UserError, match="is no function of"):
         load_dataset(f"{__name__}:missing")
+
+
+BROKEN = {"states": ([2, 5, 3], 1, 5), "actions": ([2, 5, 3], 2, 0), "rewards": ([4], 0, 3)}
+"""Lengths of episodes, and in which of them, at which step, a value is not finite."""
+
+
+def broken(name: str) -> Trajectories:
+    lengths, episode, step = BROKEN[name]
+    whole = episodes_of(BOX, spaces.Box(-1, 1, (1,), np.float64, seed=0), lengths)
+    getattr(whole, name)[episode, step] = np.nan
+    return whole
+
+
+def broken_states() -> Trajectories:
+    return broken("states")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_with_a_value_that_is_not_finite_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
+    """In a mapped array of all episodes side by side: the last state and the first action of an episode are told
+    apart from their neighbors'."""
+    TrajectoryStore.write(tmp_path / "data", broken(name))
+    _, episode, step = BROKEN[name]
+    with pytest.raises(UserError, match=rf"data'?: episode {episode} has {name} that are NaN .* at step {step}"):
+        load_dataset(str(tmp_path / "data"))
+
+
+def test_a_function_with_a_value_that_is_not_finite_is_refused_with_its_place() -> None:
+    with pytest.raises(UserError, match=r"broken_states'?: episode 1 has states that are NaN or infinite at step 5"):
+        load_dataset(f"{__name__}:broken_states")
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_one_number_a_step_is_what_a_model_reads(stated: bool) -> None:
+    """Whole numbers without an axis, or with one too many, are choices; other numbers are vectors of one entry."""
+    rng = np.random.default_rng(0)
+    choices = {"states": rng.integers(5, size=8), "actions": rng.integers(3, size=(7, 1)), "lengths": np.array([3, 4])}
+    choices["states"] = np.concatenate([choices["states"], [4]])
+    meta = space_meta(spaces.Discrete(5), spaces.Discrete(3), None) if stated else {}
+    choices["actions"][0] = 2
+    dataset = dataset_of(Episodes(choices), meta)
+    assert (dataset.observation_space, dataset.action_space) == (spaces.Discrete(5), spaces.Discrete(3))
+    read = dataset.read(np.array([1, 0]))
+    assert read.states.shape == (2, 5, 1)
+    assert read.states[0, :, 0].tolist() == choices["states"][4:].tolist()
+    assert read.actions[0].tolist() == choices["actions"][3:, 0].tolist()
+    numbers = {name: value if name == "lengths" else value * 0.5 for name, value in choices.items()}
+    meta = space_meta(spaces.Box(0, 9, (1,)), spaces.Box(0, 9, (1,)), None) if stated else {}
+    read = dataset_of(Episodes(numbers), meta).read(np.array([1]))
+    assert read.states.shape == (1, 5, 1)
+    assert read.actions.shape == (1, 4, 1)
+
+
+def test_statistics_are_relative_to_the_size_of_the_values(capsys: pytest.CaptureFixture) -> None:
+    """Meters and micrometers are scaled alike; constant is what float32 cannot tell apart, and it is named once."""
+    rng = np.random.default_rng(0)
+    meters = rng.normal(3.0, 2.0, (1000, 2))
+    for unit in (1.0, 1e-3, 1e-6, 1e-12, 1e6):
+        found = normalization(meters * unit)
+        np.testing.assert_allclose(found["std"], meters.std(0) * unit)
+        np.testing.assert_allclose(found["mean"], meters.mean(0) * unit)
+    assert capsys.readouterr().err == ""
+    clock = 1e6 + rng.normal(size=1000)  # which float32 tells to 0.06
+    array = np.stack([clock, np.full(1000, 0.1), np.zeros(1000), 1.0 + 1e-9 * rng.normal(size=1000)], 1)
+    found = normalization(array, "observations", piece=7)
+    np.testing.assert_allclose(found["std"], [clock.std(), 1.0, 1.0, 1.0])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "3 of 4 entries of the observations are constant in the data and are not scaled: 1, 2, 3." in said
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (5, 6, 3), (3, 5, 6)])
+def test_the_scale_of_pixels_is_that_of_each_channel(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, *shape), np.uint8)
+    axis = {(9, 8): None, (5, 6, 3): 3, (3, 5, 6): 1}[shape]
+    others = tuple(index for index in range(images.ndim) if index != axis)
+    found = pixel_scale(images, shape, piece=7)
+    np.testing.assert_allclose(found["mean"], images.mean(others).reshape(-1))
+    np.testing.assert_allclose(found["std"], images.std(others).reshape(-1))
+    assert pixel_scale(np.full_like(images, 7), shape)["std"] == [1.0] * len(found["std"])
 
 
 def test_statistics_are_those_of_the_whole_array() -> None:
@@ -184,6 +272,103 @@ def test_minari_both_ways_is_exact(
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     read = Trajectories.from_minari("own/test-v0")
     assert read.lengths.tolist() == [2, 5, 3]
+
+
+def buffer(observations: Any = 5, actions: Any = 4, rewards: int = 4) -> Any:
+    """An episode as Minari takes it, of four steps unless given, with so many entries or with those."""
+    from minari.data_collector import EpisodeBuffer
+
+    ends = np.arange(rewards) == rewards - 1
+    arrays: dict[str, Any] = {
+        "observations": np.ones((observations, 3)) if isinstance(observations, int) else observations,
+        "actions": np.ones(actions, int) if isinstance(actions, int) else actions,
+        "rewards": np.ones(rewards, np.float32),
+        "terminations": ends,
+        "truncations": ~ends,
+    }
+    return EpisodeBuffer(**arrays, infos={})
+
+
+def written(buffers: list[Any], options: dict[str, Any], observations: Any = BOX, actions: Any = CHOICE) -> str:
+    """The ID of a dataset that Minari wrote, as others call it; Minari compares no lengths."""
+    given = {"observation_space": observations, "action_space": actions, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not given
+        minari.create_dataset_from_buffers("own/test-v0", buffers, **given)
+    return "own/test-v0"
+
+
+READERS = pytest.mark.parametrize("read", [load_dataset, Trajectories.from_minari], ids=["dataset", "from_minari"])
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"observations": 4}, "episode 1 has 4 states and 4 actions"),
+        ({"actions": 3}, "episode 1 has 5 states and 3 actions"),
+        ({"rewards": 3}, "episode 1 has 3 rewards and 4 actions"),
+        ({"observations": np.full((5, 3), np.nan)}, "episode 1 has states that are NaN or infinite at step 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_episode_that_would_shift_all_later_ones_is_refused(
+    read: Any, wrong: dict[str, Any], said: str, local_minari: dict[str, Any]
+) -> None:
+    name = written([buffer(), buffer(**wrong), buffer()], local_minari)
+    with pytest.raises(UserError, match=said):
+        read(name)
+
+
+@READERS
+def test_parts_of_observations_of_other_lengths_are_refused(read: Any, local_minari: dict[str, Any]) -> None:
+    space = spaces.Dict({"a": BOX, "b": BOX})
+    episodes = [buffer({"a": np.ones((5, 3)), "b": np.ones((5 - cut, 3))}) for cut in (0, 0, 1)]
+    name = written(episodes, local_minari, space)
+    with pytest.raises(UserError, match=r"episode 2 of the Minari dataset own/test-v0 does not fit its spaces"):
+        read(name)
+
+
+@READERS
+@pytest.mark.parametrize("kind", [spaces.Dict, spaces.Tuple])
+def test_a_sound_dataset_with_actions_that_no_model_takes_is_told_so(
+    read: Any, kind: Any, local_minari: dict[str, Any]
+) -> None:
+    parts = {"x": np.ones(4, int), "y": np.ones((4, 3))}
+    space = {"x": spaces.Discrete(2), "y": spaces.Box(-1, 1, (3,), np.float64)}
+    one, actions = (space, parts) if kind is spaces.Dict else (tuple(space.values()), tuple(parts.values()))
+    name = written([buffer(actions=actions)], local_minari, actions=kind(one))
+    with pytest.raises(
+        UserError, match=r"the action space is .*; expected Discrete, MultiDiscrete, MultiBinary or Box"
+    ):
+        read(name)
+
+
+@READERS
+def test_a_folder_whose_name_minari_refuses_hides_no_other(
+    read: Any, tmp_path: Path, local_minari: dict[str, Any]
+) -> None:
+    name = written([buffer(), buffer()], local_minari)
+    (tmp_path / "odd name" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match="Malformed dataset ID"):
+        minari.list_local_datasets()
+    found = read(name)
+    assert (found.lengths if isinstance(found, Trajectories) else found.episodes.lengths).tolist() == [4, 4]
+    with pytest.raises(UserError, match=r"no Minari dataset on this machine \(there: not known, .*odd name"):
+        read("own/other-v0")
+
+
+def test_images_are_written_without_loss_and_rewards_keep_their_type(local_minari: dict[str, Any]) -> None:
+    """Minari stores images from 32 x 32 on as JPEG unless told otherwise, which changes most values."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    space = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    by_others = load_dataset(written([buffer(images)], local_minari, space))
+    assert (by_others.episodes.arrays["states"] != images).mean() > 0.5
+    by_others.episodes.arrays["states"] = images
+    by_others.write_minari("own/exact-v0", **local_minari)
+    back = read_minari("own/exact-v0").episodes.arrays
+    np.testing.assert_array_equal(back["states"], images)
+    assert back["rewards"].dtype == np.float32
 
 
 @pytest.mark.parametrize("damage", ["cut", "pipe"])

@@ -16,6 +16,7 @@ from metacontroller.data.spaces import (
     encode_actions,
     encode_observations,
     encoder_options,
+    environment_actions,
     readable,
     space_from_json,
     space_to_json,
@@ -76,6 +77,15 @@ def test_actions_come_back_as_they_were(space: spaces.Space) -> None:
     space.seed(0)
     values = np.stack([space.sample() for _ in range(7)])
     assert same(decode_actions(space, encode_actions(space, values)), values)
+
+
+def test_actions_of_a_box_of_whole_numbers_are_the_nearest_ones() -> None:
+    space = spaces.Box(-2, 3, (4,), np.int32)
+    chosen = environment_actions(space, np.array([[0.9, -1.6, 7.0, -7.0], [2.4, 0.2, -0.2, 1.51]], np.float32))
+    assert chosen.tolist() == [[1, -2, 3, -2], [2, 0, 0, 2]]
+    assert chosen.dtype == np.int32
+    floats = spaces.Box(-2, 3, (2,), np.float32)
+    assert environment_actions(floats, np.array([[0.9, 7.0]])).tolist() == [[np.float32(0.9), 3.0]]
 
 
 def test_what_actions_a_model_can_take() -> None:

@@ -13,9 +13,9 @@ import torch
 from gymnasium import spaces
 
 from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, refusing_damage, write_minari
-from metacontroller.data.spaces import encoder_options, model_dtype, space_from_json, space_to_json
+from metacontroller.data.spaces import action_shape, encoder_options, model_dtype, space_from_json, space_to_json
 from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.trajectories import Trajectories, checked_episodes
 from metacontroller.errors import UserError
 from metacontroller.ranges import shown
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
@@ -41,12 +41,17 @@ class Dataset:
         return int(self.episodes.lengths.max())
 
     def read(self, rows: np.ndarray, **options: Any) -> Trajectories:
-        """Episodes as of `Episodes.read`, with states and actions of the types that models read."""
+        """Episodes as of `Episodes.read`, with states and actions of the types and shapes that models read."""
         episodes = self.episodes.read(rows, **options)
         types = {np.uint8: torch.uint8, np.int64: torch.int64, np.float32: torch.float32}
         states = episodes.states.to(types[model_dtype(self.observation_space)])  # type: ignore[index]
         actions = episodes.actions.to(torch.float32 if isinstance(self.action_space, spaces.Box) else torch.int64)
-        return replace(episodes, states=states, actions=actions)
+        seen, taken = encoder_options(self.observation_space).get("image", (-1,)), action_shape(self.action_space)
+        return replace(
+            episodes,
+            states=states.reshape(*states.shape[:2], *seen),
+            actions=actions.reshape(*actions.shape[:2], *taken),
+        )
 
     def meta(self) -> dict[str, Any]:
         """What a store keeps beside the episodes, for `dataset_of_store`."""
@@ -76,31 +81,43 @@ def load_dataset(name: str) -> Dataset:
     """A dataset by its ID: a folder of ours, a function as package.module:function, or a dataset of Minari's.
 
     The function takes no arguments and returns a `Dataset`, or `Trajectories`, whose spaces are then read from the
-    data. UserError if there is no such dataset, and for a folder of which a file was changed: all of it is read once.
+    data. UserError if there is no such dataset, for values that are not finite, and for a folder of which a file was
+    changed: all of it is read once.
     """
     if Path(name).is_dir():
-        return dataset_of_store(TrajectoryStore(name).verify())
-    if ":" in name:
-        make = import_user_function("dataset", name)
-        with code_of_the_user("dataset", name):
-            made = make()
-        if isinstance(made, Dataset):
-            return made
-        if isinstance(made, Trajectories):
-            return dataset_of(Episodes.of(made), {})
-        raise UserError(f"dataset {name!r} returned a {type(made).__name__}; expected a Dataset or Trajectories.")
-    return read_minari(name)
+        dataset = dataset_of_store(TrajectoryStore(name).verify())
+    elif ":" in name:
+        dataset = _of_function(name)
+    else:
+        return read_minari(name)
+    try:
+        dataset.episodes.refuse_not_finite()
+    except UserError as error:
+        raise UserError(f"dataset {name!r}: {error}") from error
+    return dataset
+
+
+def _of_function(name: str) -> Dataset:
+    make = import_user_function("dataset", name)
+    with code_of_the_user("dataset", name):
+        made = make()
+    if isinstance(made, Dataset):
+        return made
+    if isinstance(made, Trajectories):
+        return dataset_of(Episodes.of(made), {})
+    raise UserError(f"dataset {name!r} returned a {type(made).__name__}; expected a Dataset or Trajectories.")
 
 
 def read_minari(name: Any) -> Dataset:
-    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps, or files that cannot be
-    read; a number that was changed in them is not found: Minari keeps no checksums."""
+    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps, episodes that are not
+    sound (`checked_episodes`), or files that cannot be read; a number that was changed in them is not found: Minari
+    keeps no checksums."""
     columns: dict[str, list[np.ndarray]] = {}
     with refusing_damage(name):
         dataset = open_minari(name)
-        for episode in minari_episodes(dataset):
+        for episode in checked_episodes(minari_episodes(dataset)):
             for field, value in {**episode, "lengths": len(episode["actions"])}.items():
-                columns.setdefault(field, []).append(np.atleast_1d(value))
+                columns.setdefault(field, []).append(np.atleast_1d(np.asarray(value)))
         if not columns:
             raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
         arrays = {field: np.concatenate(values) for field, values in columns.items()}
@@ -155,7 +172,5 @@ def _shown(name: str, array: np.ndarray) -> spaces.Space:
     if whole and array.min() >= 0 and (name == "actions" or array.ndim == 1 or array.shape[1] == 1):
         most = np.maximum(np.asarray(array).reshape(len(array), -1).max(0), 1) + 1
         return spaces.Discrete(int(most[0])) if len(most) == 1 else spaces.MultiDiscrete(most)
-    if array.ndim < 2:
-        raise UserError(f"{name} of the dataset have one number a step, of type {array.dtype}; give them an axis more.")
     dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float32)
-    return spaces.Box(-np.inf, np.inf, array.shape[1:], dtype.type)
+    return spaces.Box(-np.inf, np.inf, array.shape[1:] or (1,), dtype.type)

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from metacontroller.data.spaces import (
+    action_options,
     decode_actions,
     decode_observations,
     encode_actions,
@@ -36,16 +37,26 @@ def open_minari(dataset: Any) -> Any:
     if not isinstance(dataset, str):
         return dataset
     minari = _minari(f"dataset {dataset!r} is no folder and no package.module:function; as the ID of Minari's it needs")
-    for path in minari.storage.get_dataset_path(dataset).glob("data/*"):
-        if not path.is_dir():
-            check_regular(path)  # a pipe would be waited for
-    if dataset not in minari.list_local_datasets():
-        known = ", ".join(minari.list_local_datasets()) or "none"
+    path = minari.storage.get_dataset_path(dataset)
+    for file in path.glob("data/*"):
+        if not file.is_dir():
+            check_regular(file)  # a pipe would be waited for
+    if not (path / "data").is_dir():
         raise UserError(
             f"dataset {dataset!r} is no folder, no package.module:function and no Minari dataset on this machine "
-            f"(there: {known}); `minari download ID` brings one."
+            f"(there: {_local(minari)}); `minari download ID` brings one."
         )
     return minari.load_dataset(dataset)
+
+
+def _local(minari: Any) -> str:
+    """The IDs on this machine; Minari lists none of them if one folder has a name that it refuses."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of folders that hold none
+            return ", ".join(minari.list_local_datasets()) or "none"
+    except ValueError as error:
+        return f"not known, {shown(error)}"
 
 
 @contextmanager
@@ -67,19 +78,31 @@ def minari_spaces(dataset: Any) -> tuple[spaces.Space, spaces.Space, str | None]
     return readable(dataset.observation_space), dataset.action_space, None if spec is None else spec.id
 
 
-def minari_episodes(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The episodes of a `minari.MinariDataset` that have at least one step."""
+def minari_episodes(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The episodes of a `minari.MinariDataset` that have at least one step, each with its number there, for
+    `checked_episodes`: Minari itself does not compare their lengths. UserError for spaces that no model reads."""
     readable_space = readable(dataset.observation_space)
+    action_options(dataset.action_space)
     for episode in dataset.iterate_episodes():
         if len(episode):
-            observations = without_text(dataset.observation_space, episode.observations)
-            yield {
-                "states": encode_observations(readable_space, observations),
-                "actions": encode_actions(dataset.action_space, episode.actions),
-                "rewards": np.asarray(episode.rewards),
-                "terminated": bool(episode.terminations[-1]),
-                "truncated": bool(episode.truncations[-1]),
-            }
+            try:
+                yield int(episode.id), _row(dataset, readable_space, episode)
+            except (ValueError, IndexError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"episode {episode.id} of the Minari dataset {dataset.spec.dataset_id} does not fit its spaces "
+                    f"({shown(error)}); leave it out, as by dataset.filter_episodes, or mend it."
+                ) from error
+
+
+def _row(dataset: Any, readable_space: spaces.Space, episode: Any) -> dict[str, Any]:
+    observations = without_text(dataset.observation_space, episode.observations)
+    return {
+        "states": encode_observations(readable_space, observations),
+        "actions": encode_actions(dataset.action_space, episode.actions),
+        "rewards": np.asarray(episode.rewards),
+        "terminated": bool(episode.terminations[-1]),
+        "truncated": bool(episode.truncations[-1]),
+    }
 
 
 def write_minari(

@@ -77,6 +77,11 @@ def action_options(space: spaces.Space) -> dict[str, Any]:
     raise UserError(f"the action space is {space}; expected Discrete, MultiDiscrete, MultiBinary or Box.")
 
 
+def action_shape(space: spaces.Space) -> tuple[int, ...]:
+    """Shape of one action as a model reads it: (), (k,) or (d,), of which -1 stands for the number."""
+    return () if isinstance(space, spaces.Discrete) else (-1,)
+
+
 def model_dtype(space: spaces.Space) -> type[np.generic]:
     """The type in which a model reads observations of a readable space."""
     if is_image(space):
@@ -98,6 +103,11 @@ def is_image(space: spaces.Space) -> bool:
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
         return False
     return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= MIN_IMAGE_SIDE)
+
+
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Which axis of an image holds the channels, the shorter one of the first and the last; None with two axes."""
+    return None if len(shape) == 2 else 0 if shape[0] < shape[2] else 2
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -137,9 +147,13 @@ def decode_actions(space: spaces.Space, array: np.ndarray) -> np.ndarray:
 
 
 def environment_actions(space: spaces.Space, values: np.ndarray) -> np.ndarray:
-    """The actions that n actions of a model stand for: as `decode_actions`, those of a Box within its bounds."""
+    """The actions that n actions of a model stand for: as `decode_actions`, those of a Box within its bounds, and the
+    nearest whole numbers where it holds such."""
     decoded = decode_actions(space, values)
-    return np.clip(decoded, space.low, space.high).astype(space.dtype) if isinstance(space, spaces.Box) else decoded
+    if not isinstance(space, spaces.Box):
+        return decoded
+    within = np.clip(decoded, space.low, space.high)
+    return (np.rint(within) if np.issubdtype(space.dtype, np.integer) else within).astype(space.dtype)
 
 
 def environment_states(space: spaces.Space, values: Sequence[Any]) -> np.ndarray:

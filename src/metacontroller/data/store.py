@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import ENDINGS, PADDING, PER_EPISODE, Trajectories, length_mask
+from metacontroller.data.trajectories import (
+    ENDINGS,
+    FINITE,
+    PADDING,
+    PER_EPISODE,
+    Trajectories,
+    length_mask,
+    refuse_not_finite,
+)
 from metacontroller.errors import UserError
 from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage.files import write_text
@@ -53,6 +61,17 @@ class Episodes:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def refuse_not_finite(self) -> None:
+        """UserError if states, actions or rewards hold NaN or infinity; all of them are read."""
+        for name in sorted(FINITE & self.arrays.keys()):
+            starts = self.starts + (np.arange(len(self.starts)) if name == "states" else 0)
+
+            def place(row: int, starts: np.ndarray = starts) -> tuple[int, int]:
+                episode = int(np.searchsorted(starts, row, side="right")) - 1
+                return episode, row - int(starts[episode])
+
+            refuse_not_finite(name, self.arrays[name], place)
 
     def read(
         self, rows: np.ndarray | Tensor, *, longest: int | None = None, rng: np.random.Generator | None = None

@@ -5,7 +5,7 @@ Axes: b episodes, t steps. A sequence holds T actions and T + 1 states: ``o_1, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,9 @@ from metacontroller.ranges import ROWS, check_number, shown
 ENDINGS = ("terminated", "truncated")
 PER_EPISODE = ("lengths", *ENDINGS, "seeds")
 """Fields with one entry an episode; the others have one a step, ``states`` one more."""
+
+FINITE = frozenset({"states", "actions", "rewards"})
+"""Fields that may hold neither NaN nor infinity."""
 
 PADDING = {"subgoals": -1, "segments": -1}
 """What fills the steps beyond an episode's end, where that is not 0; states repeat their last entry."""
@@ -125,29 +128,28 @@ class Trajectories:
         """Episodes of any lengths, each a mapping of a field's name to an array or tensor, padded.
 
         ``states`` (t + 1, ...) and ``actions`` (t, ...) are needed, ``subgoals``, ``segments``, ``rewards`` (t,),
-        ``terminated`` and ``truncated`` (a bool each) and ``seeds`` (a number) are kept. UserError for other names, and
-        for episodes that do not fit together.
+        ``terminated`` and ``truncated`` (a bool each) and ``seeds`` (a number) are kept. UserError for other names, for
+        episodes that do not fit together, and for values that are not finite.
         """
         if not isinstance(episodes, Iterable):
             raise UserError(f"episodes are {shown(episodes)}; expected a list of mappings, one an episode.")
-        rows = [_as_tensors(row, index) for index, row in enumerate(episodes)]
+        return cls._of_rows(list(checked_episodes(enumerate(episodes))))
+
+    @classmethod
+    def _of_rows(cls, rows: list[dict[str, Tensor]]) -> Trajectories:
+        """Episodes that were checked, padded."""
         if not rows:
             raise UserError("from_episodes was given no episode; give at least one.")
-        known = {field.name for field in fields(cls)} - {"lengths"}
-        names = rows[0].keys()
-        for index, row in enumerate(rows):
-            _check_episode(row, index, names, known)
-            _check_alike(row, index, rows[0])
         lengths = torch.tensor([len(row["actions"]) for row in rows])
         steps = int(lengths.max())
-        padded = {name: torch.stack([_padded(name, row[name], steps) for row in rows]) for name in names}
+        padded = {name: torch.stack([_padded(name, row[name], steps) for row in rows]) for name in rows[0]}
         return cls(lengths=lengths, **padded)
 
     @classmethod
     def from_minari(cls, dataset: Any) -> Trajectories:
         """All episodes of a `minari.MinariDataset`, or of the local one with that ID; see `data.minari`."""
         with refusing_damage(dataset):
-            return cls.from_episodes(minari_episodes(open_minari(dataset)))
+            return cls._of_rows(list(checked_episodes(minari_episodes(open_minari(dataset)))))
 
     def episodes(self) -> Iterator[dict[str, Tensor]]:
         """The episodes one by one, without padding, as ``from_episodes`` takes them."""
@@ -158,6 +160,37 @@ class Trajectories:
                 name: value[row] if name in PER_EPISODE else value[row, : steps + (name == "states")]
                 for name, value in held.items()
             }
+
+
+def checked_episodes(episodes: Iterable[tuple[int, Any]]) -> Iterator[dict[str, Tensor]]:
+    """The episodes, each with the number by which errors name it, as tensors; UserError for one that is not sound by
+    itself or does not look like the first."""
+    known = {field.name for field in fields(Trajectories)} - {"lengths"}
+    first: dict[str, Tensor] = {}
+    for index, episode in episodes:
+        row = _as_tensors(episode, index)
+        first = first or row
+        _check_episode(row, index, first.keys(), known)
+        _check_alike(row, index, first)
+        for name in FINITE & row.keys():
+            refuse_not_finite(name, row[name].numpy(), lambda step, index=index: (index, step))
+        yield row
+
+
+def refuse_not_finite(
+    name: str, array: np.ndarray, place: Callable[[int], tuple[int, int]], piece: int = 65536
+) -> None:
+    """UserError if the array (n, ...) holds NaN or infinity, which names episode and step. place: those of a row."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return
+    for start in range(0, len(array), piece):
+        finite = np.isfinite(array[start : start + piece]).reshape(len(array[start : start + piece]), -1).all(1)
+        if not finite.all():
+            episode, step = place(start + int(np.argmin(finite)))
+            raise UserError(
+                f"episode {episode} has {name} that are NaN or infinite at step {step}, both counted from 0; mend or "
+                "leave out that episode."
+            )
 
 
 def _as_tensors(row: Any, index: int) -> dict[str, Tensor]:

@@ -355,9 +355,9 @@ Encoder = (
 
 def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
     """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, both of them without statistics, ``dict(tokens = dict(...))``, ``dict(image = [...])``, ``dict(picture =
-    dict(...))``, ``dict(grid = dict(...))``, ``dict(plane = dict(dim_state =, size =, objects =))`` or
-    ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
+    [...])``, both of them without statistics, ``dict(tokens = dict(...))``, ``dict(image = [...])`` with ``mean`` and
+    ``std`` if need be, ``dict(picture = dict(...))``, ``dict(grid = dict(...))``, ``dict(plane = dict(dim_state =,
+    size =, objects =))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
 
     UserError for other options.
     """
@@ -382,8 +382,8 @@ def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
         return TokenEncoder(dim, sizes=options["num_discrete"])
     if set(options) == {"num_discrete", "num_continuous"} and not isinstance(options["num_discrete"], int):
         return MixedEncoder(dim, sizes=options["num_discrete"], num_continuous=options["num_continuous"])
-    if set(options) == {"image"}:
-        return ImageEncoder(dim, options["image"])
+    if set(options) in ({"image"}, {"image", "mean", "std"}):
+        return ImageEncoder(dim, options["image"], mean=options.get("mean"), std=options.get("std"))
     raise UserError(
         f"state_embed_readout is {given}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
         "[...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for categories with a condition, "

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.data.spaces import channel_axis
 from metacontroller.errors import UserError
-from metacontroller.models.readouts import GaussianReadout
+from metacontroller.models.readouts import GaussianReadout, register_statistics
 from metacontroller.ranges import WIDTH, shown
 
 MAX_CHANNELS = 64
@@ -27,16 +28,29 @@ class ImageEncoder(nn.Module):
     """A small convolutional network over uint8 images: convolutions of stride 2 until no side is longer than 8.
 
     shape: of one image, (height, width), (height, width, channels) or (channels, height, width); of its first and last
-    axis the shorter one are the channels. UserError for other shapes.
+    axis the shorter one are the channels. mean, std (channels,): of the data, by which pixels are normalized: a grid of
+    a few small numbers is no picture, and would be all but black. Without them 0..255 becomes 0..1. UserError for other
+    shapes.
     """
 
-    def __init__(self, dim: int, shape: Sequence[int]) -> None:
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        shape: Sequence[int],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(shape, str) or len(shape) not in (2, 3) or any(WIDTH.expected(side) for side in shape):
             raise UserError(f"image is {shown(shape)}; expected (height, width), with channels first or last.")
         self.shape = tuple(shape)
-        self.channels_first = len(shape) == 3 and shape[0] < shape[2]
+        self.channels_first = channel_axis(self.shape) == 0
         channels, *sides = self._channels_first(torch.zeros(self.shape)).shape
+        register_statistics(self, channels, mean, std)
         self.pooled = [min(side, MAX_SIDE) for side in sides]
         self.pooled_size = channels * self.pooled[0] * self.pooled[1]
         layers: list[nn.Module] = []
@@ -58,7 +72,7 @@ class ImageEncoder(nn.Module):
         return GaussianReadout(dim, self.pooled_size)
 
     def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, *shape): means of fields, from 0 to 1, side by side."""
+        """The targets of ``state_readout`` in states (b, t, *shape): means of fields, scaled, side by side."""
         size, parts = (self.pooled[0], self.pooled[1]), states.flatten(0, 1).split(MAX_IMAGES)
         pooled = torch.cat([F.adaptive_avg_pool2d(self._scaled(part), size) for part in parts])
         return pooled.flatten(1).unflatten(0, states.shape[:2])
@@ -72,9 +86,11 @@ class ImageEncoder(nn.Module):
         self._check_shape(states)
 
     def _scaled(self, images: Tensor) -> Tensor:
-        """(m, *shape) uint8 -> (m, channels, height, width), from 0 to 1."""
-        dtype = next(self.body.parameters()).dtype
-        return self._channels_first(images).to(dtype) / 255
+        """(m, *shape) uint8 -> (m, channels, height, width), normalized, or from 0 to 1."""
+        pixels = self._channels_first(images).to(next(self.body.parameters()).dtype)
+        if self.mean is not None and self.std is not None:
+            return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+        return pixels / 255
 
     def _channels_first(self, images: Tensor) -> Tensor:
         if len(self.shape) == 2:

@@ -107,3 +107,56 @@ def test_a_dataset_is_asked_for() -> None:
         Offline(OfflineConfig()).spec()
     with pytest.raises(UserError, match="window is 0; expected at least 1"):
         OfflineConfig(window=0)
+
+
+# -- scale ------------------------------------------------------------------------------------------------------------
+
+
+def meters(unit: float = 1.0) -> Trajectories:
+    """Actions that the sign of a place tells."""
+    rng = np.random.default_rng(0)
+    places = 0.3 * rng.normal(size=(64, 9, 2))
+    return Trajectories.from_episodes(
+        {"states": place * unit, "actions": (place[:-1, 0] > 0).astype(np.int64)} for place in places
+    )
+
+
+def micrometers() -> Trajectories:
+    return meters(1e-6)
+
+
+def symbols() -> Trajectories:
+    """Actions that one cell of a grid of a few small numbers tells, as MiniGrid's."""
+    rng = np.random.default_rng(0)
+    grids = rng.choice([1, 2, 8], p=[0.5, 0.45, 0.05], size=(64, 9, 4, 4, 3)).astype(np.uint8)
+    return Trajectories.from_episodes(
+        {"states": grid, "actions": (grid[:-1, 0, 0, 0] == 2).astype(np.int64)} for grid in grids
+    )
+
+
+def trained(source: str, updates: int = 60) -> float:
+    """The action loss, in nats, of a small model after so many updates on a dataset."""
+    config = preset("offline-debug")
+    config = replace(config, domain=replace(config.domain, dataset=f"{__name__}:{source}"))
+    model, domain = build_model(config), Offline(config.domain)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(updates):
+        batch = domain.demonstrations("pretrain", 32, generator)
+        loss = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths).action
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses[-10:]))
+
+
+def test_the_unit_of_a_length_changes_nothing() -> None:
+    assert trained("meters") < 0.1
+    assert trained("micrometers") < 0.1
+
+
+def test_a_grid_of_a_few_small_numbers_is_no_black_picture() -> None:
+    assert Offline(OfflineConfig(dataset=f"{__name__}:symbols")).spec().encoder["image"] == [4, 4, 3]
+    assert trained("symbols") < 0.2  # 0.68 where they are divided by 255

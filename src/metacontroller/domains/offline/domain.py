@@ -12,7 +12,7 @@ import torch
 
 from metacontroller.data.datasets import Dataset, load_dataset
 from metacontroller.data.spaces import action_options, encoder_options
-from metacontroller.data.statistics import normalization
+from metacontroller.data.statistics import normalization, pixel_scale
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain, DomainSpec, Split
 from metacontroller.domains.guarded_environment import environment_facts
@@ -115,18 +115,23 @@ def _load(name: str, modified: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _statistics(name: str, modified: int, field: str) -> dict[str, list[float]]:
-    return normalization(_load(name, modified).episodes.arrays[field])
+def _scale(name: str, modified: int, field: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of an array's vectors, or of the channels of its images."""
+    dataset = _load(name, modified)
+    array, image = dataset.episodes.arrays[field], encoder_options(dataset.observation_space).get("image")
+    if field == "states" and image is not None:
+        return pixel_scale(array, image)
+    return normalization(array, "observations" if field == "states" else field)
 
 
 def _with_statistics(
     name: str | None, modified: int, observations: dict[str, Any], actions: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of encoder and readout; vectors with their mean and standard deviation in the data."""
+    """Options of encoder and readout; vectors and images with their mean and standard deviation in the data."""
     assert name is not None
     fields = {"states": observations, "actions": actions}
     states, acts = (
-        {**options, **(_statistics(name, modified, field) if "num_continuous" in options else {})}
+        {**options, **({} if "num_discrete" in options else _scale(name, modified, field))}
         for field, options in fields.items()
     )
     return states, acts
