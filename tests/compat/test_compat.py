@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,17 @@ theirs = import_module("metacontroller.metacontroller")
 Binary = import_module("metacontroller.metacontroller_with_binary_mapper").MetaControllerWithBinaryMapper
 BODY = {"depth": 1, "attn_dim_head": 4, "heads": 2}
 STATE, ACTIONS = 3, 4
+OWN: dict[str, Any] = {
+    "dim": 8,
+    "state_embed_readout": {"num_continuous": STATE},
+    "action_embed_readout": {"num_discrete": ACTIONS},
+    "lower_body": {"depth": 1, "heads": 2},
+    "upper_body": {"depth": 1, "heads": 2},
+}
+FIRST_LINE = (
+    "from metacontroller import ActionProposerWrapper, MetaController, Transformer, binary_entropy, "
+    "MetaControllerWithBinaryMapper, TransformerForSymbolicGrid"
+)
 
 
 def make_model(width: int = 8, *, continuous: bool = False, **options: Any) -> Any:
@@ -95,8 +107,8 @@ def test_a_prompt_of_any_length_equals_its_steps(continuous: bool) -> None:
         {"force_behavior_cloning": True},
         {"meta_controller": steering, "meta_controller_temperature": 0.0},
     ):
-        whole, _ = model(states, actions[:, :-1], return_cache=True, **options)
-        first, cache = model(states[:, :3], actions[:, :2], return_cache=True, **options)
+        whole, _ = model(states, actions[:, :-1], return_action_cache=True, **options)
+        first, cache = model(states[:, :3], actions[:, :2], return_action_cache=True, **options)
         parts = [first]
         for t in range(3, 6):
             out, cache = model(states[:, t : t + 1], actions[:, t - 1 : t], cache=cache, return_cache=True, **options)
@@ -169,6 +181,88 @@ def test_training_one_phase_freezes_the_rest() -> None:
     assert {id(p) for p in steering.parameters() if p.grad is not None} <= {
         id(p) for p in steering.internal_rl_parameters()
     }
+
+
+def test_training_mode_undoes_what_a_phase_froze() -> None:
+    model, steering = make_model(), make_steering()
+    states, actions = batch()
+    model.meta_controller, (kept, *_) = steering, model.encoder.parameters()
+    kept.requires_grad_(False)  # the user's own wish
+    for freeze in (model.train_discovery, model.train_internal_rl):
+        freeze(eval_rest=True)
+        freeze()
+        assert not any(parameter.requires_grad for parameter in model.upper_body.parameters())
+        model.train()
+        assert [name for name, value in model.named_parameters() if not value.requires_grad] == [
+            "encoder.linear.weight"
+        ]
+        model.zero_grad()
+        torch.stack(list(model(states, actions, force_behavior_cloning=True))).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.lower_body.parameters())
+    steering.train_internal_rl()
+    assert not steering.eval().controller.read.requires_grad  # modes of evaluation leave it
+    assert steering.train().controller.read.requires_grad
+
+
+def test_the_entropy_of_a_gate_that_is_open_at_first_has_a_gradient() -> None:
+    model, steering = make_model(), make_steering()
+    _, output = model(*batch(), meta_controller=steering, discovery_phase=True, return_meta_controller_output=True)
+    assert output.switch_beta[:, 0].tolist() == [1, 1]
+    theirs.binary_entropy(output.switch_beta).mean().backward()
+    found = [value.grad for value in steering.switching.parameters()]
+    assert all(bool(value.isfinite().all()) for value in found)
+    assert any(bool(value.any()) for value in found)
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_cache_serves_once(steered: bool) -> None:
+    model, (states, _) = make_model(), batch()
+    options = {"return_cache": True, **({"meta_controller": make_steering()} if steered else {})}
+    _, cache = model(states[:, :1], **options)
+    _, following = model(states[:, 1:2], cache=cache, **options)
+    with pytest.raises(UserError, match="cache of step 1 was continued before, up to step 2"):
+        model(states[:, 2:3], cache=cache, **options)
+    model(states[:, 2:3], cache=following, **options)
+
+
+def test_the_output_of_a_metacontroller_serves_once() -> None:
+    steering, residual = make_steering(), torch.randn(2, 3, 8)
+    _, output = steering(residual[:, :1])
+    steering(residual[:, 1:2], cache=output)
+    with pytest.raises(UserError, match="continued before"):
+        steering(residual[:, 2:], cache=output)
+
+
+def test_a_condition_for_a_model_that_reads_none_is_refused() -> None:
+    states, actions = batch()
+    for body in (BODY, {"kind": "hawk", "depth": 1, "heads": 2}):
+        with pytest.raises(UserError, match=r"condition of shape \(2, 5\) is given, but .* without dim_condition"):
+            make_model(lower_body=body, upper_body=body)(states, actions, condition=torch.randn(2, 5))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metacontroller.Transformer(**OWN, embed_past_actions=False),
+        lambda: metacontroller.Transformer(**{**OWN, "lower_body": BODY}),
+        lambda: metacontroller.Transformer(**OWN)(*batch(), force_behavior_cloning=True),
+        lambda: metacontroller.MetaController(8, switch_temperature=0.1),
+    ],
+)
+def test_their_keywords_to_our_classes_are_told_where_theirs_are(call: Any) -> None:
+    with pytest.raises(UserError, match=r"metacontroller\.metacontroller here; .*sed -i") as refused:
+        call()
+    command = str(refused.value).split("sed -i ")[1].split("'")[1]
+    changed = re.sub(command.split("/")[1], command.split("/")[2], FIRST_LINE)
+    names: dict[str, Any] = {}
+    exec(changed, names)
+    assert names["Transformer"] is theirs.Transformer
+    assert names["MetaControllerWithBinaryMapper"] is Binary
+
+
+def test_unknown_keywords_are_still_pythons() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        metacontroller.Transformer(**OWN, nonsense=1)
 
 
 def test_lengths_beyond_the_padding_are_clamped_with_a_warning() -> None:

@@ -6,7 +6,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import metacontroller
+from metacontroller.errors import UserError
+
 PAGE = Path(__file__).parents[2] / "docs" / "from-metacontroller-pytorch.md"
+
+
+def test_the_page_begins_with_the_line_that_errors_name() -> None:
+    first, rest = PAGE.read_text().split("\n\n", 2)[1:]
+    assert "`metacontroller.metacontroller`" in first
+    with pytest.raises(UserError) as refused:
+        metacontroller.MetaController(8, switch_temperature=0.1)
+    assert rest.startswith(f"```shell\n{'sed' + str(refused.value).split('sed')[1]}\n```")
+    assert "checked against\n0.3.3" in rest
 
 
 def test_the_faults_are_not_ours() -> None:

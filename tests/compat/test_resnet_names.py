@@ -56,7 +56,7 @@ def test_the_phases_see_images(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
     with torch.no_grad():
-        whole, _ = model(images, actions[:, :-1], return_cache=True)
+        whole, _ = model(images, actions, return_action_cache=True)
         cache, parts = None, []
         for t in range(3):
             past = actions[:, t - 1 : t] if t else None

@@ -149,7 +149,9 @@ def test_of_what_is_returned(width: int, continuous: bool, lengths: bool, device
     )
     assert logits.shape == (2, STEPS, entries)
     assert residual.shape == (2, STEPS, width)
-    whole, cache = model(states, actions[:, :-1], return_cache=True)  # a prompt of any length
+    equal(model(states, actions, return_cache=True, **given), losses)  # of a whole episode losses come first
+    equal(model(states, actions, return_action_cache=True)[0], logits)  # whose last action is no past one
+    whole, cache = model(states, actions[:, :-1], return_action_cache=True)  # a prompt of any length
     equal(whole, logits)
     assert cache.cache_steps == STEPS
     equal(cache.residual_stream_latent, residual)

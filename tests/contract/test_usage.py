@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,30 @@ def test_losses_unpack_in_the_order_shown_and_carry_names(small: dict[str, Any])
     plain = small["model"](small["state"], small["actions"])
     torch.testing.assert_close(losses.state_pred, plain.state, rtol=0.2, atol=0)
     torch.testing.assert_close(losses.action_recon, plain.action, rtol=0.2, atol=0)
-    assert plain.state > 2 * plain.action
+    summed = small["model"].behavior_cloning_loss(small["state"], small["actions"])
+    torch.testing.assert_close(plain, type(plain)(summed.state / 6, summed.action))  # a mean over the state's 6 numbers
     assert losses.kl < plain.action
+
+
+@pytest.mark.parametrize("library", ["metacontroller", "metacontroller.metacontroller"])
+def test_the_sum_of_both_losses_learns_actions_beside_a_large_state(library: str) -> None:
+    torch.manual_seed(0)
+    body = {"depth": 1, "heads": 2}
+    state, actions = torch.randn(2, 16, 384), torch.randint(0, 4, (2, 16))
+    model = import_module(library).Transformer(
+        dim=32,
+        action_embed_readout={"num_discrete": 4},
+        state_embed_readout={"num_continuous": 384},
+        lower_body=body,
+        upper_body=body,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        state_loss, action_loss = model(state, actions)
+        optimizer.zero_grad()
+        (state_loss + action_loss).backward()
+        optimizer.step()
+    assert action_loss.item() < 0.05  # as a sum over entries the state's loss left it at 0.6
 
 
 def test_the_ratio_loss_is_there_when_asked_for(small: dict[str, Any]) -> None:

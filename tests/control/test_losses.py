@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from metacontroller.control.losses import (
     MAX_LOG_RATIO,
+    binary_entropy,
     clipped_surrogate,
     gaussian_kl,
     log_ratio,
@@ -28,6 +29,18 @@ def test_kl_equals_that_of_torch_distributions() -> None:
     fast, slow = (torch.autograd.grad(value.sum(), (mean, log_std)) for value in (kl, expected))
     torch.testing.assert_close(fast, slow)
     assert gaussian_kl(torch.zeros(5), torch.zeros(5)) == 0
+
+
+def test_binary_entropy_has_a_finite_slope_at_its_ends() -> None:
+    p = torch.tensor([0.0, 1e-30, 0.2, 0.5, 1 - 1e-12, 1.0], dtype=torch.float64, requires_grad=True)
+    entropy = binary_entropy(p)
+    inside = p[1:-1]
+    expected = -inside * inside.log() - (1 - inside) * (1 - inside).log()
+    torch.testing.assert_close(entropy[1:-1], expected)
+    assert entropy[[0, -1]].tolist() == [0, 0]
+    (slope,) = torch.autograd.grad(entropy.sum(), p)
+    torch.testing.assert_close(slope[1:-1], ((1 - inside) / inside).log().detach())
+    assert slope[[0, -1]].tolist() == [0, 0]
 
 
 def test_ratio_loss_by_hand() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from metacontroller.control.losses import binary_entropy, policy_target
 from metacontroller.control.losses import cross_entropy as tpo_loss
-from metacontroller.control.losses import policy_target
 from metacontroller.control.losses import ratio_loss as house_ratio_loss
 from metacontroller.control.losses import z_score as house_z_score
 from metacontroller.control.metacontroller import MetaController as HouseMetaController
@@ -111,8 +110,3 @@ def tpo_target(log_scores: Tensor, u: Tensor, eta: float = 1.0) -> Tensor:
 def z_score(t: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
     """See `control.losses.z_score`."""
     return house_z_score(t, dim, eps)
-
-
-def binary_entropy(p: Tensor) -> Tensor:
-    """Entropy of Bernoullis in nats, elementwise."""
-    return torch.special.entr(p) + torch.special.entr(1 - p)

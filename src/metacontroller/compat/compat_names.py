@@ -6,6 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from metacontroller.control.freezing import thaw
 from metacontroller.errors import UserError
 from metacontroller.storage.module_file import Saveable
 
@@ -21,6 +22,16 @@ def other_name(path: str) -> Any:
         setattr(reduce(getattr, parts, self), last, value)
 
     return property(read, write, doc=f"Our ``{path}``.")
+
+
+class TheirTraining:
+    """Mixin: ``train()`` undoes what a phase has frozen. Theirs freeze nothing, so that scripts take turns by it."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As of ``nn.Module``."""
+        if mode:
+            thaw(self)
+        return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue] - of nn.Module
 
 
 class TheirSave(Saveable):

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.control.freezing import trains_only
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
+from metacontroller.models.cache_store import check_unused
 from metacontroller.models.loss_scale import LossScale
 from metacontroller.models.next_latent import NextLatent
 from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import make_readout
 from metacontroller.models.transformer import Transformer as HouseTransformer
 
-from .compat_names import TheirSave, other_name
+from .compat_names import TheirSave, TheirTraining, other_name
 
 RENAMED = {"attn_dim_head": "dim_head", "attn_heads": "heads", "pre_norm_has_final_norm": "final_norm"}
 """Options of bodies: theirs to ours."""
@@ -83,7 +85,7 @@ def body_options(options: dict[str, Any], dim: int) -> dict[str, Any]:
     return ours
 
 
-class Transformer(TheirSave, HouseTransformer):
+class Transformer(TheirSave, TheirTraining, HouseTransformer):
     """The house's action model under the other library's keywords; ``forward`` dispatches to one of four calls."""
 
     def __init__(
@@ -168,9 +170,10 @@ class Transformer(TheirSave, HouseTransformer):
         if discovery_phase and steering is None:
             raise UserError("meta_controller is missing; discovery_phase = True needs one.")
         state = joined_states(state)
-        clones = steering is None and not return_raw_action_dist and not return_cache
-        learns = (discovery_phase or clones) and not return_action_cache and state.shape[1] > 1
-        if clones and state.shape[1] == 1 and cache is None and not return_embed:
+        clones = force_behavior_cloning or (steering is None and not return_raw_action_dist)
+        whole = (discovery_phase or clones) and state.shape[1] > 1
+        learns = whole and not return_action_cache
+        if clones and state.shape[1] == 1 and cache is None and not return_cache and not return_embed:
             raise UserError("state has one step; learning needs at least 2, and acting return_cache = True.")
         lengths = None
         if learns and not return_embed:
@@ -178,7 +181,7 @@ class Transformer(TheirSave, HouseTransformer):
                 raise UserError("actions are missing; behavior cloning and discovery need them.")
             lengths = clamped_lengths(episode_lens, actions.shape[1])
             self.check_batch(state, actions, lengths)
-        embedded = self.embed(state, actions[:, : state.shape[1] - 1] if learns and actions is not None else actions)
+        embedded = self.embed(state, actions[:, : state.shape[1] - 1] if whole and actions is not None else actions)
         if return_embed:
             return embedded
         options = {
@@ -230,6 +233,7 @@ class Transformer(TheirSave, HouseTransformer):
             lower, upper = empty.lower, empty.upper
         if cache is not None:
             lower, upper = cache.prev_hiddens.lower_body, cache.prev_hiddens.upper_body
+            check_unused(lower, cache.cache_steps)
         with nullcontext() if steering is None else torch.no_grad():
             before = self.lower(embedded, lower, condition)
         if steering is None:
@@ -253,7 +257,7 @@ class Transformer(TheirSave, HouseTransformer):
         steps = actions.shape[1]
         with_state = phase == "bc" or self.discovery_phase_state_clone_loss
         losses = self.readout_losses(hidden[:, :steps], state, actions, lengths, with_state)
-        state_loss, action_loss = losses
+        state_loss, action_loss = self.mean_over_entries(losses, state)
         if with_state and self.next_latent_loss_weight > 0:
             whole = state.new_full((len(state),), hidden.shape[1], dtype=torch.long) if lengths is None else lengths
             mask = length_mask(whole, hidden.shape[1])
@@ -268,17 +272,17 @@ class Transformer(TheirSave, HouseTransformer):
     # phases
 
     def train_discovery(self, eval_rest: bool = False, meta_controller: Any = None) -> None:
-        """The model is frozen, and of the metacontroller only what discovery trains gets a gradient."""
+        """The model is frozen; only what discovery trains of the metacontroller gets a gradient, until ``train``."""
         steering = self._steering(meta_controller)
-        self.requires_grad_(False)
+        trains_only(self, list(steering.parameters()))
         if eval_rest:
             self.eval()
         steering.train_discovery()
 
     def train_internal_rl(self, eval_rest: bool = False, meta_controller: Any = None) -> None:
-        """The model is frozen, and of the metacontroller only the policy gets a gradient."""
+        """The model is frozen, and of the metacontroller only the policy gets a gradient, until ``train``."""
         steering = self._steering(meta_controller)
-        self.requires_grad_(False)
+        trains_only(self, list(steering.parameters()))
         if eval_rest:
             self.eval()
         steering.train_internal_rl(eval_rest)

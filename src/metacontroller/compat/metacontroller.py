@@ -6,6 +6,7 @@ by docs/from-metacontroller-pytorch.md. The module is importable as ``metacontro
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from .compat_losses import (
     tpo_target,
     z_score,
 )
-from .compat_names import TheirSave, other_name
+from .compat_names import TheirSave, TheirTraining, other_name
 from .compat_parts import (
     ActionProposerWrapper,
     BidirectionalSequenceEmbedder,
@@ -83,12 +84,25 @@ __all__ = [
     "z_score",
 ]
 
+LATER = {
+    "MetaControllerWithBinaryMapper": "metacontroller_with_binary_mapper",
+    "TransformerForSymbolicGrid": "transformer_for_symbolic_grid",
+}
+"""What their package offers beside these, by its module, which needs this one."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__package__}.{LATER[name]}"), name)
+
+
 HOUSE_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
 EMBEDDER_GIVEN = ("dim_model", "dim_sequence", "dim")
 ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
 
 
-class MetaController(TheirSave, HouseMetaController):
+class MetaController(TheirSave, TheirTraining, HouseMetaController):
     """The house's metacontroller under the other library's keywords.
 
     The policy over codes (its action proposer) reads every step. The first positional arguments and defaults are those

@@ -184,7 +184,7 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
             losses, steering = self.losses(state, actions, clamped_lengths(episode_lens, actions.shape[1]), **options)
             latent = losses.latent + self.sigreg_lambda * losses.sigreg
             first = MetaControllerLosses(
-                losses.state,
+                losses.state / self.model.state_entries(state),
                 losses.action,
                 losses.ratio,
                 latent,

@@ -58,9 +58,18 @@ class ParameterGroups:
 
 
 def trains_only(module: Any, parameters: list[nn.Parameter]) -> None:
-    """Of a module's parameters, only the given ones require a gradient."""
+    """Of a module's parameters, only the given ones require a gradient, until `thaw`."""
+    kept = {id(parameter) for parameter in parameters}
+    frozen = {value for value in module.parameters() if value.requires_grad and id(value) not in kept}
+    module.frozen = frozen | getattr(module, "frozen", set())
     module.requires_grad_(False)
     for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def thaw(module: Any) -> None:
+    """What `trains_only` froze requires a gradient again."""
+    for parameter in vars(module).pop("frozen", ()):
         parameter.requires_grad_(True)
 
 

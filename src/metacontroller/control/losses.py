@@ -15,6 +15,16 @@ def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
 
 
+def binary_entropy(p: Tensor) -> Tensor:
+    """Entropy of Bernoullis in nats, elementwise; its gradient at 0 and at 1, where the slope is infinite, is 0.
+
+    The first step's gate is exactly 1, and an infinite slope times the zero behind it would be NaN.
+    """
+    ends = (p == 0) | (p == 1)
+    inside = p.masked_fill(ends, 0.5)
+    return (torch.special.entr(inside) + torch.special.entr(1 - inside)).masked_fill(ends, 0.0)
+
+
 def ratio_loss(
     beta: Tensor,
     mask: Tensor,

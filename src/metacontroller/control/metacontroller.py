@@ -32,6 +32,7 @@ from metacontroller.control.stepping import SteeringSteps
 from metacontroller.control.switching import GateConfig, SwitchingUnit, at_random_steps, mix_given
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
+from metacontroller.models.other_keywords import own_keywords
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import frozen
 from metacontroller.ranges import (
@@ -99,6 +100,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
     UserError for values out of range.
     """
 
+    @own_keywords
     def __init__(
         self,
         dim_model: int,

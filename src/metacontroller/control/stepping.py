@@ -17,6 +17,7 @@ from metacontroller.control.schedules import LossWeights
 from metacontroller.control.switching import GateConfig, mix_given, regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
+from metacontroller.models.cache_store import check_unused
 
 
 @dataclass
@@ -170,6 +171,7 @@ class SteeringSteps:
             whole = residual.new_full((batch,), steps, dtype=torch.long) if lengths is None else lengths
             distribution = self._propose(residual, whole, read, history)
         elif self.policy.every_step:
+            check_unused(policy_state, 0 if state is None else state.steps)
             distribution, policy_state = self.policy(self.own(residual), policy_state, keep=True)
         else:
             policy_state = self.policy.initial_state(batch) if policy_state is None else policy_state

@@ -7,11 +7,13 @@ batch, s steps, h heads, d head width, w recurrent width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
 from metacontroller.models.hawk import HawkBody, HawkCache
 
@@ -116,3 +118,13 @@ class ModelStore:
 def make_body_store(body: AttentionBody | HawkBody, batch: int, device: torch.device) -> BodyStore:
     """The store for one body."""
     return AttentionStore(body, batch, device) if isinstance(body, AttentionBody) else HawkStore(body, batch)
+
+
+def check_unused(cache: Any, steps: int) -> None:
+    """UserError for the cache of ``steps`` steps that was continued since: a step writes into its buffers."""
+    written = getattr(cache, "length", steps)
+    if written > steps:
+        raise UserError(
+            f"the cache of step {steps} was continued before, up to step {written}, and serves only once; give that of "
+            "the last step, or begin again without one."
+        )

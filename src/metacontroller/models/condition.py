@@ -49,5 +49,12 @@ def make_norm(dim: int, dim_condition: int | None) -> nn.LayerNorm | AdaptiveNor
 
 
 def normalized(norm: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
-    """norm(x), with the condition if the norm depends on one."""
-    return norm(x, condition) if isinstance(norm, AdaptiveNorm) else norm(x)
+    """norm(x), with the condition if the norm depends on one; UserError for a condition that it does not read."""
+    if isinstance(norm, AdaptiveNorm):
+        return norm(x, condition)
+    if condition is not None:
+        raise UserError(
+            f"a condition of shape {tuple(condition.shape)} is given, but the model was made without dim_condition; "
+            "leave it out, or make the model with dim_condition = its last size."
+        )
+    return norm(x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from metacontroller.storage.module_file import Saveable
 
 
 class BehaviorCloningLosses(NamedTuple):
-    """Mean negative log-likelihood per real step of the next state and of the action; scalars."""
+    """Mean negative log-likelihood per real step of the next state and of the action; scalars.
+
+    Where a model is called, the state loss is also a mean over the entries of the state, see `mean_over_entries`.
+    """
 
     state: Tensor
     action: Tensor
@@ -36,6 +39,9 @@ class DiscoveryLosses(NamedTuple):
     action_recon: Tensor
     kl: Tensor
     ratio: Tensor
+
+
+Losses = TypeVar("Losses", BehaviorCloningLosses, DiscoveryLosses)
 
 
 class SteerableModel(Saveable, nn.Module):
@@ -179,6 +185,18 @@ class SteerableModel(Saveable, nn.Module):
             losses = chunked_losses(steered, chunk_losses)
         state = losses[1] if with_state_loss else losses.new_zeros(())
         return BehaviorCloningLosses(state, losses[0])
+
+    def state_entries(self, states: Tensor) -> int:
+        """Numbers and choices of one state that the state loss predicts; states (b, t, ...)."""
+        return self.encoder.targets(states[:1, :1])[0, 0].numel()
+
+    def mean_over_entries(self, losses: Losses, states: Tensor) -> Losses:
+        """The same losses, that of the state, which comes first, a mean over the state's entries.
+
+        -log p(o) is a sum over entries: beside that of an action, a state of hundreds of entries leaves nothing to
+        learn for actions. The phases weigh the sum with lambda (paper §1); who adds the losses of a call has no lambda.
+        """
+        return type(losses)(losses[0] / self.state_entries(states), *losses[1:])
 
     def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
         """UserError for wrong shapes, dtypes or lengths, NaN states, or actions out of range."""

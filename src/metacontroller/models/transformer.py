@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from metacontroller.data.trajectories import check_tensor
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody, AttentionCache
-from metacontroller.models.cache_store import ModelStore, make_body_store
+from metacontroller.models.cache_store import ModelStore, check_unused, make_body_store
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.hawk import HawkBody, HawkCache
+from metacontroller.models.other_keywords import own_keywords, refuse_keyword
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
 from metacontroller.ranges import MOST_WIDTH, WIDTH, Whole, check_number, check_options, shown
+
+OTHER_OPTIONS = {"attn_dim_head", "ff_mult", "polar_pos_emb", "rotary_pos_emb", "use_rmsnorm"}
+"""Options of bodies in metacontroller-pytorch."""
 
 Body = AttentionBody | HawkBody
 BodyCache = AttentionCache | HawkCache
@@ -79,6 +83,7 @@ class Transformer(SteerableModel):
 
     unsaved = ("meta_controller",)
 
+    @own_keywords
     def __init__(
         self,
         dim: int,
@@ -215,6 +220,7 @@ class Transformer(SteerableModel):
 
     # dispatch to the phases
 
+    @own_keywords
     def forward(
         self,
         state: Tensor,
@@ -227,7 +233,8 @@ class Transformer(SteerableModel):
         episode_lens: Tensor | None = None,
     ) -> BehaviorCloningLosses | DiscoveryLosses | tuple[Tensor, TransformerOutput]:
         """Calls ``step`` if ``return_cache``, the metacontroller's ``discovery_loss`` if ``discovery_phase``, else
-        ``behavior_cloning_loss``. UserError for arguments that are missing or do not go together."""
+        ``behavior_cloning_loss``; the state loss of the latter two is here a mean over the state's entries, so that it
+        can be added to the action's. UserError for arguments that are missing or do not go together."""
         meta_controller = self.meta_controller if meta_controller is None else meta_controller
         if return_cache:
             return self.step(state, actions, meta_controller, cache)
@@ -240,8 +247,9 @@ class Transformer(SteerableModel):
                 raise UserError("meta_controller is missing; discovery_phase = True needs one.")
             if not hasattr(meta_controller, "discovery_loss"):
                 raise UserError(f"meta_controller is {shown(meta_controller)}; expected a MetaController.")
-            return meta_controller.discovery_loss(self, state, actions, episode_lens)
-        return self.behavior_cloning_loss(state, actions, episode_lens)
+            losses = meta_controller.discovery_loss(self, state, actions, episode_lens)
+            return self.mean_over_entries(losses, state)
+        return self.mean_over_entries(self.behavior_cloning_loss(state, actions, episode_lens), state)
 
     def check_step(self, states: Tensor, past_actions: Tensor | None, cache: TransformerOutput | None) -> None:
         """UserError for arguments that do not fit ``step``."""
@@ -256,12 +264,7 @@ class Transformer(SteerableModel):
             return
         if not isinstance(cache, TransformerOutput):
             raise UserError(f"cache is {shown(cache)}; expected what a step returned beside its logits.")
-        written = getattr(cache.prev_hiddens.lower_body, "length", cache.steps)
-        if cache.steps != written:
-            raise UserError(
-                f"the cache of step {cache.steps} was continued before, up to step {written}, and serves only once; "
-                "give that of the last step, or begin again without one."
-            )
+        check_unused(cache.prev_hiddens.lower_body, cache.steps)
         if len(cache.residual) != len(states):
             raise UserError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")
         if self.condition_on_actions and past_actions is None:
@@ -282,6 +285,8 @@ def make_body(dim: int, name: str, arguments: dict[str, Any] | nn.Module, dim_co
     kind = arguments.get("kind", "attention")
     if kind not in kinds:
         raise UserError(f"{name} has kind {kind!r}; expected one of {', '.join(map(repr, kinds))}.")
+    for option in sorted(options.keys() & OTHER_OPTIONS):
+        refuse_keyword(name, option)
     check_options(name, options, kinds[kind], given=("dim", "dim_condition"))
     if dim_condition is not None:
         options["dim_condition"] = dim_condition
