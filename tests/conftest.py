@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
-# Before torch is imported: small tensors are slower on several threads, and tests may run beside other work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported, whatever the shell exports: two test processes of several threads each wait for one another.
+# What tests start inherits it.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 from jaxtyping import install_import_hook
 
