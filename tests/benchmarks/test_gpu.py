@@ -26,6 +26,7 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_goes_on(tmp_path: Path) -> None:
     out, run = tmp_path / "gpu", tmp_path / "run"
     words = ["--device", "cpu", "--preset", "debug", "--repeats", "0", "--out", str(out), "--run", str(run)]
