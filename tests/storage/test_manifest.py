@@ -14,6 +14,7 @@ import torch
 from metacontroller import MetaController
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import META_CONTROLLER, artefact_path, copy_artefact, load_artefact
+from metacontroller.storage import run_folder
 from metacontroller.storage.run_folder import RunFolder
 
 
@@ -81,6 +82,40 @@ def test_a_file_of_another_run_is_refused(run: RunFolder, tmp_path: Path, name: 
     content["files"]["config.json"] = {"versions": [{"size": 0, "sha256": ""}]}
     (run.path / "manifest.json").write_text(json.dumps(content))
     refused(run, name, "another config.json")
+
+
+@pytest.mark.parametrize("name", ["discover.safetensors", "meta_controller.safetensors"])
+def test_what_was_made_with_an_earlier_config_is_refused(run: RunFolder, name: str) -> None:
+    for seed in (1, 2):
+        run.write_config({"seed": seed})
+        refused(run, name, "was made with another config.json")
+    run.write_config({"seed": 0})
+    READS[name](run)
+
+
+@pytest.mark.parametrize("name", ["discover.safetensors", "meta_controller.safetensors"])
+def test_a_config_that_is_said_to_change_nothing_keeps_what_was_made(
+    run: RunFolder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_text", lambda path, text: None)  # killed before the config is replaced
+        run.write_config({"seed": 0, "env": "A"}, keeps_weights=True)
+    READS[name](run)
+    for env in "AB":
+        run.write_config({"seed": 0, "env": env}, keeps_weights=True)
+        READS[name](run)
+    run.save_checkpoint("other", {"w": torch.rand(3)}, {})
+    run.write_config({"seed": 0})
+    READS[name](run)
+    with pytest.raises(UserError, match=r"other\.safetensors was made with another config\.json"):
+        run.load_checkpoint("other")
+
+
+def test_a_config_that_says_the_same_stays_as_it_is(run: RunFolder) -> None:
+    before = (run.path / "config.json").read_bytes()
+    run.write_config({"seed": 0.0})
+    assert (run.path / "config.json").read_bytes() == before
+    run.load_checkpoint("discover")
 
 
 def test_files_that_no_one_listed_and_newer_manifests_are_refused(run: RunFolder) -> None:

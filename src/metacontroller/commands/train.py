@@ -90,7 +90,7 @@ class Pretrain(Tracked):
                 "pretrain anew with --dataset and --env, in another folder."
             )
         if write:
-            run.write_config(to_json(changed))
+            run.write_config(to_json(changed), keeps_weights=True)
         return changed
 
     def _with_data(self) -> ExperimentConfig:

@@ -54,7 +54,7 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file, in UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:

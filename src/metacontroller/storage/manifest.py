@@ -3,7 +3,8 @@
     {"format": 1, "files": {"base_model.safetensors": {"config": SHA-256, "versions": [{"size": ..., "sha256": ...}]}}}
 
 A file is listed before it is put in its place, beside its versions before: a kill in between leaves one that is listed.
-``config`` is the SHA-256 of the config.json with which a safetensors file was made: it says which run it belongs to.
+``config`` is the SHA-256 of the config.json with which a safetensors file was made, or a list with those that have
+amended it since: it says which run it belongs to.
 metrics.jsonl, to which lines are appended, is listed with each safetensors file as far as it goes then: what stands
 after that is written again when the run is resumed.
 """
@@ -62,8 +63,8 @@ def record(path: Path, draft: Path) -> None:
         files, key = _read(folder), _key(folder, path)
         versions = [version for version in files.get(key, {}).get("versions", []) if version != new]
         files[key] = {"versions": [new, *versions][:KEPT]}
-        if path.suffix == ".safetensors" and CONFIG in files:
-            files[key]["config"] = files[CONFIG]["versions"][0]["sha256"]
+        if path.suffix == ".safetensors" and (folder / CONFIG).is_file():
+            files[key]["config"] = file_digest(folder / CONFIG)["sha256"]
         if path.suffix == ".safetensors":
             _record_lines(folder, files)
         _write(folder, files)
@@ -96,8 +97,20 @@ def verify(path: Path) -> None:
         )
     if file_digest(path) not in listed:
         raise UserError(f"{path} is not what was written (its SHA-256 differs): it was changed or swapped; {mend}")
-    if "config" in entry and entry["config"] not in {version["sha256"] for version in _config_versions(folder)}:
+    config = folder / CONFIG
+    if "config" in entry and config.is_file() and file_digest(config)["sha256"] not in _configs(entry):
         raise UserError(f"{path} was made with another {CONFIG} than that of {folder}; {mend}")
+
+
+def amend(folder: Path, config: bytes) -> None:
+    """Lists that what was made with config.json is right for ``config`` too, which is about to replace it."""
+    new = hashlib.sha256(config).hexdigest()
+    with _alone(folder):
+        files, old = _read(folder), file_digest(folder / CONFIG)["sha256"]
+        for entry in files.values():
+            if "config" in entry and old in _configs(entry) and new not in _configs(entry):
+                entry["config"] = [*_configs(entry), new]
+        _write(folder, files)
 
 
 def listed_metrics(folder: Path) -> dict[str, Any] | None:
@@ -117,8 +130,8 @@ def _say_unchecked(folder: Path) -> None:
         print(f"metacontroller: {folder} has no {NAME}: its files are read unchecked.", file=sys.stderr, flush=True)
 
 
-def _config_versions(folder: Path) -> list[dict[str, Any]]:
-    return _read(folder).get(CONFIG, {}).get("versions", [])
+def _configs(entry: dict[str, Any]) -> list[str]:
+    return [entry["config"]] if isinstance(entry["config"], str) else entry["config"]
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -181,7 +194,9 @@ def _sound(files: Any) -> TypeGuard[dict[str, Any]]:
     for entry in files.values():
         if not isinstance(entry, dict) or not entry.keys() <= {"versions", "config"} or not entry.get("versions"):
             return False
-        if not isinstance(entry.get("config", ""), str) or not isinstance(entry["versions"], list):
+        if not isinstance(entry.get("config", ""), str | list) or not isinstance(entry["versions"], list):
+            return False
+        if "config" in entry and not all(isinstance(config, str) for config in _configs(entry)):
             return False
         for version in entry["versions"]:
             if not isinstance(version, dict) or version.keys() != {"size", "sha256"}:

@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,22 @@ class RunFolder:
 
     # -- configuration and results ------------------------------------------------------------------------------------
 
-    def write_config(self, config: Any) -> None:
-        """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings."""
-        text = json.dumps(config, default=plain, indent=2)
-        remember_code(json.loads(text), self.path)
-        write_text(self._own("config.json"), text + "\n")
+    def write_config(self, config: Any, *, keeps_weights: bool = False) -> None:
+        """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings. One that says
+        the same stays as it is.
+
+        What was made with another config is refused from then on. keeps_weights: not so, because the config changes
+        nothing that it depends on, as where a run is given an environment.
+        """
+        text = json.dumps(config, default=plain, indent=2) + "\n"
+        content, path = json.loads(text), self._own("config.json")
+        remember_code(content, self.path)
+        with suppress(UserError):  # none, or one that was changed
+            if self.read_config() == content:
+                return
+        if keeps_weights:
+            manifest.amend(self.path, text.encode())
+        write_text(path, text)
 
     def read_config(self) -> dict[str, Any]:
         """Return config.json; MissingFileError if the folder has none."""
