@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import multiprocessing
+import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,70 @@ class Push(gymnasium.Env):
         return {"x": np.asarray(action, np.float64), "text": "push"}, float(action.sum()), False, False, {}
 
 
+class Odd(gymnasium.Env):
+    """Ends after four steps; its third step returns what it is told to, in place of an observation or a reward."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, observation: Any = (0.5, 0.25), reward: Any = 0.25, *, first: Any = (0.0, 0.0)) -> None:
+        self.given, self.first = (observation, reward), first
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return self.first, {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        observation, reward = self.given if self.steps == 3 else (np.full(2, self.steps / 10), 1.0)
+        if isinstance(observation, str):
+            sys.exit(3)
+        return observation, reward, self.steps == 4, False, {}
+
+
+class Narrow(gymnasium.Env):
+    """Each environment has bounds of its own, of observations and of actions; it shows the force that it took."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Narrow.made += 1
+        self.action_space = spaces.Box(-1.0 / Narrow.made, 1.0, (1,))
+        self.observation_space = spaces.Box(-1.0 / Narrow.made, 1.0, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return action, 0.0, False, False, {}
+
+
+class Changing(Narrow):
+    """Each environment has one action more than the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Discrete(Narrow.made)
+
+
+class Old(Odd):
+    """Returns from ``reset`` what environments of Gym did."""
+
+    def reset(self, **options: Any) -> Any:
+        return super().reset(**options)[0]
+
+
+class Older(Odd):
+    """Its ``reset`` takes no seed."""
+
+    def reset(self) -> Any:  # type: ignore[override]
+        return super().reset()
+
+
+gymnasium.register("adapter/Old-v0", Old)  # type: ignore[arg-type]
+gymnasium.register("adapter/Older-v0", Older)  # type: ignore[arg-type]
+gymnasium.register("adapter/Narrow-v0", Narrow)  # type: ignore[arg-type]
+gymnasium.register("adapter/Changing-v0", Changing)  # type: ignore[arg-type]
 gymnasium.register("adapter/Walk-v0", Walk)  # type: ignore[arg-type]
 gymnasium.register("adapter/TellingWalk-v0", Walk, kwargs={"tells": True})  # type: ignore[arg-type]
 gymnasium.register("adapter/Push-v0", Push)  # type: ignore[arg-type]
@@ -125,6 +190,87 @@ def test_a_reward_that_is_no_number_costs_its_episode() -> None:
     rewards = play(batch, [[1.0, 0.5]] * 2, [[np.nan, 0.5], [1.0, 0.5]])
     assert rewards.tolist() == [[1.5, 1.5], [0.0, 0.0]]
     assert batch.lost.tolist() == [False, True]
+
+
+def odd(name: str, **options: Any) -> str:
+    """The ID of an odd environment, which is registered here."""
+    gymnasium.register(f"adapter/Odd{name}-v0", Odd, kwargs=options)  # type: ignore[arg-type]
+    return f"adapter/Odd{name}-v0"
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "said"),
+    [
+        (0, {"reward": None}, "the reward is None; expected one finite number"),
+        (1, {"reward": [1.0, 2.0]}, "the reward is [1.0, 2.0]; expected one finite number"),
+        (2, {"reward": "1"}, "the reward is '1'; expected one finite number"),
+        (3, {"reward": np.array([np.inf])}, "the reward is array([inf]); expected one finite number"),
+        (4, {"observation": (np.nan, 0.0)}, "the observation is nan at [0]; expected one of Box"),
+        (5, {"observation": (0.0, 1.5)}, "the observation is 1.5 at [1]; expected one of Box"),
+        (6, {"observation": (0.0, 0.0, 0.0)}, "the observation has the shape (3,); expected (2,)"),
+        (7, {"observation": None}, "the observation is None; expected one of Box"),
+        (8, {"observation": "exit"}, "raised SystemExit: 3"),
+    ],
+)
+def test_what_is_not_of_its_space_costs_its_episode_and_the_run_goes_on(
+    case: int, options: dict[str, Any], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    LOST.clear()
+    environments, generator = GymnasiumEnvironments(odd(str(case), **options)), torch.Generator().manual_seed(0)
+    batch = environments.reset(2, generator, 100)
+    rewards = play(batch, [0, 0, 0, 0], [1, 1, 1, 1])
+    assert rewards.tolist() == [[1, 1, 0, 0]] * 2
+    assert batch.observation.tolist() == pytest.approx(np.full((2, 2), 0.2))  # the last one that was sound
+    assert batch.lost.tolist() == batch.truncated.tolist() == [True, True]
+    assert batch.steps.tolist() == [3, 3]
+    assert said in capsys.readouterr().err
+    del batch
+    assert environments.reset(2, generator, 100).lost.tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    "reward", [0.25, np.array(0.25), np.array([0.25]), [0.25], np.float32(0.25), torch.tensor(0.25)]
+)
+def test_a_reward_of_one_entry_is_taken_and_observations_are_cast(reward: Any) -> None:
+    name = odd(f"Cast{type(reward).__name__}{np.ndim(reward)}", observation=[0.5, -1], reward=reward)
+    batch = batch_of(name, 1)
+    assert play(batch, [0, 0, 0, 0]).tolist() == [[1, 1, 0.25, 1]]
+    assert batch.lost.tolist() == [False]
+    assert batch.observation.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter/Old-v0", r"reset returned \(0.0, 0.0\); expected an observation and an info"),
+        ("adapter/Older-v0", "TypeError: .* unexpected keyword argument 'seed'"),
+        (odd("First", first=(0.0, 3.0)), r"the observation is 3.0 at \[1\]; expected one of Box"),
+        (odd("None", first=None), "the observation is None; expected one of Box"),
+    ],
+)
+def test_an_environment_whose_first_reset_fails_is_refused_when_it_is_named(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"^env '{name}' cannot be reset: {said}"):
+        environment_facts(name)
+
+
+def test_environments_may_have_bounds_of_their_own() -> None:
+    environment_facts.cache_clear()
+    Narrow.made = 0
+    batch = batch_of("adapter/Narrow-v0", 4)
+    play(batch, *[[[-9.0]]] * 4)
+    assert batch.lost.tolist() == [False] * 4
+    assert batch.observation.flatten().tolist() == pytest.approx([-1 / made for made in (2, 3, 4, 5)])
+    maker = pickle.loads(pickle.dumps(batch.envs.block.envs.env_fns[0]))  # noqa: S301
+    environment_facts.cache_clear()
+    assert maker.facts.action_space.low == -1  # as worker processes see it, whatever bounds their first one has
+
+
+def test_environments_of_one_id_with_other_actions_each_time_are_refused() -> None:
+    environment_facts.cache_clear()
+    Narrow.made = 1
+    said = r"env 'adapter/Changing-v0' has the space Discrete\(3\) where it had Discrete\(2\) when it was first made"
+    with pytest.raises(UserError, match=said):
+        batch_of("adapter/Changing-v0", 2)
 
 
 def test_a_time_limit_truncates() -> None:

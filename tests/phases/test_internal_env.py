@@ -16,8 +16,10 @@ from metacontroller import InternalEnv, MetaController, Transformer
 from metacontroller.domains.gridworld_pinpad import ENV_ID
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.guarded_environment import LOST
 from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
 from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.errors import UserError
 from metacontroller.models.encoders import onehot_to_tokens
 from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
 
@@ -153,6 +155,61 @@ def test_one_step_holds_the_code_until_the_gate_opens_and_adds_up_the_rewards() 
     assert not any(truncated for *_, truncated, _ in results)
     expected = np.repeat(codes, [3, 3, 2], axis=0)
     np.testing.assert_array_equal(torch.cat(held).numpy(), expected)
+
+
+class Faulty(Counting):
+    """Its third step returns what it is told to, in place of an observation or a reward."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(8)
+        self.given = given
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        observation, info = super().reset(seed=seed, options=options)
+        return self.given.get("first", observation), info
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = super().step(action)
+        if len(self.taken) == 3:
+            return self.given.get("observation", observation), self.given.get("reward", reward), *rest
+        return np.float32(observation), [reward], *rest
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reward": None}, "the reward is None"),
+        ({"reward": np.nan}, "the reward is nan"),
+        ({"observation": np.full(1, np.nan)}, "the observation is nan at [0]"),
+        ({"observation": np.zeros(2)}, "the observation has the shape (2,)"),
+        ({"observation": None}, "the observation is None"),
+    ],
+)
+def test_what_is_not_of_its_space_costs_its_episode(
+    given: dict[str, Any], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    LOST.clear()
+    model, steering = make_model({"mode": "fixed-frequency", "period": 5}, state_embed_readout={"num_continuous": 1})
+    env = InternalEnv(Faulty(**given), model, steering)
+    env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(np.zeros(CODE, np.float32))
+    assert (reward, terminated, truncated) == (1 + 2, False, True)
+    assert info == {"steps": 2, "env_info": {"at": 2}, "lost": True}
+    assert np.isfinite(observation).all()
+    assert said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match=r"call reset\(\)"):
+        env.step(np.zeros(CODE, np.float32))
+    again, _ = env.reset(seed=0)
+    assert np.isfinite(again).all()
+
+
+def test_a_first_observation_that_is_not_of_its_space_is_refused() -> None:
+    model, steering = make_model({"mode": "forced"}, state_embed_readout={"num_continuous": 1})
+    with pytest.raises(UserError, match=r"env cannot be reset: the observation is nan at \[0\]; expected one of Box"):
+        InternalEnv(Faulty(first=np.full(1, np.nan)), model, steering).reset()
+    own = InternalEnv(Faulty(), model, steering, encode_observation=lambda seen: torch.tensor([np.inf]))
+    with pytest.raises(UserError, match="env cannot be reset: the observation as the model reads it is not finite"):
+        own.reset()
 
 
 def test_a_time_limit_truncates() -> None:

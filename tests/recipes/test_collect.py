@@ -47,6 +47,58 @@ def wrong(observation: Any, env: Any) -> Any:
     return (int(observation) + 1) % 4
 
 
+class Push(gymnasium.Env):
+    """A force of two numbers within -1 and 1, shown in the next observation; four steps."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return [0, 0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return (action if self.steps % 2 else np.asarray(action, np.float64)), 1.0, False, self.steps == 4, {}
+
+
+class Endless(Push):
+    """No step is the last."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return action, 1.0, False, False, {}
+
+
+class Falling(Guess):
+    """Some episodes raise in the middle; the others show what they were paid for."""
+
+    def __init__(self) -> None:
+        self.action_space = spaces.Discrete(1000)
+        self.observation_space = spaces.Discrete(1000)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.number == 4:
+            raise RuntimeError("four")
+        return action, 0.0, False, self.np_random.random() < 0.3, {}
+
+
+gymnasium.register("collect/Push-v0", Push)  # type: ignore[arg-type]
+gymnasium.register("collect/Endless-v0", Endless)  # type: ignore[arg-type]
+gymnasium.register("collect/Falling-v0", Falling)  # type: ignore[arg-type]
+
+ANSWERS: list[Any] = []
+"""What `answering` returns, one after the other, the last again and again."""
+
+
+def answering(observation: Any, env: Any) -> Any:
+    return ANSWERS.pop(0) if len(ANSWERS) > 1 else ANSWERS[0]
+
+
+def sampling(observation: Any, env: Any) -> Any:
+    return env.action_space.sample()
+
+
 CONFIG = CollectConfig(env="collect/Guess-v0", policy=f"{__name__}:small_or_wrong", episodes=90)
 
 
@@ -182,3 +234,72 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds files of something else"):
         collect(CONFIG, tmp_path, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("env", "answers", "said"),
+    [
+        ("Guess", [1.5], r"is 1.5; expected one of Discrete\(5\)"),
+        ("Guess", [2, 5], r"is 5; expected one of Discrete\(5\)"),
+        ("Guess", [None], r"is None; expected one of Discrete\(5\)"),
+        ("Guess", [[1, 2]], r"has the shape \(2,\); expected \(\)"),
+        ("Push", [[0, 0], [0.5, np.nan]], r"is nan at \[1\]; expected one of Box"),
+        ("Push", [[0.5, 1.0001]], r"is 1.0001 at \[1\]; expected one of Box"),
+        ("Push", [[0.5]], r"has the shape \(1,\); expected \(2,\)"),
+        ("Push", ["left"], "is 'left'; expected one of Box"),
+    ],
+)
+def test_a_wrong_action_of_a_policy_is_named_at_once(tmp_path: Path, env: str, answers: list[Any], said: str) -> None:
+    ANSWERS[:] = answers
+    config = CollectConfig(env=f"collect/{env}-v0", policy=f"{__name__}:answering", episodes=2)
+    with pytest.raises(UserError, match=f"an action of policy '{__name__}:answering' {said}.*; mend the policy"):
+        collect(config, tmp_path / "data", quiet=True)
+    assert not list((tmp_path / "data").glob("parts/*"))
+
+
+@pytest.mark.parametrize("answer", [3, 3.0, np.array(3), np.array([3]), [3], np.uint8(3)])
+def test_one_whole_number_is_an_action_of_a_choice(tmp_path: Path, answer: Any) -> None:
+    ANSWERS[:] = [answer]
+    config = CollectConfig(env="collect/Guess-v0", policy=f"{__name__}:answering", episodes=2)
+    collect(config, tmp_path / "data", quiet=True)
+    actions = TrajectoryStore(tmp_path / "data").arrays["actions"]
+    assert (actions.tolist(), actions.shape, actions.dtype) == ([3, 3], (2,), np.int64)
+
+
+def test_whole_numbers_early_and_floats_later_are_one_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART", 1)
+    ANSWERS[:] = [[0, 1]] * 4 + [[0.5, 0.1]]
+    config = CollectConfig(env="collect/Push-v0", policy=f"{__name__}:answering", episodes=2)
+    collect(config, tmp_path / "data", quiet=True)
+    arrays = TrajectoryStore(tmp_path / "data").arrays
+    expected = np.array([[0, 1]] * 4 + [[0.5, 0.1]] * 4, np.float32)
+    for name, values in {"actions": expected, "states": arrays["states"]}.items():
+        assert arrays[name].dtype == np.float32
+        np.testing.assert_array_equal(arrays[name], values)
+    np.testing.assert_array_equal(arrays["states"][1:5], expected[:4])
+
+
+def test_a_world_without_a_time_limit_is_said_and_given_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "MAX_STEPS", 5)
+    ANSWERS[:] = [[0, 0]]
+    config = CollectConfig(env="collect/Endless-v0", policy=f"{__name__}:answering", episodes=2)
+    assert collect(config, tmp_path / "five")["steps"] == 10
+    said = "collect/Endless-v0 has no time limit: an episode may take 5 steps; --max-steps sets another"
+    assert said in capsys.readouterr().err
+    assert collect(replace(config, max_steps=3), tmp_path / "three")["steps"] == 6
+    assert "time limit" not in capsys.readouterr().err
+    truncated = TrajectoryStore(tmp_path / "three").arrays["truncated"]
+    assert truncated.tolist() == [True, True]
+
+
+def test_the_same_seed_gives_the_same_episodes_after_an_exception_too(tmp_path: Path) -> None:
+    config = CollectConfig(env="collect/Falling-v0", policy=f"{__name__}:sampling", episodes=40)
+    lost = [collect(config, tmp_path / name, quiet=True)["lost"] for name in ("one", "other")]
+    assert lost[0] == lost[1] > 0
+    one, other = (TrajectoryStore(tmp_path / name).arrays for name in ("one", "other"))
+    np.testing.assert_array_equal(one["actions"], other["actions"])
+    np.testing.assert_array_equal(one["states"], other["states"])

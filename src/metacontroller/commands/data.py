@@ -25,6 +25,8 @@ class Collect:
     success_return: float | None = None
     """The return that counts as success where the environment's info does not say; a positive reward at termination
     unless given."""
+    max_steps: int | None = None
+    """Steps after which an episode is truncated; the environment's own limit unless given."""
     seed: int = 0
     """From which each episode's seed derives; the episodes do not depend on --workers."""
     workers: int = 1
@@ -41,11 +43,12 @@ class Collect:
             episodes=self.episodes,
             only_successes=self.only_successes,
             success_return=self.success_return,
+            max_steps=self.max_steps,
             seed=self.seed,
         )
         done = collect(config, self.out, workers=self.workers, resume=self.resume, quiet=self.quiet)
         spread = "" if done["return_se"] is None else f" ± {done['return_se']:.2g}"
-        reasons = {"lost": "lost to exceptions", "unsolved": "without success", "surplus": "more than asked for"}
+        reasons = {"lost": "lost to the environment", "unsolved": "without success", "surplus": "more than asked for"}
         left_out = "".join(f", {done[name]} {reason}" for name, reason in reasons.items() if done.get(name))
         print(
             f"{self.out}: {done['kept']} episodes kept of {done['played']} played{left_out}; {done['steps']} steps, "

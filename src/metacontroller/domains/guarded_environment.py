@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from metacontroller.data.spaces import readable, without_text
-from metacontroller.errors import UserError
+from metacontroller.data.spaces import action_options, readable
+from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
+from metacontroller.errors import UserError, last_line
+from metacontroller.ranges import shown
 from metacontroller.storage.user_function import import_user_module
 
 FLAGS = ("terminated", "truncated", "success", "lost")
@@ -87,15 +89,22 @@ class EnvironmentFacts(NamedTuple):
 
 @lru_cache
 def environment_facts(name: str) -> EnvironmentFacts:
-    """What one environment says of itself; UserError if it cannot be made."""
+    """What one environment says of itself; UserError if it cannot be made or reset, or if a model cannot act in it."""
     env = make_environment(name)
     try:
+        seen = readable(env.observation_space)
+        action_options(env.action_space)
         limit = None if env.spec is None else env.spec.max_episode_steps
         own = getattr(env.unwrapped, "max_steps", None)
         limits = [int(steps) for steps in (limit, own) if isinstance(steps, int | np.integer) and steps > 0]
-        return EnvironmentFacts(readable(env.observation_space), env.action_space, min(limits, default=None))
+        try:
+            observed(env.observation_space, seen, began(env, seed=0)[0])
+        except (Exception, SystemExit) as error:
+            raise _no_reset(name, error) from error
+        return EnvironmentFacts(seen, env.action_space, min(limits, default=None))
     finally:
-        env.close()
+        with suppress(Exception, SystemExit):
+            env.close()
 
 
 def make_environment(name: str) -> gymnasium.Env:
@@ -106,8 +115,32 @@ def make_environment(name: str) -> gymnasium.Env:
             return gymnasium.make(environment_id(name), disable_env_checker=True)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"env {name!r} cannot be made: {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"env {name!r} cannot be made: {last_line(error)}.") from error
+
+
+def _no_reset(name: str, error: BaseException) -> UserError:
+    return UserError(f"env {name!r} cannot be reset: {error if isinstance(error, Misfit) else last_line(error)}.")
+
+
+def _kind(space: spaces.Space) -> Any:
+    """What all environments of one ID must have in common: everything but the bounds of a Box."""
+    if isinstance(space, spaces.Dict):
+        return {key: _kind(part) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return [_kind(part) for part in space]
+    return (space.shape, space.dtype) if isinstance(space, spaces.Box) else space
+
+
+def tell_lost(name: str, error: BaseException) -> None:
+    """Counts an exception that ended an episode; the first, tenth, hundredth ... of its kind is printed."""
+    kind = type(error).__name__
+    LOST[name, kind] += 1
+    count = LOST[name, kind]
+    if str(count).strip("0") == "1":
+        often = "" if count == 1 else f" ({count:,} times by now)"
+        said = f": {error}" if isinstance(error, Misfit) else f" raised {last_line(error)}"
+        print(f"metacontroller: {name}{said}; its episode ends here{often}.", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +150,26 @@ class GuardedEnvironment:
     name: str
     success_return: float | None = None
 
+    @cached_property
+    def facts(self) -> EnvironmentFacts:
+        """Those of the first environment, for all: others may have other bounds. They go to worker processes too."""
+        return environment_facts(self.name)
+
+    def make(self) -> gymnasium.Env:
+        """A new environment; UserError if its spaces differ in more than bounds from those of the first."""
+        env = make_environment(self.name)
+        pairs = (
+            (readable(env.observation_space), self.facts.observation_space),
+            (env.action_space, self.facts.action_space),
+        )
+        for own, first in pairs:
+            if _kind(own) != _kind(first):
+                raise UserError(
+                    f"env {self.name!r} has the space {shown(own)} where it had {shown(first)} when it was first made; "
+                    "it must be of one kind, whatever its bounds."
+                )
+        return env
+
     def __call__(self) -> Guard:
         return Guard(self)
 
@@ -124,37 +177,43 @@ class GuardedEnvironment:
 class Guard(gymnasium.Env):
     """An environment that can step beside others that have ended, and that outlives its own exceptions.
 
-    Its observation is a Dict: "observation", without text; "terminated", "truncated", "success" and "lost". Once an
-    episode has ended, and while ``held`` is set, it ignores actions, with reward 0. An exception in ``step``, or in any
-    ``reset`` but the first, ends the episode as truncated and lost, and so does a reward that is not finite; the next
-    ``reset`` makes a new environment. ``options["max_steps"]`` of ``reset``: a time limit.
+    Its observation is a Dict: "observation", without text and in the type of its space; "terminated", "truncated",
+    "success" and "lost". Once an episode has ended, and while ``held`` is set, it ignores actions, with reward 0. An
+    action of a Box is cut to the bounds of this very environment. ``options["max_steps"]`` of ``reset``: a time limit.
+
+    An exception, sys.exit too, and whatever is not finite or not of its space (`domains.border`) end the episode as
+    truncated and lost; the next ``reset`` makes a new environment. UserError if the first ``reset`` fails so.
 
     Success is what the last info that carries "success" or "is_success" says. Where none does: with success_return,
     whether the return is at least that; without, whether the episode terminated with a positive reward.
     """
 
     def __init__(self, maker: GuardedEnvironment) -> None:
-        self.maker, self.env = maker, make_environment(maker.name)
-        self.action_space = self.env.action_space
-        inner = readable(self.env.observation_space)
-        self.observation_space = spaces.Dict({"observation": inner, **{flag: spaces.Discrete(2) for flag in FLAGS}})
+        self.maker = maker
+        self._renew()
+        self.action_space = maker.facts.action_space
+        flags = {flag: spaces.Discrete(2) for flag in FLAGS}
+        self.observation_space = spaces.Dict({"observation": maker.facts.observation_space, **flags})
         self.flags, self.held = dict.fromkeys(FLAGS, False), False
-        self.last: Any = None  # observation, as the environment gave it
+        self.last: Any = None
+        """The observation as the environment gave it."""
+        self.read: Any = None
+        """The same without text, in the type of its space."""
         self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if self.flags["lost"]:
-            with suppress(Exception):  # it may be broken
+            with suppress(Exception, SystemExit):  # it may be broken
                 self.env.close()
-            self.env = make_environment(self.maker.name)
+            self._renew()
         self.flags = dict.fromkeys(FLAGS, False)
         self.returned, self.steps, self.reported = 0.0, 0, False
         self.max_steps = (options or {}).get("max_steps") or sys.maxsize
         try:
-            self.last, _ = self.env.reset(seed=seed)
-        except Exception as error:
-            if self.last is None:
-                raise
+            self._see(began(self.env, seed=seed)[0])
+        except (Exception, SystemExit) as error:
+            if self.read is None:
+                raise _no_reset(self.maker.name, error) from error
             self._lose(error)
         return self._observed(), {}
 
@@ -162,18 +221,18 @@ class Guard(gymnasium.Env):
         """Never ends for the vector environment: what has ended stands in the observation."""
         if self.held or self.ended:
             return self.seen, 0.0, False, False, {}
+        space = self.env.action_space
         try:
-            self.last, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
+            if isinstance(space, spaces.Box):
+                action = np.clip(action, space.low, space.high)
+            observation, reward, terminated, truncated, info = stepped(self.env, fitted(space, action, "the action"))
+            self._see(observation)
+        except (Exception, SystemExit) as error:
             self._lose(error)
-            return self._observed(), 0.0, False, False, {}
-        reward = float(reward)
-        if not np.isfinite(reward):
-            self._lose(ValueError(f"the reward is {reward}"))
             return self._observed(), 0.0, False, False, {}
         self.returned, self.steps = self.returned + reward, self.steps + 1
         truncated = (truncated or self.steps >= self.max_steps) and not terminated
-        self.flags |= {"terminated": bool(terminated), "truncated": bool(truncated)}
+        self.flags |= {"terminated": terminated, "truncated": truncated}
         self.flags["success"] = self._success(info, reward)
         return self._observed(), reward, False, False, {}
 
@@ -183,21 +242,20 @@ class Guard(gymnasium.Env):
         return self.flags["terminated"] or self.flags["truncated"]
 
     def close(self) -> None:
-        self.env.close()
+        with suppress(Exception, SystemExit):  # nothing is lost by it any more
+            self.env.close()
 
-    def _lose(self, error: Exception) -> None:
-        """Ends the episode; the first, tenth, hundredth ... such exception of this process is printed."""
+    def _renew(self) -> None:
+        self.env = self.maker.make()
+        self.readable = readable(self.env.observation_space)
+
+    def _see(self, observation: Any) -> None:
+        self.read = observed(self.env.observation_space, self.readable, observation)
+        self.last = observation
+
+    def _lose(self, error: BaseException) -> None:
         self.flags |= {"truncated": True, "success": False, "lost": True}
-        kind = type(error).__name__
-        LOST[self.maker.name, kind] += 1
-        count = LOST[self.maker.name, kind]
-        if str(count).strip("0") == "1":
-            often = "" if count == 1 else f" ({count:,} times by now)"
-            print(
-                f"metacontroller: {self.maker.name} raised {kind}: {error}; its episode ends here{often}.",
-                file=sys.stderr,
-                flush=True,
-            )
+        tell_lost(self.maker.name, error)
 
     def _success(self, info: dict[str, Any], reward: float) -> bool:
         for name in ("success", "is_success"):
@@ -211,6 +269,5 @@ class Guard(gymnasium.Env):
         return self.flags["terminated"] and reward > 0
 
     def _observed(self) -> dict[str, Any]:
-        observation = without_text(self.env.observation_space, self.last)
-        self.seen = {"observation": observation, **{name: np.int64(flag) for name, flag in self.flags.items()}}
+        self.seen = {"observation": self.read, **{name: np.int64(flag) for name, flag in self.flags.items()}}
         return self.seen

@@ -21,7 +21,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from metacontroller.data.spaces import encode_observations, environment_actions, model_dtype
-from metacontroller.domains.guarded_environment import FLAGS, GuardedEnvironment, environment_facts, environment_id
+from metacontroller.domains.guarded_environment import FLAGS, GuardedEnvironment, environment_id
 from metacontroller.errors import UserError
 
 ROW_TENSORS = ("observation", "steps", "subgoals_done", *FLAGS)
@@ -85,7 +85,7 @@ class EnvironmentRows:
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
-        facts = environment_facts(maker.name)
+        facts = maker.facts
         self.observation_space, self.action_space = facts.observation_space, facts.action_space
         self.dtype = model_dtype(facts.observation_space)
         self.workers, self.count = min(workers, count) if count > 1 else 0, count
@@ -158,9 +158,10 @@ def _without_first_axis(values: Any) -> Any:
 class GymnasiumBatch:
     """b episodes of a Gymnasium environment that step together: its `BatchedEnv`.
 
-    Actions of a Box are clipped to its bounds. lost (b,) bool: an exception of the environment ended the episode, which
-    counts as truncated and not solved. An episode stays with its environment: ``begin_again`` begins new ones, and
-    ``replace`` takes back rows that stepped in a shallow copy of the batch, and no others.
+    Actions of a Box are clipped to its bounds. lost (b,) bool: an exception of the environment, or a value of it that
+    is not finite or not of its space, ended the episode, which counts as truncated and not solved. An episode stays
+    with its environment: ``begin_again`` begins new ones, and ``replace`` takes back rows that stepped in a shallow
+    copy of the batch, and no others.
     """
 
     observation: Tensor

@@ -13,7 +13,9 @@ from gymnasium import spaces
 from torch import Tensor
 
 from metacontroller.control.metacontroller import ControlState, MetaController
-from metacontroller.data.spaces import action_options, environment_actions, environment_states
+from metacontroller.data.spaces import action_options, environment_actions, environment_states, readable
+from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
+from metacontroller.domains.guarded_environment import tell_lost
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
@@ -47,7 +49,9 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     Reward: the sum of ``env``'s rewards during the abstract action. Endings: ``terminated`` and ``truncated`` of
     ``env``; after either, call ``reset``.
 
-    Info: ``steps``, environment steps taken by the abstract action; ``env_info``, the last info of ``env``.
+    Info: ``steps``, environment steps taken by the abstract action; ``env_info``, the last info of ``env``; ``lost``,
+    True, where a reward or an observation that is not finite or not of its space ended the episode as truncated: its
+    last observation is the one before. What ``env`` raises is raised.
 
     Seeds: ``reset(seed=...)`` seeds ``env`` and the sampling of the model's actions.
 
@@ -62,7 +66,8 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             default as a dataset of ``env`` would hold it (`data.spaces`), then the encoder's ``from_observation``.
 
     Raises:
-        UserError: if the metacontroller or the action space of ``env`` does not fit the model.
+        UserError: if the metacontroller or the action space of ``env`` does not fit the model, and in ``reset`` if the
+            first observation is not of its space.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         _check_action_space(env.action_space, model)
         self.env, self.model, self.meta_controller = env, model, meta_controller
         self.encode_observation = encode_observation or self._encoded
+        self._readable = None if encode_observation else readable(env.observation_space)
         self.metadata, self.render_mode = env.metadata, env.render_mode
         self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
         self.action_space = spaces.Box(-CODE_LIMIT, CODE_LIMIT, (meta_controller.dim_latent,), np.float32)
@@ -95,9 +101,12 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Start an episode; ``options`` go to the inner environment."""
         super().reset(seed=seed)
         self._generator.manual_seed(int(self.np_random.integers(2**62)))
-        observation, info = self.env.reset(seed=seed, options=options)
         cache, state = self.model.empty_cache(1), self.meta_controller.initial_state(1)
-        residual = self._lower(cache, observation)
+        try:
+            observation, info = began(self.env, seed=seed, options=options)
+            residual = self._lower(cache, observation)
+        except Misfit as error:
+            raise UserError(f"env cannot be reset: {error}.") from error
         _, history = self.meta_controller.observe(residual, state)
         self._episode = _Episode(cache, state, residual, history)
         return _to_numpy(residual), {"steps": 0, "env_info": info}
@@ -109,21 +118,25 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise RuntimeError("no episode is running: call reset() first.")
         episode, code = self._episode, self._code(action)
         switch = torch.ones(1, dtype=torch.bool, device=self._device)
-        total, steps = 0.0, 0
+        total, steps, report = 0.0, 0, {"env_info": {}}
         while True:
             episode.state = self.meta_controller.integrate(episode.state, episode.history, switch, code)
             taken = self._act(episode)
-            observation, reward, terminated, truncated, info = self.env.step(self._env_action(taken))
-            total, steps = total + float(reward), steps + 1
-            episode.residual = self._lower(episode.cache, observation, taken)
+            try:
+                observation, reward, terminated, truncated, info = stepped(self.env, self._env_action(taken))
+                episode.residual = self._lower(episode.cache, observation, taken)
+            except Misfit as error:
+                tell_lost(str(self.env), error)
+                terminated, truncated, report = False, True, {**report, "lost": True}
+                break
+            total, steps, report = total + reward, steps + 1, {"env_info": info}
             beta, episode.history = self.meta_controller.observe(episode.residual, episode.state)
             switch = beta >= self.meta_controller.gate_config.threshold
             if terminated or truncated or bool(switch):
                 break
         if terminated or truncated:
             self._episode = None
-        report = {"steps": steps, "env_info": info}
-        return _to_numpy(episode.residual), total, bool(terminated), bool(truncated), report
+        return _to_numpy(episode.residual), total, terminated, truncated, {"steps": steps, **report}
 
     def render(self) -> Any:
         """The inner environment's picture."""
@@ -144,12 +157,16 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return code.clamp(-CODE_LIMIT, CODE_LIMIT)[None]
 
     def _encoded(self, observation: Any) -> Tensor:
-        """One observation as a state, without batch and time axes."""
-        return self.model.encoder.from_observation(environment_states(self.env.observation_space, [observation])[0])
+        """One observation as a state, without batch and time axes; Misfit if it is none of its space."""
+        assert self._readable is not None
+        seen = observed(self.env.observation_space, self._readable, observation)
+        return self.model.encoder.from_observation(environment_states(self._readable, [seen])[0])
 
     def _lower(self, cache: Any, observation: Any, past_action: Tensor | None = None) -> Tensor:
-        """(1, n_e) residual at the controlled layer for a new observation."""
+        """(1, n_e) residual at the controlled layer for a new observation; Misfit unless it is finite."""
         state = self.encode_observation(observation).to(self._device)
+        if not bool(state.isfinite().all()):
+            raise Misfit("the observation as the model reads it is not finite")
         return self.model.lower(self.model.embed(state[None, None], past_action), cache.lower)[:, 0]
 
     def _act(self, episode: _Episode) -> Tensor:
@@ -165,9 +182,9 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return action
 
     def _env_action(self, action: Tensor) -> Any:
-        """The sampled action as the inner environment takes it."""
+        """The sampled action as the inner environment takes it; Misfit unless it is finite."""
         taken = environment_actions(self.env.action_space, action[0].cpu().numpy())[0]
-        return taken if taken.ndim else taken[()]
+        return fitted(self.env.action_space, taken, "the action")
 
 
 def check_gaussian(meta_controller: MetaController) -> None:

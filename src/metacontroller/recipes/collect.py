@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 
 from metacontroller.data.datasets import space_meta
-from metacontroller.data.spaces import encode_actions, encode_observations, readable, stack, without_text
+from metacontroller.data.spaces import encode_actions, encode_observations, stack
 from metacontroller.data.store import Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains.border import Misfit, fitted
 from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, PROCESSES, Number, Whole, check_fields, check_number
+from metacontroller.ranges import COUNT, MOST_STEPS, PROCESSES, Number, Whole, check_fields, check_number
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.files import left_behind, plain, write_text
 from metacontroller.storage.lock import LOCK, held
 from metacontroller.storage.plain_files import read_json
 from metacontroller.storage.sealed import SEAL, check_seal, seal
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
-from metacontroller.training.progress import track
+from metacontroller.training.progress import announce, track
 
 PART = 64
 """Attempts in one part: what an interrupt can cost."""
@@ -67,11 +68,14 @@ class CollectConfig:
     """Keep only episodes that succeed."""
     success_return: float | None = None
     """See `Guard`."""
+    max_steps: int | None = None
+    """Steps after which an episode is truncated; none: the environment's limit, or `MAX_STEPS`."""
     seed: int = 0
     """From which each episode's seed derives."""
 
     def __post_init__(self) -> None:
         check_fields(self, episodes=COUNT, success_return=Number(none=True), seed=Whole(0))
+        check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True))
 
 
 def collect(
@@ -87,7 +91,9 @@ def collect(
     """
     check_number("workers", workers, PROCESSES)
     import_user_function("policy", config.policy)
-    environment_facts(config.env)
+    if environment_facts(config.env).max_steps is None and config.max_steps is None:
+        said = f"{config.env} has no time limit: an episode may take {MAX_STEPS:,} steps; --max-steps sets another"
+        announce(f"collect: {said}", quiet=quiet)
     with held(out):
         _open(config, out, resume)
         if not (out / "store.json").exists():
@@ -113,8 +119,8 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_sealed(request)
-    if asked != plain(config):
+    asked = (TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_sealed(request)) or {}
+    if plain(config) != {name: asked.get(name) for name in plain(config)}:  # options may be newer than the folder
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
 
@@ -169,7 +175,11 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
 
     def answer(observation: Any, environment: Any) -> Any:
         with code_of_the_user("policy", config.policy):
-            return deepcopy(policy(observation, environment))
+            chosen = policy(observation, environment)
+        try:
+            return deepcopy(fitted(environment.action_space, chosen, f"an action of policy {config.policy!r}"))
+        except Misfit as error:
+            raise UserError(f"{error}; mend the policy.") from error
 
     size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
     with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
@@ -219,7 +229,8 @@ def _finished(out: Path) -> list[Path]:
 
 def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, attempts: range) -> None:
     """Plays some attempts and writes those that are kept."""
-    played = [_play(env, policy, _seed(config.seed, attempt)) for attempt in attempts]
+    limit = config.max_steps or MAX_STEPS
+    played = [_play(env, policy, _seed(config.seed, attempt), limit) for attempt in attempts]
     whole = [episode for episode in played if not episode["lost"]]
     kept = [episode for episode in whole if episode["success"] or not config.only_successes]
     if kept:
@@ -235,21 +246,21 @@ def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, at
     write_text(path, json.dumps(seal(report)))
 
 
-def _play(env: Guard, policy: Policy, seed: int) -> dict[str, Any]:
+def _play(env: Guard, policy: Policy, seed: int, max_steps: int) -> dict[str, Any]:
     """One episode: success and lost, and unless it is lost the fields of `Trajectories`."""
-    env.reset(seed=seed, options={"max_steps": MAX_STEPS})
-    env.action_space.seed(seed)
-    observations, actions, rewards = [deepcopy(env.last)], [], []  # environments may write into what they returned
+    env.reset(seed=seed, options={"max_steps": max_steps})
+    env.env.action_space.seed(seed)  # of this very environment, which is new where the last one raised
+    observations, actions, rewards = [deepcopy(env.read)], [], []  # environments may write into what they returned
     while not env.ended:
         action = policy(env.last, env.env)
         rewards.append(env.step(action)[1])
-        observations.append(deepcopy(env.last))
+        observations.append(deepcopy(env.read))
         actions.append(action)
     if env.flags["lost"]:
         return {**env.flags}
-    space, seen = env.env.observation_space, readable(env.env.observation_space)
+    seen = env.maker.facts.observation_space
     return {
-        "states": encode_observations(seen, stack(seen, [without_text(space, value) for value in observations])),
+        "states": encode_observations(seen, stack(seen, observations)),
         "actions": encode_actions(env.action_space, actions),
         "rewards": np.array(rewards),
         **env.flags,
