@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.analysis.gate import gate_along
-from metacontroller.analysis.oracle import switches
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.recipes.config import load_run, read_config
 from metacontroller.storage.files import read_object
@@ -158,7 +157,7 @@ def meaning(name: str, folder: Path) -> dict[str, Any]:
     read = dataset.read(np.arange(count), longest=loaded.domain.config.window)
     episodes = Trajectories(states=read.states, actions=read.actions, lengths=read.lengths)
     gate = gate_along(loaded, episodes, stream_seed(loaded.seed, "analyse"))
-    taken = switches(gate, loaded.meta_controller.gate_config.threshold)
+    taken = gate.switches()
     with torch.no_grad():
         seen = loaded.model.residual(episodes.states[:, :2], episodes.actions[:, :1])[:, 0].float()
     both = torch.cat([seen, gate.code[:, 0]], 1)

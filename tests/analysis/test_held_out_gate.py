@@ -11,11 +11,14 @@ import torch
 from metacontroller.analysis import gate as module
 from metacontroller.analysis.gate import Gate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.rate_distortion import rate_distortion, rate_distortion_of_segments
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
+from metacontroller.control.switching import GateConfig
 from metacontroller.metrics.gate import gate_alignment
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import build_meta_controller, load_run
+from metacontroller.recipes.run_phase import demonstrations
 
 Untrained = Callable[..., LoadedRun]
 
@@ -29,7 +32,7 @@ def test_the_figures_count_over_all_episodes_and_not_per_batch(
     assert held_out.segments is not None
     assert beta.shape == held_out.actions.shape
     assert code.shape == (*beta.shape, debug().meta_controller.dim_latent)
-    expected = gate_alignment(beta, held_out.segments, held_out.lengths)
+    expected = gate_alignment(beta, held_out.segments, held_out.lengths, threshold=0.5)
     assert gate.figures() == {name: pytest.approx(float(value)) for name, value in expected.items()}
 
 
@@ -58,12 +61,29 @@ def test_after_compile_the_causal_gate_runs_along_the_codes_of_the_segments(untr
     encoder, dim_latent = run.domain.spec().encoder, config.meta_controller.dim_latent
     segmentation = build_compile(config.compile, run.base, encoder, dim_latent, 0)
     segmentation.save(run.folder.path / "compile.safetensors")
-    beta, code, held_out, nats, _ = held_out_gate(load_run(run.folder, "cpu"), 12, seed=3)
+    beta, code, held_out, nats, *_ = held_out_gate(load_run(run.folder, "cpu"), 12, seed=3)
     assert bool((beta[:, 0] == 1).all())
     assert nats is None
     with torch.no_grad():
         expected = segmentation(held_out.states, held_out.lengths).code_at()
     torch.testing.assert_close(code[held_out.mask()], expected[held_out.mask()])
+
+
+@pytest.mark.parametrize(("threshold", "found"), [(0.1, 1.0), (0.9, 0.0)])
+def test_switches_are_counted_at_the_gates_threshold(untrained: Untrained, threshold: float, found: float) -> None:
+    config = debug()
+    sizes = replace(config.meta_controller, gate=GateConfig(threshold=threshold))  # beta is about 0.5
+    run = untrained(replace(config, meta_controller=sizes))
+    gate = held_out_gate(run, 16, seed=3)
+    assert gate.figures()["gate_recall"] == found
+    assert gate.report()["recall"] == [found] * 3
+    assert int(gate.switches().sum()) == (int(gate.episodes.lengths.sum()) if found else 16)
+    source = demonstrations(run.domain, "discover")
+    codes = rate_distortion(run.base, run.meta_controller, source, 16, 3)
+    encoder = run.domain.spec().encoder
+    segmentation = build_compile(config.compile, run.base, encoder, config.meta_controller.dim_latent, 0)
+    segments = rate_distortion_of_segments(run.base, segmentation, run.meta_controller, source, 16, 3)
+    assert codes["gate_recall"] == segments["gate_recall"] == found
 
 
 def test_the_analysis_has_a_line_for_each_tolerance_and_measure(untrained: Untrained) -> None:

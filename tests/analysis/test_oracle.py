@@ -61,7 +61,7 @@ def test_codes_are_taken_at_the_first_step_and_where_the_gate_opens_within_the_e
     code = torch.arange(10.0).view(2, 5, 1)
     beta = torch.tensor([[1.0, 0.2, 0.5, 0.1, 0.9], [1.0, 0.0, 0.4, 0.0, 1.0]])
     episodes = Trajectories(states=torch.zeros(2, 6), actions=torch.zeros(2, 5), lengths=torch.tensor([5, 4]))
-    codes = oracle_codes(HeldOutGate(beta, code, episodes, None), 0.5)
+    codes = oracle_codes(HeldOutGate(beta, code, episodes, None, 0.5))
     assert codes.count.tolist() == [3, 1]
     assert codes.code[..., 0].tolist() == [[0.0, 2.0, 4.0], [5.0, 0.0, 0.0]]
 

@@ -53,7 +53,7 @@ def test_table_a1_has_four_classes_and_a_gate_that_opens_between_pairs_is_perfec
     assert set(episodes.subgoals[episodes.mask()].tolist()) == {0, 1, 2, 3}
     assert set(episodes.segments[episodes.mask()].tolist()) == {0, 1, 2}
     beta = first_steps_after_pairs(episodes, 8)
-    alignment = gate_alignment(beta, episodes.segments, episodes.lengths, tolerance=0)
+    alignment = gate_alignment(beta, episodes.segments, episodes.lengths, threshold=0.5, tolerance=0)
     assert (float(alignment["gate_recall"]), float(alignment["gate_precision"])) == (1.0, 1.0)
 
 

@@ -36,13 +36,22 @@ def test_a_change_is_the_first_step_of_a_new_subgoal() -> None:
     ],
 )
 def test_recall_and_precision(switches: tuple[int, ...], tolerance: int, recall: float, precision: float) -> None:
-    found = gate_alignment(beta(*switches), SEGMENTS, LENGTHS, tolerance=tolerance)
+    found = gate_alignment(beta(*switches), SEGMENTS, LENGTHS, threshold=0.5, tolerance=tolerance)
     assert float(found["gate_recall"]) == pytest.approx(recall)
     assert float(found["gate_precision"]) == pytest.approx(precision)
     assert codes_taken(beta(*switches), LENGTHS, threshold=0.5).tolist() == [1 + len(switches)]
 
 
+def test_a_perfect_gate_is_perfect_at_its_own_threshold() -> None:
+    perfect = torch.tensor([[1.0, 0.6, 0.6, 0.95, 0.6, 0.6, 0.6, 0.9, 0.6, 1.0]])
+    found = {at: gate_alignment(perfect, SEGMENTS, LENGTHS, threshold=at, tolerance=0) for at in (0.5, 0.9)}
+    assert (float(found[0.9]["gate_recall"]), float(found[0.9]["gate_precision"])) == (1.0, 1.0)
+    assert float(found[0.5]["gate_precision"]) == pytest.approx(2 / 8)
+    report = gate_report(perfect, SEGMENTS, LENGTHS, threshold=0.9)
+    assert report["recall"] == report["precision"] == report["f1"] == [1.0, 1.0, 1.0]
+
+
 def test_a_report_judges_at_multiples_of_the_tolerance() -> None:
-    report = gate_report(beta(1, 5), SEGMENTS, LENGTHS, tolerance=2)
+    report = gate_report(beta(1, 5), SEGMENTS, LENGTHS, threshold=0.5, tolerance=2)
     assert report["tolerance"] == [0, 2, 4]
     assert report["recall"] == report["f1"] == [0.0, 1.0, 1.0]

@@ -84,27 +84,41 @@ def test_codes_are_counted_where_the_gate_is_thresholded(tmp_path: Path, mode: A
     assert line["switches"] == pytest.approx(beta * (length - 1), rel=1e-4)
 
 
+def logged_in_one_update(folder: Path, way: str, gate: GateConfig, **options: Any) -> dict[str, Any]:
+    """The metrics of one update from scratch, of the metacontroller or of CompILE."""
+    config, optimizer = debug(), dataclasses.replace(OPTIMIZER, steps=1)
+    model, source = build_model(config), demonstrations(domain_of(config.domain), "discover")
+    sizes = dataclasses.replace(config.meta_controller, gate=gate)
+    run, steering = RunFolder(folder), build_meta_controller(dataclasses.replace(config, meta_controller=sizes))
+    if way == "compile":
+        settings = dataclasses.replace(config.compile, optimizer=optimizer)
+        encoder = domain_of(config.domain).spec().encoder
+        parts = build_compile(settings, model, encoder, sizes.dim_latent, 0), steering
+        discover_compile(settings, model, *parts, source, run, quiet=True, **options)
+    else:
+        discover(DiscoverConfig(optimizer=optimizer), model, steering, source, run, quiet=True, **options)
+    return run.read_metrics("discover")[0]
+
+
 @pytest.mark.parametrize("way", ["discover", "compile"])
 def test_switches_are_judged_within_the_given_tolerance(tmp_path: Path, way: str) -> None:
-    config = debug()
-    model, source = build_model(config), demonstrations(domain_of(config.domain), "discover")
-    sizes = dataclasses.replace(config.meta_controller, gate=GateConfig(mode="forced"))
-    precisions = []
-    for tolerance in (0, 100):
-        run = RunFolder(tmp_path / str(tolerance))
-        steering = build_meta_controller(dataclasses.replace(config, meta_controller=sizes))
-        options: dict[str, Any] = {"gate_tolerance": tolerance, "quiet": True}
-        if way == "compile":
-            settings = dataclasses.replace(config.compile, optimizer=dataclasses.replace(OPTIMIZER, steps=1))
-            encoder = domain_of(config.domain).spec().encoder
-            parts = build_compile(settings, model, encoder, sizes.dim_latent, 0), steering
-            discover_compile(settings, model, *parts, source, run, **options)
-        else:
-            optimizer = dataclasses.replace(OPTIMIZER, steps=1)
-            discover(DiscoverConfig(optimizer=optimizer), model, steering, source, run, **options)
-        precisions.append(run.read_metrics("discover")[0]["gate_precision"])
-    assert precisions[0] < 0.7
-    assert precisions[1] == 1.0
+    forced = GateConfig(mode="forced")
+    near, far = (
+        logged_in_one_update(tmp_path / str(steps), way, forced, gate_tolerance=steps)["gate_precision"]
+        for steps in (0, 100)
+    )
+    assert near < 0.7
+    assert far == 1.0
+
+
+@pytest.mark.parametrize("way", ["discover", "compile"])
+def test_switches_are_counted_at_the_gates_threshold(tmp_path: Path, way: str) -> None:
+    low, high = (  # beta is about 0.5 in the first update
+        logged_in_one_update(tmp_path / str(threshold), way, GateConfig(threshold=threshold), gate_tolerance=100)
+        for threshold in (0.1, 0.9)
+    )
+    assert (low["gate_recall"], low["gate_precision"]) == (1.0, 1.0)
+    assert (high["gate_recall"], high["gate_precision"]) == (0.0, 0.0)
 
 
 def test_diagnostics_are_written_and_change_nothing_else(

@@ -12,6 +12,7 @@ from tests.control.test_fixed_points import walks
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacontroller.baselines.compile import boundary_probability
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.clips import draw_clips
@@ -203,7 +204,8 @@ def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> N
     torch.testing.assert_close(fixed.z, free.z)
     assert torch.equal(fixed.beta, free.beta)
     losses.action.backward()
-    assert all(value.grad is None for value in steering.switching.parameters())
+    for part in (steering.switching, steering.norm, steering.history):
+        assert all(value.grad is None and value.requires_grad for value in part.parameters())
     same = torch.allclose(attached[0], detached[0])  # beta depends on the code before, eq. 16
     assert same == (mode == "forced")
 
@@ -220,16 +222,39 @@ def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> N
         torch.testing.assert_close(found, expected)
 
 
+def gate_along(parts: dict[str, Tensor], residual: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """beta (b, t) along given codes (b, t, n_z), of a metacontroller with these weights: at once, and step by step."""
+    steering = make_steering()
+    steering.load_state_dict(parts)
+    with torch.no_grad():
+        whole = boundary_probability(steering, residual, codes)
+        state, steps = steering.initial_state(len(codes)), []
+        for t in range(codes.shape[1]):
+            beta, history = steering.observe(residual[:, t], state)
+            state = steering.integrate(state, history, torch.ones(len(codes), dtype=torch.bool), codes[:, t])
+            steps.append(beta)
+    return whole, torch.stack(steps, 1)
+
+
 @pytest.mark.parametrize("muon_lr", [0.0, 1e-2])
-def test_updates_after_guided_ones_leave_the_gate_as_it_is(tmp_path: Path, muon_lr: float) -> None:
+def test_updates_after_guided_ones_leave_beta_of_given_residuals_and_codes_as_it_is(
+    tmp_path: Path, muon_lr: float
+) -> None:
     after, whole = (learn(tmp_path / str(steps), steps, updates=4, muon_lr=muon_lr) for steps in (4, 6))
-    assert not torch.equal(after["switching.drive.weight"], make_steering().state_dict()["switching.drive.weight"])
-    for name, value in after.items():
-        if name.startswith("switching."):
-            assert torch.equal(value, whole[name])
-    assert not torch.equal(after["encoder.0.weight"], whole["encoder.0.weight"])
-    free, start = learn(tmp_path / "free", 6, updates=0), make_steering().state_dict()
-    assert not torch.equal(free["switching.drive.weight"], start["switching.drive.weight"])
+    batch = source(16, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        residual = make_model().residual(batch.states, batch.actions)
+    codes = F.one_hot(torch.randint(4, residual.shape[:2], generator=torch.Generator().manual_seed(1)), 4).float()
+    for before, now in zip(gate_along(after, residual, codes), gate_along(whole, residual, codes), strict=True):
+        middle = before[:, 1:].median()  # so that half of the decisions lie near the threshold
+        assert int(((before >= middle) != (now >= middle)).sum()) == 0
+        assert torch.equal(before, now)
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, whole[name])}
+    assert moved == {"encoder", "sequence_embedder", "controller"}
+
+    start = make_steering().state_dict()
+    for learned in (after, learn(tmp_path / "free", 6, updates=0)):  # guided updates and free ones do teach the gate
+        assert not torch.equal(gate_along(learned, residual, codes)[0], gate_along(start, residual, codes)[0])
 
 
 def test_guided_updates_teach_gate_encoder_and_controller_without_labels(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 class HeldOutGate(NamedTuple):
     """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
     ``episodes`` of experts; in their padding anything finite. nats (b, t, n_z): KL of what the encoder proposes against
-    N(0, I), by dimension; None after CompILE. tolerance: the world's."""
+    N(0, I), by dimension; None after CompILE. threshold: of beta at a switch. tolerance: the world's."""
 
     beta: Tensor
     code: Tensor
     episodes: Trajectories
     nats: Tensor | None
+    threshold: float
     tolerance: int = 1
 
     @property
@@ -48,12 +49,19 @@ class HeldOutGate(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """gate_recall, gate_precision and gate_binary_fraction over all episodes together."""
-        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths, tolerance=self.tolerance)
+        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths, **self._counted())
         return {name: float(value) for name, value in alignment.items()}
 
     def report(self) -> dict[str, list[float]]:
         """`metrics.gate.gate_report` over all episodes together."""
-        return gate_report(self.beta, self.segments, self.episodes.lengths, tolerance=self.tolerance)
+        return gate_report(self.beta, self.segments, self.episodes.lengths, **self._counted())
+
+    def switches(self) -> Tensor:
+        """(b, t) bool: real steps at which a code is taken."""
+        return (self.beta >= self.threshold) & self.episodes.mask()
+
+    def _counted(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "tolerance": self.tolerance}
 
 
 def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
@@ -93,9 +101,8 @@ def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate
         beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
         betas.append(F.pad(beta, (0, left)))
         codes.append(F.pad(code, (0, 0, 0, left)))
-    return HeldOutGate(
-        torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None, run.domain.gate_tolerance
-    )
+    counted = meta_controller.gate_config.threshold, run.domain.gate_tolerance
+    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None, *counted)
 
 
 @analysis("gate", command="gate", figure="6, A3", file="gate_histogram")

@@ -41,19 +41,14 @@ class OracleCodes(NamedTuple):
     count: Tensor
 
 
-def oracle_codes(gate: HeldOutGate, threshold: float) -> OracleCodes:
+def oracle_codes(gate: HeldOutGate) -> OracleCodes:
     """The codes taken at the first step and where beta >= threshold."""
-    switch = switches(gate, threshold)
+    switch = gate.switches()
     order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
     count = switch.sum(1)
     chosen = order[:, : int(count.max())]
     code = gate.code.gather(1, chosen[..., None].expand(-1, -1, gate.code.shape[-1]))
     return OracleCodes(code * length_mask(count, code.shape[1])[..., None], count)
-
-
-def switches(gate: HeldOutGate, threshold: float) -> Tensor:
-    """(b, t) bool: real steps at which a code is taken."""
-    return (gate.beta >= threshold) & gate.episodes.mask()
 
 
 def recorded_proposal(codes: OracleCodes) -> Proposal:
@@ -75,7 +70,7 @@ def oracle_success(run: LoadedRun, experts: Trajectories, seed: int) -> tuple[fl
     Also the mean share of subgoals done. seed: of the noise in codes and of the actions.
     """
     meta_controller, generator = run.meta_controller, noise_generator(seed, torch.device(run.device))
-    codes = oracle_codes(gate_along(run, experts, seed), meta_controller.gate_config.threshold)
+    codes = oracle_codes(gate_along(run, experts, seed))
     env = run.domain.restart(experts)
     rollout = rollout_abstract(run.model.eval(), meta_controller, env, recorded_proposal(codes), generator)
     assert experts.segments is not None
@@ -88,7 +83,7 @@ def named_success(run: LoadedRun, episodes: int, seed: int) -> float:
     """Success on the post-training task when each step is steered by the mean code of the subgoal asked for, mean over
     the switches of held-out demonstrations. nan if some subgoal has no code. UserError as of `play_chained`."""
     gate = held_out_gate(run, episodes, seed)
-    switch = switches(gate, run.meta_controller.gate_config.threshold)
+    switch = gate.switches()
     assert gate.episodes.subgoals is not None
     code, named = gate.code[switch], gate.episodes.subgoals[switch]
     mean = torch.stack([code[named == subgoal].mean(0) for subgoal in range(len(run.subgoals))])
@@ -128,7 +123,7 @@ def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
     CompILE), and what can be read from them, beside the share of the commonest answer. The reader learns from as many
     demonstrations of discovery."""
     gate = held_out_gate(run, episodes, seed)
-    switch = switches(gate, run.meta_controller.gate_config.threshold)
+    switch = gate.switches()
     nats = None if gate.nats is None else gate.nats[switch].mean(0)
     code, labels = _labelled_codes(run, gate)
     shown = run.demonstrations("discover")(episodes, torch.Generator().manual_seed(seed)).to(code.device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacontroller.baselines.compile import CompILE, boundary_probability
+from metacontroller.baselines.compile import LIKELY, CompILE, boundary_probability
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
@@ -52,7 +52,8 @@ def rate_distortion(
         noise=meta_controller.sample_noise(held_out.batch, held_out.steps, generator),
     )
     rate = float(meta_controller.kl_loss(output))
-    return {"rate": rate, "distortion": float(losses.action), **_alignment(output.beta, held_out, gate_tolerance)}
+    alignment = _alignment(output.beta, held_out, meta_controller.gate_config.threshold, gate_tolerance)
+    return {"rate": rate, "distortion": float(losses.action), **alignment}
 
 
 @torch.no_grad()
@@ -78,11 +79,11 @@ def rate_distortion_of_segments(
     losses = model.losses_under(steered, held_out.states, held_out.actions, held_out.lengths, with_state_loss=False)
     likeliest = segmentation(held_out.states, held_out.lengths)
     beta = boundary_probability(meta_controller, residual, likeliest.code_at())
-    segments = _alignment(likeliest.boundary_at(), held_out, gate_tolerance)
+    segments = _alignment(likeliest.boundary_at(), held_out, LIKELY, gate_tolerance)
     return {
         "rate": float(sampled.code_kl.sum() / held_out.lengths.sum()),
         "distortion": float(losses.action),
-        **_alignment(beta, held_out, gate_tolerance),
+        **_alignment(beta, held_out, meta_controller.gate_config.threshold, gate_tolerance),
         "segment_recall": segments["gate_recall"],
         "segment_precision": segments["gate_precision"],
     }
@@ -97,10 +98,10 @@ def _held_out_episodes(
     return generate(episodes, generator).to(device), generator
 
 
-def _alignment(beta: Tensor, held_out: Trajectories, tolerance: int) -> dict[str, float | None]:
+def _alignment(beta: Tensor, held_out: Trajectories, threshold: float, tolerance: int) -> dict[str, float | None]:
     """`gate_alignment`; without labels, recall and precision are None."""
     if held_out.segments is None:
         decided = float(binary_fraction(beta, held_out.lengths))
         return {"gate_recall": None, "gate_precision": None, "gate_binary_fraction": decided}
-    alignment = gate_alignment(beta, held_out.segments, held_out.lengths, tolerance=tolerance)
+    alignment = gate_alignment(beta, held_out.segments, held_out.lengths, threshold=threshold, tolerance=tolerance)
     return {name: float(value) for name, value in alignment.items()}

@@ -45,6 +45,9 @@ from metacontroller.training.evaluation_mode import evaluation_mode
 from metacontroller.training.loop import BatchExtras, train
 from metacontroller.training.optimizer import OptimizerConfig, linear_warmup
 
+LIKELY = 0.5
+"""A boundary of a segment is where its probability is at least this."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
@@ -199,8 +202,10 @@ def discover_compile(
         }
         if batch.segments is not None:
             with torch.no_grad():
-                for name, value in (("gate", beta), ("segment", boundary)):
-                    alignment = gate_alignment(value, batch.segments, lengths, tolerance=gate_tolerance)
+                threshold = meta_controller.gate_config.threshold
+                for name, value, least in (("gate", beta, threshold), ("segment", boundary, LIKELY)):
+                    options = {"threshold": least, "tolerance": gate_tolerance}
+                    alignment = gate_alignment(value, batch.segments, lengths, **options)
                     metrics |= {f"{name}_{kind}": alignment[f"gate_{kind}"] for kind in ("recall", "precision")}
         return loss, metrics
 

@@ -41,7 +41,7 @@ def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
 
 
 def gate_alignment(
-    beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1, threshold: float = 0.5
+    beta: Tensor, segments: Tensor, lengths: Tensor, *, threshold: float, tolerance: int = 1
 ) -> dict[str, Tensor]:
     """Alignment of switches (beta >= threshold) with true subgoal changes, without the forced first switch.
 
@@ -59,7 +59,9 @@ def gate_alignment(
     }
 
 
-def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: int = 1) -> dict[str, list[float]]:
+def gate_report(
+    beta: Tensor, segments: Tensor, lengths: Tensor, *, threshold: float, tolerance: int = 1
+) -> dict[str, list[float]]:
     """Alignment of the gate at all `TOLERANCES`, multiples of ``tolerance`` steps, and histograms of beta (Fig. 6, A3);
     the other arguments: see `gate_alignment`.
 
@@ -69,7 +71,7 @@ def gate_report(beta: Tensor, segments: Tensor, lengths: Tensor, *, tolerance: i
     """
     report: dict[str, list[float]] = {name: [] for name in ("tolerance", "recall", "precision", "f1")}
     for steps in (multiple * tolerance for multiple in TOLERANCES):
-        alignment = gate_alignment(beta, segments, lengths, tolerance=steps)
+        alignment = gate_alignment(beta, segments, lengths, threshold=threshold, tolerance=steps)
         recall, precision = float(alignment["gate_recall"]), float(alignment["gate_precision"])
         f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
         for name, value in (("tolerance", steps), ("recall", recall), ("precision", precision), ("f1", f1)):

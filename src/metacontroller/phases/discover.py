@@ -57,8 +57,8 @@ class DiscoverConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
-    """Updates at the start in which codes are those that `phases.guided` names; the gate then stays as it is. 0: none,
-    as in the paper."""
+    """Updates at the start in which codes are those that `phases.guided` names; the gate, and the norm and history that
+    it reads, then stay as they are. 0: none, as in the paper."""
     clips: int = 0
     """Clips beside each episode of a batch in guided updates, which begin where experts decide, see `data.clips`."""
     clip_steps: int = 3
@@ -159,10 +159,12 @@ def discover(
         metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
             metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1
-            codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
+            threshold = meta_controller.gate_config.threshold
+            codes = codes_taken(output.beta, batch.lengths, threshold=threshold)
             metrics["codes"] = codes.to(output.beta.dtype).mean()
             if batch.segments is not None:
-                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths, tolerance=gate_tolerance)
+                switches = {"threshold": threshold, "tolerance": gate_tolerance}
+                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths, **switches)
         return loss, metrics
 
     trained, parameters = meta_controller, meta_controller.discovery_parameters()

@@ -9,8 +9,9 @@ propose that code, and the gate to switch where it changes:
          + -log q(z_t | e_1:T), mean over the steps where a code begins and over all  +  10 BCE(beta_t, code begins)
 
 The gate is asked with the histories of random steps, so that it learns to see that a code is over, and not which codes
-follow each other in demonstrations; the updates of eq. 3 after these leave it as it is. With clips (`data.clips`) the
-first term of their steps is added, each steered by the code of its first step.
+follow each other in demonstrations; the updates of eq. 3 after these leave it as it is, norm and history that it reads
+included, which the encoder reads too: beta of given residuals and codes stays the same to the bit. With clips
+(`data.clips`) the first term of their steps is added, each steered by the code of its first step.
 """
 
 from __future__ import annotations
