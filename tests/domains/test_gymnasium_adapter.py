@@ -19,7 +19,7 @@ from gymnasium import spaces
 
 from metacontroller import MetaController, Transformer
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.guarded_environment import LOST, environment_facts
+from metacontroller.domains.guarded_environment import FEW, LOST, environment_facts, tell_doubtful_success
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.phases.internal_rl import internal_rl
@@ -286,6 +286,42 @@ def test_success_is_what_the_info_says_or_a_rule() -> None:
     ruled = batch_of("adapter/Push-v0", 2, max_steps=2, success_return=3.0)
     play(ruled, [[1.0, 0.0]] * 2, [[2.0, 0.0]] * 2)
     assert ruled.success.tolist() == [False, True]
+
+
+def test_success_where_ending_is_failure_is_doubted(capsys: pytest.CaptureFixture) -> None:
+    """A pole that falls is paid as one that stands; one that is held for longer is worth more."""
+    batch = batch_of("CartPole-v1", FEW)
+    while not batch.terminated.all():
+        batch.step(torch.zeros(FEW, dtype=torch.int64))
+    said = capsys.readouterr().err
+    assert batch.success.all()
+    assert "CartPole-v1 may end where an episode fails: one that counts as solved has 9" in said
+    assert "its last step pays no more. State the return that counts as success: --success-return of collect" in said
+    again = batch_of("CartPole-v1", FEW, success_return=400.0)
+    while not again.terminated.all():
+        again.step(torch.zeros(FEW, dtype=torch.int64))
+    assert (again.success.any().item(), capsys.readouterr().err) == (False, "")  # as the option makes it
+
+
+@pytest.mark.parametrize(
+    ("solved", "others", "doubted"),
+    [
+        ((20, 30.0, 3.0), (50, 60.0), True),  # falls with a bonus, and is worth less than what stands
+        ((20, 1.0, 1.0), (50, 0.0), False),  # a goal that is paid
+        ((20, 0.6, 0.6), (5, 0.0), False),  # others end early, in a hole
+        ((20, -19.0, 1.0), (50, -50.0), False),  # each step costs something
+        ((1, 1.0, 1.0), (50, 0.0), False),  # one step alone is no comparison
+        ((60, 70.0, 5.0), (50, 60.0), False),  # longer and worth more
+    ],
+)
+def test_success_is_doubted_only_where_it_is_worth_less(
+    solved: tuple[int, float, float], others: tuple[int, float], doubted: bool, capsys: pytest.CaptureFixture
+) -> None:
+    name = f"adapter/Doubt{solved}{others}"
+    for _ in range(FEW):
+        tell_doubtful_success(name, True, *solved)
+        tell_doubtful_success(name, False, *others, 0.0)
+    assert ("may end where an episode fails" in capsys.readouterr().err) == doubted
 
 
 def test_boxes_are_clipped_and_text_is_dropped() -> None:

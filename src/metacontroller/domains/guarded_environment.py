@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,6 +27,14 @@ OWN_PACKAGE = "metacontroller-rl"
 
 LOST: Counter[tuple[str, str]] = Counter()
 """Exceptions in this process, by the environment's ID and their type."""
+
+FEW = 4
+"""Episodes of a kind below which nothing is said of their success."""
+
+_ENDED: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, 4)))
+"""Of episodes in this process whose success only their end tells, by ID: those not solved, and those solved; how many,
+steps, returns and last rewards."""
+_DOUBTED: set[str] = set()
 
 
 @lru_cache
@@ -143,6 +151,33 @@ def tell_lost(name: str, error: BaseException) -> None:
         print(f"metacontroller: {name}{said}; its episode ends here{often}.", file=sys.stderr, flush=True)
 
 
+def tell_doubtful_success(name: str, solved: bool, steps: int, returned: float, last: float) -> None:
+    """Says once where termination, which counts as success if it is paid, looks like failure.
+
+    That is where the episodes that count as solved are shorter and worth less than the others, or where their last step
+    pays no more than those before. last: the reward of the last step.
+    """
+    ended = _ENDED[name]
+    ended[int(solved)] += (1, steps, returned, last)
+    (others, longer, better, _), (count, length, worth, paid) = ended
+    if name in _DOUBTED or count < FEW:
+        return
+    less = others >= FEW and length / count < longer / others and worth / count < better / others
+    alike = length > count and paid / count <= 1.000001 * (worth - paid) / (length - count)
+    if less or alike:
+        _DOUBTED.add(name)
+        why = "its last step pays no more"
+        if less:
+            why = f"the others have {longer / others:.3g} and {better / others:.3g}"
+        print(
+            f"metacontroller: {name} may end where an episode fails: one that counts as solved has "
+            f"{length / count:.3g} steps and a return of {worth / count:.3g} on average, and {why}. State the return "
+            "that counts as success: --success-return of collect, --config.domain.success-return of pretrain.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 @dataclass(frozen=True)
 class GuardedEnvironment:
     """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`."""
@@ -234,6 +269,8 @@ class Guard(gymnasium.Env):
         truncated = (truncated or self.steps >= self.max_steps) and not terminated
         self.flags |= {"terminated": terminated, "truncated": truncated}
         self.flags["success"] = self._success(info, reward)
+        if self.ended and not self.reported and self.maker.success_return is None:
+            tell_doubtful_success(self.maker.name, self.flags["success"], self.steps, self.returned, reward)
         return self._observed(), reward, False, False, {}
 
     @property
