@@ -54,6 +54,20 @@ def test_ratio_loss_by_hand() -> None:
     assert ratio_loss(beta, mask, n, threshold=0.8).item() == pytest.approx(expected)
 
 
+def test_ratio_losses_of_parts_add_up_to_that_of_the_whole() -> None:
+    beta = torch.rand(5, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(7) < torch.tensor([7, 2, 4, 1, 6])[:, None]
+    whole = ratio_loss(beta, mask, 3, threshold=0.7)
+    share = masked_mean((beta >= 0.7).double(), mask)
+    parts = torch.zeros((), dtype=torch.float64)
+    for rows in (slice(0, 2), slice(2, 5)):
+        loss = ratio_loss(beta[rows], mask[rows], 3, threshold=0.7, share=share)
+        parts = parts + mask[rows].sum() / mask.sum() * loss
+    torch.testing.assert_close(parts, whole)
+    fast, slow = (torch.autograd.grad(loss, beta)[0] for loss in (parts, whole))
+    torch.testing.assert_close(fast, slow)
+
+
 def test_ratio_loss_is_least_at_one_switch_per_target_length() -> None:
     steps, n = 60, 5
     mask = torch.ones(1, steps, dtype=torch.bool)

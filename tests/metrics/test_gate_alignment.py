@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metacontroller.metrics.gate import codes_taken, gate_alignment, gate_report, subgoal_changes
+from metacontroller.metrics.gate import codes_taken, gate_alignment, gate_report, gate_sums, subgoal_changes
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 9]])  # changes at steps 3 and 7; the last step is padding
 LENGTHS = torch.tensor([9])
@@ -49,6 +49,20 @@ def test_a_perfect_gate_is_perfect_at_its_own_threshold() -> None:
     assert float(found[0.5]["gate_precision"]) == pytest.approx(2 / 8)
     report = gate_report(perfect, SEGMENTS, LENGTHS, threshold=0.9)
     assert report["recall"] == report["precision"] == report["f1"] == [1.0, 1.0, 1.0]
+
+
+def test_sums_of_parts_give_the_alignment_of_the_whole() -> None:
+    wide = torch.cat([beta(3, 5, 7), beta(8), beta(), beta(4)])
+    segments = torch.cat([SEGMENTS, SEGMENTS, torch.zeros_like(SEGMENTS), SEGMENTS])  # the third has no change
+    lengths = torch.tensor([9, 6, 4, 9])
+    whole = gate_alignment(wide, segments, lengths, threshold=0.5)
+    cuts = (slice(0, 1), slice(1, 3), slice(3, 4))
+    parts = [gate_sums(wide[rows], segments[rows], lengths[rows], threshold=0.5) for rows in cuts]
+    for name, value in whole.items():
+        added = sum(float(part[name].total) for part in parts) / sum(float(part[name].count) for part in parts)
+        assert float(value) == pytest.approx(added)
+    mean = sum(float(part["gate_recall"].mean) for part in parts) / len(parts)
+    assert float(whole["gate_recall"]) != pytest.approx(mean)
 
 
 def test_a_report_judges_at_multiples_of_the_tolerance() -> None:

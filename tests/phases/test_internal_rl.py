@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,16 +19,21 @@ from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.codes import CodeKind
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.domains.base import BatchedEnv
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
+from metacontroller.domains.gymnasium_adapter import GymnasiumEnvironments
 from metacontroller.domains.pinpad_layouts import Layouts
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient
 from metacontroller.phases.internal_rl import internal_rl
-from metacontroller.phases.policy_gradient import InternalRLConfig, ratio_metrics, reinforce
-from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
+from metacontroller.phases.policy_gradient import InternalRLConfig, _learn, _minibatches, ratio_metrics, reinforce
+from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract, rollout_raw
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.distributed import Processes, processes
+from metacontroller.training.optimizer import Learner
 
 # A 0 .    Right to color 0, then down to color 1: two steps, and any other move ends or wastes the episode.
 # . 1 .
@@ -280,6 +288,176 @@ def test_what_waits_is_learned_from_as_if_it_had_been_played_together(tmp_path: 
     assert len(expected) < len(batches)
     solved = torch.cat(advantages)[torch.cat([rollout.returns for rollout in seen]) > 0]
     assert bool((solved > 0).all())
+
+
+@pytest.mark.parametrize(("episodes", "sizes"), [(8, [2, 2, 2, 2]), (5, [2, 1, 1, 1]), (9, [3, 2, 2, 2])])
+def test_a_batch_of_any_size_has_as_many_steps_as_minibatches(episodes: int, sizes: list[int]) -> None:
+    config = InternalRLConfig(episodes=8, batch_size=8, minibatches=4, update_epochs=3)
+    parts = list(_minibatches(config, episodes, torch.Generator().manual_seed(1)))
+    assert [len(part) for part in parts] == 3 * sizes
+    for epoch in range(3):
+        assert torch.cat(parts[4 * epoch :][:4]).sort().values.tolist() == list(range(episodes))
+    if episodes == 8:  # the order that the generator draws, cut where it always was
+        rng = torch.Generator().manual_seed(1)
+        assert torch.cat(parts[:4]).tolist() == torch.randperm(8, generator=rng).tolist()
+
+
+def updated_weight(
+    lengths: torch.Tensor, rows: torch.Tensor, workers: Processes, minibatches: int = 2
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A weight in float64, and the metrics, after an update on the episodes ``rows`` of some with ``lengths``."""
+    torch.manual_seed(0)
+    count, steps = len(lengths), int(lengths.max())
+    rollout = AbstractRollout(
+        returns=torch.rand(count).double().masked_fill(lengths == 0, 0.0),
+        success=torch.ones(count, dtype=torch.bool),
+        steps=lengths,
+        subgoals_done=lengths,
+        lost=lengths == 0,
+        residual=torch.randn(count, steps, 3).double(),
+        code=torch.randn(count, steps, 2).double(),
+        log_prob=torch.randn(count, steps).double(),
+        lengths=lengths,
+    ).index(rows)
+    module = nn.Linear(3, 2, bias=False).double()
+
+    def surrogate(chunk: AbstractRollout, own: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        score = (module(chunk.residual) * chunk.code).sum(-1) * own[:, None]
+        loss = masked_mean(score, length_mask(chunk.lengths, chunk.code.shape[1]))
+        return loss, {"approx_kl": loss.detach(), "other": 2 * loss.detach()}
+
+    config = InternalRLConfig(episodes=8, batch_size=8, minibatches=minibatches, update_epochs=2, target_kl=1e3)
+    rng = torch.Generator()
+    learner = Learner(module, list(module.parameters()), rng, lr=0.1, weight_decay=0.0, max_grad_norm=1.0)
+    learner.processes = workers
+    returns = workers.gather_uneven(rollout.returns[rollout.decisions > 0])
+    metrics = _learn(config, learner, rollout, returns, surrogate, rng)
+    return module.weight.detach(), metrics
+
+
+def test_episodes_that_could_not_start_change_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))
+    lengths, alone = torch.tensor([3, 0, 2, 0, 0, 5, 4, 0]), processes("cpu")
+    started = lengths.nonzero().squeeze(1)
+    some, every = (updated_weight(lengths, rows, alone) for rows in (started, torch.arange(8)))
+    torch.testing.assert_close(some, every)
+    # With nothing to learn in the first minibatch, the second alone is a step.
+    late = updated_weight(lengths, torch.tensor([1, 3, 0, 2]), alone)
+    torch.testing.assert_close(late, updated_weight(lengths, torch.tensor([0, 2]), alone, minibatches=1))
+
+
+class Moody(gymnasium.Env):
+    """Three steps of reward -1, or 0 after the action 1. While some are moody, every third seed has no episode."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    refused: Callable[[int], bool] = lambda seed: False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        if type(self).refused(seed or 0):
+            raise RuntimeError("not today")
+        super().reset(seed=seed)
+        self.taken = 0
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.taken += 1
+        seen = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return seen, float(action) - 1.0, self.taken == 3, False, {}
+
+
+gymnasium.register("reinforced/Moody-v0", Moody)  # type: ignore[arg-type]
+
+
+def moody_parts() -> tuple[GymnasiumEnvironments, Transformer, MetaController]:
+    torch.manual_seed(0)
+    body = {"depth": 1, "heads": 2}
+    options: dict[str, Any] = {"lower_body": body, "upper_body": body, "state_embed_readout": {"num_continuous": 2}}
+    model = Transformer(8, action_embed_readout={"num_discrete": 2}, **options)
+    gate: dict[str, Any] = {"mode": "forced"}
+    steering = MetaController(8, dim_meta_controller=8, dim_latent=2, rank=2, gate=gate)
+    return GymnasiumEnvironments("reinforced/Moody-v0"), model.eval(), steering.eval()
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_an_episode_that_cannot_start_takes_no_decision_and_is_lost(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments, model, steering = moody_parts()
+    rng = torch.Generator().manual_seed(0)
+    environments.reset(9, rng, 10)  # the environments are made, and have an observation
+    monkeypatch.setattr(Moody, "refused", lambda seed: seed % 3 == 1)
+    env = environments.reset(9, rng, 10)
+    lost = env.lost.clone()
+    assert int(lost.sum()) == 3
+    if kind == "internal":
+        rollout = rollout_abstract(model, steering, env, policy_proposal(steering, rng), rng)
+        assert bool((rollout.code[lost] == 0).all())
+    else:
+        rollout = rollout_raw(model, env, rng)
+    assert rollout.lost is not None
+    assert torch.equal(rollout.lost, lost)
+    assert rollout.steps.tolist() == rollout.decisions.tolist() == torch.where(lost, 0, 3).tolist()
+    assert not bool(rollout.success[lost].any())
+    assert bool((rollout.returns[lost] == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_learning_goes_on_where_some_or_all_episodes_cannot_start(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments, model, steering = moody_parts()
+    batches = 0
+
+    def reset(n: int, generator: torch.Generator) -> BatchedEnv:
+        nonlocal batches
+        batches += 1
+        refused = {2: lambda seed: seed % 3 == 1, 3: lambda seed: True}.get(batches, lambda seed: False)
+        monkeypatch.setattr(Moody, "refused", refused)
+        return environments.reset(n, generator, 10)
+
+    config, run = InternalRLConfig(episodes=48, batch_size=12, minibatches=4, lr=1e-2), RunFolder(tmp_path)
+    if kind == "internal":
+        internal_rl(config, model, steering, reset, run, quiet=True)
+    else:
+        raw_action_rl(config, model, reset, run, quiet=True)
+    lines = run.read_metrics()
+    assert [line["lost"] for line in lines] == pytest.approx([0, 1 / 3, 1, 0])
+    assert [line["steps"] for line in lines] == [3, 2, 0, 3]
+    assert [line["decisions"] for line in lines if "decisions" in line] == ([3, 2, 0, 3] if kind == "internal" else [])
+    assert ["grad_norm" in line for line in lines] == [True, True, False, True]
+
+
+class Solved(PinpadBatch):
+    """The same grids, of which each counts as solved."""
+
+    @property
+    def success(self) -> torch.Tensor:
+        return torch.ones_like(self.terminated)
+
+
+def test_learning_what_is_solved_already_is_questioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = InternalRLConfig(episodes=32, batch_size=16)
+    internal_rl(config, make_model(), make_steering(), new_grids, RunFolder(tmp_path / "plain"))
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(f"{__name__}.PinpadBatch", Solved)
+    internal_rl(config, make_model(), make_steering(), new_grids, RunFolder(tmp_path / "solved"))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warning.startswith("internal_rl: warning: success is 1.00 before any update")
+    assert "why go on?" in warning
+    learn(tmp_path / "quiet", config=config)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw"])
+def test_no_process_goes_on_before_the_policy_is_in_its_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"internal": "internal_rl_policy", "raw": "raw_action_model"}[kind]
+    there: list[bool] = []
+    monkeypatch.setattr(Processes, "wait", lambda workers: there.append((tmp_path / f"{name}.safetensors").exists()))
+    learn(tmp_path, kind, InternalRLConfig(episodes=16, batch_size=16))
+    assert there[-1] is True
 
 
 def test_a_policy_starts_with_the_spread_asked_for() -> None:

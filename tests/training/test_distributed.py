@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,13 @@ from torch import Tensor
 from metacontroller.cli import main
 from metacontroller.control.losses import trajectory_advantages
 from metacontroller.data.trajectories import length_mask, masked_mean
-from metacontroller.phases.policy_gradient import _surrogate_in_chunks
+from metacontroller.domains.registry import domain_of
+from metacontroller.phases.discover import discover
+from metacontroller.phases.policy_gradient import _own_part, _surrogate_in_chunks
 from metacontroller.phases.rollout import AbstractRollout
-from metacontroller.recipes.config import read_config
+from metacontroller.presets import preset
+from metacontroller.recipes.config import build_meta_controller, build_model, read_config
+from metacontroller.recipes.run_phase import demonstrations
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 
@@ -39,10 +44,21 @@ def in_two_processes(*words: str) -> subprocess.CompletedProcess[str]:
     return launch("-m", "metacontroller.cli", *words)
 
 
+def main_that_waits_for(path: Path, *words: str) -> None:
+    """Runs a command alone; at its last exchange with the other processes, if it had some, the file is there."""
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, "wait", lambda workers: seen.append(path.exists()))
+        assert main([*words, *QUIET]) == 0
+    assert seen[0] is False
+    assert seen[-1] is True
+
+
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    for command in PHASES:
-        assert main([command[0], str(alone), *command[1:], "--device", "cpu", "--quiet"]) == 0
+    files = ("base_model.safetensors", "analyses/diagnostics.json")
+    for command, file in zip(PHASES, files, strict=True):
+        main_that_waits_for(alone / file, command[0], str(alone), *command[1:])
         done = in_two_processes(command[0], str(together), *command[1:], "--device", "cpu")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("12/12") == 1  # one process shows progress
@@ -50,7 +66,8 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     for phase in ("pretrain", "discover"):
         expected, lines = one.read_metrics(phase), two.read_metrics(phase)
         assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 9, 12]
-        for name in ("loss", "action_loss") if phase == "pretrain" else ("loss", "action_loss", "kl", "alpha"):
+        assert {"switches", "codes", "gate_recall", "gate_precision"} < lines[0].keys() or phase == "pretrain"
+        for name in expected[0].keys() - {"phase", "step"}:
             assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
         weights, reference = (run.load_checkpoint(phase)[0] for run in (two, one))
         for name, value in reference.items():
@@ -62,13 +79,14 @@ def test_compile_in_two_processes_learns_what_one_does(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(["pretrain", str(alone), *PHASES[0][1:], "--config.discovery", "compile", *QUIET]) == 0
     shutil.copytree(alone, together)
-    assert main(["discover", str(alone), *QUIET]) == 0
+    main_that_waits_for(alone / "meta_controller.safetensors", "discover", str(alone))
     done = in_two_processes("discover", str(together), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     one, two = RunFolder(alone), RunFolder(together)
     expected, lines = one.read_metrics("discover"), two.read_metrics("discover")
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 9, 12]
-    for name in ("loss", "action_loss", "code_kl", "boundary_kl", "boundary_loss"):
+    assert {"gate_recall", "gate_precision", "segment_recall", "segment_precision"} < lines[0].keys()
+    for name in expected[0].keys() - {"phase", "step"}:
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
     weights, reference = (run.load_checkpoint("discover")[0] for run in (two, one))
     for name, value in reference.items():
@@ -122,34 +140,51 @@ def test_advantages_can_be_those_of_all_processes(tmp_path: Path) -> None:
 
 
 WAITING = """
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [sys.argv[1]]
-from test_internal_rl import InternalRLConfig, internal_rl, make_model, make_steering, new_grids
+sys.path[:0] = sys.argv[2:]
+from test_distributed import discovered
+from test_internal_rl import InternalRLConfig, internal_rl, make_model, make_steering, new_grids, updated_weight
 
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import leave, processes
 
-config = InternalRLConfig(episodes=16 * 12, batch_size=16, lr=2e-3, min_better=8, checkpoint_every=1)
+config = InternalRLConfig(episodes=16 * 12, batch_size=16, lr=2e-3, min_better=8, minibatches=4, checkpoint_every=1)
 policies = []
 for name, parts in (("whole", [12]), ("parts", [1, 2, 5, 6, 9, 12])):
     for done in parts:
         torch.manual_seed(0)
-        run, steering = RunFolder(Path(sys.argv[2]) / name), make_steering()
+        run, steering = RunFolder(Path(sys.argv[1]) / name), make_steering()
         part = replace(config, episodes=16 * done)
         internal_rl(part, make_model(), steering, new_grids, run, quiet=True, resume=done > parts[0])
     policies.append(torch.cat([value.detach().flatten() for value in steering.policy.parameters()]))
 shares = processes("cpu").gather(policies[0])
 assert torch.equal(shares[0], shares[1])
 assert torch.equal(policies[0], policies[1])
-lines = [RunFolder(Path(sys.argv[2]) / name).read_metrics("internal_rl") for name in ("whole", "parts")]
+lines = [RunFolder(Path(sys.argv[1]) / name).read_metrics("internal_rl") for name in ("whole", "parts")]
 assert lines[0] == lines[1]
 waited = [line for line in lines[0] if line["success"] > 0 and "grad_norm" not in line]
 assert waited and len(waited) < len(lines[0])
+
+discovered(Path(sys.argv[1]) / "together")
+
+torch.randperm = lambda count, **options: torch.arange(count)
+workers = processes("cpu")
+alone = copy.copy(workers)
+alone.rank, alone.count = 0, 1
+lengths = torch.tensor([3, 1, 4, 2, 6, 5, 7, 3, 0, 0])  # of the second process, one minibatch has no decision
+own = [torch.arange(6), torch.arange(6, 10)]
+whole = torch.tensor([0, 1, 2, 6, 7, 3, 4, 5, 8, 9])  # both minibatches as those of the two processes together
+weights, metrics = zip(
+    updated_weight(lengths, own[workers.rank], workers), updated_weight(lengths, whole, alone), strict=True
+)
+torch.testing.assert_close(*weights, rtol=1e-12, atol=0.0)
+torch.testing.assert_close(*metrics, rtol=1e-12, atol=0.0)
 leave()
 """
 
@@ -157,8 +192,48 @@ leave()
 def test_episodes_of_two_processes_wait_together_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
-    done = launch(str(script), str(Path(__file__).parents[1] / "phases"), str(tmp_path))
+    folders = (str(tmp_path), str(Path(__file__).parents[1] / "phases"), str(Path(__file__).parent))
+    done = launch(str(script), *folders)
     assert done.returncode == 0, done.stderr
+    discovered(tmp_path / "alone")
+    (one, first), (two, other) = (
+        (run.read_metrics("discover"), run.load_checkpoint("discover")[0])
+        for run in (RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "together"))
+    )
+    assert len(one) == len(two) == 2
+    for line, expected in zip(two, one, strict=True):
+        assert line.pop("phase") == expected.pop("phase")
+        assert line == pytest.approx(expected, rel=1e-4)
+    for name, value in first.items():
+        if name.startswith("module."):
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def discovered(path: Path) -> None:
+    """Two updates of discovery towards a target of switches, F G of which is no mean over episodes."""
+    config = preset("debug")
+    steering, domain = build_meta_controller(config), domain_of(config.domain)
+    steering.ratio_loss_weight = 0.5
+    settings = replace(config.discover, optimizer=replace(config.discover.optimizer, steps=2, log_every=1))
+    generate = demonstrations(domain, "discover")
+    discover(settings, build_model(config), steering, generate, RunFolder(path), quiet=True)
+
+
+def test_what_more_processes_kept_is_shared_out_to_fewer() -> None:
+    tensors = {"module.weight": torch.zeros(1)}
+    for rank, steps in enumerate((2, 1, 3)):
+        tensors[f"kept.{rank}.returns"] = torch.full((rank + 1,), float(rank))
+        tensors[f"kept.{rank}.code"] = torch.full((rank + 1, steps, 2), float(rank))
+    first, second = (_own_part(tensors, Share(rank, torch.tensor(0)), torch.device("cpu")) for rank in range(2))
+    assert first["returns"].tolist() == [0, 2, 2, 2]
+    assert first["code"][..., 0].tolist() == [[0, 0, 0], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    assert second["returns"].tolist() == [1, 1]
+    everything = _own_part(tensors, Processes("cpu"), torch.device("cpu"))
+    assert everything["returns"].tolist() == [0, 1, 1, 2, 2, 2]
+    last = [Share(rank, torch.tensor(0)) for rank in range(4)]
+    for worker in last:
+        worker.count = 4
+    assert _own_part(tensors, last[3], torch.device("cpu")) == {}
 
 
 class Share(Processes):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metacontroller.data import Trajectories
 from metacontroller.data.batching import EpisodeStream
+from metacontroller.data.trajectories import Ratio
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import _Means, train
@@ -126,6 +127,45 @@ def test_metrics_keep_their_order_after_resuming_between_log_points() -> None:
     for one in (means, resumed):
         one.add(step)
     assert list(resumed.take(workers).items()) == list(means.take(workers).items()) == [("loss", 1.0), ("error", 2.0)]
+
+
+def test_ratios_are_divided_after_all_sums_are_added_also_after_resuming() -> None:
+    workers, means, resumed = processes("cpu"), _Means(), _Means()
+    sums = [(1, 2), (0, 0), (2, 8)]  # recall of three updates, of which the second has nothing to recall
+    for found, count in sums:
+        means.add({"loss": torch.tensor(3.0), "recall": Ratio(torch.tensor(found), torch.tensor(count))}, share=0.5)
+        if count == 0:
+            resumed.restore(means.tensors(workers), workers, torch.device("cpu"))
+    resumed.add({"loss": torch.tensor(3.0), "recall": Ratio(torch.tensor(2), torch.tensor(8))}, share=0.5)
+    assert means.take(workers) == resumed.take(workers) == {"loss": 1.5, "recall": 0.3}
+    means.add({"recall": Ratio(torch.tensor(0), torch.tensor(0))})
+    assert means.take(workers) == {"recall": 0.0}
+
+
+def test_other_numbers_of_threads_than_before_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    run_train(tmp_path, 6)
+    run_train(tmp_path, 7, resume=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    run_train(tmp_path, 7, resume=True)  # nothing is left to do
+    assert capsys.readouterr().err == ""
+    run_train(tmp_path, 12, resume=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("phase: goes on with 1 process and 1 thread where it had 1 process and 3 threads")
+    run_train(tmp_path, 13, resume=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_another_number_of_processes_than_before_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_train(tmp_path, 6)
+    tensors, meta = RunFolder(tmp_path).load_checkpoint("phase")
+    assert meta["processes"] == 1
+    RunFolder(tmp_path).save_checkpoint("phase", tensors, {**meta, "processes": 2})
+    run_train(tmp_path, 7, resume=True)
+    assert "goes on with 1 process and" in capsys.readouterr().err
 
 
 def test_a_phase_that_does_not_resume_drops_what_was_logged_before(tmp_path: Path) -> None:

@@ -32,11 +32,11 @@ from torch.nn import functional as F
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
-from metacontroller.data.trajectories import Trajectories, length_mask, masked_mean
-from metacontroller.metrics.gate import gate_alignment
+from metacontroller.data.trajectories import Ratio, Trajectories, length_mask, masked_mean
+from metacontroller.metrics.gate import gate_sums
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.artefacts import META_CONTROLLER, SEGMENTATION, artefact_path
+from metacontroller.phases.artefacts import META_CONTROLLER, SEGMENTATION, save_artefacts
 from metacontroller.ranges import MOST_DEPTH, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, Whole, check_fields, check_warmup
 from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.run_folder import RunFolder
@@ -176,7 +176,7 @@ def discover_compile(
         states = batch.states if augment is None else augment(batch.states, generator)
         return {**noise._asdict(), "states": states, "later_share": _later_share(batch.lengths).expand(batch.batch)}
 
-    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor | Ratio]]:
         mask, lengths = batch.mask(), batch.lengths
         result = segmentation(extras["states"], lengths, SegmentNoise(extras["boundary"], extras["code"]))
         code = result.code_at()
@@ -194,7 +194,7 @@ def discover_compile(
         weight = _later_share(lengths) / extras["later_share"][0]
         boundary_loss = masked_mean(cross_entropy, later) * weight
         loss = action_loss + config.alpha_code_at(step) * code_kl + config.alpha_boundary * boundary_kl + boundary_loss
-        metrics = {
+        metrics: dict[str, Tensor | Ratio] = {
             "action_loss": action_loss,
             "code_kl": code_kl,
             "boundary_kl": boundary_kl,
@@ -205,8 +205,8 @@ def discover_compile(
                 threshold = meta_controller.gate_config.threshold
                 for name, value, least in (("gate", beta, threshold), ("segment", boundary, LIKELY)):
                     options = {"threshold": least, "tolerance": gate_tolerance}
-                    alignment = gate_alignment(value, batch.segments, lengths, **options)
-                    metrics |= {f"{name}_{kind}": alignment[f"gate_{kind}"] for kind in ("recall", "precision")}
+                    sums = gate_sums(value, batch.segments, lengths, **options)
+                    metrics |= {f"{name}_{kind}": sums[f"gate_{kind}"] for kind in ("recall", "precision")}
         return loss, metrics
 
     train(
@@ -222,9 +222,8 @@ def discover_compile(
         resume=resume,
         quiet=quiet,
     )
-    if processes(next(model.parameters()).device.type).is_main:
-        segmentation.save(artefact_path(run, SEGMENTATION))
-        meta_controller.save(artefact_path(run, META_CONTROLLER))
+    workers = processes(next(model.parameters()).device.type)
+    save_artefacts(run, workers, {SEGMENTATION: segmentation, META_CONTROLLER: meta_controller})
     return meta_controller
 
 

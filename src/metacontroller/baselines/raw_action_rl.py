@@ -8,7 +8,7 @@ from torch import Tensor
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.artefacts import RAW_MODEL, artefact_path
+from metacontroller.phases.artefacts import RAW_MODEL, save_artefacts
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
 from metacontroller.phases.rollout import RawRollout, rollout_raw
 from metacontroller.storage.run_folder import RunFolder
@@ -45,6 +45,5 @@ def raw_action_rl(
         return loss, ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
 
     reinforce("raw_action_rl", config, model, play, surrogate, run, resume=resume, quiet=quiet)
-    if processes(next(model.parameters()).device.type).is_main:
-        model.save(artefact_path(run, RAW_MODEL))
+    save_artefacts(run, processes(next(model.parameters()).device.type), {RAW_MODEL: model})
     return model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.switching import GateConfig
-from metacontroller.data.trajectories import masked_mean
+from metacontroller.data.trajectories import Ratio, masked_mean, masked_sums
 from metacontroller.models.chunked_losses import row_chunks
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 
@@ -153,12 +153,17 @@ class EpisodeDiscovery:
         """Mean KL per real step (eq. 3), without the weight alpha."""
         return masked_mean(output.kl, output.mask)
 
-    def auxiliary_ratio_loss(self, output: DiscoveryOutput) -> Tensor:
-        """The optional H-Net loss times its weight, a scalar; 0 when the weight is 0."""
+    def auxiliary_ratio_loss(self, output: DiscoveryOutput, share: Tensor | None = None) -> Tensor:
+        """The optional H-Net loss times its weight, a scalar; 0 when the weight is 0. share: see `ratio_loss`."""
         if self.ratio_loss_weight == 0:
             return output.beta.new_zeros(())
-        loss = ratio_loss(output.beta, output.mask, self.target_segment_length, self.gate_config.threshold)
+        threshold = self.gate_config.threshold
+        loss = ratio_loss(output.beta, output.mask, self.target_segment_length, threshold, share=share)
         return self.ratio_loss_weight * loss
+
+    def hard_switches(self, output: DiscoveryOutput) -> Ratio:
+        """How many of the real steps have beta at the threshold or above: the F of `ratio_loss`."""
+        return masked_sums((output.beta >= self.gate_config.threshold).to(output.beta.dtype), output.mask)
 
 
 def whole_residual(model: SteerableModel, states: Tensor, actions: Tensor, train_model: bool = False) -> Tensor:

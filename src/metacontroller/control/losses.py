@@ -32,6 +32,7 @@ def ratio_loss(
     threshold: float = 0.5,
     chunk: int | None = None,
     hard: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """H-Net's ratio loss (arXiv 2507.07955, eq. 10) towards one switch every ``target_length`` steps.
 
@@ -39,8 +40,9 @@ def ratio_loss(
     N/(N-1) ((N-1) F G + (1-F)(1-G)), which is 1 at F = G = 1/N. beta, mask (b, t) -> scalar.
     chunk: F and G of every ``chunk`` steps of an episode alone, and the mean over chunks, so that no stretch of an
     episode is without switches; steps beyond the last whole chunk do not count. hard (b, t): the hard switches, where
-    beta >= threshold if not given. UserError for a target length of 1 or
-    less.
+    beta >= threshold if not given. share: F, a scalar, where this is a part of a batch: with the F of the whole the
+    loss is linear in G, so that the parts' losses, weighted by their steps, add up to that of the whole.
+    UserError for a target length of 1 or less.
     """
     if target_length <= 1:
         raise UserError(f"target_length is {target_length}; expected more than 1 step a segment.")
@@ -55,7 +57,7 @@ def ratio_loss(
         steps = weight.sum(1)
         share, soft = ((values[real] * weight).sum(1) / steps for values in (switched, beta))
         return (n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))).mean()
-    share = masked_mean(switched, mask)
+    share = masked_mean(switched, mask) if share is None else share
     soft = masked_mean(beta, mask)
     return n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))
 

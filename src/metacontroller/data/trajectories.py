@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -264,12 +264,30 @@ def with_finite_padding(trajectories: Trajectories) -> Trajectories:
     return replace(trajectories, **changed) if changed else trajectories
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask.
+class Ratio(NamedTuple):
+    """A mean as the two scalars it is made of, so that those of several batches or processes are added before they are
+    divided: a mean of means is another number where their counts differ."""
 
-    What is masked may be NaN: neither the mean nor its gradient sees it.
+    total: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """0 where nothing was counted."""
+        return self.total / self.count.clamp_min(1)
+
+
+def masked_sums(values: Tensor, mask: Tensor) -> Ratio:
+    """Sum of values (b, t) over mask (b, t) bool, and the number of these steps.
+
+    What is masked may be NaN: neither the sum nor its gradient sees it.
     """
-    return values.masked_fill(~mask, 0).sum() / mask.to(values.dtype).sum().clamp_min(1)
+    return Ratio(values.masked_fill(~mask, 0).sum(), mask.to(values.dtype).sum())
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask. What is masked: see `masked_sums`."""
+    return masked_sums(values, mask).mean
 
 
 def check_tensor(name: str, value: Any, *, none: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.data.trajectories import Ratio, length_mask, masked_mean, masked_sums
 
 TOLERANCES = (0, 1, 2)
 """Multiples of a world's tolerance at which a report judges."""
@@ -23,7 +23,7 @@ def codes_taken(beta: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
 
 def binary_fraction(beta: Tensor, lengths: Tensor) -> Tensor:
     """Share of beta (b, t) outside (0.1, 0.9), a scalar, without each episode's first step. lengths (b,)."""
-    return masked_mean(((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype), later_steps(lengths, beta.shape[1]))
+    return masked_mean(_decided(beta), later_steps(lengths, beta.shape[1]))
 
 
 def later_steps(lengths: Tensor, steps: int) -> Tensor:
@@ -40,23 +40,31 @@ def subgoal_changes(segments: Tensor, lengths: Tensor) -> Tensor:
     return changed & length_mask(lengths, segments.shape[1])
 
 
-def gate_alignment(
+def gate_sums(
     beta: Tensor, segments: Tensor, lengths: Tensor, *, threshold: float, tolerance: int = 1
-) -> dict[str, Tensor]:
+) -> dict[str, Ratio]:
     """Alignment of switches (beta >= threshold) with true subgoal changes, without the forced first switch.
 
     beta (b, t), segments (b, t) int64 index of the subgoal in its task, lengths (b,). A change counts as detected if
     a switch lies within ``tolerance`` steps, a switch as correct if a change does.
-    Returns scalars: gate_recall, the share of changes detected; gate_precision, the share of switches that are correct
-    (0 without switches); gate_binary_fraction, the share of beta outside (0.1, 0.9).
+    Returns gate_recall, the share of changes detected; gate_precision, the share of switches that are correct (0
+    without switches); gate_binary_fraction, the share of beta outside (0.1, 0.9).
     """
-    switch = (beta >= threshold) & later_steps(lengths, beta.shape[1])
-    change = subgoal_changes(segments, lengths)
+    later, change = later_steps(lengths, beta.shape[1]), subgoal_changes(segments, lengths)
+    switch = (beta >= threshold) & later
     return {
-        "gate_recall": masked_mean(_near(switch, tolerance).to(beta.dtype), change),
-        "gate_precision": masked_mean(_near(change, tolerance).to(beta.dtype), switch),
-        "gate_binary_fraction": binary_fraction(beta, lengths),
+        "gate_recall": masked_sums(_near(switch, tolerance).to(beta.dtype), change),
+        "gate_precision": masked_sums(_near(change, tolerance).to(beta.dtype), switch),
+        "gate_binary_fraction": masked_sums(_decided(beta), later),
     }
+
+
+def gate_alignment(
+    beta: Tensor, segments: Tensor, lengths: Tensor, *, threshold: float, tolerance: int = 1
+) -> dict[str, Tensor]:
+    """`gate_sums` as scalars."""
+    sums = gate_sums(beta, segments, lengths, threshold=threshold, tolerance=tolerance)
+    return {name: ratio.mean for name, ratio in sums.items()}
 
 
 def gate_report(
@@ -81,6 +89,11 @@ def gate_report(
         counts = torch.histc(beta[where].float(), HISTOGRAM_BINS, 0.0, 1.0)
         report[name] = (counts / counts.sum().clamp_min(1)).tolist()
     return report
+
+
+def _decided(beta: Tensor) -> Tensor:
+    """1 where beta (b, t) is outside (0.1, 0.9), 0 elsewhere."""
+    return ((beta <= 0.1) | (beta >= 0.9)).to(beta.dtype)
 
 
 def _near(marks: Tensor, tolerance: int) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from metacontroller.errors import MissingFileError
 from metacontroller.storage import manifest
 from metacontroller.storage.files import inside, replacing
+from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.versions import warn_of_versions
+from metacontroller.training.distributed import Processes
 
 BASE_MODEL = "base_model"
 RAW_MODEL = "raw_action_model"
@@ -34,6 +37,14 @@ _MADE_BY = {
 def artefact_path(run: RunFolder, name: str) -> Path:
     """The file of a module that a phase writes, such as `BASE_MODEL`."""
     return run.within(f"{name}.safetensors")
+
+
+def save_artefacts(run: RunFolder, workers: Processes, modules: Mapping[str, Saveable]) -> None:
+    """Writes each module as the artefact of its name. The first process does, and none goes on before it has."""
+    if workers.is_main:
+        for name, module in modules.items():
+            module.save(artefact_path(run, name))
+    workers.wait()
 
 
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:

@@ -21,12 +21,12 @@ from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate, apart
 from metacontroller.data.clips import Decisions, draw_clips
-from metacontroller.data.trajectories import Trajectories, masked_mean
+from metacontroller.data.trajectories import Ratio, Trajectories
 from metacontroller.errors import UserError
-from metacontroller.metrics.gate import codes_taken, gate_alignment
+from metacontroller.metrics.gate import codes_taken, gate_sums, later_steps
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
-from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, artefact_path
+from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, save_artefacts
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.phases.guided import Guide, Positions
 from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_fields, check_warmup
@@ -112,6 +112,7 @@ def discover(
     """
     evaluation_mode(model)
     judged_by = (lambda n, generator: generate(n, apart(generator))) if validation is None else validation
+    workers = processes(next(model.parameters()).device.type)
     guide = None
     if config.guided_updates:
         if positions is None:
@@ -131,7 +132,7 @@ def discover(
             named |= guide.clip_extras(drawn, batch)
         return {**noise._asdict(), **augmented, **named}
 
-    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor | Ratio]]:
         alpha = config.alpha_at(step)
         guided = guide if step < config.guided_updates else None
         losses, output = meta_controller.steered_losses(
@@ -155,16 +156,20 @@ def discover(
             if config.clips:
                 loss = loss + guided.clip_loss(model, batch, extras)
         else:
-            loss = loss + alpha * kl + meta_controller.auxiliary_ratio_loss(output)
-        metrics = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
+            loss = loss + alpha * kl
+            if meta_controller.ratio_loss_weight > 0:
+                switched = workers.mean(meta_controller.hard_switches(output))
+                loss = loss + meta_controller.auxiliary_ratio_loss(output, switched)
+        metrics: dict[str, Tensor | Ratio] = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
-            metrics["switches"] = masked_mean(output.gate, output.mask) * batch.lengths.float().mean() - 1
+            beta, lengths, episodes = output.beta, batch.lengths, batch.lengths.new_tensor(batch.batch)
             threshold = meta_controller.gate_config.threshold
-            codes = codes_taken(output.beta, batch.lengths, threshold=threshold)
-            metrics["codes"] = codes.to(output.beta.dtype).mean()
+            soft = output.gate.masked_fill(~later_steps(lengths, batch.steps), 0)
+            codes = codes_taken(beta, lengths, threshold=threshold)
+            metrics |= {"switches": Ratio(soft.sum(), episodes), "codes": Ratio(codes.sum(), episodes)}
             if batch.segments is not None:
                 switches = {"threshold": threshold, "tolerance": gate_tolerance}
-                metrics |= gate_alignment(output.beta, batch.segments, batch.lengths, **switches)
+                metrics |= gate_sums(beta, batch.segments, lengths, **switches)
         return loss, metrics
 
     trained, parameters = meta_controller, meta_controller.discovery_parameters()
@@ -187,13 +192,13 @@ def discover(
             resume=resume,
             quiet=quiet,
         )
-    if processes(next(model.parameters()).device.type).is_main:
-        if config.train_model:
-            model.save(artefact_path(run, COTRAINED_MODEL))
-        meta_controller.save(artefact_path(run, META_CONTROLLER))
+    cotrained = {COTRAINED_MODEL: model} if config.train_model else {}
+    save_artefacts(run, workers, {**cotrained, META_CONTROLLER: meta_controller})
+    if workers.is_main:
         for warning in write_diagnostics(config, model, meta_controller, judged_by, run):
             if not quiet:
                 print(f"discover: warning: {warning}", file=sys.stderr, flush=True)
+    workers.wait()
     return meta_controller
 
 

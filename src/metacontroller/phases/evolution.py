@@ -27,7 +27,7 @@ from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import EVOLVED, artefact_path
-from metacontroller.phases.policy_gradient import Reset, episode_means
+from metacontroller.phases.policy_gradient import Reset, episode_means, question_success
 from metacontroller.phases.rollout import AbstractRollout, Proposal, rollout_abstract
 from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
@@ -90,7 +90,7 @@ def evolution(
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
     learner = Learner(policy, parameters, generator, lr=config.lr, weight_decay=0.0, max_grad_norm=math.inf)
     run.begin(PHASE, resume=resume)
-    first = learner.restore(run, PHASE)[0] if resume else 0
+    first = learner.restore(run, PHASE, config.generations)[0] if resume else 0
     with track(config.generations, PHASE, start=first, quiet=quiet) as progress, finishing():
         run.rewind_metrics(PHASE, first)
         for generation in range(first, config.generations):
@@ -104,6 +104,8 @@ def evolution(
                 "episodes": done * config.population * config.episodes,
                 **episode_means(rollout, learner.processes),
             }
+            if done == 1:
+                question_success(PHASE, metrics["success"], quiet=quiet)
             try:
                 check_returns(rollout.returns)
                 fitness = fitness_of(rollout, config.population)

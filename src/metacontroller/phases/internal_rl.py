@@ -20,7 +20,7 @@ from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.artefacts import POLICY, artefact_path
+from metacontroller.phases.artefacts import POLICY, save_artefacts
 from metacontroller.phases.policy_gradient import InternalRLConfig, Reset, ratio_metrics, reinforce
 from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
@@ -62,6 +62,5 @@ def internal_rl(
         return loss, {**metrics, "entropy_per_code": entropy.detach()}
 
     reinforce("internal_rl", config, meta_controller.policy, play, surrogate, run, resume=resume, quiet=quiet)
-    if processes(next(model.parameters()).device.type).is_main:
-        meta_controller.save(artefact_path(run, POLICY))
+    save_artefacts(run, processes(next(model.parameters()).device.type), {POLICY: meta_controller})
     return meta_controller

@@ -14,14 +14,14 @@ from metacontroller.control.losses import log_ratio, trajectory_advantages
 from metacontroller.data.trajectories import masked_mean
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
-from metacontroller.phases.rollout import AbstractRollout, Rollout
+from metacontroller.phases.rollout import AbstractRollout, Rollout, joined
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
 from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner
-from metacontroller.training.progress import track
+from metacontroller.training.progress import announce, track
 
 Reset = Callable[[int, torch.Generator], BatchedEnv]
 """``reset(n, generator)`` starts n episodes; all their randomness comes from the generator."""
@@ -111,7 +111,8 @@ def reinforce(
     While fewer than ``min_better`` episodes have a return above the mean, no update is made, so the policy stays the
     one that played them; of such a batch only those episodes are kept. Where returns have two values, gradients of
     normalised advantages point from the mean of the worse episodes to that of the better ones: to leave out worse
-    episodes of former batches changes their length and not where they point.
+    episodes of former batches changes their length and not where they point. An episode that could not start says
+    nothing about the policy: it is played and counted as lost, and its return has no part in what is learned.
 
     UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError at the first return,
     loss, gradient or parameter that is not finite, see `training.divergence`.
@@ -129,8 +130,8 @@ def reinforce(
     workers = learner.processes
     episodes = workers.share(config.batch_size, config.minibatches)
     run.begin(phase, resume=resume)
-    first, restored = learner.restore(run, phase) if resume else (0, {})
-    kept = _own_part(restored, workers.rank, generator.device)
+    first, restored = learner.restore(run, phase, config.updates) if resume else (0, {})
+    kept = _own_part(restored, workers, generator.device)
     alone = run.held() if workers.is_main else nullcontext()
     with alone, track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
         if workers.is_main:
@@ -140,10 +141,12 @@ def reinforce(
             rollout = play(episodes, rng)
             done = update + 1
             metrics = {"episodes": done * config.batch_size, **episode_means(rollout, workers)}
+            if done == 1:
+                question_success(phase, metrics["success"], quiet=quiet or not workers.is_main)
             if kept:
                 rollout = rollout.preceded_by(kept)
             try:
-                returns = workers.gather_uneven(rollout.returns)
+                returns = workers.gather_uneven(rollout.returns[rollout.decisions > 0])
                 check_returns(torch.cat(returns))
                 kept = _better(config, rollout, torch.cat(returns))
                 if kept is None:
@@ -171,10 +174,10 @@ def reinforce(
 
 def _better(config: InternalRLConfig, rollout: Rollout, returns: Tensor) -> dict[str, Tensor] | None:
     """None if an update is due: enough of the returns (b,) of all processes are above their mean. Else what is kept of
-    this process's episodes."""
+    this process's episodes. returns: of the episodes that could start."""
     if int((returns > returns.mean()).sum()) >= config.min_better:
         return None
-    rows = (rollout.returns > returns.mean()).nonzero().squeeze(1)
+    rows = ((rollout.returns > returns.mean()) & (rollout.decisions > 0)).nonzero().squeeze(1)
     return {name: value for name, value in vars(rollout.index(rows)).items() if value is not None} if len(rows) else {}
 
 
@@ -184,10 +187,15 @@ def _all_parts(kept: dict[str, Tensor], workers: Processes) -> dict[str, Tensor]
     return {f"{KEPT}.{rank}.{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
 
 
-def _own_part(tensors: dict[str, Tensor], rank: int, device: torch.device) -> dict[str, Tensor]:
-    """What process ``rank`` kept, from the tensors of a checkpoint."""
-    prefix = f"{KEPT}.{rank}."
-    return {name[len(prefix) :]: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
+def _own_part(tensors: dict[str, Tensor], workers: Processes, device: torch.device) -> dict[str, Tensor]:
+    """What this process kept, from the tensors of a checkpoint. Where more processes made it, they are shared out."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{KEPT}."):
+            _, rank, name = key.split(".")
+            parts.setdefault(int(rank), {})[name] = value.to(device)
+    own = [parts[rank] for rank in sorted(parts) if rank % workers.count == workers.rank]
+    return joined(own) if own else {}
 
 
 def _learn(
@@ -200,13 +208,17 @@ def _learn(
 ) -> dict[str, Tensor]:
     """Runs the update epochs over this process's episodes of a batch; returns the metrics of the last minibatch.
 
-    returns: of each process. If all are equal, there is no advantage and so no gradient, and no step is taken.
+    returns: of each process, of the episodes that could start. If all are equal, there is no advantage and so no
+    gradient, and no step is taken.
     """
     workers, metrics = learner.processes, {}
     advantages = trajectory_advantages(torch.cat(returns), config.delta)
-    advantage = advantages.split([len(part) for part in returns])[workers.rank]
+    advantage = torch.zeros_like(rollout.returns)
+    advantage[rollout.decisions > 0] = advantages.split([len(part) for part in returns])[workers.rank]
     for rows in _minibatches(config, len(advantage), rng) if bool(advantages.any()) else ():
         loss, measured = _surrogate_in_chunks(rollout, advantage, rows, surrogate, workers)
+        if loss is None:
+            continue
         metrics |= measured
         if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
             learner.zero_grad()
@@ -216,31 +228,32 @@ def _learn(
 
 
 def _minibatches(config: InternalRLConfig, episodes: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """The rows of each optimizer step: every update epoch has all episodes once, in an order of its own."""
+    """The rows of each optimizer step: every update epoch has all episodes once, in an order of its own.
+
+    There are as many steps in every process, whatever its number of episodes: those that waited for an update are
+    spread unevenly, and processes that took different numbers of steps would wait for each other for ever.
+    """
     for _ in range(config.update_epochs):
-        yield from torch.randperm(episodes, generator=rng, device=rng.device).chunk(config.minibatches)
+        yield from torch.randperm(episodes, generator=rng, device=rng.device).tensor_split(config.minibatches)
 
 
 def _surrogate_in_chunks(
     rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Runs backward through the surrogate of the episodes ``rows``, chunk by chunk; returns this process's part of the
     loss, and the metrics.
 
-    Loss and metrics are means over all decisions of the minibatch, of all processes together. A chunk holds episodes of
-    similar length, the shortest at least half as long as the longest, and at most `MAX_CHUNK_DECISIONS` padded
-    decisions: so memory does not grow with the batch, and there is little padding.
+    Loss and metrics are means over all decisions of the minibatch, of all processes together; without any decision
+    there is None and no metric. A process that alone has none adds an episode of its own with weight 0, so that it
+    takes part in every exchange, with the same gradients and metrics as the others.
     """
-    rows = rows[torch.argsort(rollout.decisions[rows], descending=True, stable=True)]
     total, metrics = rollout.decisions[rows].sum(), {}
     whole = advantage.new_zeros(())
     workers.all_reduce([total])
-    while len(rows):
-        longest = rollout.decisions[rows[0]]
-        similar = int((2 * rollout.decisions[rows] >= longest).sum())
-        size = min(similar, max(1, MAX_CHUNK_DECISIONS // int(longest)))
-        chunk, rows = rows[:size], rows[size:]
-        share = rollout.decisions[chunk].sum() / total
+    if not total:
+        return None, metrics
+    parts = [(chunk, rollout.decisions[chunk].sum().to(whole) / total) for chunk in _chunks(rollout.decisions, rows)]
+    for chunk, share in parts or [(rows.new_zeros(1), 0.0 * whole)]:
         loss, measured = surrogate(rollout.index(chunk), advantage[chunk])
         (share * loss).backward()
         whole += (share * loss).detach()
@@ -248,6 +261,32 @@ def _surrogate_in_chunks(
             metrics[name] = metrics.get(name, 0.0) + share * value
     workers.all_reduce(list(metrics.values()))
     return whole, metrics
+
+
+def _chunks(decisions: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    """The episodes among ``rows`` that made decisions (b,), in chunks.
+
+    A chunk holds episodes of similar length, the shortest at least half as long as the longest, and at most
+    `MAX_CHUNK_DECISIONS` padded decisions: so memory does not grow with the batch, and there is little padding.
+    """
+    rows = rows[decisions[rows] > 0]
+    rows = rows[torch.argsort(decisions[rows], descending=True, stable=True)]
+    while len(rows):
+        longest = decisions[rows[0]]
+        similar = int((2 * decisions[rows] >= longest).sum())
+        size = min(similar, max(1, MAX_CHUNK_DECISIONS // int(longest)))
+        yield rows[:size]
+        rows = rows[size:]
+
+
+def question_success(phase: str, success: Tensor, *, quiet: bool) -> None:
+    """Says so where the first batch, which was played before any update, has nothing but success."""
+    if success > 1 - 1e-6:
+        announce(
+            f"{phase}: warning: success is 1.00 before any update, so there is nothing left to learn but a higher "
+            "return; why go on? Stop here, or choose a harder task.",
+            quiet,
+        )
 
 
 def episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
-from metacontroller.phases.artefacts import BASE_MODEL, artefact_path
+from metacontroller.phases.artefacts import BASE_MODEL, save_artefacts
 from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_each, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -76,10 +76,10 @@ def pretrain(
     if config.clips and decisions is None:
         raise UserError(f"clips is {config.clips}, but no decisions are given; expected 0.")
     weight = config.state_loss_weight
-    is_main = processes(next(model.parameters()).device.type).is_main
+    workers = processes(next(model.parameters()).device.type)
 
     def save_snapshot(step: int) -> None:
-        if is_main and step in config.snapshots:
+        if workers.is_main and step in config.snapshots:
             path = snapshot_path(run, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             model.save(path)
@@ -122,8 +122,7 @@ def pretrain(
             resume=resume,
             quiet=quiet,
         )
-    if is_main:
-        model.save(artefact_path(run, BASE_MODEL))
+    save_artefacts(run, workers, {BASE_MODEL: model})
     return model
 
 

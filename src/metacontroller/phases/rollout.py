@@ -6,7 +6,7 @@ dropped from the batch, so that the others do not pay for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,7 +35,8 @@ class Rollout:
     """What all rollouts have, (b,) each.
 
     returns: undiscounted. success: bool, as the environment reports it. steps: of the environment. subgoals_done: of
-    the task. lost: bool, whether an exception of the environment ended the episode; None where that cannot happen.
+    the task. lost: bool, whether an exception of the environment ended the episode; None where that cannot happen. An
+    episode that could not even start has 0 steps and 0 decisions.
     """
 
     returns: Tensor
@@ -50,24 +51,29 @@ class Rollout:
         return self.steps
 
     def index(self: AnyRollout, rows: Tensor) -> AnyRollout:
-        """The episodes with indices ``rows`` (m,), cut to the longest of them."""
-        longest = int(self.decisions[rows].max())
+        """The episodes with indices ``rows`` (m,), cut to the longest of them, but to one decision at least."""
+        longest = max(1, int(self.decisions[rows].max()))
         held = {name: value for name, value in vars(self).items() if value is not None}
         cut = {name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in held.items()}
         return type(self)(**{**vars(self), **cut})
 
     def preceded_by(self: AnyRollout, former: Mapping[str, Tensor]) -> AnyRollout:
         """These episodes behind ``former`` ones, fields by name; the shorter are padded with zeros."""
-        joined: dict[str, Tensor] = {}
-        for name, value in vars(self).items():
-            if value is None:
-                continue
-            parts = [former[name], value]
-            if value.dim() > 1:
-                longest = max(part.shape[1] for part in parts)
-                parts = [F.pad(part, [0, 0] * (part.dim() - 2) + [0, longest - part.shape[1]]) for part in parts]
-            joined[name] = torch.cat(parts)
-        return type(self)(**{**vars(self), **joined})
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        return type(self)(**{**vars(self), **joined([former, held])})
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Fields of several rollouts, one behind the other; the shorter are padded with zeros."""
+    return {name: torch.cat(_equally_long([part[name] for part in parts])) for name in parts[-1]}
+
+
+def _equally_long(values: list[Tensor]) -> list[Tensor]:
+    """Tensors (b,) as they are; tensors (b, t, ...), padded with zeros to the longest t."""
+    if values[0].dim() == 1:
+        return values
+    longest = max(value.shape[1] for value in values)
+    return [F.pad(value, [0, 0] * (value.dim() - 2) + [0, longest - value.shape[1]]) for value in values]
 
 
 @dataclass
@@ -172,9 +178,12 @@ def rollout_abstract(
     propose: Proposal,
     generator: torch.Generator | None = None,
 ) -> AbstractRollout:
-    """Plays every episode to its end. A code is held until beta >= threshold; ``propose`` is called only then."""
+    """Plays every episode to its end. A code is held until beta >= threshold; ``propose`` is called only then.
+
+    An episode that could not start takes no decision: its observation is none of its own.
+    """
     rows = torch.arange(len(env), device=env.steps.device)
-    alive = torch.ones_like(rows, dtype=torch.bool)
+    alive = ~(env.terminated | env.truncated)
     actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
     state = meta_controller.initial_state(len(env))
     decisions, outcome = _Decisions(rows), _Outcome(rows)
@@ -293,8 +302,8 @@ class _Decisions:
         self.count[rows] += 1
 
     def padded(self, values: list[Tensor]) -> Tensor:
-        """(b, longest, ...) with zeros beyond an episode's last decision."""
+        """(b, longest, ...) with zeros beyond an episode's last decision; longest is 1 at least."""
         flat = torch.cat(values)
-        out = flat.new_zeros(len(self.count), int(self.count.max()), *flat.shape[1:])
+        out = flat.new_zeros(len(self.count), max(1, int(self.count.max())), *flat.shape[1:])
         out[torch.cat(self.row), torch.cat(self.index)] = flat
         return out

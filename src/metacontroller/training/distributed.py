@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacontroller.data.trajectories import Ratio
 from metacontroller.errors import UserError
 
 
@@ -96,6 +97,12 @@ class Processes:
         sums = total.split([tensor.numel() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
         for tensor, value in zip(tensors, sums, strict=True):
             tensor.copy_(value.view_as(tensor))
+
+    def mean(self, ratio: Ratio) -> Tensor:
+        """The mean over all processes, whose sums are added before they are divided."""
+        sums = Ratio(*(value.detach().clone() for value in ratio))
+        self.all_reduce(sums)
+        return sums.mean
 
     def any(self, flag: bool) -> bool:
         """Whether the flag of any process is set; the same in all of them."""

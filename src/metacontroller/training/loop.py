@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.data.batching import EpisodeStream, Generate
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.trajectories import Ratio, Trajectories
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, diverged
@@ -19,43 +19,54 @@ from metacontroller.training.optimizer import Learner, OptimizerConfig
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import noise_generator
 
+Metrics = Mapping[str, Tensor | Ratio]
+"""Of a batch, or of a process's rows of it: scalars are means over real steps. A mean over anything else is a ratio, of
+which the sums of a log interval and of all processes are added before they are divided."""
+
 
 class _Means:
     """Running means of metrics."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}  # of ratios; of all other metrics it is the number of steps
         self.count = 0
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds one step's scalars, without synchronizing with the device; their order is this step's, also after
-        ``restore``."""
+    def add(self, metrics: Metrics, share: Tensor | float = 1.0) -> None:
+        """Adds one step's, without synchronizing with the device; their order is this step's, also after ``restore``.
+
+        share: of the batch's real steps, those of this process.
+        """
         sums = {}
         for name, value in metrics.items():
-            sums[name] = self.sums.pop(name) + value.detach() if name in self.sums else value.detach()
+            if isinstance(value, Ratio):
+                self.counts[name] = self.counts[name] + value.count if name in self.counts else value.count
+            total = (value.total if isinstance(value, Ratio) else share * value).detach()
+            sums[name] = self.sums.pop(name) + total if name in self.sums else total
         self.sums = {**sums, **self.sums}
         self.count += 1
 
     def tensors(self, workers: Processes) -> dict[str, Tensor]:
         """What ``restore`` needs, of all processes together; nothing right after ``take``."""
-        sums = {name: value.clone() for name, value in self.sums.items()}
-        workers.all_reduce(list(sums.values()))
-        count = {"means.count": torch.tensor(self.count)} if sums else {}
-        return {**count, **{f"means.sums.{name}": value for name, value in sums.items()}}
+        tensors = {f"means.sums.{name}": value.clone() for name, value in self.sums.items()}
+        tensors |= {f"means.counts.{name}": value.clone() for name, value in self.counts.items()}
+        workers.all_reduce(list(tensors.values()))
+        return tensors | ({"means.count": torch.tensor(self.count)} if tensors else {})
 
     def restore(self, tensors: Mapping[str, Tensor], workers: Processes, device: torch.device) -> None:
         """Goes on from ``tensors``, whose sums the first process alone carries."""
-        start = "means.sums."
-        for name, value in tensors.items():
-            if name.startswith(start):
-                self.sums[name.removeprefix(start)] = value.to(device) * int(workers.is_main)
-                self.count = int(tensors["means.count"])
+        for start, held in (("means.sums.", self.sums), ("means.counts.", self.counts)):
+            for name, value in tensors.items():
+                if name.startswith(start):
+                    held[name.removeprefix(start)] = value.to(device) * int(workers.is_main)
+                    self.count = int(tensors["means.count"])
 
     def take(self, workers: Processes) -> dict[str, float]:
-        """Returns the means over the steps since the last call, summed over the processes, and resets them."""
-        workers.all_reduce(list(self.sums.values()))
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
+        """Returns the means over the steps since the last call, of all processes together, and resets them."""
+        workers.all_reduce([*self.sums.values(), *self.counts.values()])
+        counts = {name: max(1.0, float(count)) for name, count in self.counts.items()}
+        means = {name: float(total) / counts.get(name, self.count) for name, total in self.sums.items()}
+        self.sums, self.counts, self.count = {}, {}, 0
         return means
 
 
@@ -63,7 +74,7 @@ BatchExtras = dict[str, Tensor]
 """Tensors (b, ...) that a loss needs in addition to its batch: noise, augmented states."""
 
 SampleExtras = Callable[[Trajectories, int, torch.Generator], BatchExtras]
-LossFunction = Callable[[Trajectories, int, BatchExtras], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Trajectories, int, BatchExtras], tuple[Tensor, Metrics]]
 
 
 def train(
@@ -85,16 +96,17 @@ def train(
 ) -> None:
     """Trains ``parameters`` of ``module`` in place, on episodes from ``generate``.
 
-    loss_function(batch, step, extras) -> the loss, a mean over real steps, and the metrics to log, whose means over the
-    log interval are written. sample_extras(batch, step, generator) -> ``extras`` of a batch. after(done): called after
-    every update with the number of updates so far. seed: of the episodes and, in a separate stream, of
-    ``sample_extras``.
+    loss_function(batch, step, extras) -> the loss, a mean over real steps, and the metrics to log (`Metrics`), whose
+    means over the log interval are written. sample_extras(batch, step, generator) -> ``extras`` of a batch.
+    after(done): called after every update with the number of updates so far. seed: of the episodes and, in a separate
+    stream, of ``sample_extras``.
     matrices, muon_lr: as of `Learner`. Several processes share each batch, see `training.distributed`.
 
     Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
     (`training.interruption`). With ``resume``, training continues from the last one, bit for bit as if it had not
-    stopped. A finished phase is not trained again. UserError if ``run`` holds a checkpoint of the phase and ``resume``
-    is false; DivergedError at the first loss, gradient or parameter that is not finite, see `training.divergence`.
+    stopped, with as many processes and threads as before. A finished phase is not trained again. UserError if ``run``
+    holds a checkpoint of the phase and ``resume`` is false; DivergedError at the first loss, gradient or parameter that
+    is not finite, see `training.divergence`.
     """
     device = parameters[0].device
     stream = EpisodeStream(generate, config.batch_size, seed, device=device)
@@ -109,7 +121,7 @@ def train(
         muon_lr=muon_lr,
     )
     run.begin(phase, resume=resume)
-    first, tensors = learner.restore(run, phase) if resume else (0, {})
+    first, tensors = learner.restore(run, phase, config.steps) if resume else (0, {})
     if 0 < first < config.steps:
         stream.restore(tensors)
     workers = learner.processes
@@ -131,7 +143,7 @@ def train(
             try:
                 (share * loss).backward()
                 learner.optimizer_step(share * loss)
-                means.add({name: share * value for name, value in {"loss": loss, **metrics}.items()})
+                means.add({"loss": loss, **metrics}, share)
                 if last or done % config.log_every == 0:
                     measured = means.take(workers)
                     if workers.is_main:
@@ -146,7 +158,7 @@ def train(
                 tensors = {**_tensors_of(batch), **extras}
                 facts = {
                     "lr": config.lr_at(step),
-                    "metrics": {name: float(value.detach()) for name, value in metrics.items()},
+                    "metrics": {name: float(_scalar(value)) for name, value in metrics.items()},
                 }
                 raise diverged(run, phase, done, found, module, tensors, writes=workers.is_main, **facts) from None
             if stopping:
@@ -154,6 +166,10 @@ def train(
                 stop()
     module.eval()
     workers.wait()
+
+
+def _scalar(metric: Tensor | Ratio) -> Tensor:
+    return (metric.mean if isinstance(metric, Ratio) else metric).detach()
 
 
 def _tensors_of(batch: Trajectories) -> dict[str, Tensor]:

@@ -25,6 +25,9 @@ from metacontroller.storage.training_state import (
 )
 from metacontroller.training.distributed import processes
 from metacontroller.training.divergence import NotFinite, check_module
+from metacontroller.training.progress import announce
+
+_SINGULAR = {"processes": "process", "threads": "thread"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +172,24 @@ class Learner:
             "generator": generator_tensor(self.generator),
             **(more or {}),
         }
-        meta: dict[str, Any] = {"step": step}
+        meta: dict[str, Any] = {"step": step, **self._shared_by()}
         for name, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(name, optimizer)
             meta[name] = optimizer_meta(optimizer)
         run.save_checkpoint(phase, tensors, meta)
 
-    def restore(self, run: RunFolder, phase: str) -> tuple[int, dict[str, Tensor]]:
-        """Loads the checkpoint of ``phase``; returns its step and tensors, or 0 and no tensors if there is none."""
+    def _shared_by(self) -> dict[str, int]:
+        """The numbers of processes and, on a CPU, of threads of each: with others, sums are rounded otherwise, and RL
+        plays other episodes."""
+        on_cpu = self.parameters[0].device.type == "cpu"
+        return {"processes": self.processes.count, **({"threads": torch.get_num_threads()} if on_cpu else {})}
+
+    def restore(self, run: RunFolder, phase: str, steps: int) -> tuple[int, dict[str, Tensor]]:
+        """Loads the checkpoint of ``phase``; returns its step and tensors, or 0 and no tensors if there is none.
+
+        steps: with which the phase is done. Where more of them are to come, and the checkpoint was made with another
+        number of processes or threads, standard error says so.
+        """
         if not run.has_checkpoint(phase):
             return 0, {}
         tensors, meta = run.load_checkpoint(phase)
@@ -185,7 +198,7 @@ class Learner:
             for name, optimizer in self.optimizers.items():
                 load_optimizer(optimizer, tensors, meta[name], name)
             load_generator(self.generator, tensors["generator"])
-            return int(meta["step"]), tensors
+            step = int(meta["step"])
         except UserError as error:
             raise UserError(f"{run.checkpoint_path(phase)}: {error}") from error
         except (KeyError, TypeError, IndexError, RuntimeError, AttributeError, ValueError) as error:
@@ -193,6 +206,19 @@ class Learner:
                 f"{run.checkpoint_path(phase)} is no whole checkpoint of {phase} ({error!r}); delete it and run the "
                 "phase again."
             ) from error
+        now = self._shared_by()
+        before = {name: meta.get(name, count) for name, count in now.items()}
+        if step < steps and before != now and self.processes.is_main:
+            announce(
+                f"{phase}: goes on with {_counted(now)} where it had {_counted(before)}; from here on it is not, bit "
+                "for bit, the run that it would have been."
+            )
+        return step, tensors
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """Such as "2 processes and 1 thread"."""
+    return " and ".join(f"{count} {name if count != 1 else _SINGULAR[name]}" for name, count in counts.items())
 
 
 def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
