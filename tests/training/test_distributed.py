@@ -154,13 +154,13 @@ from test_internal_rl import InternalRLConfig, internal_rl, make_model, make_ste
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import leave, processes
 
-config = InternalRLConfig(episodes=16 * 12, batch_size=16, lr=2e-3, min_better=8, minibatches=4, checkpoint_every=1)
+config = InternalRLConfig(episodes=8 * 12, batch_size=8, lr=2e-3, min_better=3, minibatches=4, checkpoint_every=1)
 policies = []
 for name, parts in (("whole", [12]), ("parts", [1, 2, 5, 6, 9, 12])):
     for done in parts:
         torch.manual_seed(0)
         run, steering = RunFolder(Path(sys.argv[1]) / name), make_steering()
-        part = replace(config, episodes=16 * done)
+        part = replace(config, episodes=8 * done)
         internal_rl(part, make_model(), steering, new_grids, run, quiet=True, resume=done > parts[0])
     policies.append(torch.cat([value.detach().flatten() for value in steering.policy.parameters()]))
 shares = processes("cpu").gather(policies[0])
@@ -177,11 +177,11 @@ torch.randperm = lambda count, **options: torch.arange(count)
 workers = processes("cpu")
 alone = copy.copy(workers)
 alone.rank, alone.count = 0, 1
-lengths = torch.tensor([3, 1, 4, 2, 6, 5, 7, 3, 0, 0])  # of the second process, one minibatch has no decision
-own = [torch.arange(6), torch.arange(6, 10)]
-whole = torch.tensor([0, 1, 2, 6, 7, 3, 4, 5, 8, 9])  # both minibatches as those of the two processes together
+lengths = torch.tensor([3, 1, 4, 2, 6, 5, 7, 3, 0])  # of the second process, one minibatch has no decision
+own = [torch.arange(5), torch.arange(5, 9)]
+whole = torch.tensor([0, 1, 5, 2, 6, 3, 7, 4, 8])  # each minibatch is that of the two processes together
 weights, metrics = zip(
-    updated_weight(lengths, own[workers.rank], workers), updated_weight(lengths, whole, alone), strict=True
+    updated_weight(lengths, own[workers.rank], workers, 4), updated_weight(lengths, whole, alone, 4), strict=True
 )
 torch.testing.assert_close(*weights, rtol=1e-12, atol=0.0)
 torch.testing.assert_close(*metrics, rtol=1e-12, atol=0.0)
