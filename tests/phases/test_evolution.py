@@ -17,7 +17,7 @@ from metacontroller.domains.pinpad_layouts import Layouts
 from metacontroller.errors import DivergedError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evolution import EvolutionConfig, evolution, fitness_of, play_population
-from metacontroller.phases.rollout import policy_proposal, rollout_abstract
+from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.storage.run_folder import RunFolder
 
 DIM, CONSTANT = 8, 4  # channels 0..3 of the residual are the actions', channel 4 is always 1
@@ -150,3 +150,14 @@ def test_episodes_must_divide_among_members() -> None:
     model, steering = make_parts()
     with pytest.raises(UserError, match="3 episodes do not divide among 2 members"):
         play_population(model, steering, Population(steering.policy, 2, scale=0.1), new_grids(3))
+
+
+def test_an_episode_that_could_not_start_makes_no_member_fitter() -> None:
+    lengths = torch.tensor([2, 0, 1, 3, 0, 0])
+    returns = torch.tensor([-4.0, 0.0, -1.0, -1.0, 0.0, 0.0])
+    empty = torch.zeros(6, 3, 1)
+    rollout = AbstractRollout(
+        returns, lengths > 3, lengths, lengths, lengths == 0, empty, empty, empty[..., 0], lengths
+    )
+    assert fitness_of(rollout, 3).tolist() == [-3.0, -1.0, -2.0]  # the mean of those that started is -2
+    assert fitness_of(rollout.index(torch.tensor([1, 4])), 2).tolist() == [0.0, 0.0]

@@ -160,8 +160,14 @@ def population_proposal(
 
 
 def fitness_of(rollout: AbstractRollout, members: int) -> Tensor:
-    """(members,): the mean return of each member's episodes, which lie side by side."""
-    return rollout.returns.view(members, -1).mean(1)
+    """(members,): the mean return of each member's episodes, which lie side by side.
+
+    An episode that could not start says nothing about its member: it counts as the mean one of those that could.
+    """
+    started, returns = rollout.decisions > 0, rollout.returns
+    if bool(started.any()) and not bool(started.all()):
+        returns = torch.where(started, returns, returns[started].mean())
+    return returns.view(members, -1).mean(1)
 
 
 def _learn(learner: Learner, population: Population, fitness: Tensor) -> dict[str, Tensor]:
