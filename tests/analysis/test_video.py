@@ -11,6 +11,7 @@ import imageio_ffmpeg
 import pytest
 import torch
 
+from metacontroller.analysis.episodes import Episodes
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.video import COLORS, GATE_PIXELS, LEAST_PIXELS, gate_strip, write_video
 from metacontroller.cli import main
@@ -90,3 +91,25 @@ def test_what_cannot_be_filmed_is_said(run: LoadedRun, tmp_path: Path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"imageio is not installed; videos need it: pip install .*\[viz\]"):
         write_video(run, "base", tmp_path / "film.gif", seed=0)
+
+
+def test_a_world_that_this_machine_cannot_draw_is_said_and_the_report_goes_without(
+    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: Domain, states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(type(run.domain), "render", fails)
+    said = "the world gridworld-pinpad cannot be drawn on this machine: RuntimeError: no display."
+    with pytest.raises(UserError, match=said):
+        write_video(run, "base", tmp_path / "film.gif", seed=0)
+    assert list(tmp_path.iterdir()) == []
+    found = Episodes().measure(run, Episodes.Config(episodes=2))
+    assert [episode["frames"] for episode in found["episodes"]] == [None, None]
+    assert f"episodes: no pictures: {said}" in capsys.readouterr().err
+
+
+def test_an_ffmpeg_that_does_not_run_is_said(run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"ffmpeg, which writes \.mp4, does not run .*; write a \.gif"):
+        write_video(run, "base", tmp_path / "film.mp4", seed=0)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.lines import Line2D
 
+from metacontroller.errors import UserError
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
 from metacontroller.report.figures import (
     codes_figure,
@@ -124,3 +127,12 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
         assert all("measured" in " ".join(text.get_text() for text in ax.texts) for ax in figure.axes)
     draw_run(run, {"task": "go", "code_subgoal_share": None})
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"losses", "gate", "success", "codes"}
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> Any:
+        raise ValueError("Key backend: 'nonsense' is not a valid value for backend")
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    with pytest.raises(UserError, match=r"matplotlib cannot be imported .ValueError: Key backend: 'nonsense'"):
+        require_matplotlib()

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from metacontroller.analysis.gate import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.analysis.video import drawn
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
+from metacontroller.errors import UserError
 from metacontroller.metrics.gate import subgoal_changes
 from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.figures import gate_figure
+from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ class Episodes(Analysis):
         belief = _belief(run, held_out)
         changes = None if held_out.segments is None else subgoal_changes(held_out.segments, held_out.lengths)
         every = -(-sum(lengths) // MAX_PICTURES)
-        frames = _frames(run.domain, held_out, every) if run.domain.offers("render") else [None] * len(lengths)
+        frames = _frames(run.domain, held_out, every)
         episodes = []
         for row, length in enumerate(lengths):
             subgoals = None if held_out.subgoals is None else held_out.subgoals[row, :length].tolist()
@@ -122,12 +125,19 @@ def _rounded(values: Tensor) -> Any:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _frames(domain: Domain, batch: Trajectories, every: int) -> list[list[str]]:
-    """Every so many states of each episode as data URIs, small enough together."""
-    pictures = [
-        domain.render(states[: length + 1 : every].cpu()).numpy()
-        for states, length in zip(batch.states, batch.lengths.tolist(), strict=True)
-    ]
+def _frames(domain: Domain, batch: Trajectories, every: int) -> Sequence[list[str] | None]:
+    """Every so many states of each episode as data URIs, small enough together; None without pictures."""
+    nothing = [None] * len(batch.states)
+    if not domain.offers("render"):
+        return nothing
+    try:
+        pictures = [
+            drawn(domain, states[: length + 1 : every])
+            for states, length in zip(batch.states, batch.lengths.tolist(), strict=True)
+        ]
+    except UserError as error:
+        announce(f"episodes: no pictures: {error}")
+        return nothing
     files: list[list[bytes]] = []
     for shrink in range(1, 33):
         files = [[png(picture[::shrink, ::shrink]) for picture in episode] for episode in pictures]

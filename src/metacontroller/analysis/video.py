@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.domains.base import Domain
-from metacontroller.errors import UserError
+from metacontroller.errors import UserError, last_line
 from metacontroller.phases.evaluate import Policy
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
 from metacontroller.storage.files import replacing
@@ -44,8 +44,21 @@ def check_video(run: LoadedRun, path: Path) -> None:
         raise UserError(f"video {path} has the ending {path.suffix!r}; expected one of {', '.join(FORMATS)}.")
     if missing := _missing(path.suffix):
         raise UserError(f"{missing[0]} is not installed; videos need it: pip install 'metacontroller-rl[viz]'.")
+    if path.suffix == ".mp4":
+        _check_ffmpeg()
     if not run.domain.offers("render"):
         raise UserError(f"the world {run.domain.name} draws no pictures, so there is nothing to film.")
+
+
+def drawn(domain: Domain, states: Tensor) -> np.ndarray:
+    """Pictures of the states (t, *obs) of one episode, uint8 (t, y, x, 3); UserError if this machine cannot draw them,
+    whatever the world's own renderer raises then."""
+    try:
+        return domain.render(states.cpu()).numpy()
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"the world {domain.name} cannot be drawn on this machine: {last_line(error)}.") from error
 
 
 def can_film(domain: Domain, name: str) -> bool:
@@ -57,6 +70,16 @@ def _missing(ending: str) -> list[str]:
     """The packages that are not installed and needed for it."""
     needed = ["imageio", *(["imageio_ffmpeg"] if ending == ".mp4" else [])]
     return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def _check_ffmpeg() -> None:
+    """UserError unless imageio's ffmpeg runs: it may name a file that is not there, or is another program."""
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_version()
+    except Exception as error:
+        raise UserError(f"ffmpeg, which writes .mp4, does not run ({last_line(error)}); write a .gif.") from error
 
 
 def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int) -> None:
@@ -85,7 +108,7 @@ def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None,
 def _frames(run: LoadedRun, film: Film, every: int) -> list[np.ndarray]:
     """The pictures of an episode, (y, x, 3) uint8, the last state among them."""
     steps = sorted({*range(0, len(film.states), every), len(film.states) - 1})
-    pictures = run.domain.render(film.states[steps].cpu()).numpy()
+    pictures = drawn(run.domain, film.states[steps])
     factor = -(-LEAST_PIXELS // pictures.shape[1])
     large = pictures.repeat(factor, 1).repeat(factor, 2)
     if film.gate is None:

@@ -94,7 +94,10 @@ def conclude(
     figures.draw_run(run, measured)
     if can_film(loaded.domain, figures.FILM):
         film = run.within(f"figures/{figures.FILM}")
-        write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"))
+        try:
+            write_video(loaded, "internal-rl", film, episodes=2, seed=stream_seed(config.seed, "evaluate"))
+        except UserError as error:  # of the world's renderer: the rest of the summary needs none
+            announce(f"no film: {error}", quiet)
     summary = {
         "seed": config.seed,
         **measured,

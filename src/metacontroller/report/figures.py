@@ -3,6 +3,7 @@ drawing."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metacontroller.errors import UserError
+from metacontroller.errors import UserError, last_line
 from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder
 
@@ -34,6 +35,10 @@ def require_matplotlib() -> None:
     """Raises UserError, before hours are spent, if figures cannot be drawn at their end."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib is not installed; figures need it: pip install 'metacontroller-rl[viz]'.")
+    try:
+        importlib.import_module("matplotlib")
+    except Exception as error:  # of MPLBACKEND, or of a file of its settings
+        raise UserError(f"matplotlib cannot be imported ({last_line(error)}); mend its settings.") from error
 
 
 def draw_run(run: RunFolder, measured: Mapping[str, Any]) -> None:

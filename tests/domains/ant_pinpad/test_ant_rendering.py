@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -10,10 +15,12 @@ from gymnasium.utils.env_checker import check_env
 
 pytest.importorskip("mujoco", reason="the extra ant is not installed")
 
-from metacontroller.domains.ant_pinpad import ENV_ID, rendering
+from helpers import load_script
+from metacontroller.domains.ant_pinpad import ENV_ID, engine, rendering
 from metacontroller.domains.ant_pinpad.gymnasium_env import AntPinpadEnv, AntPinpadVectorEnv
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import STATE_SIZE
+from metacontroller.errors import UserError
 
 ARENA = Arena(size=3, cell_size=2.0)
 OBJECTS = torch.tensor([0, 5, 6, 7, 2])
@@ -83,3 +90,29 @@ def test_without_opengl_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(rendering, "import_module", refuse)
     with pytest.raises(ValueError, match=r"no OpenGL to draw with was found .*OSError.*; install EGL or OSMesa"):
         rendering.Painter(ARENA)
+
+
+def test_a_context_that_cannot_be_drawn_in_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDisplay:
+        """As of GLFW without a display: it is made, and nothing can be drawn in it."""
+
+        def __init__(self, *size: int) -> None: ...
+
+        def make_current(self) -> None:
+            raise RuntimeError("no display")
+
+    monkeypatch.setattr(rendering, "import_module", lambda name: SimpleNamespace(GLContext=NoDisplay))
+    assert not rendering.can_draw.__wrapped__()
+    with pytest.raises(UserError, match=r"no OpenGL to draw with was found \(mujoco.*: RuntimeError: no display"):
+        rendering.Painter(ARENA)
+
+
+def test_a_mujoco_that_cannot_be_imported_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> Any:
+        raise RuntimeError("invalid value for environment variable MUJOCO_GL: nonsense")
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    with pytest.raises(
+        UserError, match=r"mujoco cannot be imported \(RuntimeError: invalid value .*; set MUJOCO_GL to"
+    ):
+        load_script(Path(engine.__file__))

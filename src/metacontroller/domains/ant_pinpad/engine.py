@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, STATE_SIZE
-from metacontroller.errors import UserError
+from metacontroller.errors import UserError, last_line
 
 try:
     mujoco: Any = import_module("mujoco")
@@ -25,6 +25,11 @@ except ModuleNotFoundError as missing:
     if (missing.name or "").partition(".")[0] != "mujoco":
         raise
     raise UserError("mujoco is not installed; install it by: pip install 'metacontroller-rl[ant]'.") from missing
+except Exception as error:  # it imports what MUJOCO_GL names, of which it raises whatever that does
+    raise UserError(
+        f"mujoco cannot be imported ({last_line(error)}); set MUJOCO_GL to what this machine can draw with, or to "
+        "disabled."
+    ) from error
 
 __all__ = ["FRAME_SKIP", "MODEL", "Physics", "ant_model", "mujoco"]
 

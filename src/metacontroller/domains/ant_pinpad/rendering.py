@@ -19,7 +19,7 @@ from torch import Tensor
 from metacontroller.domains.ant_pinpad.engine import ant_model, mujoco
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_POSITIONS
-from metacontroller.errors import UserError
+from metacontroller.errors import UserError, last_line
 
 PALETTE = (
     (0.12, 0.47, 0.75),
@@ -53,14 +53,12 @@ class Painter:
 
     def __init__(self, arena: Arena, pixels: int = 224) -> None:
         self.arena, self.pixels = arena, pixels
-        self.context = _gl_context(pixels)
+        self.context, self.surface = _canvas(pixels)
         self.model = ant_model()
         self.data = mujoco.MjData(self.model)
         self.scene = mujoco.MjvScene(self.model, 200 + arena.num_cells)
         self.options = mujoco.MjvOption()
         self.view = mujoco.MjrRect(0, 0, pixels, pixels)
-        self.context.make_current()
-        self.surface = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         mujoco.mjr_resizeOffscreen(pixels, pixels, self.surface)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.surface)
 
@@ -116,9 +114,11 @@ def painter(arena: Arena, pixels: int = 224) -> Painter:
 def can_draw() -> bool:
     """Whether this machine has an OpenGL to draw with."""
     try:
-        _gl_context(8).free()
+        context, surface = _canvas(8)
     except UserError:
         return False
+    surface.free()
+    context.free()
     return True
 
 
@@ -136,16 +136,19 @@ def _camera(arena: Arena, name: str) -> Any:
     return camera
 
 
-def _gl_context(pixels: int) -> Any:
+def _canvas(pixels: int) -> tuple[Any, Any]:
+    """An OpenGL context, the current one then, and what MuJoCo draws with in it; UserError if there is none."""
     chosen = os.environ.get("MUJOCO_GL")
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     modules = ("mujoco.egl", "mujoco.osmesa") if headless and not chosen else ("mujoco.gl_context",)
     reasons = []
     for module in modules:
         try:
-            return import_module(module).GLContext(pixels, pixels)
+            context = import_module(module).GLContext(pixels, pixels)
+            context.make_current()  # one without a display fails here, or in the next line
+            return context, mujoco.MjrContext(ant_model(), mujoco.mjtFontScale.mjFONTSCALE_100.value)
         except Exception as error:
-            reasons.append(f"{module}: {type(error).__name__}: {error}")
+            reasons.append(f"{module}: {last_line(error)}")
     raise UserError(
         f"no OpenGL to draw with was found ({'; '.join(reasons)}); install EGL or OSMesa, or set MUJOCO_GL to what "
         "this machine has."
