@@ -403,3 +403,50 @@ def test_onehot_to_tokens_undoes_tokens_to_onehot() -> None:
 def test_vectors_that_are_no_grid_are_refused(vector: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         onehot_to_tokens(16, vector)
+
+
+def counting_env(**options: Any) -> InternalEnv:
+    model, steering = make_model({"mode": "forced"}, state_embed_readout={"num_continuous": 1})
+    return InternalEnv(Counting(20), model, steering, **options)
+
+
+def distance_from_the_prior(codes: Tensor) -> float:
+    """The largest gap between the distribution of all entries and N(0, I), as a multiple of its error."""
+    values = codes.flatten().sort().values
+    quantiles = torch.distributions.Normal(0.0, 1.0).cdf(values)
+    return float((quantiles - torch.linspace(0, 1, len(values))).abs().max()) * len(values) ** 0.5
+
+
+@pytest.mark.parametrize("warped", [False, True])
+def test_samples_of_its_actions_are_codes_of_the_prior(warped: bool) -> None:
+    env = counting_env(warped=warped)
+    limit = 1.0 if warped else 5.0
+    assert env.action_space == spaces.Box(-limit, limit, (CODE,), np.float32)
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    many = gymnasium.vector.SyncVectorEnv([lambda: counting_env(warped=warped)] * 2)
+    many.action_space.seed(1)
+    for sample in (env.action_space.sample, env.sample_prior, many.action_space.sample):
+        actions = np.stack([sample() for _ in range(600)])
+        assert actions.dtype == np.float32
+        assert np.abs(actions).max() <= limit
+        assert distance_from_the_prior(env.action_space.codes(torch.from_numpy(actions))) < 1.7
+    env.reset(seed=5)
+    first = env.sample_prior()
+    env.reset(seed=5)
+    np.testing.assert_array_equal(env.sample_prior(), first)
+
+
+def test_a_warped_action_steers_as_the_code_that_it_stands_for() -> None:
+    plain, warped = counting_env(), counting_env(warped=True)
+    warped.model, warped.meta_controller = plain.model, plain.meta_controller
+    code = torch.tensor([-1.5, 0.2, 0.9])
+    action = 2 * torch.distributions.Normal(0.0, 1.0).cdf(code) - 1
+    for env in (plain, warped):
+        env.reset(seed=0)
+    for given, env in ((code, plain), (action, warped)):
+        env.step(given.numpy())
+    assert plain._episode is not None
+    assert warped._episode is not None
+    torch.testing.assert_close(warped._episode.state.z, code[None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(warped._episode.state.z, plain._episode.state.z, rtol=1e-4, atol=1e-5)

@@ -344,3 +344,46 @@ def test_steps_before_a_reset_and_parts_that_do_not_fit_are_refused() -> None:
         InternalVectorEnv(domain, model, steering, 0)
     with pytest.raises(ValueError, match="dim_model 12; expected 8"):
         InternalVectorEnv(domain, model, MetaController(12, dim_meta_controller=8, dim_latent=2, rank=2))
+
+
+@pytest.mark.parametrize("world", [GridworldPinpad, OneByOneWorld])
+def test_reset_mask_begins_new_episodes_in_its_rows_alone(world: Any) -> None:
+    model, steering = make_model()
+    steering.action_temperature = 0.0
+    envs = InternalVectorEnv(world(CONFIG) if world is GridworldPinpad else world(), model, steering, ROWS)
+    with pytest.raises(ValueError, match="no episode has started; reset all rows first"):
+        envs.reset(options={"reset_mask": np.ones(ROWS, bool)})
+    codes = np.random.default_rng(0).normal(size=(3, ROWS, CODE)).astype(np.float32)
+    before, _ = envs.reset(seed=0)
+    before, *_ = envs.step(codes[0])
+    untouched = pickle.loads(pickle.dumps(envs))  # noqa: S301
+    mask = np.arange(ROWS) % 2 == 0
+    options = {"reset_mask": mask}
+    after, info = envs.reset(options=options)
+    assert list(options) == ["reset_mask"]
+    assert info["_steps"].tolist() == mask.tolist()
+    np.testing.assert_array_equal(after[~mask], before[~mask])
+    assert not np.isclose(after[mask], before[mask]).all(-1).any()
+    one, other = envs.step(codes[1]), untouched.step(codes[1])
+    for found, expected in zip(one[:4], other[:4], strict=True):
+        if found.ndim == 1 or not (other[2] | other[3]).any():
+            np.testing.assert_allclose(found[~mask], expected[~mask], rtol=1e-5, atol=1e-6)
+    first, again = (envs.reset(seed=4, options=options)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"difficulty": 3}, r"reset has the option 'difficulty'; expected none but 'reset_mask'"),
+        ({"reset_mask": [True] * ROWS}, r"reset_mask is \[True, .*; expected a numpy array of 4 bool"),
+        ({"reset_mask": np.zeros(ROWS, bool)}, "at least one True"),
+        ({"reset_mask": np.ones(ROWS + 1, bool)}, "expected a numpy array of 4 bool, one a row"),
+        ({"reset_mask": np.ones(ROWS)}, "expected a numpy array of 4 bool, one a row"),
+    ],
+)
+def test_other_options_of_a_reset_are_refused(options: dict[str, Any], message: str) -> None:
+    envs = InternalVectorEnv(GridworldPinpad(CONFIG), *make_model(), ROWS)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        envs.reset(options=options)

@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from metacontroller.domains.pinpad_tasks import Task, check_tasks, read_tasks
+from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.errors import UserError
 
 TaskSpec = str | Iterable[str | Sequence[int]]
@@ -143,10 +144,16 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode in every row; one integer seed determines the episodes of all."""
+        """Starts an episode in every row, or in those of ``options["reset_mask"]`` (num_envs,) bool, whose info it
+        returns; one integer seed determines the episodes of all."""
+        chosen = rows_to_reset(options, self.num_envs, self._batch is not None)
         super().reset(seed=seed)
-        self._batch = self._episodes.start(self.num_envs, self.np_random)
-        return self._episodes.observe(self._batch), self._info()
+        if chosen is None or self._batch is None:
+            self._batch = self._episodes.start(self.num_envs, self.np_random)
+            return self._episodes.observe(self._batch), self._info()
+        rows = torch.from_numpy(chosen.nonzero()[0])
+        self._batch.replace(rows, self._episodes.start(len(rows), self.np_random))
+        return self._episodes.observe(self._batch), self._info(chosen)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Takes one action a row; rows that had ended start a new episode instead."""
@@ -163,7 +170,8 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         pictures = self._episodes.render(self._batch)
         return None if pictures is None else tuple(pictures)
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self, rows: np.ndarray | None = None) -> dict[str, Any]:
+        known = np.ones(self.num_envs, dtype=bool) if rows is None else rows
         told = zip(("task", "colors_done", "subgoal"), self._episodes.told(self._batch), strict=True)
         info: dict[str, Any] = {name: value.numpy() for name, value in told}
-        return info | {f"_{name}": np.ones(self.num_envs, dtype=bool) for name in list(info)}
+        return info | {f"_{name}": known.copy() for name in list(info)}

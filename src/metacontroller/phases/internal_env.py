@@ -19,8 +19,7 @@ from metacontroller.domains.guarded_environment import tell_lost
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
-
-CODE_LIMIT = 5.0
+from metacontroller.phases.code_space import CodeSpace
 
 
 @dataclass
@@ -39,8 +38,9 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     One step is one abstract action: the code steers the frozen model, whose sampled actions go to ``env``, until the
     gate opens (beta >= threshold) or the episode ends. So ``env`` must end its episodes, by a time limit if need be.
 
-    Action space: ``Box(-5, 5, (n_z,), float32)``: the code z. The prior is N(0, I), so hardly any of it lies outside;
-    codes beyond the bounds are clipped.
+    Action space: ``Box(-5, 5, (n_z,), float32)``: the code z; or, if ``warped``, ``Box(-1, 1, (n_z,), float32)``, whose
+    uniform samples stand for samples of the prior N(0, I). Either way ``action_space.sample()`` and ``sample_prior()``
+    explore the prior, and codes beyond ±5, where hardly any of it lies, are clipped (`CodeSpace`).
 
     Observation space: ``Box(-inf, inf, (n_e,), float32)``: the residual at the controlled layer for the observation at
     which the gate opened; after a reset, for the first observation, which always takes a new code; at the end, for the
@@ -64,11 +64,14 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         meta_controller: its gate and controller act; its policy is not used.
         encode_observation: maps an observation of ``env`` to one state of the model, without batch and time axes; by
             default as a dataset of ``env`` would hold it (`data.spaces`), then the encoder's ``from_observation``.
+        warped: whether actions are warped: the code is the inverse normal CDF of (action + 1) / 2.
 
     Raises:
         UserError: if the metacontroller or the action space of ``env`` does not fit the model, and in ``reset`` if the
             first observation is not of its space.
     """
+
+    action_space: CodeSpace
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         meta_controller: MetaController,
         *,
         encode_observation: Callable[[Any], Tensor] | None = None,
+        warped: bool = False,
     ) -> None:
         if model.dim != meta_controller.dim_model:
             raise UserError(
@@ -89,7 +93,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._readable = None if encode_observation else readable(env.observation_space)
         self.metadata, self.render_mode = env.metadata, env.render_mode
         self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
-        self.action_space = spaces.Box(-CODE_LIMIT, CODE_LIMIT, (meta_controller.dim_latent,), np.float32)
+        self.action_space = CodeSpace((meta_controller.dim_latent,), warped=warped)
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device)
         self._episode: _Episode | None = None
@@ -138,6 +142,10 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._episode = None
         return _to_numpy(episode.residual), total, terminated, truncated, {"steps": steps, **report}
 
+    def sample_prior(self) -> np.ndarray:
+        """An action (n_z,) whose code is a sample of the prior N(0, I), from ``np_random``; seeded by ``reset``."""
+        return self.action_space.prior(self.np_random)
+
     def render(self) -> Any:
         """The inner environment's picture."""
         return self.env.render()
@@ -154,7 +162,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 f"action is {np.asarray(action).tolist()}; expected {self.meta_controller.dim_latent} finite numbers, "
                 "a code."
             )
-        return code.clamp(-CODE_LIMIT, CODE_LIMIT)[None]
+        return self.action_space.codes(code)[None]
 
     def _encoded(self, observation: Any) -> Tensor:
         """One observation as a state, without batch and time axes; Misfit if it is none of its space."""

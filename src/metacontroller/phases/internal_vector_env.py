@@ -10,7 +10,6 @@ never steps a row that waits. What is left of waiting are the last steps of the 
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.domains.base import BatchedEnv, Domain
+from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.internal_env import CODE_LIMIT, check_gaussian
+from metacontroller.phases.code_space import CodeSpace
+from metacontroller.phases.internal_env import check_gaussian
 from metacontroller.phases.rollout import survivors
 from metacontroller.phases.single_rows import SingleRows
 from metacontroller.ranges import ROWS, check_number
@@ -97,7 +98,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     the world says; ``episode_steps`` and ``subgoals_done`` of the whole episode; ``lost``, whether an exception of the
     world ended it, where that can happen.
 
-    Seeds: ``reset(seed=...)`` settles episodes and sampled actions of all rows; ``seed`` is one number.
+    Seeds: ``reset(seed=...)`` settles episodes and sampled actions of all rows; ``seed`` is one number. Options of
+    ``reset``: Gymnasium's ``reset_mask``.
 
     It can be pickled at any time, unless its world steps in worker processes, and the copy goes on in the same way. A
     world whose batches have no ``replace(rows, other)`` is played row by row: the model still takes one step for all.
@@ -116,6 +118,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Raises:
         UserError: if the metacontroller does not fit the model, or the model has no ``cache_store``.
     """
+
+    action_space: CodeSpace
 
     def __init__(
         self,
@@ -137,11 +141,10 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.domain, self.model, self.meta_controller = domain, model, meta_controller
         self.task, self.warped, self.num_envs = task, warped, num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
-        limit = 1.0 if warped else CODE_LIMIT
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
-        self.single_action_space = spaces.Box(-limit, limit, (meta_controller.dim_latent,), np.float32)
+        self.single_action_space = CodeSpace((meta_controller.dim_latent,), warped=warped)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.action_space = CodeSpace((num_envs, meta_controller.dim_latent), warped=warped)
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device)
         self._rows: _Rows | None = None
@@ -152,13 +155,21 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode in every row; there are no options."""
+        """Starts an episode in every row, or in those of ``options["reset_mask"]`` (b,) bool; the info is theirs.
+
+        A seed settles what comes from then on in all rows."""
+        chosen = rows_to_reset(options, self.num_envs, self._rows is not None)
         super().reset(seed=seed)
-        self._generator.manual_seed(int(self.np_random.integers(2**62)))
-        self._rows = None  # what the last episodes were played with can be used again
-        self._rows = self._begin()
-        everywhere = np.ones(self.num_envs, bool)
-        return _to_numpy(self._rows.residual), _masked({"steps": np.zeros(self.num_envs, np.int64)}, everywhere)
+        if seed is not None or chosen is None:
+            self._generator.manual_seed(int(self.np_random.integers(2**62)))
+        if chosen is None or self._rows is None:
+            self._rows = None  # what the last episodes were played with can be used again
+            self._rows = self._begin()
+        else:
+            self._renew(self._rows, torch.from_numpy(chosen.nonzero()[0]).to(self._device))
+        begun = np.ones(self.num_envs, bool) if chosen is None else chosen
+        info = _masked({"steps": np.zeros(self.num_envs, np.int64)}, begun)
+        return _to_numpy(self._rows.residual), info
 
     @torch.no_grad()
     @weights_cast_once()
@@ -180,15 +191,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"actions have shape {tuple(given.shape)}; expected {self.action_space.shape}, a code of finite "
                 "numbers for each row."
             )
-        codes = math.sqrt(2) * torch.erfinv(given.clamp(-1, 1)) if self.warped else given
-        return codes.clamp(-CODE_LIMIT, CODE_LIMIT)
+        return self.action_space.codes(given)
 
     def sample_prior(self) -> np.ndarray:
         """Actions (b, n_z) whose codes are samples of the prior N(0, I), from ``np_random``; seeded by ``reset``."""
-        shape = self.action_space.shape
-        if self.warped:
-            return self.np_random.uniform(-1, 1, shape).astype(np.float32)
-        return self.np_random.standard_normal(shape, np.float32).clip(-CODE_LIMIT, CODE_LIMIT)
+        return self.action_space.prior(self.np_random)
 
     def _hold(self, home: _Rows, codes: Tensor, rewards: Tensor) -> np.ndarray:
         """Holds codes (b, n_z) until every row is done; adds to rewards (b,), returns the steps taken (b,)."""
@@ -237,7 +244,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         last = np.full(self.num_envs, None, dtype=object)
         for row, residual in zip(over.nonzero()[0], _to_numpy(home.residual[ended]), strict=True):
             last[row] = residual
-        rows = ended.nonzero().squeeze(1)
+        self._renew(home, ended.nonzero().squeeze(1))
+        return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
+
+    def _renew(self, home: _Rows, rows: Tensor) -> None:
+        """Begins new episodes in ``rows`` (m,) int64."""
         begin_again = getattr(home.env, "begin_again", None)
         if begin_again is None:
             home.env.replace(rows, self._episodes(len(rows)))
@@ -245,7 +256,6 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             begin_again(rows, self._generator)
         home.caches.restart(rows)
         home.put(rows, *self._look(home.env, home.caches, rows))
-        return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
 
     def _look(self, env: _ReplaceableEnv, caches: Any, rows: Tensor) -> tuple[ControlState, Tensor, Tensor]:
         """Reads the first observation of the episodes ``rows`` (m,): state, residual and history of `_Rows`."""

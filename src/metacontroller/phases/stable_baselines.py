@@ -37,7 +37,7 @@ class StableBaselinesEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         """Starts an episode in every row."""
-        observation, info = self.env.reset(seed=self._seeds[0])
+        observation, info = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self.reset_infos = [{"steps": steps} for steps in info["steps"].tolist()]
         self._reset_seeds()
         self._reset_options()

@@ -135,6 +135,28 @@ def test_vector_seeding_is_reproducible():
         assert np.array_equal(first.step(actions)[0], second.step(actions)[0])
 
 
+def test_reset_mask_begins_new_episodes_in_its_rows_alone():
+    envs = GridworldPinpadVectorEnv(4, size=5, num_colors=3, num_walls=2, task="0-1", max_steps=3)
+    envs.reset(seed=2)
+    for _ in range(3):
+        before, *_, truncated, _ = envs.step(np.zeros(4, int))
+    assert truncated.all()
+    mask = np.array([True, False, True, False])
+    options = {"reset_mask": mask}
+    after, infos = envs.reset(options=options)
+    assert list(options) == ["reset_mask"]
+    assert infos["_task"].tolist() == mask.tolist()
+    assert np.array_equal(after[~mask], before[~mask])
+    assert not (after[mask] == before[mask]).reshape(2, -1).all(1).any()
+    stepped, _, _, truncated, _ = envs.step(np.zeros(4, int))  # the others begin anew, as their episodes had ended
+    assert not truncated.any()
+    assert not (stepped[~mask] == before[~mask]).reshape(2, -1).all(1).any()
+    assert envs.step(np.zeros(4, int))[3].tolist() == [False] * 4
+    assert envs.step(np.zeros(4, int))[3].tolist() == mask.tolist()
+    with pytest.raises(ValueError, match="reset has the option 'level'; expected none but 'reset_mask'"):
+        envs.reset(options={"level": 2})
+
+
 def test_vector_resets_on_the_step_after_the_end():
     envs = GridworldPinpadVectorEnv(64, size=4, num_colors=2, num_walls=1, task="0-1", max_steps=8)
     observations, _ = envs.reset(seed=0)
