@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from metacontroller.analysis.episodes import Episodes
 from metacontroller.analysis.gate import Gate, held_out_gate
@@ -18,11 +20,14 @@ from metacontroller.analysis.oracle import Oracle
 from metacontroller.analysis.probing import Probes
 from metacontroller.analysis.steering import Steering
 from metacontroller.data.batching import EpisodeStream, apart
+from metacontroller.data.datasets import Dataset
+from metacontroller.data.store import Episodes as Store
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.domain import AntPinpad
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig
 from metacontroller.domains.base import demonstrations
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.domains.offline.domain import Offline, OfflineConfig
 from metacontroller.phases import discover as discover_module
 from metacontroller.presets import preset
 from metacontroller.presets.gridworld import debug
@@ -89,6 +94,29 @@ def test_no_episode_held_out_on_the_ant_is_in_a_store_of_a_phase(tmp_path: Path)
         shared(drawn, *stored, *(world.demonstrations(split, 200, generator()) for split in ("pretrain", "discover")))
         == 0
     )
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_no_episode_held_out_of_own_data_is_trained_on(tmp_path: Path, copies: int) -> None:
+    """Nor an equal one, where a dataset holds some several times."""
+    rng = np.random.default_rng(0)
+    made = [
+        {"states": rng.normal(size=(steps + 1, 2)), "actions": rng.integers(2, size=steps)}
+        for steps in rng.integers(1, 4, size=60)
+    ]
+    episodes = Store.of(Trajectories.from_episodes(made * copies))
+    Dataset(episodes, spaces.Box(-9, 9, (2,), np.float32), spaces.Discrete(2)).write(tmp_path / "data")
+    world = Offline(OfflineConfig(dataset=str(tmp_path / "data")))
+    held_out, *trained_on = (
+        world.demonstrations(split, 4000, generator(seed))
+        for seed in (0, 1)
+        for split in ("validation", "pretrain", "discover")
+    )
+    assert len(contents(held_out)) == 6
+    assert len(contents(trained_on[0])) == 54
+    assert contents(trained_on[0]) == contents(trained_on[1]) == contents(trained_on[3])
+    assert contents(trained_on[2]) == contents(held_out)  # for every seed
+    assert shared(held_out, trained_on[0]) == 0
 
 
 def test_on_the_grid_the_same_seed_gives_other_episodes_for_validation() -> None:

@@ -157,6 +157,7 @@ def discover_compile(
     run: RunFolder,
     *,
     augment: Augment | None = None,
+    validation: Generate | None = None,
     gate_tolerance: int = 1,
     resume: bool = False,
     quiet: bool = False,
@@ -219,6 +220,7 @@ def discover_compile(
         run,
         seed=config.seed,
         sample_extras=sample_extras,
+        validation=validation,
         resume=resume,
         quiet=quiet,
     )

@@ -34,6 +34,8 @@ class Pretrain(Tracked):
     env: str | None = None
     """Gymnasium ID of the environment in which the later phases act, beside --dataset; with --resume alone, given to a
     run that has none yet."""
+    validation_share: float | None = None
+    """Share of the episodes of --dataset on which nothing is trained, for validation; 0.1 unless given, 0: none."""
     seed: int | None = None
     """From which all randomness derives."""
     config: ExperimentConfig = field(default_factory=preset_config)
@@ -55,7 +57,8 @@ class Pretrain(Tracked):
         if self.resume and self.env is not None and self.dataset is None:
             config = self._with_environment(run, write=workers.is_main)
         else:
-            config = self.config if self.dataset is None and self.env is None else self._with_data()
+            untold = self.dataset is None and self.env is None and self.validation_share is None
+            config = self.config if untold else self._with_data()
             config = chosen_config(config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
         domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
@@ -96,9 +99,8 @@ class Pretrain(Tracked):
     def _with_data(self) -> ExperimentConfig:
         """The config with the dataset and the environment asked for."""
         if self.dataset is None:
-            raise UserError(
-                f"--env {self.env} stands beside no dataset; give --dataset ID, which the model learns from."
-            )
+            option = f"--env {self.env}" if self.env is not None else f"--validation-share {self.validation_share}"
+            raise UserError(f"{option} stands beside no dataset; give --dataset ID, which the model learns from.")
         domain = self.config.domain
         if not _holds_data(domain):
             raise UserError(
@@ -106,7 +108,8 @@ class Pretrain(Tracked):
             )
         folder = Path(self.dataset)
         name = str(folder.resolve()) if folder.is_dir() else self.dataset  # later phases may start elsewhere
-        return replace(self.config, domain=replace(domain, dataset=name, env=self.env or domain.env))
+        share = {} if self.validation_share is None else {"validation_share": self.validation_share}
+        return replace(self.config, domain=replace(domain, dataset=name, env=self.env or domain.env, **share))
 
 
 def _holds_data(domain: Any) -> bool:

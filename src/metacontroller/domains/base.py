@@ -137,6 +137,11 @@ class Domain:
     def check_acting(self) -> None:
         """UserError if the world has demonstrations only, and no episodes to act in."""
 
+    def validates(self, phase: Split) -> bool:
+        """Whether the loss on validation episodes may be set beside the training loss of a phase: where both kinds of
+        episodes are drawn alike."""
+        return phase == "discover"
+
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """Symmetry augmentation: states (n, t, *obs) under a random symmetry of the world, one per row; same shape.
 

@@ -6,7 +6,7 @@ Metrics, means over the log interval: ``loss``, ``action_loss`` (steered) and ``
 ``switches`` (sum of the soft gate over an episode, without the first step), ``codes`` (per episode, where the gate is
 thresholded, as when acting), and the alignment of the gate with the subgoals' labels, which discovery never sees, on
 the training batches: ``gate_recall``, ``gate_precision``, ``gate_binary_fraction``. In guided updates the gate is that
-after the named codes.
+after the named codes. ``val_action_loss``, if episodes for validation are given: `training.validation`.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def discover(
     positions: for ``config.guided_updates``, where things are in an observation, see `Domain.positions`. decisions: for
     ``config.clips``, see `Domain.decisions`. gate_tolerance: steps within which the metrics take a switch and a change
     of subgoal as the same.
-    At the end, gate and codes are checked on one batch of ``validation`` (`phases.diagnostics`), or without that of
-    ``generate`` from a stream apart: analyses/diagnostics.json holds the measurements and the warnings, which are also
-    printed to standard error unless ``quiet``.
+    validation: as of `training.loop.train`. At the end, gate and codes are checked on one batch of it
+    (`phases.diagnostics`), or without it on one of ``generate`` from a stream apart: analyses/diagnostics.json holds
+    the measurements and the warnings, which are also printed to standard error unless ``quiet``.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     evaluation_mode(model)
@@ -189,6 +189,7 @@ def discover(
             matrices=meta_controller.matrices(),
             muon_lr=config.muon_lr,
             sample_extras=sample_extras,
+            validation=validation,
             resume=resume,
             quiet=quiet,
         )

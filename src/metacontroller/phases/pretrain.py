@@ -4,7 +4,7 @@
 
 With clips (`data.clips`, our choice) the same loss of their steps is added.
 Metrics: ``loss``, ``action_loss``, with lambda > 0 ``state_loss``, and with clips ``clip_loss``, the action loss of
-their steps; all in nats per step.
+their steps; all in nats per step. ``val_action_loss``, if episodes for validation are given: `training.validation`.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def pretrain(
     run: RunFolder,
     *,
     decisions: Decisions | None = None,
+    validation: Generate | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> SteerableModel:
     """Trains ``model`` in place on episodes from ``generate``.
 
     Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`) to the run. decisions: for
-    ``config.clips``, see `Domain.decisions`. UserError if they are missing, and if the run holds a checkpoint of this
-    phase and ``resume`` is false.
+    ``config.clips``, see `Domain.decisions`. validation: as of `training.loop.train`. UserError if decisions are
+    missing, and if the run holds a checkpoint of this phase and ``resume`` is false.
     """
     if config.clips and decisions is None:
         raise UserError(f"clips is {config.clips}, but no decisions are given; expected 0.")
@@ -118,6 +119,7 @@ def pretrain(
             matrices=model.matrices(),
             muon_lr=config.muon_lr,
             sample_extras=sample_extras,
+            validation=validation,
             after=save_snapshot,
             resume=resume,
             quiet=quiet,

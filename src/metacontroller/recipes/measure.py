@@ -106,9 +106,21 @@ def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
         **links(run, quiet),
         "unseen_transition_share": None if unseen is None or math.isnan(unseen) else unseen,
         "code_subgoal_share": share,
+        **_losses(run),
         "task": run.domain.format_task(),
         "subgoals": list(run.subgoals),
     }
+
+
+def _losses(run: LoadedRun) -> dict[str, float]:
+    """Each phase's last action loss in training and on validation episodes, where it logged both."""
+    found = {}
+    for phase in ("pretrain", "discover"):
+        last = run.folder.read_metrics(phase)[-1:]
+        for line in last:
+            names = ("action_loss", "val_action_loss") if "val_action_loss" in line else ()
+            found |= {f"{phase}_{name}": line[name] for name in names}
+    return found
 
 
 def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:

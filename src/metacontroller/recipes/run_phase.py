@@ -10,7 +10,8 @@ from typing import Any
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.domains.base import Domain, demonstrations
+from metacontroller.data.batching import Generate
+from metacontroller.domains.base import Domain, Split, demonstrations
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import BASE_MODEL, load_artefact
@@ -34,8 +35,9 @@ def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     if processes(device).is_main:
         run.write_config(to_json(config))
     source = demonstrations(domain, "pretrain")
-    decisions = domain.decisions if config.pretrain.clips else None
-    return pretrain(config.pretrain, model, source, run, decisions=decisions, resume=resume, quiet=quiet)
+    options: dict[str, Any] = {"validation": _validation(domain, "pretrain"), "resume": resume, "quiet": quiet}
+    options["decisions"] = domain.decisions if config.pretrain.clips else None
+    return pretrain(config.pretrain, model, source, run, **options)
 
 
 def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
@@ -50,13 +52,12 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     source = demonstrations(domain, "discover")
     augment = domain.augment if config.discover.symmetry_augmentation else None
     options: dict[str, Any] = {"augment": augment, "gate_tolerance": domain.gate_tolerance}
-    options |= {"resume": resume, "quiet": quiet}
+    options |= {"validation": _validation(domain, "discover"), "resume": resume, "quiet": quiet}
     if config.discovery == "compile":
         seed, dim_latent = stream_seed(config.seed, "meta_controller"), config.meta_controller.dim_latent
         segmentation = build_compile(config.compile, model, domain.spec().encoder, dim_latent, seed).to(device)
         segmentation.versions = run.versions
         return discover_compile(config.compile, model, segmentation, meta_controller, source, run, **options)
-    options["validation"] = demonstrations(domain, "validation")
     if config.discover.guided_updates:
         options["positions"] = domain.positions
     if config.discover.clips:
@@ -91,6 +92,11 @@ def run_raw_action_rl(
     run.versions = domain.versions()
     model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
     return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
+
+
+def _validation(domain: Domain, phase: Split) -> Generate | None:
+    """The episodes whose loss may stand beside that of a phase's training, if a world has some."""
+    return demonstrations(domain, "validation") if domain.validates(phase) else None
 
 
 def post_training(domain: Domain) -> Reset:

@@ -59,12 +59,18 @@ def losses_figure(run: RunFolder) -> Figure:
     figure = figure_of_size(9.0, 3.2)
     left, right = figure.subplots(1, 2)
     pretraining, discovery = run.read_metrics("pretrain"), run.read_metrics("discover")
-    left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0")
+    left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0", label="in training")
+    if any("val_action_loss" in line for line in pretraining):
+        held_out = _column(pretraining, "val_action_loss")
+        left.plot(_column(pretraining, "step"), held_out, color="C0", linestyle="--", label="held out")
+        left.legend(frameon=False)
     left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
     steps = _column(discovery, "step")
     right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
     cost = "code_kl" if any("code_kl" in line for line in discovery) else "kl"  # CompILE's, the metacontroller's
     right.plot(steps, _column(discovery, cost), color="C1", label="KL of the codes")
+    if any("val_action_loss" in line for line in discovery):
+        right.plot(steps, _column(discovery, "val_action_loss"), color="C0", linestyle="--", label="the same, held out")
     right.set(title="Discovery", xlabel="update", ylabel="nats per step")
     if any(value <= 0 for line in right.get_lines() for value in line.get_ydata()):  # densities may be above 1
         right.set_yscale("symlog", linthresh=0.1)

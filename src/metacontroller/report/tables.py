@@ -25,6 +25,10 @@ RESULTS = {
     "oracle_unseen": "codes of experts, post-training task: success",
     "code_nats": "a code costs, nats",
     "code_dimensions": "dimensions of the code in use",
+    "pretrain_action_loss": "pretraining: action loss in training, nats a step",
+    "pretrain_val_action_loss": "pretraining: the same, held out",
+    "discover_action_loss": "discovery: action loss in training, nats a step",
+    "discover_val_action_loss": "discovery: the same, held out",
 }
 """The measures of a run, and how the table names them."""
 

@@ -16,8 +16,9 @@ from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import NotFinite, diverged
 from metacontroller.training.interruption import finishing, requested, stop
 from metacontroller.training.optimizer import Learner, OptimizerConfig
-from metacontroller.training.progress import track
+from metacontroller.training.progress import announce, track
 from metacontroller.training.seeding import noise_generator
+from metacontroller.training.validation import Validation
 
 Metrics = Mapping[str, Tensor | Ratio]
 """Of a batch, or of a process's rows of it: scalars are means over real steps. A mean over anything else is a ratio, of
@@ -70,6 +71,11 @@ class _Means:
         return means
 
 
+PARTED = (
+    "the model knows the episodes that it trained on better than others; collect more episodes, or train for fewer "
+    "updates, with more weight decay, or a smaller model."
+)
+
 BatchExtras = dict[str, Tensor]
 """Tensors (b, ...) that a loss needs in addition to its batch: noise, augmented states."""
 
@@ -90,6 +96,7 @@ def train(
     matrices: Sequence[nn.Parameter] = (),
     muon_lr: float = 0.0,
     sample_extras: SampleExtras | None = None,
+    validation: Generate | None = None,
     after: Callable[[int], None] | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -100,6 +107,8 @@ def train(
     means over the log interval are written. sample_extras(batch, step, generator) -> ``extras`` of a batch.
     after(done): called after every update with the number of updates so far. seed: of the episodes and, in a separate
     stream, of ``sample_extras``.
+    validation: episodes that are not trained on; their metric ``action_loss`` is logged as ``val_action_loss``, on one
+    batch each time, and set beside that in training at the end, see `training.validation`.
     matrices, muon_lr: as of `Learner`. Several processes share each batch, see `training.distributed`.
 
     Checkpoints go to ``run`` under the phase's name, and one more where a signal asks to stop
@@ -126,6 +135,14 @@ def train(
         stream.restore(tensors)
     workers = learner.processes
     module.train()
+    held_out = None
+    if validation is not None and first < config.steps:
+
+        def action_loss(batch: Trajectories, generator: torch.Generator) -> Tensor:
+            extras = sample_extras(batch, done - 1, generator) if sample_extras else {}
+            return _scalar(loss_function(batch, done - 1, extras)[1]["action_loss"])
+
+        held_out = Validation(validation, config.batch_size, seed, module, action_loss)
     means = _Means()
     if first < config.steps:
         means.restore(tensors, workers, device)
@@ -146,6 +163,8 @@ def train(
                 means.add({"loss": loss, **metrics}, share)
                 if last or done % config.log_every == 0:
                     measured = means.take(workers)
+                    if held_out is not None:
+                        measured["val_action_loss"] = held_out.loss()
                     if workers.is_main:
                         run.log_metrics(phase, done, **measured)
                     progress.update(done, **measured)
@@ -165,6 +184,12 @@ def train(
                 workers.wait()
                 stop()
     module.eval()
+    if held_out is not None:
+        line, parted = held_out.compared(generate)
+        if workers.is_main:
+            announce(f"{phase}: {line}", quiet)
+            if parted:
+                announce(f"{phase}: warning: {PARTED}", quiet)
     workers.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from metacontroller.data.datasets import Dataset, load_dataset
+from metacontroller.data.held_out import held_out_rows
 from metacontroller.data.spaces import action_options, encoder_options
 from metacontroller.data.statistics import normalization, pixel_scale
 from metacontroller.data.trajectories import Trajectories
@@ -38,10 +40,14 @@ class OfflineConfig:
     """Processes in which the environments step; 0: the one that trains."""
     window: int = 128
     """Of longer episodes only so many steps are read at once, from a step drawn at random."""
+    validation_share: float = 0.1
+    """Share of the episodes on which nothing is trained, for validation: by episode, the same for all phases and seeds.
+    0: none, and held-out figures are of episodes that were trained on."""
 
     def __post_init__(self) -> None:
         check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True), workers=Whole(0, MOST_PROCESSES))
         check_fields(self, success_return=Number(none=True), window=Whole(most=MOST_STEPS))
+        check_fields(self, validation_share=Number(0, 0.9, noun="share"))
 
 
 class Offline(Domain):
@@ -66,12 +72,30 @@ class Offline(Domain):
         return DomainSpec(*options, self._limit())
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes, drawn with replacement. Subgoals are left out: their names are not known."""
-        seed, count = torch.randint(2**62, (), generator=generator, device=generator.device), len(self.dataset.episodes)
-        rng = np.random.default_rng(int(seed))
-        episodes = self.dataset.read(rng.integers(count, size=n), longest=self.config.window, rng=rng)
+        """n episodes of the split, drawn with replacement; for validation of those that are trained on if none is held
+        out. Subgoals are left out: their names are not known."""
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        rng, held_out = np.random.default_rng(int(seed)), self._held_out
+        rows = held_out if split == "validation" and len(held_out) else self._trained_on
+        chosen = rows[rng.integers(len(rows), size=n)]
+        episodes = self.dataset.read(chosen, longest=self.config.window, rng=rng)
         kept = Trajectories(states=episodes.states, actions=episodes.actions, lengths=episodes.lengths)
         return kept.to(generator.device)
+
+    @cached_property
+    def _held_out(self) -> np.ndarray:
+        """Indices of the episodes for validation."""
+        assert self.config.dataset is not None
+        return _held_out_of(self.config.dataset, _modified(self.config.dataset), self.config.validation_share)
+
+    @cached_property
+    def _trained_on(self) -> np.ndarray:
+        """Indices of all others."""
+        return np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)
+
+    def validates(self, phase: Split) -> bool:
+        """Both phases, unless no episode is held out."""
+        return bool(len(self._held_out))
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
@@ -122,6 +146,20 @@ def _scale(name: str, modified: int, field: str) -> dict[str, list[float]]:
     if field == "states" and image is not None:
         return pixel_scale(array, image)
     return normalization(array, "observations" if field == "states" else field)
+
+
+@lru_cache(maxsize=4)
+def _held_out_of(name: str, modified: int, share: float) -> np.ndarray:
+    episodes = _load(name, modified).episodes
+    rows = held_out_rows(episodes, share)
+    if share and not len(rows):
+        print(
+            f"dataset {name}: none of its {len(episodes)} episodes can be held out for validation, because there is "
+            "one only, or each occurs again and again; held-out figures are of episodes that were trained on.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
 
 
 def _with_statistics(
