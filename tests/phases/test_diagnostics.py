@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
+from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.metrics.gate import binary_fraction, codes_taken
+from metacontroller.models.transformer import Transformer
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import build_meta_controller, build_model
@@ -30,7 +33,7 @@ def test_a_sound_discovery_has_no_warning() -> None:
         ({"binary_fraction": 0.49}, "the gate is undecided: a share of 0.49"),
         ({"kl": 0.009}, "codes have collapsed to the prior: their KL is 0.0090 nats per step"),
         ({"steered_loss": 0.4995}, "codes do not change the actions: the action loss is 0.4995 nats per step with"),
-        ({"steered_loss": 0.6}, "codes do not change the actions: the action loss is 0.6000"),
+        ({"steered_loss": 0.6}, "codes make the experts' actions less likely: the action loss is 0.6000"),
         ({"steered_loss": math.nan}, "codes do not change the actions: the action loss is nan"),
     ],
 )
@@ -41,7 +44,29 @@ def test_each_failure_has_a_warning_of_one_line(change: dict[str, float], messag
 
 
 def test_all_failures_are_named_together() -> None:
-    assert len(diagnose(codes=1.0, binary_fraction=0.0, kl=0.0, steered_loss=0.5, base_loss=0.5)) == 4
+    nothing = {"codes": 1.0, "binary_fraction": 0.0, "kl": 0.0, "steered_loss": 0.5, "base_loss": 0.5}
+    assert len(diagnose(**nothing)) == len(diagnose(**nothing, left=10.0)) == 4
+
+
+def test_where_the_base_knows_all_actions_that_is_the_only_cause() -> None:
+    nothing = {"codes": 1.0, "binary_fraction": 0.0, "kl": 0.0, "steered_loss": 1e-4, "base_loss": 1e-4}
+    (warning,) = diagnose(**nothing, left=1.3e-3)
+    assert warning.startswith("nothing is left for codes to say: without them the action loss is 0.0001 nats per step")
+    assert diagnose(**SOUND, left=0.1) == []  # all is well
+
+
+def test_what_is_left_to_say_is_not_asked_of_densities() -> None:
+    torch.manual_seed(0)
+    model = Transformer(
+        16,
+        action_embed_readout={"num_continuous": 2},
+        state_embed_readout={"num_continuous": 3},
+        lower_body={"depth": 1},
+        upper_body={"depth": 1},
+    )
+    batch = Trajectories(states=torch.randn(4, 6, 3), actions=torch.randn(4, 5, 2), lengths=torch.tensor([5, 4, 3, 2]))
+    steering = MetaController(16, dim_latent=2)
+    assert measure(model, steering, batch, torch.Generator().manual_seed(1))["left"] is None
 
 
 def test_codes_and_binary_fraction_are_of_real_steps_but_the_first() -> None:
@@ -67,6 +92,7 @@ def test_what_is_measured_on_a_batch() -> None:
         "kl": float(steering.kl_loss(output)),
         "steered_loss": float(losses.action),
         "base_loss": float(base.action),
+        "left": float(base.action) * float(batch.lengths.sum()) / batch.batch,
     }
     assert measured == pytest.approx(expected, rel=1e-5)
     assert all(parameter.grad is None for parameter in steering.parameters())

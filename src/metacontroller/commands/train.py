@@ -14,7 +14,7 @@ from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
-from metacontroller.recipes.config import ExperimentConfig, open_folder, read_config, to_json, with_seed
+from metacontroller.recipes.config import ExperimentConfig, check_phases, open_folder, read_config, to_json, with_seed
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes, processes
@@ -61,7 +61,7 @@ class Pretrain(Tracked):
             config = self.config if untold else self._with_data()
             config = chosen_config(config, self.preset, run, self.resume)
         config = config if self.seed is None else with_seed(config, self.seed)
-        domain_of(config.domain).spec()  # a dataset that cannot be read leaves no folder behind
+        check_phases(config)  # what a later phase or the data refuse leaves no folder behind
         workers.wait()  # until all have seen what was there before
         with _writing(run, workers):
             if workers.is_main:

@@ -32,6 +32,14 @@ FREE = Free()
 """The task of an episode without a goal: it ends only at the time limit, whatever subgoals are reached."""
 
 
+LACKING = {
+    "augment": "has no symmetry; set discover.symmetry_augmentation to false.",
+    "positions": "has no positions; set discover.guided_updates to 0.",
+    "decisions": "does not say where experts decide; set clips to 0.",
+}
+"""Optional methods for which a setting asks, and what is said where a world has none."""
+
+
 @dataclass(frozen=True)
 class DomainSpec:
     """What a model has to know about a world.
@@ -147,17 +155,17 @@ class Domain:
 
         It must not change subgoals. UserError if the world has none.
         """
-        raise UserError(f"the world {self.name} has no symmetry; set discover.symmetry_augmentation to false.")
+        raise self.lacking("augment")
 
     def positions(self, states: Tensor) -> Tensor:
         """Where things are as seen from the agent, (n, t, *obs) -> (n, t, p): numbers of which the end of a long action
         is a linear function, see `control.fixed_points`. UserError if the world has none."""
-        raise UserError(f"the world {self.name} has no positions; set discover.guided_updates to 0.")
+        raise self.lacking("positions")
 
     def decisions(self, episodes: Trajectories) -> Tensor:
         """(b, t) bool: steps of demonstrations at which an expert may decide where to go, such as where it enters a
         room; for clips of them, see `data.clips`. UserError if the world does not say."""
-        raise UserError(f"the world {self.name} does not say where experts decide; set clips to 0.")
+        raise self.lacking("decisions")
 
     def seen_transitions(self) -> Tensor | None:
         """(g, g) bool: which subgoal (column) follows which (row) in the demonstrations, or None if not known.
@@ -194,6 +202,10 @@ class Domain:
     def format_task(self, task: Any = None) -> str:
         """A task as text, the inverse of ``parse_task``; None is the post-training task."""
         return "post-training task" if task is None else str(task)
+
+    def lacking(self, method: str) -> UserError:
+        """What to tell whose settings ask for an optional method that this world does not define, one of `LACKING`."""
+        return UserError(f"the world {self.name} {LACKING[method]}")
 
     def offers(self, method: str) -> bool:
         """Whether this world defines the optional method of this name."""

@@ -21,15 +21,19 @@ MIN_KL = 0.01
 MIN_GAIN = 1e-3
 """Nats per step by which steering must lower the action loss."""
 
+MIN_LEFT = 0.35
+"""Nats an episode, half a bit, below which the unsteered model leaves nothing for codes to say."""
+
 
 @torch.no_grad()
 def measure(
     model: SteerableModel, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The measurements that `diagnose` judges, on one batch, without labels; generator: of the noise in codes and gate.
 
     codes: per episode, where the gate is thresholded. binary_fraction: share of beta outside (0.1, 0.9). kl,
-    steered_loss, base_loss: nats per step; the last two are action losses with and without steering.
+    steered_loss, base_loss: nats per step; the last two are action losses with and without steering. left: base_loss in
+    nats an episode, what codes could say at most; None for continuous actions, whose loss is no number of nats to say.
     """
     noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
     losses, output = meta_controller.steered_losses(
@@ -37,17 +41,23 @@ def measure(
     )
     base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, with_state_loss=False, checked=True)
     codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
+    left = float(base.action * batch.lengths.float().mean()) if hasattr(model.action_readout, "num_discrete") else None
     return {
         "codes": float(codes.float().mean()),
         "binary_fraction": float(binary_fraction(output.beta, batch.lengths)),
         "kl": float(meta_controller.kl_loss(output)),
         "steered_loss": float(losses.action),
         "base_loss": float(base.action),
+        "left": left,
     }
 
 
-def diagnose(*, codes: float, binary_fraction: float, kl: float, steered_loss: float, base_loss: float) -> list[str]:
+def diagnose(
+    *, codes: float, binary_fraction: float, kl: float, steered_loss: float, base_loss: float, left: float | None = None
+) -> list[str]:
     """One sentence for each way in which discovery failed; the arguments are what `measure` returns.
+
+    Where nothing is left for codes to say that is the cause of all of them, and the one sentence.
 
     Limits and remedies are our choice, from docs/log.md; the paper has none.
     """
@@ -55,7 +65,7 @@ def diagnose(*, codes: float, binary_fraction: float, kl: float, steered_loss: f
     if codes < MIN_CODES:
         failures.append(
             f"the gate never opens: {codes:.2f} codes an episode, expected at least {MIN_CODES}; train for longer, or "
-            "lower alpha or dim_latent."
+            "lower alpha or dim_latent. Where experts pursue one goal an episode, one code is right."
         )
     if binary_fraction < MIN_BINARY_FRACTION:
         failures.append(
@@ -67,10 +77,21 @@ def diagnose(*, codes: float, binary_fraction: float, kl: float, steered_loss: f
             f"codes have collapsed to the prior: their KL is {kl:.4f} nats per step, expected at least {MIN_KL}; lower "
             "alpha, or warm it up more slowly (alpha_start, alpha_warmup)."
         )
-    if not base_loss - steered_loss >= MIN_GAIN:  # in this form, NaN is reported too
+    if steered_loss - base_loss >= MIN_GAIN:
+        failures.append(
+            f"codes make the experts' actions less likely: the action loss is {steered_loss:.4f} nats per step with "
+            f"steering and {base_loss:.4f} without; train for longer, or lower the learning rate."
+        )
+    elif not base_loss - steered_loss >= MIN_GAIN:  # in this form, NaN is reported too
         failures.append(
             f"codes do not change the actions: the action loss is {steered_loss:.4f} nats per step with steering and "
             f"{base_loss:.4f} without, expected at least {MIN_GAIN} less; train for longer, lower alpha, or steer "
             "another layer."
         )
+    if failures and left is not None and left < MIN_LEFT:
+        return [
+            f"nothing is left for codes to say: without them the action loss is {base_loss:.4f} nats per step, "
+            f"{left:.3f} an episode, so the action model knows the experts' actions already. Codes have something to "
+            "say where experts pursue goals that observations do not tell."
+        ]
     return failures

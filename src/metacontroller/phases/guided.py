@@ -43,6 +43,15 @@ Positions = Callable[[Tensor], Tensor]
 """States (n, t, *obs) -> (n, t, p): where things are as seen from the agent, see `Domain.positions`."""
 
 
+def check_nameable(kind: str) -> None:
+    """UserError unless codes of this kind can be named."""
+    if kind != "binary":
+        raise UserError(
+            f"guided_updates needs codes that can be named, and meta_controller.code is {kind!r}; set it to 'binary', "
+            "or guided_updates to 0."
+        )
+
+
 class Guide:
     """Names codes for a metacontroller of binary codes; UserError for another one."""
 
@@ -55,11 +64,7 @@ class Guide:
         augment: Augment | None,
         seed: int,
     ) -> None:
-        if meta_controller.codes.kind != "binary":
-            raise UserError(
-                f"guided_updates needs codes that can be named, and meta_controller.code is "
-                f"{meta_controller.codes.kind!r}; set it to 'binary', or guided_updates to 0."
-            )
+        check_nameable(meta_controller.codes.kind)
         self.meta_controller, self.generate, self.positions = meta_controller, generate, positions
         self.augment, self.seed = augment, seed
 

@@ -23,6 +23,7 @@ from metacontroller.models.config import model_config_class
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig
+from metacontroller.phases.guided import check_nameable
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.storage.config_file import from_plain
@@ -107,6 +108,29 @@ def build_meta_controller(config: ExperimentConfig) -> MetaController:
     return meta_controller
 
 
+def check_phases(config: ExperimentConfig) -> None:
+    """UserError for what only a later phase could refuse, so that the first one does before hours are spent: guided
+    updates and clips without what they need, and settings that ask for what the world lacks.
+
+    Also for a world whose data cannot be read.
+    """
+    domain, discovery = domain_of(config.domain), config.discover
+    domain.spec()
+    guided = config.discovery == "metacontroller" and discovery.guided_updates > 0
+    if guided:
+        check_nameable(config.meta_controller.code)
+    elif config.discovery == "metacontroller" and discovery.clips:
+        raise UserError(
+            f"discover.clips is {discovery.clips}, but updates are not guided; expected 0, or discover.guided_updates "
+            "above 0."
+        )
+    clips = config.pretrain.clips or (guided and discovery.clips)
+    asked = {"augment": discovery.symmetry_augmentation, "positions": guided, "decisions": clips}
+    for method, wanted in asked.items():
+        if wanted and not domain.offers(method):
+            raise domain.lacking(method)
+
+
 # -- config.json ------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +184,7 @@ def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, op
     if not (folder.path / "config.json").exists():
         if folder.path.is_dir() and any(not left_behind(path) for path in folder.path.iterdir()):
             raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
+        check_phases(config)
         folder.write_config(to_json(config))
         return
     if not resume:

@@ -20,7 +20,14 @@ from metacontroller.phases.evolution import EvolutionConfig, evolution
 from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.policy_gradient import Reset
 from metacontroller.phases.pretrain import pretrain
-from metacontroller.recipes.config import ExperimentConfig, build_meta_controller, build_model, load_run, to_json
+from metacontroller.recipes.config import (
+    ExperimentConfig,
+    build_meta_controller,
+    build_model,
+    check_phases,
+    load_run,
+    to_json,
+)
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.seeding import stream_seed
@@ -30,6 +37,7 @@ from metacontroller.training.tracking import Tracker, track_with
 def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> SteerableModel:
     """Phase 1 in a run folder; writes config.json too."""
     run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
+    check_phases(config)
     model, domain = build_model(config).to(device), domain_of(config.domain)
     run.versions = domain.versions()
     if processes(device).is_main:
