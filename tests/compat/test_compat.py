@@ -25,6 +25,7 @@ OWN: dict[str, Any] = {
     "lower_body": {"depth": 1, "heads": 2},
     "upper_body": {"depth": 1, "heads": 2},
 }
+THEIRS: dict[str, Any] = {"switch_temperature": 0.1}
 FIRST_LINE = (
     "from metacontroller import ActionProposerWrapper, MetaController, Transformer, binary_entropy, "
     "MetaControllerWithBinaryMapper, TransformerForSymbolicGrid"
@@ -243,10 +244,10 @@ def test_a_condition_for_a_model_that_reads_none_is_refused() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: metacontroller.Transformer(**OWN, embed_past_actions=False),
+        lambda: metacontroller.Transformer(**{**OWN, "embed_past_actions": False}),
         lambda: metacontroller.Transformer(**{**OWN, "lower_body": BODY}),
         lambda: metacontroller.Transformer(**OWN)(*batch(), force_behavior_cloning=True),
-        lambda: metacontroller.MetaController(8, switch_temperature=0.1),
+        lambda: metacontroller.MetaController(8, **THEIRS),
     ],
 )
 def test_their_keywords_to_our_classes_are_told_where_theirs_are(call: Any) -> None:
@@ -262,7 +263,7 @@ def test_their_keywords_to_our_classes_are_told_where_theirs_are(call: Any) -> N
 
 def test_unknown_keywords_are_still_pythons() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
-        metacontroller.Transformer(**OWN, nonsense=1)
+        metacontroller.Transformer(**{**OWN, "nonsense": 1})
 
 
 def test_lengths_beyond_the_padding_are_clamped_with_a_warning() -> None:

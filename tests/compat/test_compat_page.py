@@ -17,8 +17,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "from-metacontroller-pytorch.md"
 def test_the_page_begins_with_the_line_that_errors_name() -> None:
     first, rest = PAGE.read_text().split("\n\n", 2)[1:]
     assert "`metacontroller.metacontroller`" in first
+    theirs: dict[str, Any] = {"switch_temperature": 0.1}
     with pytest.raises(UserError) as refused:
-        metacontroller.MetaController(8, switch_temperature=0.1)
+        metacontroller.MetaController(8, **theirs)
     assert rest.startswith(f"```shell\n{'sed' + str(refused.value).split('sed')[1]}\n```")
     assert "checked against\n0.3.3" in rest
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from metacontroller.commands.experiment import Figures
 from metacontroller.presets import DEFAULT, preset, preset_names, study_config
 from metacontroller.presets.gridworld import PRESETS, STUDIES, debug, laptop
 from metacontroller.recipes.config import ExperimentConfig, with_seed
+from metacontroller.recipes.study import analysis_config
 from metacontroller.recipes.variants import StudyConfig
 
 
@@ -23,6 +26,22 @@ def test_a_preset_has_a_name_and_the_gridworlds_a_short_one() -> None:
     assert preset("gridworld-debug") == preset("debug") == debug()
     assert preset(DEFAULT) == laptop()
     assert study_config("debug") == study_config("gridworld-debug") == STUDIES["debug"]
+
+
+def test_every_preset_has_a_study_of_its_own() -> None:
+    studies = {name: import_module(f"metacontroller.presets.{name.split('-')[0]}").STUDIES for name in preset_names()}
+    assert {name for name, listed in studies.items() if name.split("-")[1] not in listed} == set()
+    assert study_config("offline-debug") == STUDIES["debug"]
+
+
+def test_the_studies_of_the_paper_train_small_things_as_it_does() -> None:
+    for name, batch_size, lr in (("gridworld-paper", 512, 1e-3), ("ant-paper", 256, 3e-4)):
+        chosen = Figures.at_preset(name).study
+        steering = analysis_config("steering", chosen)
+        assert (steering.steps, steering.batch_size, steering.lr) == (3200, batch_size, lr)
+        assert analysis_config("probes", chosen).batch_size == batch_size
+    laptop_study = analysis_config("probes", study_config("laptop"))
+    assert (laptop_study.batch_size, laptop_study.lr) == (128, 3e-3)
 
 
 def test_a_function_of_ones_own_is_a_preset() -> None:

@@ -13,7 +13,7 @@ import torch
 from metacontroller.cli import main
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets import ant
-from metacontroller.presets.gridworld import STUDIES, debug, laptop
+from metacontroller.presets.gridworld import STUDIES, debug, laptop, paper
 from metacontroller.recipes import study as study_phase
 from metacontroller.recipes.config import to_json
 from metacontroller.recipes.study import StudyJob, analysis_config, possible_analyses, study, variant_folder
@@ -67,6 +67,15 @@ def test_a_variant_changes_what_its_name_says() -> None:
     assert starts["epsilon-0.1"] == "own"
     assert starts["unaugmented-cotrained-from-scratch"] == "new"
     assert starts["compile"] == starts["forced-switching"] == starts["rate-cotrained-0.1"] == "base"
+
+
+def test_where_eq_3_has_a_lambda_it_is_that_of_each_variants_model() -> None:
+    named = variants(paper(), STUDIES["paper"])
+    for weight in (0.0, 0.1):
+        config = named[f"state-loss-{weight:g}"].config
+        assert config.pretrain.state_loss_weight == config.discover.state_loss_weight == weight
+    assert named["weight-decay-0.1"].config.discover.state_loss_weight == 0.01
+    assert named["rate-frozen-0.1"].config.discover.state_loss_weight == 0.01
 
 
 def test_baselines_have_the_alphas_that_were_searched_for_them() -> None:

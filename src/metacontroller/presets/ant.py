@@ -137,6 +137,8 @@ def paper() -> ExperimentConfig:
             post_task=A2_POST,  # table A2
             only_successes=True,  # our choice
             episodes=100_000,  # our choice
+            encoder="linear",  # the paper is silent
+            symmetry_augmentation=False,  # not in the paper
         ),
         # D.1: 8 blocks, controlled at mid-depth
         model=ModelConfig(dim=256, lower_depth=4, upper_depth=4, heads=8, mlp_dim=512, body="hawk"),
@@ -200,6 +202,23 @@ PRESETS = {"debug": debug, "short": short, "laptop": laptop, "paper": paper}
 
 STUDIES = {
     "debug": replace(gridworld.STUDIES["debug"], episodes=16, steer_episodes=16, inject_walks=4),
+    "short": StudyConfig(),
     "laptop": StudyConfig(),
+    "paper": replace(
+        gridworld.STUDIES["paper"],
+        rate_steps=32_000,  # as the paper's discovery; all below: our choice where the paper is silent
+        discovery_steps=32_000,
+        state_loss_weights=(0.0, 1.0),
+        epsilons=(),  # experts have none here
+        probe_batch_size=256,
+        probe_lr=3e-4,
+        probe_episodes=512,  # as many as there are for validation
+        steer_batch_size=256,  # table of supervised controllers
+        steer_lr=3e-4,  # the same table
+        steer_episodes=512,
+        inject_walks=1024,
+        gate_episodes=512,
+        oracle_episodes=512,
+    ),
 }
 """How much of everything `metacontroller figures` does, by preset."""

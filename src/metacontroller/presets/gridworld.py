@@ -193,6 +193,7 @@ def paper() -> ExperimentConfig:
             ),
             alpha=0.17,  # our choice among those searched: 0, 0.05, 0.1, 0.17, 0.3, 0.5, 1
             alpha_start=0.17,  # no warm-up: the paper is silent
+            state_loss_weight=0.01,  # eq. 3 has the lambda of pretraining
         ),
         compile=CompileConfig(  # hyperparameters of the baselines
             optimizer=OptimizerConfig(steps=32_000, batch_size=512, lr=1e-3, weight_decay=0.03),
@@ -251,9 +252,11 @@ STUDIES = {
         episodes=1_000_000,
         few_seeds=3,
         probe_steps=8000,  # table of probes
+        probe_batch_size=512,  # the same table
         probe_lr=1e-3,  # the same table
         probe_episodes=4096,
         steer_steps=3200,  # table of supervised controllers
+        steer_batch_size=512,  # the same table
         steer_lr=1e-3,  # the same table
         steer_episodes=4096,
         inject_walks=4096,

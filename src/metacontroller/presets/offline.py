@@ -16,6 +16,7 @@ from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.presets import gridworld
 from metacontroller.recipes.config import ExperimentConfig, with_seed
+from metacontroller.recipes.variants import StudyConfig
 from metacontroller.training.optimizer import OptimizerConfig
 
 
@@ -50,3 +51,6 @@ def debug() -> ExperimentConfig:
 
 
 PRESETS = {"debug": debug, "laptop": laptop}
+
+STUDIES = {"debug": gridworld.STUDIES["debug"], "laptop": StudyConfig()}
+"""How much of everything `metacontroller figures` does, by preset."""

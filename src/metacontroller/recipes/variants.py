@@ -56,12 +56,16 @@ class StudyConfig:
     """So many of the seeds have curves, variants and controls; all have the baselines."""
     probe_steps: int = 300
     """Updates of the linear probes."""
+    probe_batch_size: int = 128
+    """Episodes of an update of the linear probes."""
     probe_lr: float = 3e-3
     """Learning rate of the linear probes."""
     probe_episodes: int = 2048
     """Held-out episodes to judge the linear probes by."""
     steer_steps: int = 3200
     """Updates of the supervised controllers (the paper's table)."""
+    steer_batch_size: int = 128
+    """Episodes of an update of the supervised controllers."""
     steer_lr: float = 1e-3
     """Learning rate of the supervised controllers (the paper's table)."""
     steer_episodes: int = 2048
@@ -78,6 +82,7 @@ class StudyConfig:
         check_fields(self, forced_alpha=weight, cotrained_alpha=weight, probe_lr=learning_rate, steer_lr=learning_rate)
         check_fields(self, rate_steps=COUNT, discovery_steps=COUNT, pretraining_steps=COUNT, episodes=COUNT)
         check_fields(self, few_seeds=Whole(0), probe_steps=COUNT, steer_steps=COUNT)
+        check_fields(self, probe_batch_size=ROWS, steer_batch_size=ROWS)
         check_fields(self, probe_episodes=ROWS, steer_episodes=ROWS, inject_walks=ROWS, gate_episodes=ROWS)
         check_fields(self, oracle_episodes=ROWS)
         for name in ("alphas", "weight_decays", "state_loss_weights"):
@@ -203,8 +208,10 @@ def _pretraining(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
         decayed = replace(config.pretrain, optimizer=replace(optimizer, weight_decay=decay))
         add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=decayed))
     for weight in study.state_loss_weights:
-        pretraining = replace(config.pretrain, state_loss_weight=weight)
-        add(f"state-loss-{weight:g}", weight, replace(config, pretrain=pretraining))
+        changed = replace(config, pretrain=replace(config.pretrain, state_loss_weight=weight))
+        if config.discover.state_loss_weight > 0:  # where eq. 3 has a lambda, it is that of the model
+            changed = replace(changed, discover=replace(discovery, state_loss_weight=weight))
+        add(f"state-loss-{weight:g}", weight, changed)
     if "epsilon" in {part.name for part in dataclasses.fields(config.domain)}:
         for epsilon in study.epsilons:
             add(f"epsilon-{epsilon:g}", epsilon, replace(config, domain=replace(config.domain, epsilon=epsilon)))

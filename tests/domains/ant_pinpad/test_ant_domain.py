@@ -24,6 +24,8 @@ from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turn_torques
 from metacontroller.domains.base import FREE
 from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
+from metacontroller.models.config import ModelConfig
+from metacontroller.models.encoders import VectorEncoder
 from metacontroller.presets import preset, preset_names
 from metacontroller.presets.ant import PRESETS
 from metacontroller.recipes.config import from_json, to_json
@@ -152,6 +154,21 @@ def test_demonstrations_are_walks_in_turned_worlds_with_other_colors(tmp_path: P
     assert again.subgoals is not None
     assert set(again.subgoals[:, 0].tolist()) == {0, 2}  # its tasks allow no other colors
     assert set(episodes.subgoals[:, 0].tolist()) == {0, 1, 2}
+
+
+@needs_mujoco
+def test_turned_demonstrations_and_tables_of_cells_are_asked_for(tmp_path: Path) -> None:
+    config = replace(small(tmp_path), symmetry_augmentation=False, encoder="linear")
+    drawn = AntPinpad(config).demonstrations("pretrain", 6, random_state())
+    stored = AntPinpad(config).store("pretrain").read(torch.randint(config.episodes, (6,), generator=random_state()))
+    assert torch.equal(drawn.states, stored.states)
+    assert torch.equal(drawn.actions, stored.actions)
+    turned = AntPinpad(small(tmp_path)).demonstrations("pretrain", 6, random_state())
+    assert not torch.equal(turned.states, stored.states)
+    spec = AntPinpad(config).spec()
+    assert spec.encoder == {"num_continuous": 41}
+    model = ModelConfig(dim=8, lower_depth=0, upper_depth=1, heads=2, mlp_dim=8).build(spec.encoder, spec.action)
+    assert type(model.encoder) is VectorEncoder
 
 
 @needs_mujoco

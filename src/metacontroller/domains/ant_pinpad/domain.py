@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from metacontroller.domains.pinpad_tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_fields
+from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_choice, check_fields
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
@@ -83,6 +83,11 @@ class AntPinpadConfig:
     """Folder of the demonstrations on disk. They are made when they are first asked for."""
     dataset_seed: int = 0
     """From which the demonstrations derive."""
+    encoder: Literal["plane", "linear"] = "plane"
+    """How models read an observation: plane reads cells off it by tables, see `PlaneEncoder` (our choice); linear is a
+    linear map of its numbers."""
+    symmetry_augmentation: bool = True
+    """Draw demonstrations for training in turned worlds with other colors: sixteen times as many (our choice)."""
     camera: Camera = "above"
     """From where pictures are taken: above shows the whole plane, follow the ant."""
     threads: int = 0
@@ -92,8 +97,8 @@ class AntPinpadConfig:
         check_tasks(self.tasks, self.arena.num_colors)
         check_tasks([self.post_task], self.arena.num_colors)
         check_fields(self, episodes=COUNT, threads=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
-        if self.camera not in CAMERAS:
-            raise UserError(f"camera is {self.camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
+        check_choice("encoder", self.encoder, ("plane", "linear"))
+        check_choice("camera", self.camera, CAMERAS)
 
     @property
     def arena(self) -> Arena:
@@ -113,21 +118,23 @@ class AntPinpad(Domain):
     def spec(self) -> DomainSpec:
         arena = self.config.arena
         names = tuple(map(str, range(arena.num_colors)))
-        plane = {"dim_state": observation_size(arena), "size": arena.size, "objects": arena.num_objects}
-        states, actions = {"plane": plane}, {"num_continuous": NUM_ACTIONS}
+        size, actions = observation_size(arena), {"num_continuous": NUM_ACTIONS}
+        plane = {"dim_state": size, "size": arena.size, "objects": arena.num_objects}
+        states = {"plane": plane} if self.config.encoder == "plane" else {"num_continuous": size}
         return DomainSpec(states, actions, arena.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes drawn from those on disk, with replacement. Each split has a dataset of its own: actions are
         sampled in that for pretraining, and the expert's mean ones in the others (§2).
 
-        For training, each is drawn in a world turned by 0 to 3 right angles, with its colors counted on by a number
-        under which the tasks stay the same ones. Those are as likely, and walked alike, so there are sixteen times as
-        many."""
+        For training with ``symmetry_augmentation``, each is drawn in a world turned by 0 to 3 right angles, with its
+        colors counted on by a number under which the tasks stay the same ones. Those are as likely, and walked alike,
+        so there are sixteen times as many."""
         store, device = self.store(split), generator.device
         rows = torch.randint(len(store), (n,), generator=generator, device=device)
         episodes = store.read(rows.cpu()).to(device)
-        return episodes if split == "validation" else self._varied(episodes, generator)
+        varied = self.config.symmetry_augmentation and split != "validation"
+        return self._varied(episodes, generator) if varied else episodes
 
     def _varied(self, episodes: Trajectories, generator: torch.Generator) -> Trajectories:
         """Other episodes that the expert would show as likely, drawn for each of these."""
