@@ -1,9 +1,10 @@
 """What does a run survive? `make torture` kills, signals, starves and damages runs of the preset debug.
 
 Commands are killed and signalled at random instants and resumed; what they leave must be that of a command that was
-left alone, bit by bit (`torture_runs`). Then every fault of the system (`torture_faults`), and files that are damaged
-at random (`damage`): each has to meet an error that names it, or to mean what it meant. Prints each trial that fails as
-it does, and one page of tables at the end, which --out writes too. Exits with status 1 if anything failed.
+left alone, bit by bit (`torture_runs`). Then every fault of the system (`torture_faults`), features that meet
+(`torture_meetings`), and files that are damaged at random (`damage`): each has to meet an error that names it, or to
+mean what it meant. Prints each trial that fails as it does, and one page of tables at the end, which --out writes too.
+Exits with status 1 if anything failed.
 
     python benchmarks/torture.py [--kills 100] [--signals 40] [--files 10000] [--minutes 30] [--seed 0] [--out PAGE.md]
 
@@ -30,7 +31,8 @@ import torch
 
 from damage import MEMORY_MB, Findings, damaged_files
 from damage import table as table_of_files
-from torture_faults import NEEDED, faults
+from torture_faults import NEEDED, Faults, faults
+from torture_meetings import Meetings
 from torture_runs import COMMANDS, FAREWELL_S, Runs, schedule
 
 AT_ONCE = 2
@@ -90,7 +92,8 @@ def page(tally: Tally, refused: dict[str, str | None], files: Findings, minutes:
         "",
         *tally.table(),
         "",
-        "Faults of the system: the exit status, one line of error, and that the command then goes on to the same end.",
+        "Faults of the system: the exit status, one line of error, and that the command then goes on to the same end; "
+        "and features that meet: an error that names it, or an end as the documentation says.",
         "",
         "| fault | result |",
         "|---|---|",
@@ -148,7 +151,7 @@ def main() -> int:
     tally = Tally(runs, options.seed)
     if options.kills + options.signals or not options.skip_faults:
         runs.undisturbed(also=() if options.skip_faults else NEEDED)
-    refused = {} if options.skip_faults else faults(runs, deadline)
+    refused = {} if options.skip_faults else faults({**Faults(runs).each(), **Meetings(runs).each()}, deadline)
     (work / "files").mkdir()
     third = time.monotonic() + max(0.0, deadline - time.monotonic()) / 3
     files = damaged_files(work / "files", list(range(options.files)), options.seed, processes=AT_ONCE, deadline=third)

@@ -27,6 +27,10 @@ class LeftOut(Exception):
     """Why a fault cannot be made on this machine."""
 
 
+class Unwell(Exception):
+    """What is wrong with a command that had to end well."""
+
+
 class Faults:
     """Of commands of ``runs``, which have been run undisturbed."""
 
@@ -208,10 +212,10 @@ def stands(done: subprocess.CompletedProcess[str], status: int, sentence: str) -
     return None
 
 
-def faults(runs: Runs, deadline: float) -> dict[str, str | None]:
+def faults(trials: dict[str, Callable[[], str | None]], deadline: float) -> dict[str, str | None]:
     """What is wrong with each fault, None where nothing is; a text that begins with "left out" says why it was not."""
     found: dict[str, str | None] = {}
-    for name, fault in Faults(runs).each().items():
+    for name, fault in trials.items():
         if time.monotonic() > deadline:
             found[name] = "left out: no time"
             continue
@@ -219,5 +223,7 @@ def faults(runs: Runs, deadline: float) -> dict[str, str | None]:
             found[name] = fault()
         except LeftOut as reason:
             found[name] = f"left out: {reason}"
+        except (Unwell, subprocess.TimeoutExpired) as wrong:
+            found[name] = str(wrong)[:1000]
         print(f"{name}: {found[name] or 'ok'}", flush=True)
     return found

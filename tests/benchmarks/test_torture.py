@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("damage", "damage_kinds", "damage_readers", "torture_runs", "torture_faults"):
+    for name in ("damage", "damage_kinds", "damage_readers", "torture_runs", "torture_faults", "torture_meetings"):
         sys.modules.pop(name, None)
 
 
