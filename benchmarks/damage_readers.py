@@ -71,7 +71,7 @@ def _resumed(run: RunFolder) -> Any:
     optimizer = config.pretrain.optimizer
     options: dict[str, Any] = {name: getattr(optimizer, name) for name in ("lr", "weight_decay", "max_grad_norm")}
     learner = Learner(model, list(model.parameters()), torch.Generator(), **options)
-    step, tensors = learner.restore(run, "pretrain")
+    step, tensors = learner.restore(run, "pretrain", optimizer.steps)
     states = [optimizer.state_dict() for optimizer in learner.optimizers.values()]
     return [step, tensors, model.state_dict(), *states, learner.generator.get_state()]
 
