@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence that names the value, what was expected, and how to mend it.
@@ -12,7 +10,7 @@ class UserError(ValueError):
     command line then exits.
     """
 
-    status: ClassVar[int] = 2
+    status: int = 2
 
 
 class MissingFileError(UserError, FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,20 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoint of this phase"):
         run("parts", 4, False)
     torch.testing.assert_close(run("parts", 4, True), whole, rtol=0, atol=0)
+
+
+def test_a_resumed_evolution_has_the_settings_that_it_began_with(tmp_path: Path) -> None:
+    """Their episodes would be counted as if all had been played with the new ones."""
+    begun = EvolutionConfig(generations=2, population=4, episodes=2, scale=0.3, checkpoint_every=1)
+    run = RunFolder(tmp_path)
+    evolution(begun, *make_parts(), new_grids, run, quiet=True)
+    for change in ({"population": 8}, {"episodes": 4}, {"scale": 0.1}, {"rank": 2}, {"lr": 0.1}, {"seed": 1}):
+        name, value = next(iter(change.items()))
+        said = f"was evolved with {name} {getattr(begun, name)}, not {value}; resume with the same settings"
+        with pytest.raises(UserError, match=said):
+            evolution(replace(begun, generations=4, **change), *make_parts(), new_grids, run, resume=True, quiet=True)
+    evolution(replace(begun, generations=4), *make_parts(), new_grids, run, resume=True, quiet=True)
+    assert [line["episodes"] for line in run.read_metrics("evolution")] == [8, 16, 24, 32]
 
 
 def test_equal_members_teach_nothing_and_a_return_that_is_not_finite_stops(tmp_path: Path) -> None:

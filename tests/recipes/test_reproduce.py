@@ -331,5 +331,5 @@ def test_a_failure_in_a_worker_reaches_the_caller() -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error() -> None:
-    with pytest.raises(UserError, match="a process ended without a word"):
+    with pytest.raises(UserError, match="a process ended with status 9 before its work was done"):
         in_processes(os._exit, [(9,)])

@@ -111,7 +111,7 @@ class Figures:
         require_matplotlib()
         folder, device = RunFolder(self.out), device_name(self.device)
         config = chosen_config(self.config, self.preset, folder, True)
-        open_folder(folder, config, resume=True, option="--out")
+        open_folder(folder, config, "figures", resume=True, option="--out")
         summary = study(self.study, self.out, self.seeds, workers=self.workers, quiet=self.quiet, device=device)
         failed = [row for row in summary["jobs"] if row["status"] != "finished"]
         if not any(row["name"] == "run" for row in failed):
@@ -162,6 +162,7 @@ class Sweep(Training):
 
     def __call__(self) -> None:
         config = chosen_config(self.config, self.preset, RunFolder(self.out), self.resume)
+        elsewhere = self.engine != "processes" and self.device == "cuda"  # where jobs run there may be a GPU
         rows = sweep(
             config,
             self.out,
@@ -174,7 +175,7 @@ class Sweep(Training):
             minutes=self.minutes,
             resume=self.resume,
             quiet=self.quiet,
-            device=device_name(self.device),
+            device="cuda" if elsewhere else device_name(self.device),
         )
         Console().print(sweep_table(rows))
         failed = [row["status"] for row in rows if row["status"] != "finished"]

@@ -14,7 +14,15 @@ from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
-from metacontroller.recipes.config import ExperimentConfig, check_phases, open_folder, read_config, to_json, with_seed
+from metacontroller.recipes.config import (
+    ExperimentConfig,
+    check_phases,
+    open_folder,
+    read_config,
+    refuse_other_recipe,
+    to_json,
+    with_seed,
+)
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes, processes
@@ -65,7 +73,7 @@ class Pretrain(Tracked):
         workers.wait()  # until all have seen what was there before
         with _writing(run, workers):
             if workers.is_main:
-                open_folder(run, config, resume=self.resume, option="folder")
+                open_folder(run, config, "pretrain", resume=self.resume, option="folder")
             workers.wait()
             started_from = read_config(run).seed
             if started_from != config.seed:
@@ -80,6 +88,7 @@ class Pretrain(Tracked):
 
         UserError if it acts in another one already, or if its model cannot read this one.
         """
+        refuse_other_recipe(run, "pretrain")
         config = read_config(run)
         if self.preset is not None or self.config != preset_config():
             raise UserError(f"--env gives {run.path} an environment and changes nothing else; leave out --config.")
@@ -106,10 +115,8 @@ class Pretrain(Tracked):
             raise UserError(
                 f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
             )
-        folder = Path(self.dataset)
-        name = str(folder.resolve()) if folder.is_dir() else self.dataset  # later phases may start elsewhere
         share = {} if self.validation_share is None else {"validation_share": self.validation_share}
-        return replace(self.config, domain=replace(domain, dataset=name, env=self.env or domain.env, **share))
+        return replace(self.config, domain=replace(domain, dataset=self.dataset, env=self.env or domain.env, **share))
 
 
 def _holds_data(domain: Any) -> bool:

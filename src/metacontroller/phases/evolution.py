@@ -80,7 +80,8 @@ def evolution(
     """Evolves the policy of ``meta_controller`` in place on episodes from ``reset(n, generator)``.
 
     Writes the metacontroller, of which only the policy has changed, to ``evolved_policy.safetensors`` in the run.
-    UserError if the run holds a checkpoint of this phase and ``resume`` is false; DivergedError at the first return or
+    UserError if the run holds a checkpoint of this phase and ``resume`` is false, or one of other settings: only there
+    may be more generations; DivergedError at the first return or
     parameter that is not finite.
     """
     model.eval()
@@ -90,6 +91,8 @@ def evolution(
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
     learner = Learner(policy, parameters, generator, lr=config.lr, weight_decay=0.0, max_grad_norm=math.inf)
     run.begin(PHASE, resume=resume)
+    if resume:
+        _refuse_other_settings(config, run)
     first = learner.restore(run, PHASE, config.generations)[0] if resume else 0
     with track(config.generations, PHASE, start=first, quiet=quiet) as progress, finishing():
         run.rewind_metrics(PHASE, first)
@@ -115,7 +118,7 @@ def evolution(
                 run.log_metrics(PHASE, done, **metrics)
                 progress.update(done, **{name: metrics[name] for name in ("success", "return", "best", "episodes")})
                 if requested() or done % config.checkpoint_every == 0 or done == config.generations:
-                    learner.save(run, PHASE, done)
+                    learner.save(run, PHASE, done, facts={"settings": vars(config)})
             except NotFinite as found:
                 facts = {"lr": config.lr, "metrics": {name: float(value) for name, value in metrics.items()}}
                 batch = {name: value for name, value in vars(rollout).items() if value is not None}
@@ -124,6 +127,19 @@ def evolution(
                 stop()
     meta_controller.save(artefact_path(run, EVOLVED))
     return meta_controller
+
+
+def _refuse_other_settings(config: EvolutionConfig, run: RunFolder) -> None:
+    """UserError if the run's checkpoint was made with other settings, which would count its episodes as theirs."""
+    if not run.has_checkpoint(PHASE):
+        return
+    begun = run.load_checkpoint(PHASE)[1].get("settings")
+    settings = begun if isinstance(begun, dict) else {}  # older checkpoints have none
+    for name, value in vars(config).items():
+        if name not in ("generations", "checkpoint_every") and settings.get(name, value) != value:
+            raise UserError(
+                f"{run.path} was evolved with {name} {settings[name]}, not {value}; resume with the same settings."
+            )
 
 
 def play_population(

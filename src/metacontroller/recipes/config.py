@@ -142,6 +142,11 @@ def to_json(config: ExperimentConfig) -> dict[str, Any]:
     return content
 
 
+def number_name(value: float) -> str:
+    """A number as no other is written, for the names of folders: 0.1, 3e-05, 1."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def _fields(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
@@ -168,24 +173,40 @@ def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
 
 # -- run folders ------------------------------------------------------------------------------------------------------
 
+_RECIPE = "recipe"  # in config.json: what a folder of several runs is; a run has none
+_KINDS = {"pretrain": "run", "reproduce": "reproduction", "figures": "reproduction", "sweep": "sweep"}
+
 
 def read_config(run: RunFolder) -> ExperimentConfig:
     """The config in a run folder; UserError if it names code that the user has not, see `storage.user_function`."""
     content, path = run.read_config(), run.path / "config.json"
     refuse_unknown_code(content, path)
     try:
-        return from_json(content)
+        return from_json({name: value for name, value in content.items() if name != _RECIPE})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def open_folder(folder: RunFolder, config: ExperimentConfig, *, resume: bool, option: str) -> None:
-    """Writes the config into a new folder, or checks that a resumed one holds the same."""
+def refuse_other_recipe(folder: RunFolder, command: str) -> None:
+    """UserError if the folder is that of another recipe, whose files the command would take for its own."""
+    if not (folder.path / "config.json").exists():
+        return
+    kind = folder.read_config().get(_RECIPE, "run")
+    unsaid = kind == "run" and any(folder.path.glob("seed-*"))  # by a version that did not say
+    if kind != _KINDS[command] and not unsaid:
+        raise UserError(f"{folder.path} is a {kind}; give {command} a folder of its own.")
+
+
+def open_folder(folder: RunFolder, config: ExperimentConfig, command: str, *, resume: bool, option: str) -> None:
+    """Writes the config, and which recipe the folder belongs to, into a new folder, or checks that a resumed one holds
+    the same."""
+    refuse_other_recipe(folder, command)
     if not (folder.path / "config.json").exists():
         if folder.path.is_dir() and any(not left_behind(path) for path in folder.path.iterdir()):
             raise UserError(f"{folder.path} holds files of something else; choose another {option}.")
         check_phases(config)
-        folder.write_config(to_json(config))
+        kind = _KINDS[command]
+        folder.write_config(to_json(config) | ({} if kind == "run" else {_RECIPE: kind}))
         return
     if not resume:
         raise UserError(f"{folder.path} holds a run; add --resume to resume it, or choose another {option}.")

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from metacontroller.errors import UserError
-from metacontroller.training.interruption import Interrupted, listening
+from metacontroller.training.interruption import Interrupted, listening, signal_name
 
 Engine = Literal["processes", "slurm", "ray"]
 Job = tuple[Any, ...]
 """The arguments of one call."""
+Failure = tuple[Job, BaseException]
+"""A job and what it raised, or how its process ended."""
 FAREWELL_S = 4.0
 """Seconds that a job has, once it is told to stop, for its update and its checkpoint."""
 NextJob = Callable[[], "Job | None"]
@@ -44,24 +48,34 @@ def run_jobs(
     address: str | None = None,
     minutes: int = 24 * 60,
     logs: Path | None = None,
-) -> None:
-    """Calls ``function(*job)`` for each of the jobs that ``next_job`` gives, and ``advance`` after each.
+    device: str = "cpu",
+) -> list[Failure]:
+    """Calls ``function(*job)`` for each of the jobs that ``next_job`` gives, and ``advance`` after each; returns those
+    that failed. The others run all the same.
 
-    The function leaves what it has to say in files, failures too: one whose process is killed counts as ended.
     engine "processes": ``workers`` at the same time, one thread each; with one worker in this process. "slurm": by
     submitit, ``workers`` at the same time for ``minutes`` at most, its logs in the folder ``logs``; address "local"
-    tries it out on this machine. "ray": on the cluster at ``address``, or on this machine; it decides how many.
+    tries it out on this machine. "ray": on the cluster at ``address``, or on this machine; it decides how many. Both
+    are asked for a GPU for each job where ``device`` is "cuda".
     """
+    failed: list[Failure] = []
+
+    def ended(job: Job, error: BaseException | None) -> None:
+        if error is not None:
+            failed.append((job, error))
+        advance()
+
+    gpus = int(device.startswith("cuda"))
     if engine == "slurm":
-        _on_slurm(function, next_job, advance, workers, address, minutes, logs)
+        _on_slurm(function, next_job, ended, workers, address, minutes, logs, gpus)
     elif engine == "ray":
-        _on_ray(function, next_job, advance, address)
+        _on_ray(function, next_job, ended, address, gpus)
     elif workers > 1:
-        _in_processes(function, next_job, advance, workers, threads=1, strict=False)
+        _in_processes(function, next_job, ended, workers, threads=1)
     else:
         while (job := next_job()) is not None:
-            function(*job)
-            advance()
+            ended(job, _error_of(function, job))
+    return failed
 
 
 def in_processes(function: Callable[..., Any], jobs: Sequence[Job], *, at_once: int = 1, threads: int = 1) -> None:
@@ -71,7 +85,29 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[Job], *, at_once: 
     interrupted: each phase can be resumed.
     """
     left = list(jobs)
-    _in_processes(function, lambda: left.pop(0) if left else None, lambda: None, at_once, threads=threads, strict=True)
+
+    def ended(job: Job, error: BaseException | None) -> None:
+        if error is not None:
+            raise error
+
+    _in_processes(function, lambda: left.pop(0) if left else None, ended, at_once, threads=threads)
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Writes what ended a job to ``error.txt`` in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+
+
+@contextmanager
+def failure_written(folder: Path) -> Iterator[None]:
+    """Context of a job: an exception ends there, in ``error.txt`` of its folder, which is removed when it ends well."""
+    try:
+        yield
+    except Exception as error:
+        write_failure(folder, error)
+    else:
+        (folder / "error.txt").unlink(missing_ok=True)
 
 
 def usable_cores() -> int:
@@ -82,44 +118,65 @@ def usable_cores() -> int:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(
-    function: Callable[..., Any],
-    next_job: NextJob,
-    advance: Callable[[], None],
-    at_once: int,
-    *,
-    threads: int,
-    strict: bool,
-) -> None:
-    """strict: whether a process that was killed is an error."""
-    context = multiprocessing.get_context("spawn")
-    running: dict[BaseProcess, Connection] = {}
+Ended = Callable[[Job, "BaseException | None"], None]
+"""Told of every job that has ended, with its error if it failed; what it raises ends all others."""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process, its job, and where it tells how that ended."""
+
+    process: SpawnProcess
+    job: Job
+    receiver: Connection
+
+    def has_ended(self) -> bool:
+        return self.receiver.poll() or not self.process.is_alive()
+
+    def error(self) -> BaseException | None:
+        """What the job raised. Asked as soon as there is word of it: with a long one the sender waits in a full pipe."""
+        told = ()
+        with suppress(EOFError, OSError):  # it ended without a word, or amid one
+            told = self.receiver.recv() if self.receiver.poll() else ()
+        self.process.join()
+        self.receiver.close()
+        if told is None:
+            return None
+        return _rebuilt(*told) if told else _early_end(self.process.exitcode or 0)
+
+
+def _in_processes(function: Callable[..., Any], next_job: NextJob, ended: Ended, at_once: int, *, threads: int) -> None:
+    running: list[_Worker] = []
     try:
         while True:
             while len(running) < at_once and (job := next_job()) is not None:
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_call, args=(function, job, threads, sender))
-                with _interrupts_held_back():
-                    process.start()
-                    running[process] = receiver
-                sender.close()
+                _start(function, job, threads, running)
             if not running:
                 return
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                error = _error_of(running.pop(process))
-                if error is not None and (strict or not isinstance(error, _Killed)):
-                    raise error
-                advance()
+            wait([handle for worker in running for handle in (worker.receiver, worker.process.sentinel)])
+            for worker in [worker for worker in running if worker.has_ended()]:
+                error = worker.error()
+                running.remove(worker)
+                ended(worker.job, error)
     except BaseException:
-        for process in running:
-            process.terminate()
+        for worker in running:
+            worker.process.terminate()
         deadline = time.monotonic() + FAREWELL_S
-        for process in running:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()  # it is only resumed from an older checkpoint
-            process.join()
+        for worker in running:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()  # it is only resumed from an older checkpoint
+            worker.process.join()
         raise
+
+
+def _start(function: Callable[..., Any], job: Job, threads: int, running: list[_Worker]) -> None:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(function, job, threads, sender))
+    with _interrupts_held_back():
+        process.start()
+        running.append(_Worker(process, job, receiver))
+    sender.close()
 
 
 @contextmanager
@@ -137,10 +194,6 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Killed(UserError):
-    """A process ended without a word."""
-
-
 def _call(function: Callable[..., Any], job: Job, threads: int, sender: Connection) -> None:
     """In a new process: calls the function and tells whether it raised something.
 
@@ -149,28 +202,55 @@ def _call(function: Callable[..., Any], job: Job, threads: int, sender: Connecti
     start_worker(threads)
     with listening(lambda number: None, ignored=(signal.SIGINT,)):
         try:
-            function(*job)
-        except Exception as error:
-            sender.send(error)
-            if not isinstance(error, UserError):
-                raise  # so that the traceback, which does not travel, is shown here
+            error = _error_of(function, job)
+            sender.send(None if error is None else _told(error))
+            if error is not None and not isinstance(error, UserError):
+                raise error  # so that the traceback, which does not travel, is shown here
         except Interrupted as interrupted:
             sys.exit(interrupted.status)
-        else:
-            sender.send(None)
 
 
-def _error_of(receiver: Connection) -> BaseException | None:
-    """What a process that has ended raised."""
+def _error_of(function: Callable[..., Any], job: Job) -> Exception | None:
     try:
-        return receiver.recv()
-    except EOFError:
-        return _Killed(
-            "a process ended without a word, perhaps killed because memory ran out; resume with --resume, with fewer "
+        function(*job)
+    except Exception as error:
+        return error
+    return None
+
+
+def _told(error: Exception) -> tuple[str, int | None, bytes]:
+    """What travels of an error: its text, its status if it is the user's mistake, and itself if it can be pickled."""
+    pickled = b""
+    with suppress(Exception):  # of user's classes and what they hold, anything
+        pickled = pickle.dumps(error)
+    if isinstance(error, UserError):
+        return str(error), error.status, pickled
+    return "".join(traceback.format_exception_only(error)).strip(), None, pickled
+
+
+def _rebuilt(text: str, status: int | None, pickled: bytes) -> Exception:
+    """The error, or its text where its class makes another one of it: many cannot be made again of it alone."""
+    with suppress(Exception):
+        error = pickle.loads(pickled)  # noqa: S301 (by a process of ours, as all that comes through its pipe)
+        if _told(error)[:2] == (text, status):
+            return error
+    if status is None:
+        return RuntimeError(text)
+    known = UserError(text)
+    known.status = status
+    return known
+
+
+def _early_end(status: int) -> UserError:
+    """The error of a process that ended, with this status, before it could tell of its job."""
+    number = -status if status < 0 else status - 128  # Interrupted
+    if number == getattr(signal, "SIGKILL", None):
+        return UserError(
+            "a process was killed by SIGKILL, perhaps because memory ran out; resume with --resume, with fewer "
             "--workers or smaller batches if it happens again."
         )
-    finally:
-        receiver.close()
+    how = f"was ended by {signal_name(number)}" if number in set(signal.Signals) else f"ended with status {status}"
+    return UserError(f"a process {how} before its work was done; resume with --resume.")
 
 
 def start_worker(threads: int) -> None:
@@ -193,21 +273,22 @@ def _end_with_parent() -> None:
 def _on_slurm(
     function: Callable[..., Any],
     next_job: NextJob,
-    advance: Callable[[], None],
+    ended: Ended,
     workers: int,
     address: str | None,
     minutes: int,
     logs: Path | None,
+    gpus: int,
 ) -> None:
     submitit = _need("submitit")
     executor = submitit.AutoExecutor(folder=logs or Path("slurm"), cluster=address)
-    executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_array_parallelism=workers)
+    gpu = {"gpus_per_node": gpus} if gpus else {}  # a cluster without any refuses to be asked for 0
+    executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_array_parallelism=workers, **gpu)
     while jobs := list(iter(next_job, None)):  # an array of all that can be started now
         with executor.batch():
             submitted = [executor.submit(_Requeued(function), *job) for job in jobs]
-        for job in submitted:
-            job.exception()  # waits; what became of it is read from its files
-            advance()
+        for job, running in zip(jobs, submitted, strict=True):
+            ended(job, running.exception())  # waits
 
 
 @dataclass(frozen=True)
@@ -224,18 +305,17 @@ class _Requeued:
         return _need("submitit").helpers.DelayedSubmission(self, *job)
 
 
-def _on_ray(function: Callable[..., Any], next_job: NextJob, advance: Callable[[], None], address: str | None) -> None:
+def _on_ray(function: Callable[..., Any], next_job: NextJob, ended: Ended, address: str | None, gpus: int) -> None:
     ray = _need("ray")
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, max_retries=0)(function)
-    running = []
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
+    running: dict[Any, Job] = {}
     while True:
-        running += [remote.remote(*job) for job in iter(next_job, None)]
+        running |= {remote.remote(*job): job for job in iter(next_job, None)}
         if not running:
             return
-        ended, running = ray.wait(running)  # one that was killed has ended, too; its files say so
-        for _ in ended:
-            advance()
+        for one in ray.wait(list(running))[0]:
+            ended(running.pop(one), _error_of(ray.get, (one,)))
 
 
 def _need(package: str) -> Any:

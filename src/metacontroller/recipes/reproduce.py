@@ -158,7 +158,7 @@ def reproduce(
     figures.require_matplotlib()
     folder = RunFolder(out)
     with folder.held():
-        open_folder(folder, config, resume=resume, option="--out")
+        open_folder(folder, config, "reproduce", resume=resume, option="--out")
         return _all_seeds(config, folder, seeds, workers, quiet, device, track)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,15 @@ from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, copy_artefact
 from metacontroller.phases.pretrain import snapshot_path
 from metacontroller.ranges import PROCESSES, Whole, check_number
-from metacontroller.recipes.config import ExperimentConfig, load_run, read_config, to_json, with_seed
-from metacontroller.recipes.jobs import Job, run_jobs
+from metacontroller.recipes.config import (
+    ExperimentConfig,
+    load_run,
+    read_config,
+    refuse_other_recipe,
+    to_json,
+    with_seed,
+)
+from metacontroller.recipes.jobs import Job, failure_written, run_jobs, write_failure
 from metacontroller.recipes.measure import measure_variant
 from metacontroller.recipes.reproduce import reproduce_seed, show_episodes
 from metacontroller.recipes.run_phase import run_phase
@@ -76,8 +82,7 @@ def variant_folder(out: Path, name: str, seed: int) -> Path:
 def attempt(out: str, job: StudyJob, study: StudyConfig, device: str) -> None:
     """Runs a job, or resumes it; what went wrong is written to its ``error.txt``."""
     folder = job.folder(Path(out))
-    failure = folder / "error.txt"
-    try:
+    with failure_written(folder):
         if job.what == "run":
             config = with_seed(read_config(RunFolder(out)), job.seed)
             reproduce_seed(config, folder, quiet=True, device=device)
@@ -85,10 +90,6 @@ def attempt(out: str, job: StudyJob, study: StudyConfig, device: str) -> None:
             analyse(RunFolder(folder), job.analyses, study, device)
         else:
             run_variant(Path(out), job, study, device)
-        failure.unlink(missing_ok=True)
-    except Exception:
-        folder.mkdir(parents=True, exist_ok=True)
-        failure.write_text(traceback.format_exc())
 
 
 def possible_analyses(config: ExperimentConfig) -> tuple[str, ...]:
@@ -173,6 +174,7 @@ def study(
     for seed in seeds:
         check_number("seed", seed, Whole(0, MAX_SEED))
     folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
+    refuse_other_recipe(folder, "figures")
     with folder.held():
         return _run_all(config, folder, own, seeds, workers, quiet, device)
 
@@ -204,7 +206,9 @@ def _run_all(
             own.write_summary(_summary(folder.path, jobs, named))  # so that a report can be made on the way
             progress.update(done)
 
-        run_jobs(attempt, next_job, advance, workers=workers)
+        failed = run_jobs(attempt, next_job, advance, workers=workers)
+    for (_, job, _, _), error in failed:  # those that could not write of it themselves
+        write_failure(job.folder(folder.path), error)
     summary = _summary(folder.path, jobs, named)
     own.write_summary(summary)
     return summary

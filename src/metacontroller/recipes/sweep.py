@@ -14,7 +14,6 @@ that all can reach.
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,16 @@ from typing import Any
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION, copy_artefact
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROCESSES, check_each, check_number
-from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, read_config, to_json, with_seed
-from metacontroller.recipes.jobs import Engine, Job, run_jobs
+from metacontroller.recipes.config import (
+    ExperimentConfig,
+    load_run,
+    number_name,
+    open_folder,
+    read_config,
+    to_json,
+    with_seed,
+)
+from metacontroller.recipes.jobs import Engine, Job, failure_written, run_jobs, write_failure
 from metacontroller.recipes.measure import discovery_figures
 from metacontroller.recipes.run_phase import RUN_PHASE
 from metacontroller.report.tables import MEASURES
@@ -45,8 +52,8 @@ class SweepJob:
     def folder(self) -> str:
         """Where it is, below the sweep's folder."""
         names = [f"seed-{self.seed}"]
-        names += [] if self.alpha is None else [f"alpha-{self.alpha:g}"]
-        names += [] if self.lr is None else [f"lr-{self.lr:g}"]
+        names += [] if self.alpha is None else [f"alpha-{number_name(self.alpha)}"]
+        names += [] if self.lr is None else [f"lr-{number_name(self.lr)}"]
         return "/".join(names)
 
     @property
@@ -89,14 +96,8 @@ def own_alpha(config: ExperimentConfig) -> float:
 
 def attempt(out: str, job: SweepJob, device: str) -> None:
     """Runs a job, or resumes it; what went wrong is written to its ``error.txt``."""
-    path = Path(out) / job.folder
-    failure = path / "error.txt"
-    try:
+    with failure_written(Path(out) / job.folder):
         run_job(Path(out), job, device)
-        failure.unlink(missing_ok=True)
-    except Exception:
-        path.mkdir(parents=True, exist_ok=True)
-        failure.write_text(traceback.format_exc())
 
 
 def run_job(out: Path, job: SweepJob, device: str) -> None:
@@ -157,7 +158,7 @@ def sweep(
     check_number("workers", workers, PROCESSES)
     folder = RunFolder(out)
     with folder.held():
-        open_folder(folder, config, resume=resume, option="--out")
+        open_folder(folder, config, "sweep", resume=resume, option="--out")
         options: dict[str, Any] = {"engine": engine, "workers": workers, "address": address, "minutes": minutes}
         return _run_all(folder, seeds, alphas, lrs, quiet, device, options)
 
@@ -193,7 +194,9 @@ def _run_all(
             done += 1
             progress.update(done)
 
-        run_jobs(attempt, next_job, advance, logs=folder.path / "slurm", **options)
+        failed = run_jobs(attempt, next_job, advance, logs=folder.path / "slurm", device=device, **options)
+    for (_, job, _), error in failed:  # those that could not write of it themselves
+        write_failure(folder.path / job.folder, error)
     rows = [_row(folder.path, job) for job in combinations]
     folder.write_summary({"jobs": rows})
     return rows
@@ -214,4 +217,4 @@ def _status(out: Path, job: SweepJob) -> str:
     failure = out / job.folder / "error.txt"
     if failure.exists():
         return f"failed in {job.folder}: {failure.read_text().strip().splitlines()[-1]}"
-    return f"failed in {job.folder}: it ended without a word, perhaps killed"
+    return f"failed in {job.folder}: it left no summary"

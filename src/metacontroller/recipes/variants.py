@@ -20,7 +20,7 @@ from metacontroller.ranges import (
     check_fields,
     check_warmup,
 )
-from metacontroller.recipes.config import ExperimentConfig
+from metacontroller.recipes.config import ExperimentConfig, number_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def _rate_distortion(config: ExperimentConfig, study: StudyConfig) -> list[Varia
         for kind, base in (("frozen", config), ("cotrained", _cotrained(config))):
             discovery = replace(_lasting(base.discover, study.rate_steps), alpha=alpha)
             changed = replace(base, discover=discovery, meta_controller=replace(base.meta_controller, gate=gate))
-            name = f"rate-{kind}-{alpha:g}"
+            name = f"rate-{kind}-{number_name(alpha)}"
             made.append(Variant(name=name, group="rate", config=changed, value=alpha, reinforces=False))
     return made
 
@@ -206,13 +206,14 @@ def _pretraining(config: ExperimentConfig, study: StudyConfig) -> list[Variant]:
 
     for decay in study.weight_decays:
         decayed = replace(config.pretrain, optimizer=replace(optimizer, weight_decay=decay))
-        add(f"weight-decay-{decay:g}", decay, replace(config, pretrain=decayed))
+        add(f"weight-decay-{number_name(decay)}", decay, replace(config, pretrain=decayed))
     for weight in study.state_loss_weights:
         changed = replace(config, pretrain=replace(config.pretrain, state_loss_weight=weight))
         if config.discover.state_loss_weight > 0:  # where eq. 3 has a lambda, it is that of the model
             changed = replace(changed, discover=replace(discovery, state_loss_weight=weight))
-        add(f"state-loss-{weight:g}", weight, changed)
+        add(f"state-loss-{number_name(weight)}", weight, changed)
     if "epsilon" in {part.name for part in dataclasses.fields(config.domain)}:
         for epsilon in study.epsilons:
-            add(f"epsilon-{epsilon:g}", epsilon, replace(config, domain=replace(config.domain, epsilon=epsilon)))
+            changed = replace(config, domain=replace(config.domain, epsilon=epsilon))
+            add(f"epsilon-{number_name(epsilon)}", epsilon, changed)
     return made

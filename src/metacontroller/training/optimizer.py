@@ -159,8 +159,16 @@ class Learner:
             gradient /= largest
         return largest * nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
 
-    def save(self, run: RunFolder, phase: str, step: int, more: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the checkpoint of ``phase`` after ``step`` updates, with ``more`` tensors; first process only.
+    def save(
+        self,
+        run: RunFolder,
+        phase: str,
+        step: int,
+        more: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the checkpoint of ``phase`` after ``step`` updates, with ``more`` tensors and JSON values ``facts``;
+        first process only.
 
         NotFinite, in all processes, if the module is not finite: then the checkpoint before stays.
         """
@@ -172,7 +180,7 @@ class Learner:
             "generator": generator_tensor(self.generator),
             **(more or {}),
         }
-        meta: dict[str, Any] = {"step": step, **self._shared_by()}
+        meta: dict[str, Any] = {**(facts or {}), "step": step, **self._shared_by()}
         for name, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(name, optimizer)
             meta[name] = optimizer_meta(optimizer)

@@ -99,6 +99,8 @@ class AntPinpadConfig:
         check_fields(self, episodes=COUNT, threads=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
         check_choice("encoder", self.encoder, ("plane", "linear"))
         check_choice("camera", self.camera, CAMERAS)
+        if self.expert not in (SHIPPED, UNTRAINED) and Path(self.expert).is_file():
+            object.__setattr__(self, "expert", str(Path(self.expert).resolve()))  # read from other folders too
 
     @property
     def arena(self) -> Arena:

@@ -45,6 +45,8 @@ class OfflineConfig:
     0: none, and held-out figures are of episodes that were trained on."""
 
     def __post_init__(self) -> None:
+        if self.dataset is not None and Path(self.dataset).is_dir():
+            object.__setattr__(self, "dataset", str(Path(self.dataset).resolve()))  # read from other folders too
         check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True), workers=Whole(0, MOST_PROCESSES))
         check_fields(self, success_return=Number(none=True), window=Whole(most=MOST_STEPS))
         check_fields(self, validation_share=Number(0, 0.9, noun="share"))
