@@ -85,7 +85,8 @@ def test_a_recipe_refuses_the_folder_of_another(
 
 @pytest.mark.parametrize(("kind", "command"), [("reproduction", "reproduce"), ("sweep", "sweep")])
 def test_a_recipe_refuses_a_run(kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    RunFolder(tmp_path / "run").write_config(to_json(debug()))  # as pretraining begins
+    RunFolder(tmp_path / "run").write_config(to_json(debug()))
+    RunFolder(tmp_path / "run").log_metrics("pretrain", 3, loss=1.0)
     for module in ("recipes.sweep.run_jobs", "recipes.reproduce.reproduce_seed"):
         monkeypatch.setattr(f"metacontroller.{module}", interrupt)
     with pytest.raises(UserError, match=f"run is a run; give {command} a folder of its own"):

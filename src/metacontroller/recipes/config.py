@@ -191,9 +191,9 @@ def refuse_other_recipe(folder: RunFolder, command: str) -> None:
     """UserError if the folder is that of another recipe, whose files the command would take for its own."""
     if not (folder.path / "config.json").exists():
         return
-    kind = folder.read_config().get(_RECIPE, "run")
-    unsaid = kind == "run" and any(folder.path.glob("seed-*"))  # by a version that did not say
-    if kind != _KINDS[command] and not unsaid:
+    is_run = folder.metrics_path.exists() or any(folder.path.glob("*.safetensors"))
+    kind = folder.read_config().get(_RECIPE, "run" if is_run else None)
+    if kind not in (None, _KINDS[command]):
         raise UserError(f"{folder.path} is a {kind}; give {command} a folder of its own.")
 
 

@@ -134,7 +134,7 @@ class _Worker:
         return self.receiver.poll() or not self.process.is_alive()
 
     def error(self) -> BaseException | None:
-        """What the job raised. Asked as soon as there is word of it: with a long one the sender waits in a full pipe."""
+        """What the job raised. Asked as soon as there is word of it: the pipe holds little, and its sender waits."""
         told = ()
         with suppress(EOFError, OSError):  # it ended without a word, or amid one
             told = self.receiver.recv() if self.receiver.poll() else ()
