@@ -141,7 +141,7 @@ def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
 
 def _labelled_codes(run: LoadedRun, gate: HeldOutGate) -> tuple[Tensor, dict[str, Tensor]]:
     """The codes at switches (m, n_z), and what each might name, by name (m,)."""
-    switch, episodes = switches(gate, run.meta_controller.gate_config.threshold), gate.episodes
+    switch, episodes = gate.switches(), gate.episodes
     assert episodes.subgoals is not None
     facts = {"subgoal": episodes.subgoals, **run.domain.facts(episodes)}
     return gate.code[switch], {name: value[switch] for name, value in facts.items()}
