@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import gymnasium
 import jaxtyping
 import numpy as np
 import pytest
@@ -573,7 +574,7 @@ WORLDS: dict[str, Call] = {
     "number for a preset": (lambda: preset(5), "preset is 5", "expected a name"),
     "preset of no module": (lambda: preset("no_such:mine"), "'no_such:mine'", "write package.module:function"),
     "preset with arguments": (lambda: preset("json:dumps"), "'json:dumps'", "name a function that takes none"),
-    "another residual": (lambda: InternalEnv(None, BASE, steering()), "dim_model 8", "expected 16"),
+    "another residual": (lambda: InternalEnv(gymnasium.Env(), BASE, steering()), "dim_model 8", "expected 16"),
     "no rows": (lambda: InternalVectorEnv(WORLD, BASE, STEERING, 0), "num_envs is 0", "expected at least 1"),
     "half a row": (lambda: InternalVectorEnv(WORLD, BASE, STEERING, 1.5), "num_envs is 1.5", "a whole number"),
     "NaN code": (lambda: vector_step(np.full((2, 4), np.nan)), "actions have shape (2, 4)", "finite numbers"),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metacontroller import analysis as package
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.report.figures import save_figure
 from metacontroller.report.results import read_results
@@ -101,6 +102,7 @@ def analyses() -> dict[str, Analysis]:
     return {name: kind() for name, kind in sorted(_REGISTERED.items())}
 
 
+@checked_kinds
 def run_analysis(name: str, run: LoadedRun, config: Any = None, *, quiet: bool = False) -> Results:
     """Runs one analysis of one run, writes analyses/NAME.json and returns what that holds.
 
@@ -121,6 +123,7 @@ def run_analysis(name: str, run: LoadedRun, config: Any = None, *, quiet: bool =
     )
 
 
+@checked_kinds
 def draw_analysis(name: str, folder: RunFolder, runs: Sequence[RunFolder]) -> None:
     """Draws the results that the runs hold of an analysis into the folder's figures, if there is something to draw."""
     results = read_results(runs, name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.arguments import checked_kinds
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError, last_line
 from metacontroller.phases.evaluate import Policy
@@ -82,6 +83,7 @@ def _check_ffmpeg() -> None:
         raise UserError(f"ffmpeg, which writes .mp4, does not run ({last_line(error)}); write a .gif.") from error
 
 
+@checked_kinds
 def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int) -> None:
     """Films ``episodes`` held-out episodes of a policy, one after the other; replaced only when the video is whole.
 

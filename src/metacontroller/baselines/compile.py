@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
@@ -120,6 +121,7 @@ class CompILE(Saveable, nn.Module):
         return self.segmenter(torch.cat([encoded[:, :-1], encoded[:, 1:]], -1), lengths, noise)
 
 
+@checked_kinds
 def build_compile(
     config: CompileConfig, model: SteerableModel, encoder: dict[str, Any], dim_latent: int, seed: int
 ) -> CompILE:
@@ -148,6 +150,7 @@ def boundary_probability(meta_controller: MetaController, residual: Tensor, code
     return meta_controller.switching.held(read, history, code, never).beta
 
 
+@checked_kinds
 def discover_compile(
     config: CompileConfig,
     model: SteerableModel,

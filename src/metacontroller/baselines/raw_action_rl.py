@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.models.protocol import SteerableModel
@@ -16,6 +17,7 @@ from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
 
 
+@checked_kinds
 def raw_action_rl(
     config: InternalRLConfig,
     model: SteerableModel,

@@ -28,7 +28,7 @@ from metacontroller.control.freezing import ParameterGroups
 from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
 from metacontroller.control.policy_learning import PolicyLearning
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
-from metacontroller.control.stepping import SteeringSteps
+from metacontroller.control.stepping import SteeringSteps, StepState
 from metacontroller.control.switching import GateConfig, SwitchingUnit, at_random_steps, mix_given
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
@@ -46,6 +46,7 @@ from metacontroller.ranges import (
     Whole,
     check_number,
     check_options,
+    shown,
 )
 from metacontroller.storage.module_file import Saveable
 
@@ -301,12 +302,11 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         self._check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
+        self._check_state(state, StepState if self.policy.every_step else ControlState, len(residual))
         if self.policy.every_step:
             control, output = self._steer(residual, state, self._gate_of_call(False, True, False), generator=generator)
             return residual + control, output
         state = self.initial_state(len(residual)) if state is None else state
-        if len(state.history) != len(residual):
-            raise UserError(f"the state has {len(state.history)} episodes; expected {len(residual)}, as the residual.")
         beta, history = self.observe(residual[:, 0], state)
         switch = beta >= self.gate_config.threshold
         distribution, advanced = self.policy(self.own(residual), state.policy)
@@ -315,6 +315,21 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         next_state.policy = torch.where(switch[:, None], advanced, state.policy)
         output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)
         return self.steer(residual, next_state.z[:, None]), output
+
+    def _check_state(self, state: Any, kind: type, batch: int) -> None:
+        """UserError unless a state, if there is one, is one of this metacontroller's for so many episodes."""
+        if state is None:
+            return
+        if not isinstance(state, kind):
+            raise UserError(f"the state is {shown(state)}; expected the one that the last step returned.")
+        found, own = (state.history.shape[-1], state.z.shape[-1]), (self.dim_history, self.dim_latent)
+        if found != own:
+            raise UserError(
+                f"the state is of another metacontroller: its histories and codes have the widths {found}; expected "
+                f"{own}."
+            )
+        if len(state.history) != batch:
+            raise UserError(f"the state has {len(state.history)} episodes; expected {batch}, as the residual.")
 
     def _check_residual(self, residual: Tensor) -> None:
         check_tensor("the residual stream", residual)

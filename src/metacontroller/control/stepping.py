@@ -18,6 +18,7 @@ from metacontroller.control.switching import GateConfig, mix_given, regular_swit
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.cache_store import check_unused
+from metacontroller.ranges import shown
 
 
 @dataclass
@@ -78,6 +79,9 @@ class SteeringSteps:
     def _check_residual(self, residual: Tensor) -> None:
         raise NotImplementedError
 
+    def _check_state(self, state: Any, kind: type, batch: int) -> None:
+        raise NotImplementedError
+
     def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
         raise NotImplementedError
 
@@ -117,7 +121,10 @@ class SteeringSteps:
         if ablate_switch_beta is not None:
             ablate_switch_beta = _given_weights(ablate_switch_beta, batch, steps)
         gate = self._gate_of_call(discovery_phase, hard_switch, hard_switch_straight_through)
+        if cache is not None and not hasattr(cache, "prev_hiddens"):
+            raise UserError(f"cache is {shown(cache)}; expected the output of the call before.")
         state = None if cache is None else cache.prev_hiddens
+        self._check_state(state, StepState, batch)
         if discovery_phase or self.policy.every_step:
             lengths = episode_lens if discovery_phase else None
             return self._steer(residual_stream, state, gate, discovery_phase, ablate_switch_beta, temperature, lengths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,11 @@ class AttentionCache:
         if self.scratch is None or len(self.scratch) < size:
             self.scratch = self.keys[0].new_empty(self.keys[0].numel() * dtype.itemsize, dtype=torch.uint8)
         return self.scratch[:size].view(dtype).view(shape)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What bodies that can go on from it have in common."""
+        return ("attention", len(self.keys), *(self.keys[0].shape[2:] if self.keys else ()))
 
     def keep(self, rows: Tensor) -> None:
         """Keeps only the rows with indices ``rows``, int64 (m,), in place; only rows whose index changes are copied.
@@ -218,6 +224,7 @@ class AttentionBody(nn.Module):
             AttentionBlock(dim, **self.sizes, causal=causal, dim_condition=dim_condition) for _ in range(depth)
         )
         self.final_norm = make_norm(dim, dim_condition) if final_norm else None
+        self.layout = ("attention", depth, *((heads, self.dim_head) if depth else ()))
 
     def forward(
         self,

@@ -10,6 +10,7 @@ Axes: b batch, t steps, n model width, w recurrent width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,11 @@ class HawkCache:
     states: list[Tensor]
     recent: list[Tensor]
     length: int = 0
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What bodies that can go on from it have in common."""
+        return ("hawk", len(self.states), *(self.states[0].shape[1:] if self.states else ()))
 
     def keep(self, rows: Tensor) -> None:
         """Keeps only the rows with indices ``rows``, int64 (m,)."""
@@ -146,6 +152,7 @@ class HawkBody(nn.Module):
         self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
         self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes, dim_condition=dim_condition) for _ in range(depth))
         self.final_norm = make_norm(dim, dim_condition) if final_norm else None
+        self.layout = ("hawk", depth, *((self.width,) if depth else ()))
 
     def forward(self, x: Tensor, cache: HawkCache | None = None, condition: Tensor | None = None) -> Tensor:
         """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. condition (b, c), if made for one."""

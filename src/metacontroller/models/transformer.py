@@ -206,6 +206,8 @@ class Transformer(SteerableModel):
         residual = self.lower(self.embed(states, past_actions), hiddens.lower_body)
         steered, output = residual, None
         if meta_controller is not None:
+            if not hasattr(meta_controller, "act"):
+                raise UserError(f"meta_controller is {shown(meta_controller)}; expected a MetaController.")
             state = None if hiddens.meta_controller is None else hiddens.meta_controller.state
             steered, output = meta_controller.act(residual, state, generator)
         logits = self.action_readout(self.upper(steered, hiddens.upper_body))
@@ -264,6 +266,10 @@ class Transformer(SteerableModel):
             return
         if not isinstance(cache, TransformerOutput):
             raise UserError(f"cache is {shown(cache)}; expected what a step returned beside its logits.")
+        for name in ("lower_body", "upper_body"):
+            found, own = (getattr(getattr(of, name), "layout", None) for of in (cache.prev_hiddens, self))
+            if own is not None and found != own:  # a body that somebody else has made may say nothing
+                raise UserError(f"cache is of another model: its {name} is {found}; expected {own}.")
         check_unused(cache.prev_hiddens.lower_body, cache.steps)
         if len(cache.residual) != len(states):
             raise UserError(f"state has {len(states)} rows but the cache {len(cache.residual)}; expected as many.")

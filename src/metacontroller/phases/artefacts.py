@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import MissingFileError
 from metacontroller.storage import manifest
 from metacontroller.storage.files import inside, replacing
@@ -34,6 +35,7 @@ _MADE_BY = {
 }
 
 
+@checked_kinds
 def artefact_path(run: RunFolder, name: str) -> Path:
     """The file of a module that a phase writes, such as `BASE_MODEL`."""
     return run.within(f"{name}.safetensors")
@@ -47,6 +49,7 @@ def save_artefacts(run: RunFolder, workers: Processes, modules: Mapping[str, Sav
     workers.wait()
 
 
+@checked_kinds
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
     """The module that a phase wrote to the run folder; MissingFileError names the phase to run first.
 

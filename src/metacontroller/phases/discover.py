@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate, apart
@@ -82,6 +83,7 @@ class DiscoverConfig:
         return self.alpha_start + (self.alpha - self.alpha_start) * linear_warmup(step, self.alpha_warmup)
 
 
+@checked_kinds
 def discover(
     config: DiscoverConfig,
     model: SteerableModel,

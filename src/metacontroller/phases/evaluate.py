@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
@@ -44,6 +45,7 @@ class EvaluateConfig:
         check_fields(self, walk_steps=Whole(most=MOST_STEPS, none=True))
 
 
+@checked_kinds
 def evaluate(
     model: SteerableModel,
     meta_controller: MetaController | None,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.losses import trajectory_advantages
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.population import Population
@@ -67,6 +68,7 @@ class EvolutionConfig:
             raise UserError(f"population is {self.population}; expected an even number, in pairs of + and -.")
 
 
+@checked_kinds
 def evolution(
     config: EvolutionConfig,
     model: SteerableModel,

@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.data.spaces import action_options, environment_actions, environment_states, readable
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
@@ -73,6 +74,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     action_space: CodeSpace
 
+    @checked_kinds
     def __init__(
         self,
         env: gymnasium.Env,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask
@@ -28,6 +29,7 @@ from metacontroller.training.distributed import processes
 from metacontroller.training.evaluation_mode import evaluation_mode
 
 
+@checked_kinds
 def internal_rl(
     config: InternalRLConfig,
     model: SteerableModel,

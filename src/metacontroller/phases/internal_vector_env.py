@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.domains.base import BatchedEnv, Domain
 from metacontroller.domains.reset_mask import rows_to_reset
@@ -121,6 +122,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     action_space: CodeSpace
 
+    @checked_kinds
     def __init__(
         self,
         domain: Domain,

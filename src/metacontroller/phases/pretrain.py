@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.data.batching import Generate
 from metacontroller.data.clips import Decisions, clip_extras, clips_of, draw_clips
 from metacontroller.data.trajectories import Trajectories
@@ -57,6 +58,7 @@ class PretrainConfig:
         check_each("snapshots", self.snapshots, COUNT)
 
 
+@checked_kinds
 def pretrain(
     config: PretrainConfig,
     model: SteerableModel,
@@ -128,6 +130,7 @@ def pretrain(
     return model
 
 
+@checked_kinds
 def snapshot_path(run: RunFolder, step: int) -> Path:
     """The file of the model after ``step`` updates."""
     return run.within(f"snapshots/{BASE_MODEL}-{step}.safetensors")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.models.precision import weights_cast_once
@@ -169,6 +170,7 @@ def prior_proposal(meta_controller: MetaController, generator: torch.Generator |
     return propose
 
 
+@checked_kinds
 @torch.no_grad()
 @weights_cast_once()
 def rollout_abstract(
@@ -213,6 +215,7 @@ def rollout_abstract(
     )
 
 
+@checked_kinds
 @torch.no_grad()
 @weights_cast_once()
 def rollout_raw(model: SteerableModel, env: BatchedEnv, generator: torch.Generator | None = None) -> RawRollout:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.phases.internal_vector_env import InternalVectorEnv
 
@@ -30,6 +31,7 @@ class StableBaselinesEnv(VecEnv):
     `InternalVectorEnv`, and calls and assignments for some rows alone are UserErrors.
     """
 
+    @checked_kinds
     def __init__(self, env: InternalVectorEnv) -> None:
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)

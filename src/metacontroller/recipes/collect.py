@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.data.datasets import space_meta
 from metacontroller.data.spaces import encode_actions, encode_observations, stack
 from metacontroller.data.store import Episodes, TrajectoryStore
@@ -78,6 +79,7 @@ class CollectConfig:
         check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True))
 
 
+@checked_kinds
 def collect(
     config: CollectConfig, out: Path, *, workers: int = 1, resume: bool = False, quiet: bool = False
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.arguments import checked_kinds
 from metacontroller.baselines.compile import CompileConfig
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.metacontroller import MetaController
@@ -80,6 +81,7 @@ class ExperimentConfig:
         stream_seed(self.seed, STREAMS[0])
 
 
+@checked_kinds
 def with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     """The same experiment from another seed, with the seeds of all phases derived from it."""
     phases = ("pretrain", "discover", "internal_rl", "raw_action_rl")
@@ -88,6 +90,7 @@ def with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     return replace(config, seed=seed, **seeded)
 
 
+@checked_kinds
 def build_model(config: ExperimentConfig) -> SteerableModel:
     """A new action model, its weights drawn from the config's seed."""
     domain = domain_of(config.domain)
@@ -99,6 +102,7 @@ def build_model(config: ExperimentConfig) -> SteerableModel:
     return model
 
 
+@checked_kinds
 def build_meta_controller(config: ExperimentConfig) -> MetaController:
     """A new metacontroller, its weights drawn from the config's seed."""
     with torch.random.fork_rng(devices=[]):
@@ -134,6 +138,7 @@ def check_phases(config: ExperimentConfig) -> None:
 # -- config.json ------------------------------------------------------------------------------------------------------
 
 
+@checked_kinds
 def to_json(config: ExperimentConfig) -> dict[str, Any]:
     """What config.json holds of a config; `from_json` reads it."""
     content = _fields(config)
@@ -177,6 +182,7 @@ _RECIPE = "recipe"  # in config.json: what a folder of several runs is; a run ha
 _KINDS = {"pretrain": "run", "reproduce": "reproduction", "figures": "reproduction", "sweep": "sweep"}
 
 
+@checked_kinds
 def read_config(run: RunFolder) -> ExperimentConfig:
     """The config in a run folder; UserError if it names code that the user has not, see `storage.user_function`."""
     content, path = run.read_config(), run.path / "config.json"
@@ -197,6 +203,7 @@ def refuse_other_recipe(folder: RunFolder, command: str) -> None:
         raise UserError(f"{folder.path} is a {kind}; give {command} a folder of its own.")
 
 
+@checked_kinds
 def open_folder(folder: RunFolder, config: ExperimentConfig, command: str, *, resume: bool, option: str) -> None:
     """Writes the config, and which recipe the folder belongs to, into a new folder, or checks that a resumed one holds
     the same."""
@@ -217,6 +224,7 @@ def open_folder(folder: RunFolder, config: ExperimentConfig, command: str, *, re
         )
 
 
+@checked_kinds
 def load_run(folder: RunFolder, device: str, config: ExperimentConfig | None = None) -> LoadedRun:
     """The run in a folder, as its config.json says unless a config is given."""
     config = read_config(folder) if config is None else config

@@ -19,6 +19,7 @@ import torch
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.analysis.video import can_film, write_video
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.ranges import PROCESSES, Whole, check_number
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
@@ -134,6 +135,7 @@ def _costs(run: RunFolder, evaluation_seconds: float, parent_peak_mb: float | No
 # -- all seeds --------------------------------------------------------------------------------------------------------
 
 
+@checked_kinds
 def reproduce(
     config: ExperimentConfig,
     out: str | os.PathLike[str],

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metacontroller.analysis.registry import analyses, run_analysis
+from metacontroller.arguments import checked_kinds
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, copy_artefact
@@ -155,10 +156,11 @@ def _run_phases(
 # -- all jobs ---------------------------------------------------------------------------------------------------------
 
 
+@checked_kinds
 def study(
     config: StudyConfig,
     out: str | os.PathLike[str],
-    seeds: list[int],
+    seeds: Sequence[int],
     *,
     workers: int = 1,
     quiet: bool = False,
@@ -169,7 +171,7 @@ def study(
     workers: jobs at the same time, each in a process of its own with one thread; with one worker in this process.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds are {seeds}; give at least one, each once.")
+        raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
     check_number("workers", workers, PROCESSES)
     for seed in seeds:
         check_number("seed", seed, Whole(0, MAX_SEED))
@@ -180,7 +182,7 @@ def study(
 
 
 def _run_all(
-    config: StudyConfig, folder: RunFolder, own: RunFolder, seeds: list[int], workers: int, quiet: bool, device: str
+    config: StudyConfig, folder: RunFolder, own: RunFolder, seeds: Sequence[int], workers: int, quiet: bool, device: str
 ) -> dict[str, Any]:
     if (own.path / "config.json").exists() and from_plain(StudyConfig, own.read_config()) != config:
         raise UserError(f"{own.path} was started with other settings; ask for the same, or move that folder away.")
@@ -214,7 +216,7 @@ def _run_all(
     return summary
 
 
-def _jobs(named: dict[str, Variant], seeds: list[int], few: int, possible: tuple[str, ...]) -> list[StudyJob]:
+def _jobs(named: dict[str, Variant], seeds: Sequence[int], few: int, possible: tuple[str, ...]) -> list[StudyJob]:
     """In the order in which they are run: what every seed has comes first."""
     baselines = [variant.name for variant in named.values() if variant.group == "baseline"]
     rest = [variant.name for variant in named.values() if variant.group != "baseline"]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION, copy_artefact
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROCESSES, check_each, check_number
@@ -129,6 +130,7 @@ def _measure(config: ExperimentConfig, run: RunFolder, job: SweepJob, device: st
 # -- all jobs ---------------------------------------------------------------------------------------------------------
 
 
+@checked_kinds
 def sweep(
     config: ExperimentConfig,
     out: str | os.PathLike[str],

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.report import figures
 from metacontroller.report.figures import NOT_MEASURED
@@ -69,6 +70,7 @@ PAPER: tuple[tuple[str, str, Callable[[dict[str, Any], list[RunFolder]], list[An
 """What is compared: a name, what the paper says of it, and our values over seeds."""
 
 
+@checked_kinds
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Writes the report on reproductions or runs, one folder each, to the file ``out``; replaced only when it is whole.
 
