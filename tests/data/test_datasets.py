@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -342,6 +344,18 @@ def test_a_sound_dataset_with_actions_that_no_model_takes_is_told_so(
         UserError, match=r"the action space is .*; expected Discrete, MultiDiscrete, MultiBinary or Box"
     ):
         read(name)
+
+
+def test_minari_keeps_how_the_environment_was_made(local_minari: dict[str, Any]) -> None:
+    env = gymnasium.make("FrozenLake-v1", is_slippery=False, max_episode_steps=30)
+    rows = [{"states": np.array([[0], [0]]), "actions": np.array([3]), "rewards": np.zeros(1)}]
+    observed, chosen = env.observation_space, env.action_space
+    made = Dataset(Episodes.of(Trajectories.from_episodes(rows)), observed, chosen)
+    made.write_minari("own/ice-v0", **{**local_minari, "env": env})
+    back = load_dataset("own/ice-v0")
+    assert (back.env, back.env_steps) == ("FrozenLake-v1", 30)
+    assert json.loads(back.env_kwargs or "")["is_slippery"] is False
+    assert back.meta()["env_kwargs"] == back.env_kwargs
 
 
 @READERS

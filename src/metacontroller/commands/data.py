@@ -14,6 +14,8 @@ class Collect:
 
     env: str
     """Gymnasium ID; module:ID where importing a module of yours registers it."""
+    env_kwargs: str | None = None
+    """Keywords with which it is made, as JSON, such as '{"is_slippery": false}'."""
     policy: str
     """Your function as package.module:function: it takes an observation and the environment, and returns an action."""
     episodes: int
@@ -43,6 +45,7 @@ class Collect:
             episodes=self.episodes,
             only_successes=self.only_successes,
             success_return=self.success_return,
+            env_kwargs=self.env_kwargs,
             max_steps=self.max_steps,
             seed=self.seed,
         )

@@ -40,8 +40,10 @@ class Pretrain(Tracked):
     """Learn from data of yours: a folder that `collect` wrote, package.module:function, or the ID of a Minari dataset
     on this machine. The preset is then one for such data unless given."""
     env: str | None = None
-    """Gymnasium ID of the environment in which the later phases act, beside --dataset; with --resume alone, given to a
-    run that has none yet."""
+    """Gymnasium ID of the environment in which the later phases act, beside --dataset, or data: the one in which that
+    was recorded; with --resume alone, given to a run that has none yet."""
+    env_kwargs: str | None = None
+    """Keywords with which it is made, as JSON, such as '{"is_slippery": false}'."""
     validation_share: float | None = None
     """Share of the episodes of --dataset on which nothing is trained, for validation; 0.1 unless given, 0: none."""
     seed: int | None = None
@@ -62,6 +64,8 @@ class Pretrain(Tracked):
     def __call__(self) -> None:
         run, device = RunFolder(self.run), device_name(self.device)
         workers = processes(device)
+        if self.env_kwargs is not None and self.env is None:
+            raise UserError(f"--env-kwargs {self.env_kwargs} stands beside no --env; name the environment.")
         if self.resume and self.env is not None and self.dataset is None:
             config = self._with_environment(run, write=workers.is_main)
         else:
@@ -92,9 +96,9 @@ class Pretrain(Tracked):
         config = read_config(run)
         if self.preset is not None or self.config != preset_config():
             raise UserError(f"--env gives {run.path} an environment and changes nothing else; leave out --config.")
-        if not _holds_data(config.domain) or config.domain.env not in (None, self.env):
+        changed = replace(config, domain=self._acting(config.domain)) if _holds_data(config.domain) else None
+        if changed is None or (config.domain.env is not None and config != changed):
             raise UserError(f"{run.path} has a world of its own already; choose another folder for --env {self.env}.")
-        changed = replace(config, domain=replace(config.domain, env=self.env))
         before, after = (domain_of(one.domain).spec() for one in (config, changed))
         if (before.encoder, before.action) != (after.encoder, after.action):
             raise UserError(
@@ -116,12 +120,24 @@ class Pretrain(Tracked):
                 f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
             )
         share = {} if self.validation_share is None else {"validation_share": self.validation_share}
-        return replace(self.config, domain=replace(domain, dataset=self.dataset, env=self.env or domain.env, **share))
+        return replace(self.config, domain=self._acting(replace(domain, dataset=self.dataset, **share)))
+
+    def _acting(self, domain: Any) -> Any:
+        """The config of a world with the environment asked for."""
+        if self.env == OF_DATA:
+            domain = domain_of(domain).acting_where_recorded()  # pyright: ignore[reportAttributeAccessIssue]
+        elif self.env is not None:
+            domain = replace(domain, env=self.env)
+        return domain if self.env_kwargs is None else replace(domain, env_kwargs=self.env_kwargs)
+
+
+OF_DATA = "data"
+"""What --env says for the environment in which the data were recorded."""
 
 
 def _holds_data(domain: Any) -> bool:
     """Whether the config of a world names a dataset and an environment."""
-    return {"dataset", "env"} <= {part.name for part in fields(domain)}
+    return {"dataset", "env", "env_kwargs"} <= {part.name for part in fields(domain)}
 
 
 @dataclass(kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from metacontroller.storage.user_function import code_of_the_user, import_user_f
 class Dataset:
     """Episodes as a model reads them (`data.spaces`), and the spaces that they came from.
 
-    env: the Gymnasium ID of the environment where they were recorded, if that is known. stated: whether the spaces came
-    with the episodes; else they are the smallest ones that hold them.
+    env: the Gymnasium ID of the environment where they were recorded, if that is known; env_kwargs: the keywords with
+    which it was made (`spec_kwargs`); env_steps: its time limit. stated: whether the spaces came with the episodes;
+    else they are the smallest ones that hold them.
     """
 
     episodes: Episodes
@@ -34,6 +37,8 @@ class Dataset:
     action_space: spaces.Space
     env: str | None = None
     stated: bool = True
+    env_kwargs: str | None = None
+    env_steps: int | None = None
 
     @property
     def longest(self) -> int:
@@ -55,7 +60,8 @@ class Dataset:
 
     def meta(self) -> dict[str, Any]:
         """What a store keeps beside the episodes, for `dataset_of_store`."""
-        return space_meta(self.observation_space, self.action_space, self.env)
+        made = {"env_kwargs": self.env_kwargs, "env_steps": self.env_steps}
+        return {**space_meta(self.observation_space, self.action_space, self.env), **made}
 
     def write(self, path: str | Path) -> TrajectoryStore:
         """As a folder, which `load_dataset` reads."""
@@ -75,6 +81,14 @@ def space_meta(observation_space: spaces.Space, action_space: spaces.Space, env:
         "action_space": space_to_json(action_space),
         "env": env,
     }
+
+
+def spec_kwargs(spec: Any) -> str | None:
+    """The keywords with which an environment of a `gymnasium.envs.registration.EnvSpec` is made, as JSON; None where
+    they are not known, or are no JSON. How it is shown does not belong to them."""
+    with suppress(AttributeError, TypeError, ValueError):
+        return json.dumps({name: spec.kwargs[name] for name in sorted(spec.kwargs) if name != "render_mode"})
+    return None
 
 
 def load_dataset(name: str) -> Dataset:
@@ -121,7 +135,9 @@ def read_minari(name: Any) -> Dataset:
         if not columns:
             raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
         arrays = {field: np.concatenate(values) for field, values in columns.items()}
-        return Dataset(Episodes(arrays), *minari_spaces(dataset))
+        spec = dataset.spec.env_spec
+        made = {} if spec is None else {"env_kwargs": spec_kwargs(spec), "env_steps": spec.max_episode_steps}
+        return Dataset(Episodes(arrays), *minari_spaces(dataset), **made)
 
 
 def dataset_of_store(store: TrajectoryStore) -> Dataset:
@@ -141,7 +157,10 @@ def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
         env = meta.get("env")
         if not isinstance(env, str | None):
             raise UserError(f"env of the dataset is {shown(env)}; expected the ID of an environment, or none.")
-        return Dataset(episodes, observation_space, action_space, env)
+        kwargs, steps = meta.get("env_kwargs"), meta.get("env_steps")
+        if not isinstance(kwargs, str | None) or not isinstance(steps, int | None):
+            raise UserError(f"the environment of the dataset was made with {shown(kwargs)} and {shown(steps)} steps.")
+        return Dataset(episodes, observation_space, action_space, env, env_kwargs=kwargs, env_steps=steps)
     observed, taken = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
     return Dataset(episodes, observed, taken, stated=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -16,11 +17,12 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from metacontroller.data.datasets import spec_kwargs
 from metacontroller.data.spaces import action_options, readable
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
 from metacontroller.errors import UserError, last_line
 from metacontroller.ranges import shown
-from metacontroller.storage.user_function import import_user_module
+from metacontroller.storage.user_function import code_in, import_user_module
 
 FLAGS = ("terminated", "truncated", "success", "lost")
 OWN_PACKAGE = "metacontroller-rl"
@@ -88,17 +90,19 @@ def _modules_on_gymnasium(name: str) -> list[str]:
 
 
 class EnvironmentFacts(NamedTuple):
-    """Spaces, those of observations as far as a model reads them, and the time limit, None if there is none."""
+    """Spaces, those of observations as far as a model reads them; the time limit, None if there is none; and the
+    keywords with which it was made, those that its ID brings among them, see `spec_kwargs`."""
 
     observation_space: spaces.Space
     action_space: spaces.Space
     max_steps: int | None
+    kwargs: str | None
 
 
 @lru_cache
-def environment_facts(name: str) -> EnvironmentFacts:
+def environment_facts(name: str, kwargs: str | None = None) -> EnvironmentFacts:
     """What one environment says of itself; UserError if it cannot be made or reset, or if a model cannot act in it."""
-    env = make_environment(name)
+    env = make_environment(name, kwargs)
     try:
         seen = readable(env.observation_space)
         action_options(env.action_space)
@@ -109,22 +113,44 @@ def environment_facts(name: str) -> EnvironmentFacts:
             observed(env.observation_space, seen, began(env, seed=0)[0])
         except (Exception, SystemExit) as error:
             raise _no_reset(name, error) from error
-        return EnvironmentFacts(seen, env.action_space, min(limits, default=None))
+        return EnvironmentFacts(seen, env.action_space, min(limits, default=None), spec_kwargs(env.spec))
     finally:
         with suppress(Exception, SystemExit):
             env.close()
 
 
-def make_environment(name: str) -> gymnasium.Env:
-    """A new environment of that ID; UserError if it cannot be made."""
+def make_environment(name: str, kwargs: str | None = None) -> gymnasium.Env:
+    """A new environment of that ID, kwargs: see `keywords`; UserError if it cannot be made."""
+    options = keywords(kwargs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return gymnasium.make(environment_id(name), disable_env_checker=True)
+            return gymnasium.make(environment_id(name), disable_env_checker=True, **options)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"env {name!r} cannot be made: {last_line(error)}.") from error
+
+
+def keywords(text: str | None) -> dict[str, Any]:
+    """Keywords of `gymnasium.make` in a JSON object, such as ``{"is_slippery": false}``.
+
+    UserError for other text, and for names of code: a few environments import what their keywords name, and these may
+    come from somebody else's file.
+    """
+    try:
+        given = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"env_kwargs are {shown(text)} ({error}); expected a JSON object.") from error
+    if not isinstance(given, dict):
+        raise UserError(f'env_kwargs are {shown(text)}; expected a JSON object, such as {{"is_slippery": false}}.')
+    named = next(code_in(given), None)
+    if named is not None:
+        raise UserError(
+            f"env_kwargs name {named}, a module that would be imported; register such an environment in a module of "
+            "yours, and write module:ID."
+        )
+    return given
 
 
 def _no_reset(name: str, error: BaseException) -> UserError:
@@ -180,19 +206,21 @@ def tell_doubtful_success(name: str, solved: bool, steps: int, returned: float, 
 
 @dataclass(frozen=True)
 class GuardedEnvironment:
-    """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`."""
+    """Makes guarded environments of one ID, in this process or in another. success_return: see `Guard`; kwargs: see
+    `keywords`."""
 
     name: str
     success_return: float | None = None
+    kwargs: str | None = None
 
     @cached_property
     def facts(self) -> EnvironmentFacts:
         """Those of the first environment, for all: others may have other bounds. They go to worker processes too."""
-        return environment_facts(self.name)
+        return environment_facts(self.name, self.kwargs)
 
     def make(self) -> gymnasium.Env:
         """A new environment; UserError if its spaces differ in more than bounds from those of the first."""
-        env = make_environment(self.name)
+        env = make_environment(self.name, self.kwargs)
         pairs = (
             (readable(env.observation_space), self.facts.observation_space),
             (env.action_space, self.facts.action_space),

@@ -232,9 +232,12 @@ def _draw_seed(n: int, generator: torch.Generator) -> int:
 class GymnasiumEnvironments:
     """Batches of episodes of one environment. Environments are made once for each size of batch and used again."""
 
-    def __init__(self, name: str, *, success_return: float | None = None, workers: int = 0) -> None:
-        """workers: processes in which the environments step; 0: this one. success_return: see `Guard`."""
-        self.maker, self.workers = GuardedEnvironment(environment_id(name), success_return), workers
+    def __init__(
+        self, name: str, *, kwargs: str | None = None, success_return: float | None = None, workers: int = 0
+    ) -> None:
+        """workers: processes in which the environments step; 0: this one. kwargs, success_return: as of
+        `GuardedEnvironment`."""
+        self.maker, self.workers = GuardedEnvironment(environment_id(name), success_return, kwargs), workers
         self.free: dict[int, list[EnvironmentRows]] = {}
 
     def reset(self, n: int, generator: torch.Generator, max_steps: int) -> GymnasiumBatch:

@@ -69,6 +69,8 @@ class CollectConfig:
     """Keep only episodes that succeed."""
     success_return: float | None = None
     """See `Guard`."""
+    env_kwargs: str | None = None
+    """Keywords with which it is made, a JSON object."""
     max_steps: int | None = None
     """Steps after which an episode is truncated; none: the environment's limit, or `MAX_STEPS`."""
     seed: int = 0
@@ -93,7 +95,7 @@ def collect(
     """
     check_number("workers", workers, PROCESSES)
     import_user_function("policy", config.policy)
-    if environment_facts(config.env).max_steps is None and config.max_steps is None:
+    if environment_facts(config.env, config.env_kwargs).max_steps is None and config.max_steps is None:
         said = f"{config.env} has no time limit: an episode may take {MAX_STEPS:,} steps; --max-steps sets another"
         announce(f"collect: {said}", quiet=quiet)
     with held(out):
@@ -132,7 +134,7 @@ def _join(config: CollectConfig, out: Path) -> None:
     kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
     found = len(kept["returns"])
     returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
-    facts = environment_facts(config.env)
+    facts = environment_facts(config.env, config.env_kwargs)
     played, lost = (sum(part[name] for part, _ in parts) for name in ("played", "lost"))
     collected = {
         "kept": len(returns),
@@ -147,6 +149,8 @@ def _join(config: CollectConfig, out: Path) -> None:
     }
     meta = {
         **space_meta(facts.observation_space, facts.action_space, environment_id(config.env)),
+        "env_kwargs": facts.kwargs,
+        "env_steps": config.max_steps or facts.max_steps,
         "asked": plain(config),
         "collected": collected,
     }
@@ -173,7 +177,7 @@ def _needed(config: CollectConfig, out: Path) -> list[tuple[dict[str, Any], Path
 def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet: bool) -> None:
     """One worker's parts: every so many, until all workers together have kept enough."""
     policy = import_user_function("policy", config.policy)
-    env = GuardedEnvironment(environment_id(config.env), config.success_return)()
+    env = GuardedEnvironment(environment_id(config.env), config.success_return, config.env_kwargs)()
 
     def answer(observation: Any, environment: Any) -> Any:
         with code_of_the_user("policy", config.policy):

@@ -64,7 +64,7 @@ def trusting(names: Iterable[str]) -> Iterator[None]:
 
 def refuse_unknown_code(content: Any, where: Path) -> None:
     """UserError if JSON data of the file ``where`` hold a name of code that the user has not given."""
-    for name in _code_in(content):
+    for name in code_in(content):
         if name not in os.environ.get(TRUST, "").split() and not _remembered(name, where.parent):
             raise UserError(
                 f"{where} names {name}, a module that would be imported and may do anything; if you know it, add "
@@ -77,7 +77,7 @@ def remember_code(content: Any, folder: Path) -> None:
 
     Where the note cannot be kept, the names have to be given again.
     """
-    missing = [name for name in _code_in(content) if not _remembered(name, folder)]
+    missing = [name for name in code_in(content) if not _remembered(name, folder)]
     if missing:
         notes = [json.dumps([str(folder.resolve()), name]) for name in missing]
         with suppress(OSError):
@@ -86,7 +86,7 @@ def remember_code(content: Any, folder: Path) -> None:
                 file.write("".join(f"\n{note}\n" for note in notes))  # apart from a line that a kill has cut
 
 
-def _code_in(content: Any) -> Iterator[str]:
+def code_in(content: Any) -> Iterator[str]:
     """All names of code in JSON data, however deep."""
     left = [content]
     while left:

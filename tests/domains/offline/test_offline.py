@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
+from metacontroller import cli
 from metacontroller.data.datasets import Dataset
 from metacontroller.data.store import Episodes
 from metacontroller.data.trajectories import Trajectories
@@ -17,7 +22,9 @@ from metacontroller.domains.base import FREE
 from metacontroller.domains.offline.domain import Offline, OfflineConfig
 from metacontroller.errors import UserError
 from metacontroller.presets import preset
-from metacontroller.recipes.config import build_model
+from metacontroller.recipes.collect import CollectConfig, collect
+from metacontroller.recipes.config import build_model, from_json, to_json
+from metacontroller.storage.files import plain
 
 CARTPOLE = spaces.Box(-10, 10, (4,), np.float32)
 
@@ -100,6 +107,77 @@ def test_an_environment_knows_choices_that_the_data_never_show() -> None:
     name = f"{__name__}:seen_less"
     assert Offline(OfflineConfig(dataset=name)).spec().action == {"num_discrete": 2}  # two at least
     assert Offline(OfflineConfig(dataset=name, env="CartPole-v1")).dataset.action_space == spaces.Discrete(2)
+
+
+FROZEN = {"is_slippery": False, "max_episode_steps": 30}
+
+
+def last_action(observation: Any, env: Any) -> int:
+    return 3
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> str:
+    """Episodes on ice that is not slippery, of at most 30 steps."""
+    options = {"env_kwargs": json.dumps({"is_slippery": False}), "max_steps": 30, "episodes": 4}
+    config = CollectConfig(env="FrozenLake-v1", policy=f"{__name__}:last_action", **options)
+    collect(config, tmp_path / "ice", quiet=True)
+    return str(tmp_path / "ice")
+
+
+def test_a_run_acts_where_its_data_were_recorded(recorded: str) -> None:
+    domain = Offline(OfflineConfig(dataset=recorded))
+    with pytest.raises(UserError, match="pretrain RUN --resume --env data"):
+        domain.check_acting()
+    command = cli.parse(["pretrain", "run", "--dataset", recorded, "--env", "data"])
+    config = command._with_data().domain
+    assert config == replace(domain.acting_where_recorded(), dataset=config.dataset)
+    assert config.env == "FrozenLake-v1"
+    assert FROZEN.items() <= json.loads(config.env_kwargs).items()
+    assert from_json(json.loads(json.dumps(to_json(command._with_data()), default=plain))).domain == config
+    acting = Offline(config)  # without a warning
+    assert acting.spec().max_steps == 30
+    batch = acting.reset(16, torch.Generator().manual_seed(0))
+    for action in (1, 1, 2, 2, 1, 2):
+        batch.step(torch.full((16,), action))
+    assert batch.success.all()  # on slippery ice one in a hundred succeeds
+
+
+@pytest.mark.filterwarnings("always")
+def test_an_environment_that_is_made_otherwise_is_said(recorded: str) -> None:
+    with pytest.warns(
+        UserWarning, match=r"with the keywords .*\"is_slippery\": false.* and not .*, the time limit 30 and"
+    ):
+        assert Offline(OfflineConfig(dataset=recorded, env="FrozenLake-v1")).spec().max_steps == 100
+
+
+def test_no_module_is_imported_because_data_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / "strange_module.py").write_text("open('trace', 'w').close()\n")
+    made = {"env": "strange_module:Strange-v0", "env_kwargs": '{"size": 3}'}
+    Dataset(Episodes.of(trajectories()), CARTPOLE, spaces.Discrete(2), **made).write("data")  # type: ignore[arg-type]
+    domain = Offline(OfflineConfig(dataset="data"))
+    asking = re.escape("""--env strange_module:Strange-v0 --env-kwargs '{"size": 3}'""")
+    with pytest.raises(UserError, match=f"do not tell an environment that is known here; write {asking}"):
+        domain.acting_where_recorded()
+    with pytest.raises(UserError, match=f"pretrain RUN --resume {asking}"):
+        domain.check_acting()
+    assert not Path("trace").exists()
+
+
+def test_keywords_are_an_object_without_names_of_code(folder: str) -> None:
+    for text, said in {
+        "[1]": r"env_kwargs are '\[1\]'; expected a JSON object",
+        "is_slippery=false": "env_kwargs are 'is_slippery=false' .*; expected a JSON object",
+        '{"env_id": ["strange_module:Strange-v0"]}': "env_kwargs name strange_module:Strange-v0, a module that would",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            OfflineConfig(dataset=folder, env="CartPole-v1", env_kwargs=text)
+    with pytest.raises(UserError, match="and there is no env; name one"):
+        OfflineConfig(dataset=folder, env_kwargs='{"size": 3}')
+    with pytest.raises(UserError, match=r"env 'CartPole-v1' cannot be made: TypeError: .*'size'"):
+        Offline(OfflineConfig(dataset=folder, env="CartPole-v1", env_kwargs='{"size": 3}')).spec()
 
 
 def test_a_dataset_is_asked_for() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,10 +20,10 @@ from metacontroller.data.spaces import action_options, encoder_options
 from metacontroller.data.statistics import normalization, pixel_scale
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain, DomainSpec, Split
-from metacontroller.domains.guarded_environment import environment_facts
+from metacontroller.domains.guarded_environment import environment_facts, environment_id, keywords
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
-from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields
+from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class OfflineConfig:
     """The demonstrations: a Minari dataset's ID, a folder that `collect` wrote, or package.module:function."""
     env: str | None = None
     """Gymnasium ID of the environment; none: nothing can act, the rest works."""
+    env_kwargs: str | None = None
+    """Keywords with which it is made, a JSON object as text; none: those that its ID brings."""
     max_steps: int | None = None
     """Steps after which an episode is truncated; none: the environment's limit, or the longest episode of the data."""
     success_return: float | None = None
@@ -50,6 +55,8 @@ class OfflineConfig:
         check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True), workers=Whole(0, MOST_PROCESSES))
         check_fields(self, success_return=Number(none=True), window=Whole(most=MOST_STEPS))
         check_fields(self, validation_share=Number(0, 0.9, noun="share"))
+        if keywords(self.env_kwargs) and self.env is None:
+            raise UserError(f"env_kwargs are {shown(self.env_kwargs)} and there is no env; name one.")
 
 
 class Offline(Domain):
@@ -64,8 +71,32 @@ class Offline(Domain):
         """The demonstrations; UserError without any, or if the environment's spaces are not those of the data."""
         if self.config.dataset is None:
             raise UserError("no dataset was named; start the run with --dataset ID.")
-        dataset = _load(self.config.dataset, _modified(self.config.dataset))
-        return dataset if self.config.env is None else _fitted(dataset, self.config.env)
+        dataset = self._recorded
+        if self.config.env is None:
+            return dataset
+        _warn_of_another_world(dataset, self.config)
+        return _fitted(dataset, self.config.env, self.config.env_kwargs)
+
+    @property
+    def _recorded(self) -> Dataset:
+        """The demonstrations as they are, with the spaces that came with them."""
+        assert self.config.dataset is not None
+        return _load(self.config.dataset, _modified(self.config.dataset))
+
+    def acting_where_recorded(self) -> OfflineConfig:
+        """This config with the environment of the data: its ID, keywords and time limit.
+
+        UserError if they name none, or one of which Gymnasium and the installed packages know nothing: no module is
+        imported because data name it.
+        """
+        data = self._recorded
+        env = None if data.env is None else _known(data.env)
+        if env is None:
+            raise UserError(f"the data do not tell an environment that is known here; write --env {_asking(data)}.")
+        options = keywords(data.env_kwargs)
+        if data.env_steps not in (None, environment_facts(env, data.env_kwargs).max_steps):
+            options["max_episode_steps"] = data.env_steps
+        return replace(self.config, env=env, env_kwargs=json.dumps(options) if options else None)
 
     def spec(self) -> DomainSpec:
         dataset = self.dataset
@@ -110,22 +141,23 @@ class Offline(Domain):
 
     def check_acting(self) -> None:
         if self.config.env is None:
-            known = self.dataset.env
+            data = self.dataset
+            recorded = data.env is not None and data.env_kwargs is not None and _known(data.env) is not None
             raise UserError(
                 "acting needs an environment and the run has a dataset only; give it one by: metacontroller pretrain "
-                f"RUN --resume --env {known or 'ID, a Gymnasium ID'}."
+                f"RUN --resume --env {'data' if recorded else _asking(data)}."
             )
 
     @cached_property
     def _environments(self) -> GymnasiumEnvironments:
         assert self.config.env is not None
-        return GymnasiumEnvironments(
-            self.config.env, success_return=self.config.success_return, workers=self.config.workers
-        )
+        options = {"success_return": self.config.success_return, "workers": self.config.workers}
+        return GymnasiumEnvironments(self.config.env, kwargs=self.config.env_kwargs, **options)
 
     def _limit(self) -> int:
         """The time limit of episodes."""
-        own = None if self.config.env is None else environment_facts(self.config.env).max_steps
+        env, kwargs = self.config.env, self.config.env_kwargs
+        own = None if env is None else environment_facts(env, kwargs).max_steps
         return self.config.max_steps or own or self.dataset.longest
 
 
@@ -177,12 +209,42 @@ def _with_statistics(
     return states, acts
 
 
-def _fitted(dataset: Dataset, env: str) -> Dataset:
+def _known(env: str) -> str | None:
+    """The ID of data's environment, if Gymnasium or an installed package knows it without the module that it names."""
+    try:
+        return environment_id(env.rpartition(":")[2])
+    except UserError:
+        return None
+
+
+def _asking(data: Dataset) -> str:
+    """What stands behind --env to ask for the environment of data."""
+    if data.env is None:
+        return "ID, a Gymnasium ID"
+    more = f" --env-kwargs {shlex.quote(data.env_kwargs)}" if data.env_kwargs not in (None, "{}") else ""
+    return shlex.quote(data.env) + more
+
+
+def _warn_of_another_world(data: Dataset, config: OfflineConfig) -> None:
+    """Warns if the environment of a run is made otherwise than that of its data, as far as that is known."""
+    assert config.env is not None
+    facts = environment_facts(config.env, config.env_kwargs)
+    pairs = {"the keywords": (data.env_kwargs, facts.kwargs), "the time limit": (data.env_steps, facts.max_steps)}
+    told = [f"{what} {was} and not {now}" for what, (was, now) in pairs.items() if was is not None and was != now]
+    if told:
+        warnings.warn(
+            f"dataset {config.dataset} was recorded in {data.env} with {', '.join(told)}, as {config.env} has here: it "
+            "may be another world; --env data acts in that of the data.",
+            stacklevel=3,
+        )
+
+
+def _fitted(dataset: Dataset, env: str, kwargs: str | None) -> Dataset:
     """The data with the environment's spaces, whose bounds may differ; UserError if they do not fit.
 
     Spaces that did not come with the data may have seen too few choices.
     """
-    facts = environment_facts(env)
+    facts = environment_facts(env, kwargs)
     pairs = {
         "observations": (encoder_options(dataset.observation_space), encoder_options(facts.observation_space)),
         "actions": (action_options(dataset.action_space), action_options(facts.action_space)),
