@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metacontroller import __version__
@@ -192,9 +193,6 @@ def parse(argv: list[str]) -> Any:
 
     --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
     """
-    import tyro  # within main, so that a signal meanwhile is heard
-    from tyro.conf import FlagCreatePairsOff
-
     argv = _without_trust(argv)
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:
@@ -203,9 +201,20 @@ def parse(argv: list[str]) -> Any:
     early.add_argument("--preset", nargs="?")
     early.add_argument("--dataset", nargs="?")
     words = early.parse_known_args(argv)[0]
+    if hasattr(kind, "at_run"):  # its config is that of the run among the words
+        runs = (word for word in argv[1:] if not word.startswith("-") and Path(word, "config.json").is_file())
+        default = kind.at_run(next(runs, None))
+        return _parsed(kind, argv, default)
     if words.dataset is not None and words.preset is None and hasattr(kind, "preset_of_data"):
         words.preset = kind.preset_of_data()
     default = kind.at_preset(words.preset) if hasattr(kind, "at_preset") else None
+    return _parsed(kind, argv, default)
+
+
+def _parsed(kind: Any, argv: list[str], default: Any) -> Any:
+    import tyro  # within main, so that a signal meanwhile is heard
+    from tyro.conf import FlagCreatePairsOff
+
     return tyro.cli(
         kind, args=argv[1:], prog=f"metacontroller {argv[0]}", default=default, config=(FlagCreatePairsOff,)
     )

@@ -20,9 +20,9 @@ from metacontroller.recipes.config import (
     open_folder,
     read_config,
     refuse_other_recipe,
-    to_json,
     with_seed,
 )
+from metacontroller.recipes.history import Phase, changed_config, keep_changes
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes, processes
@@ -106,7 +106,7 @@ class Pretrain(Tracked):
                 "pretrain anew with --dataset and --env, in another folder."
             )
         if write:
-            run.write_config(to_json(changed), keeps_weights=True)
+            keep_changes(run, changed, "pretrain")
         return changed
 
     def _with_data(self) -> ExperimentConfig:
@@ -141,7 +141,21 @@ def _holds_data(domain: Any) -> bool:
 
 
 @dataclass(kw_only=True)
-class Discover(Tracked):
+class LaterPhase(Tracked):
+    """A phase of a run that has begun: its own part of the config can be changed until it has begun too."""
+
+    config: ExperimentConfig = field(default_factory=preset_config)
+    """Change settings of this phase, from those of RUN; other settings of a run are fixed."""
+
+    @classmethod
+    def at_run(cls, run: str | None) -> LaterPhase:
+        """The defaults of all options, the config of a run's folder among them."""
+        config = preset_config() if run is None else read_config(RunFolder(run))
+        return cls(run=tyro.MISSING, config=config)  # type: ignore[call-arg] - of the subclasses
+
+
+@dataclass(kw_only=True)
+class Discover(LaterPhase):
     """Phase 2: find abstract actions inside the frozen action model of RUN."""
 
     run: Positional[Path]
@@ -149,16 +163,18 @@ class Discover(Tracked):
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
-        config, device = read_config(run), device_name(self.device)
+        config, device = changed_config(run, self.config, "discover"), device_name(self.device)
         workers = processes(device)
         run.refuse_begun("discover", resume=self.resume)
         workers.wait()  # until all have seen what was there before
         with _writing(run, workers):
+            if workers.is_main:
+                keep_changes(run, config, "discover")
             run_discover(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
 
 @dataclass(kw_only=True)
-class InternalRL(Tracked):
+class InternalRL(LaterPhase):
     """Phase 3: reinforcement learning over the abstract actions of RUN."""
 
     run: Positional[Path]
@@ -167,13 +183,16 @@ class InternalRL(Tracked):
     """The baseline instead: reinforcement learning over raw actions."""
 
     def __call__(self) -> None:
+        name: Phase = "raw_action_rl" if self.raw else "internal_rl"
         run = RunFolder(self.run)
-        config, device = read_config(run), device_name(self.device)
+        config, device = changed_config(run, self.config, name), device_name(self.device)
         workers = processes(device)
-        run.refuse_begun("raw_action_rl" if self.raw else "internal_rl", resume=self.resume)
+        run.refuse_begun(name, resume=self.resume)
         workers.wait()  # until all have seen what was there before
         phase = run_raw_action_rl if self.raw else run_internal_rl
         with _writing(run, workers):
+            if workers.is_main:
+                keep_changes(run, config, name)
             phase(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from metacontroller.control.metacontroller import MetaController
@@ -28,7 +30,7 @@ MIN_LEFT = 0.35
 @torch.no_grad()
 def measure(
     model: SteerableModel, meta_controller: MetaController, batch: Trajectories, generator: torch.Generator
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The measurements that `diagnose` judges, on one batch, without labels; generator: of the noise in codes and gate.
 
     codes: per episode, where the gate is thresholded. binary_fraction: share of beta outside (0.1, 0.9). kl,

@@ -180,6 +180,7 @@ def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
 
 _RECIPE = "recipe"  # in config.json: what a folder of several runs is; a run has none
 _KINDS = {"pretrain": "run", "reproduce": "reproduction", "figures": "reproduction", "sweep": "sweep"}
+_KINDS |= dict.fromkeys(("discover", "internal_rl", "raw_action_rl"), "run")
 
 
 @checked_kinds

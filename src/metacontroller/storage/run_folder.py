@@ -1,6 +1,7 @@
 """The files of one run: configuration, summary, metrics and checkpoints.
 
-    config.json         the full configuration the run was started with
+    config.json         the full configuration of the run
+    history.jsonl       what changed in it after the run had begun, and when: a JSON object per line
     summary.json        the run's results
     analyses/NAME.json  results of analyses
     metrics.jsonl       one JSON object per line: phase, step and the metrics logged there; only appended to
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,13 @@ class RunFolder:
                 f"of a run made from Python by RunFolder({str(self.path)!r}).write_config(to_json(config))."
             )
         return read_object(path)
+
+    def note_change(self, facts: Mapping[str, Any]) -> None:
+        """Add a line to history.jsonl: the time, and what changed in the config of a run that had begun."""
+        path = self.within("history.jsonl")
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_text(path, before + json.dumps({"time": now, **facts}, default=plain) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
