@@ -396,9 +396,11 @@ def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFi
         cli.main([command, "--help"])
     shown = re.sub(r"\W+", "", capsys.readouterr().out)  # without boxes and where lines end
     kind = cli.COMMANDS[command].load()
-    texts = field_texts(kind, kind.at_preset(None) if hasattr(kind, "at_preset") else None)
+    defaults = getattr(kind, "at_preset", getattr(kind, "at_run", lambda _: None))
+    texts = field_texts(kind, defaults(None))
     assert ("device" in texts) == (command != "collect")  # it trains nothing
     assert ("config.domain.tasks" in texts) == ("config.model.dim" in texts) == ("config.meta_controller.rank" in texts)
-    assert ("config.meta_controller.gate.mode" in texts) == (command in ("pretrain", "reproduce", "figures", "sweep"))
+    configured = ("pretrain", "discover", "internal-rl", "reproduce", "figures", "sweep")
+    assert ("config.meta_controller.gate.mode" in texts) == (command in configured)
     assert ("study.inject_walks" in texts) == (command == "figures")
     assert [name for name, text in texts.items() if not text or re.sub(r"\W+", "", text) not in shown] == []
