@@ -104,7 +104,9 @@ def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None,
         options: dict[str, Any] = {"duration": 1000 / rate, "loop": 0}
         if path.suffix == ".mp4":
             options = {"fps": rate, "macro_block_size": 2}
-        imageio.imwrite(draft, even, **options)
+        named = draft.with_suffix(path.suffix)
+        imageio.imwrite(named, even, **options)
+        named.replace(draft)
 
 
 def _frames(run: LoadedRun, film: Film, every: int) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from metacontroller.errors import UserError
+from metacontroller.storage.files import read_regular, write_text
 from metacontroller.training.interruption import Interrupted, listening, signal_name
 
 Engine = Literal["processes", "slurm", "ray"]
@@ -32,6 +33,7 @@ Job = tuple[Any, ...]
 """The arguments of one call."""
 Failure = tuple[Job, BaseException]
 """A job and what it raised, or how its process ended."""
+MAX_ERROR_BYTES = 2**24
 FAREWELL_S = 4.0
 """Seconds that a job has, once it is told to stop, for its update and its checkpoint."""
 NextJob = Callable[[], "Job | None"]
@@ -95,8 +97,13 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[Job], *, at_once: 
 
 def write_failure(folder: Path, error: BaseException) -> None:
     """Writes what ended a job to ``error.txt`` in its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+
+
+def failure_read(folder: Path) -> str | None:
+    """The last line of a job's ``error.txt``; None if there is none."""
+    text = read_regular(folder, folder / "error.txt", MAX_ERROR_BYTES)
+    return None if text is None else (text.decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 @contextmanager

@@ -35,12 +35,13 @@ from metacontroller.recipes.config import (
     to_json,
     with_seed,
 )
-from metacontroller.recipes.jobs import Job, failure_written, run_jobs, write_failure
+from metacontroller.recipes.jobs import Job, failure_read, failure_written, run_jobs, write_failure
 from metacontroller.recipes.measure import measure_variant
 from metacontroller.recipes.reproduce import reproduce_seed, show_episodes
 from metacontroller.recipes.run_phase import run_phase
 from metacontroller.recipes.variants import StudyConfig, Variant, variants
 from metacontroller.storage.config_file import from_plain
+from metacontroller.storage.files import inside
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.progress import track
 from metacontroller.training.seeding import MAX_SEED
@@ -63,9 +64,9 @@ class StudyJob:
     analyses: tuple[str, ...] = ()
 
     def folder(self, out: Path) -> Path:
-        """Where it leaves its files."""
+        """Where it leaves its files; UserError where a link leads out."""
         reproduced = self.what in ("run", "analyses")
-        return out / f"seed-{self.seed}" if reproduced else variant_folder(out, self.what, self.seed)
+        return inside(out, out / f"seed-{self.seed}") if reproduced else variant_folder(out, self.what, self.seed)
 
     def finished(self, out: Path) -> bool:
         """Whether nothing of it is left to do."""
@@ -77,7 +78,7 @@ class StudyJob:
 
 def variant_folder(out: Path, name: str, seed: int) -> Path:
     """The run folder of a variant's seed."""
-    return out / FOLDER / name / f"seed-{seed}"
+    return inside(out, out / FOLDER / name / f"seed-{seed}")
 
 
 def attempt(out: str, job: StudyJob, study: StudyConfig, device: str) -> None:
@@ -175,7 +176,7 @@ def study(
     check_number("workers", workers, PROCESSES)
     for seed in seeds:
         check_number("seed", seed, Whole(0, MAX_SEED))
-    folder, own = RunFolder(out), RunFolder(Path(out) / FOLDER)
+    folder, own = RunFolder(out), RunFolder(out).child(FOLDER)
     refuse_other_recipe(folder, "figures")
     with folder.held():
         return _run_all(config, folder, own, seeds, workers, quiet, device)
@@ -249,7 +250,5 @@ def _summary(out: Path, jobs: list[StudyJob], named: dict[str, Variant]) -> dict
 def _status(out: Path, job: StudyJob) -> str:
     if job.finished(out):
         return "finished"
-    failure = job.folder(out) / "error.txt"
-    if failure.exists():
-        return f"failed: {failure.read_text().strip().splitlines()[-1]}"
-    return "not run"
+    failure = failure_read(job.folder(out))
+    return "not run" if failure is None else f"failed: {failure}"

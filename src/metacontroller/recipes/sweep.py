@@ -32,7 +32,7 @@ from metacontroller.recipes.config import (
     to_json,
     with_seed,
 )
-from metacontroller.recipes.jobs import Engine, Job, failure_written, run_jobs, write_failure
+from metacontroller.recipes.jobs import Engine, Job, failure_read, failure_written, run_jobs, write_failure
 from metacontroller.recipes.measure import discovery_figures
 from metacontroller.recipes.run_phase import RUN_PHASE
 from metacontroller.report.tables import MEASURES
@@ -64,9 +64,13 @@ class SweepJob:
             return None
         return SweepJob(self.seed) if self.lr is None else SweepJob(self.seed, self.alpha)
 
+    def run(self, out: Path) -> RunFolder:
+        """Its run, in the sweep's folder; UserError where a link leads out of that."""
+        return RunFolder(out).child(self.folder)
+
     def finished(self, out: Path) -> bool:
         """Whether nothing of it is left to do."""
-        return bool(RunFolder(out / self.folder).read_summary())
+        return bool(self.run(out).read_summary())
 
 
 def job_config(config: ExperimentConfig, job: SweepJob) -> ExperimentConfig:
@@ -97,7 +101,7 @@ def own_alpha(config: ExperimentConfig) -> float:
 
 def attempt(out: str, job: SweepJob, device: str) -> None:
     """Runs a job, or resumes it; what went wrong is written to its ``error.txt``."""
-    with failure_written(Path(out) / job.folder):
+    with failure_written(job.run(Path(out)).path):
         run_job(Path(out), job, device)
 
 
@@ -105,12 +109,12 @@ def run_job(out: Path, job: SweepJob, device: str) -> None:
     """One phase in the job's folder, and its summary."""
     if job.finished(out):
         return
-    run, config = RunFolder(out / job.folder), job_config(read_config(RunFolder(out)), job)
+    run, config = job.run(out), job_config(read_config(RunFolder(out)), job)
     with run.held():
         run.write_config(to_json(config))
         if job.parent:
             for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION):
-                copy_artefact(artefact, out / job.parent.folder, run.path)
+                copy_artefact(artefact, job.parent.run(out).path, run.path)
         phase = "pretrain" if job.alpha is None else "discover" if job.lr is None else "internal_rl"
         RUN_PHASE[phase](config, run, resume=True, quiet=True, device=device)
         run.write_summary({**vars(job), **_measure(config, run, job, device)})
@@ -196,9 +200,9 @@ def _run_all(
             done += 1
             progress.update(done)
 
-        failed = run_jobs(attempt, next_job, advance, logs=folder.path / "slurm", device=device, **options)
+        failed = run_jobs(attempt, next_job, advance, logs=folder.within("slurm"), device=device, **options)
     for (_, job, _), error in failed:  # those that could not write of it themselves
-        write_failure(folder.path / job.folder, error)
+        write_failure(job.run(folder.path).path, error)
     rows = [_row(folder.path, job) for job in combinations]
     folder.write_summary({"jobs": rows})
     return rows
@@ -207,7 +211,7 @@ def _run_all(
 def _row(out: Path, job: SweepJob) -> dict[str, Any]:
     """The job's line of the table, with what its metacontroller was judged by."""
     assert job.parent is not None
-    results = {**RunFolder(out / job.parent.folder).read_summary(), **RunFolder(out / job.folder).read_summary()}
+    results = {**job.parent.run(out).read_summary(), **job.run(out).read_summary()}
     return {**vars(job), "status": _status(out, job), **{name: results.get(name) for name in MEASURES}}
 
 
@@ -216,7 +220,7 @@ def _status(out: Path, job: SweepJob) -> str:
         return "finished"
     if job.parent is not None and not job.parent.finished(out):
         return f"not run: {_status(out, job.parent)}"
-    failure = out / job.folder / "error.txt"
-    if failure.exists():
-        return f"failed in {job.folder}: {failure.read_text().strip().splitlines()[-1]}"
+    failure = failure_read(job.run(out).path)
+    if failure is not None:
+        return f"failed in {job.folder}: {failure}"
     return f"failed in {job.folder}: it left no summary"

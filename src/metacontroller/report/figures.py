@@ -195,7 +195,7 @@ def save_figure(figure: Figure, folder: RunFolder, name: str) -> None:
     """As figures/NAME.png; replaced only when it is whole."""
     path = folder.within(f"figures/{name}.png")
     with folder.keeping(f"figures/{name}.png"), replacing(path) as draft:
-        figure.savefig(draft, dpi=150)
+        figure.savefig(draft, dpi=150, format="png")
 
 
 def plain(text: str) -> str:

@@ -24,14 +24,15 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 @contextmanager
 def drafting(path: Path) -> Iterator[Path]:
-    """Yields a new, empty file of the name of ``path``, to fill and to move there; removed at the end unless moved.
+    """Yields a new, empty file beside ``path``, to fill and to move there; removed at the end unless moved.
 
-    What writes it may replace it, as safetensors does.
+    Its name has no ending, so that nobody who looks for files takes it for one that is whole. What writes it may
+    replace it, as safetensors does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, handle = _own_folder(path)
     try:
-        draft = folder / path.name
+        draft = folder / "draft"
         os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
         yield draft
     finally:
@@ -42,11 +43,18 @@ def drafting(path: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Removes the drafts, here and one folder below, whose writers do not live any more."""
-    for pattern in (f"{PREFIX}*{SUFFIX}", f"*/{PREFIX}*{SUFFIX}"):
-        for left in folder.glob(pattern):
-            if not left.parent.is_symlink() and (handle := _lock(left, wait=False)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(handle)
+    below = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    for parent in (folder, *map(Path, below)):
+        with suppress(OSError):  # of one that may not be read, and of a draft whose writer has just ended
+            for name in os.listdir(parent):
+                if is_draft(name) and (handle := _lock(parent / name, wait=False)) is not None:
+                    shutil.rmtree(parent / name, ignore_errors=True)
+                    os.close(handle)
+
+
+def is_draft(name: str) -> bool:
+    """Whether a folder is one of drafts, by its name."""
+    return name.startswith(PREFIX) and name.endswith(SUFFIX)
 
 
 def _own_folder(path: Path) -> tuple[Path, int | None]:

@@ -13,15 +13,15 @@ from typing import Any
 
 from metacontroller.errors import UserError
 from metacontroller.storage import manifest
-from metacontroller.storage.drafts import PREFIX, SUFFIX, drafting
+from metacontroller.storage.drafts import drafting, is_draft
 from metacontroller.storage.lock import LOCK
 from metacontroller.storage.plain_files import read_json
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new file beside `path`, of the same name; it replaces `path` when the block succeeds, and is removed
-    otherwise, see `storage.drafts`.
+    """Yield a new file beside `path`; it replaces `path` when the block succeeds, and is removed otherwise, see
+    `storage.drafts`.
 
     The file gets the permissions that the process's umask leaves, whatever wrote it, and is listed in the manifest of
     its run folder, if it has one.
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def left_behind(path: Path) -> bool:
     """Whether a file is the lock or the manifest of a writer, or a draft, and may be all that a killed one left."""
-    return path.name in (LOCK, manifest.NAME) or (path.name.startswith(PREFIX) and path.name.endswith(SUFFIX))
+    return path.name in (LOCK, manifest.NAME) or is_draft(path.name)
 
 
 def _sync(path: Path) -> None:
