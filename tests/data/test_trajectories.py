@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +26,11 @@ from torch import Tensor
 from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
 from metacontroller.data import store as store_module
 from metacontroller.data.datasets import load_dataset
+from metacontroller.data.store import Episodes
 from metacontroller.data.trajectories import masked_mean, with_finite_padding
 from metacontroller.errors import UserError
 from metacontroller.storage.sealed import seal
+from metacontroller.storage.system_errors import refusal
 
 
 def make_trajectories(lengths: list[int], padded: int | None = None, labels: bool = True) -> Trajectories:
@@ -251,6 +262,192 @@ def test_while_a_store_is_replaced_there_always_is_one(tmp_path: Path, monkeypat
     assert set(seen) == {1, 2}
     files = {file.name for file in path.iterdir()}
     assert len(files) == len(TrajectoryStore(path).arrays) + 1  # no old array is left
+
+
+REWRITE = """
+import sys, time
+import numpy as np, torch
+from pathlib import Path
+from metacontroller.data import Trajectories, TrajectoryStore
+path, seconds = Path(sys.argv[1]), float(sys.argv[2])
+print("begun", flush=True)
+sys.stdin.readline()
+until, length = time.monotonic() + seconds, 1
+while time.monotonic() < until:
+    length = length % 3 + 1
+    states = torch.full((1, length + 1, 2), float(length))
+    actions = torch.zeros(1, length, dtype=torch.int64)
+    TrajectoryStore.write(path, Trajectories(states=states, actions=actions, lengths=torch.tensor([length])))
+"""
+
+
+def writers(path: Path, count: int, seconds: float) -> list[subprocess.Popen[str]]:
+    """Processes that write stores of one to three steps there, one after the other; they begin at the same time."""
+    words = [sys.executable, "-c", REWRITE, str(path), str(seconds)]
+    pipe = subprocess.PIPE
+    made = [subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
+    for process in made:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+    for process in made:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return made
+
+
+@pytest.mark.slow
+def test_no_read_fails_beside_writers_in_other_processes(tmp_path: Path) -> None:
+    """Both begin with a new folder; a store that is read is one that was written, and whole."""
+    path, reads = tmp_path / "store", 0
+    made = writers(path, 2, 1.5)
+    while any(process.poll() is None for process in made):
+        if (path / "store.json").exists():
+            store = TrajectoryStore(path)
+            length = int(store.lengths[0])
+            assert torch.equal(store.read(np.array([0])).states, torch.full((1, length + 1, 2), float(length)))
+            reads += 1
+    for process in made:
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+        assert {line.split(" ")[1] for line in error.splitlines()} <= {"waiting"}
+    assert reads > 100
+    assert len(list(path.iterdir())) == 4
+
+
+def test_beside_a_thread_that_rewrites_it_a_store_is_always_whole(tmp_path: Path) -> None:
+    path, versions = tmp_path / "store", [make_trajectories([2, 3]), make_trajectories([4], labels=False)]
+    TrajectoryStore.write(path, versions[0])
+    stopping = threading.Event()
+
+    def rewrite() -> None:
+        for version in itertools.cycle(versions):
+            if stopping.is_set():
+                return
+            TrajectoryStore.write(path, version)
+
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(rewrite) for _ in range(2)]
+        try:
+            for _ in range(300):
+                store = TrajectoryStore(path)
+                assert_same(store.read(np.arange(len(store))), versions[0 if len(store) == 2 else 1])
+        finally:
+            stopping.set()
+        for one in writing:
+            one.result()
+    assert len(list(path.iterdir())) == 1 + len(TrajectoryStore(path).arrays)
+
+
+def test_files_of_the_users_beside_a_store_stay(tmp_path: Path) -> None:
+    path = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3], labels=False)).path
+    own = {"rewards.npy": b"mine", "states-1.npy": b"mine too", "notes.txt": b"dear", ".notes-0a1b2c3d.tmp": b""}
+    for name, content in own.items():
+        (path / name).write_bytes(content)
+    for lengths in ([4], [1, 1]):
+        TrajectoryStore.write(path, make_trajectories(lengths))
+    assert {name: (path / name).read_bytes() for name in own} == own
+    store = TrajectoryStore(path)
+    assert len(list(path.iterdir())) == len(own) + 1 + len(store.arrays)
+
+
+def test_a_folder_of_arrays_that_no_store_has_written_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "states.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is not a trajectory store and is not replaced"):
+        TrajectoryStore.write(tmp_path, make_trajectories([2]))
+    assert [path.name for path in tmp_path.iterdir()] == ["states.npy"]
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_what_a_killed_writer_left_is_removed_by_the_next(
+    rewritten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed before each of the files that it moves in turn: into a new folder, and into that of a store."""
+    first, second, replace = make_trajectories([2, 3]), make_trajectories([4]), os.replace
+    for moves in itertools.count():
+        path, left = tmp_path / str(moves), iter(range(moves))
+        if rewritten:
+            TrajectoryStore.write(path, first)
+
+        def killed(source: Any, target: Any, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            try:
+                TrajectoryStore.write(path, second)
+                break  # there were no more
+            except KeyboardInterrupt:
+                pass
+        if rewritten:
+            assert_same(TrajectoryStore(path).read(np.arange(2)), first)
+        (path / ".metacontroller-0a1b.tmp").mkdir()  # a copy that a killed process had no time to remove
+        (path / ".metacontroller-0a1b.tmp" / "states.npy").touch()
+        store = TrajectoryStore.write(path, second)
+        assert_same(store.read(np.arange(1)), second)
+        assert len(list(path.iterdir())) == 1 + len(store.arrays)
+    assert moves == 7  # five arrays, the note of them, the header
+
+
+def test_a_full_disk_is_found_before_a_store_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = TrajectoryStore.write(tmp_path / "store", make_trajectories([2, 3])).path
+    before = sorted(path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda *_: SimpleNamespace(free=10))
+        with pytest.raises(OSError, match="bytes are needed") as caught:
+            TrajectoryStore.write(path, make_trajectories([4]))
+    found = refusal(caught.value)
+    assert found is not None
+    assert found.status == 4
+    assert found.sentence.startswith(f"no space is left for {path} (")
+    assert sorted(path.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_an_array_is_written_and_not_mapped(tmp_path: Path) -> None:
+    """A write to a full disk is an error of the system's; a page that is mapped there ends the process."""
+    (tmp_path / "states.npy").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        store_module._save_array(tmp_path / "states.npy", [np.zeros((3, 2))])
+
+
+def test_parts_of_several_types_are_joined_as_one_that_holds_them_all(tmp_path: Path) -> None:
+    parts = [Episodes({"states": np.zeros((2, 1)), "actions": np.array([action]), "lengths": np.array([1])})
+             for action in (3, 0.5)]  # fmt: skip
+    joined = TrajectoryStore.join(tmp_path / "store", parts)
+    assert joined.arrays["actions"].tolist() == [3.0, 0.5]
+    parts[1].arrays["states"] = np.zeros((2, 2))
+    with pytest.raises(UserError, match=r"the parts have states of the shapes \[\(1,\), \(2,\)\]"):
+        TrajectoryStore.join(tmp_path / "store", parts)
+
+
+def test_what_another_process_has_made_meanwhile_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for: demonstrations take minutes."""
+
+    @contextmanager
+    def held(path: Path, *, wait: bool) -> Iterator[None]:
+        assert wait
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "held", lock)
+            TrajectoryStore.write(path, make_trajectories([2, 3]))
+        yield
+
+    lock = store_module.held
+    monkeypatch.setattr(store_module, "held", held)
+    assert len(TrajectoryStore.once(tmp_path / "store", lambda: pytest.fail("it is made again"))) == 2
+
+
+def test_a_link_to_a_folder_can_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    written = make_trajectories([2, 3])
+    assert_same(TrajectoryStore.write(tmp_path / "link", written).read(np.arange(2)), written)
+    assert (tmp_path / "link").is_symlink()
+    assert len(TrajectoryStore(tmp_path / "large")) == 2
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,13 @@ def broken(observation: Any, env: Any) -> Any:
     return observation + None
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    collect(replace(CONFIG, episodes=3), tmp_path / "link", quiet=True)
+    assert len(TrajectoryStore(tmp_path / "large")) == 3
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files of something else"):

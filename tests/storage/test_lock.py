@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_another_process_is_refused_until_this_one_is_killed(tmp_path: Path) -> 
             pass
         assert (tmp_path / LOCK).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_can_be_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held_elsewhere(tmp_path) as process:
+        threading.Timer(0.1, os.kill, (process, signal.SIGKILL)).start()
+        with held(tmp_path, wait=True):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"metacontroller: waiting for process {process} on ")
+    assert said.endswith(f", which writes {tmp_path}\n")
 
 
 def test_a_phase_of_a_held_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

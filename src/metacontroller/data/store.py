@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +31,9 @@ from metacontroller.data.trajectories import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import Whole, check_number, shown
-from metacontroller.storage.files import write_text
+from metacontroller.storage.drafts import draft_folder
+from metacontroller.storage.files import left_behind, write_text
+from metacontroller.storage.lock import held
 from metacontroller.storage.plain_files import check_regular, file_digest, read_json
 from metacontroller.storage.sealed import SEAL, check_seal, seal
 from metacontroller.storage.versions import warn_of_versions
@@ -37,13 +41,19 @@ from metacontroller.storage.versions import warn_of_versions
 STORE_FORMAT = 2
 """Format 1 had no sizes, no SHA-256 and no seal: it is read unchecked, which is said once."""
 HEADER = "store.json"
+REPLACED = ".replaced.json"
+"""Names of files that a writer is about to bring or to remove, while it does."""
 HASHED_ON_OPEN = 64 * 2**20
 """Bytes of arrays up to which they are verified when a store is opened; more take a noticeable time."""
 _OWN = ("format", "arrays", "files", "listed", SEAL)
 """What a header says beside what ``write`` was given."""
 _said: set[Path] = set()
-_FILE = re.compile(rf"({'|'.join(field.name for field in fields(Trajectories))})(-\d+)?\.npy")
-"""Files of arrays: a store that replaces another has numbers in their names."""
+_PIECE = 16 * 2**20
+"""Bytes of an array that are written at a time."""
+_FILE = re.compile(rf"({'|'.join(field.name for field in fields(Trajectories))})(-[0-9a-f]+)?\.npy")
+"""Files of arrays: those of a store that replaces another have numbers in their names."""
+_writing = threading.RLock()
+"""Held by the thread that writes a store: the lock of a folder keeps other processes out, not other threads."""
 
 
 class Episodes:
@@ -119,6 +129,16 @@ class TrajectoryStore(Episodes):
         self.path = Path(path)
         if not (self.path / HEADER).is_file():
             raise UserError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
+        while True:
+            header = _mark(self.path)
+            try:
+                self._load()
+                return
+            except (UserError, OSError):
+                if header == _mark(self.path):  # else a writer has replaced the store meanwhile, and its old arrays
+                    raise
+
+    def _load(self) -> None:
         self.meta = _read_header(self.path)
         super().__init__({name: _open(self.path / file) for name, file in _array_files(self.meta).items()})
         _check_arrays(self)
@@ -131,6 +151,8 @@ class TrajectoryStore(Episodes):
         that was changed. Once is enough: a phase does so before it trains on a dataset."""
         if not self._verified:
             for name, file in _array_files(self.meta).items():
+                if not (self.path / file).exists():
+                    raise UserError(f"{self.path} was replaced by another store while it was open; open it again.")
                 if file_digest(self.path / file) != self.meta["listed"][name]:
                     raise UserError(
                         f"{self.path / file} is not what was written (its SHA-256 differs): it was changed or swapped; "
@@ -144,9 +166,18 @@ class TrajectoryStore(Episodes):
         warn_of_versions(self.path, self.meta.get("versions", {}), here)
 
     @staticmethod
+    def once(path: Path, make: Callable[[], TrajectoryStore]) -> TrajectoryStore:
+        """The store in a folder, verified; where there is none ``make`` writes it, and other processes wait for it."""
+        if not (path / HEADER).is_file():
+            with held(path, wait=True):
+                if not (path / HEADER).is_file():
+                    return make()
+        return TrajectoryStore(path).verify()
+
+    @staticmethod
     def write(path: str | Path, trajectories: Trajectories, meta: Mapping[str, Any] | None = None) -> TrajectoryStore:
         """Writes the episodes; an existing store is replaced only once the new one is complete, and at no instant is
-        there none.
+        there none. Other files in its folder stay. One writer waits for another.
 
         meta: JSON values to keep beside them. UserError for a folder that is neither empty nor a store.
         """
@@ -176,19 +207,14 @@ class TrajectoryStore(Episodes):
             json.dumps(dict(meta or {}))
         except (TypeError, ValueError) as error:
             raise UserError(f"meta is {shown(meta)} ({error}); expected values of JSON.") from error
-        _refuse_others(target, beside)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            draft = work / "draft"
-            draft.mkdir()
-            _save_arrays(draft, parts, dict(meta or {}), most)
-            if target.exists() and any(target.iterdir()):
-                _exchange(draft, target)
-            else:
-                os.replace(draft, target)
-        finally:
-            shutil.rmtree(work)
+        if (target.exists() or target.is_symlink()) and not target.is_dir():
+            raise _not_ours(target)
+        with _writing, held(target, wait=True):
+            _remove_replaced(target)
+            _refuse_others(target, beside)
+            with draft_folder(target / HEADER) as draft:
+                header = _save_arrays(draft, parts, dict(meta or {}), most)
+                _exchange(draft, header, target)
         return TrajectoryStore(target)
 
 
@@ -196,35 +222,59 @@ class TrajectoryStore(Episodes):
 
 
 def _refuse_others(target: Path, beside: Collection[str]) -> None:
-    """UserError if anything but a store, and files of the names ``beside``, is in the way."""
-    if target.is_dir() and not target.is_symlink():
-        entries = [entry for entry in target.iterdir() if entry.name not in beside]
-        if not entries or (
-            HEADER in (entry.name for entry in entries) and "format" in read_json(target / HEADER, infinite=True)
-        ):
-            return
-        if all(_FILE.fullmatch(entry.name) for entry in entries):  # of a writer that was killed
-            return
-    elif not target.exists() and not target.is_symlink():
+    """UserError if the folder holds anything but a store, unless that is named ``beside``."""
+    if (target / HEADER).is_file() and "format" in read_json(target / HEADER, infinite=True):
         return
-    raise UserError(f"{target} is not a trajectory store and is not replaced; choose another folder.")
+    if any(entry.name not in beside and not left_behind(entry) for entry in target.iterdir()):
+        raise _not_ours(target)
 
 
-def _exchange(draft: Path, target: Path) -> None:
-    """Puts the arrays of a new store beside those of the old one, replaces the header, and removes the old arrays."""
-    header, old = read_json(draft / HEADER, infinite=True), set()
-    if (target / HEADER).exists():
-        with suppress(UserError):
-            old = set(_array_files(_read_header(target)).values())
-    files = {}
+def _not_ours(target: Path) -> UserError:
+    return UserError(f"{target} is not a trajectory store and is not replaced; choose another folder.")
+
+
+def _exchange(draft: Path, header: dict[str, Any], target: Path) -> None:
+    """Puts the arrays of a new store beside those of the old one, replaces the header, and removes the old arrays.
+
+    A file's name is used once, so that who has read a header finds the arrays that it lists, or none.
+    """
+    old, new, first = _kept_files(target), {}, not (target / HEADER).exists()
     for name in header["arrays"]:
-        candidates = (f"{name}{number}.npy" for number in ("", *(f"-{count}" for count in range(1, 1000))))
-        files[name] = next(file for file in candidates if file not in old)
-        os.replace(draft / f"{name}.npy", target / files[name])
-    write_text(target / HEADER, json.dumps(seal({**header, "files": files})))
-    for entry in target.iterdir():
-        if _FILE.fullmatch(entry.name) and entry.name not in files.values():
-            entry.unlink()
+        plain = first and not (target / f"{name}.npy").exists()
+        new[name] = f"{name}.npy" if plain else f"{name}-{secrets.token_hex(8)}.npy"
+    write_text(target / REPLACED, json.dumps({"files": [*old, *new.values()]}))
+    for name, file in new.items():
+        os.replace(draft / f"{name}.npy", target / file)
+    named = {} if first and all(file == f"{name}.npy" for name, file in new.items()) else {"files": new}
+    write_text(target / HEADER, json.dumps(seal({**header, **named})))
+    _remove_replaced(target)
+
+
+def _remove_replaced(target: Path) -> None:
+    """Removes the files that a writer has noted, perhaps one that was killed, but for those of the store; no others:
+    they are the user's."""
+    if not (target / REPLACED).exists():
+        return
+    kept, noted = _kept_files(target), read_json(target / REPLACED).get("files")
+    for file in noted if isinstance(noted, list) else ():
+        if file not in kept and _FILE.fullmatch(str(file)):
+            (target / file).unlink(missing_ok=True)
+    (target / REPLACED).unlink()
+
+
+def _kept_files(target: Path) -> set[str]:
+    """The files of the store in a folder; none where there is no store that can be read."""
+    if not (target / HEADER).exists():
+        return set()
+    with suppress(UserError):
+        return set(_array_files(_read_header(target)).values())
+    return set()
+
+
+def _mark(folder: Path) -> tuple[int, int]:
+    """What a header has that no other has had at this place."""
+    found = (folder / HEADER).stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -312,26 +362,45 @@ def _real_steps(trajectories: Trajectories) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most: int | None) -> None:
-    """Writes array after array, a part at a time, and the header last."""
+def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most: int | None) -> dict[str, Any]:
+    """Writes array after array, a part at a time; returns the header."""
     kept, left = [], most
     for part in parts:
         kept.append(len(part) if left is None else min(left, len(part)))
         left = None if left is None else left - kept[-1]
-    for name, first in parts[0].arrays.items():
-        cuts = []
+    whole: dict[str, list[np.ndarray]] = {}
+    for name in parts[0].arrays:
+        cuts = whole[name] = []
         for part, count in zip(parts, kept, strict=True):
             steps = part.starts[count]
             cuts.append(part.arrays[name][: count if name in PER_EPISODE else steps + count * (name == "states")])
-        shape = (sum(map(len, cuts)), *first.shape[1:])
-        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", first.dtype, shape)
-        np.concatenate(cuts, out=array)
-        array.flush()
-    names = list(parts[0].arrays)
+    needed = sum(cut.nbytes for cuts in whole.values() for cut in cuts)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed", str(folder.parent))
+    for name, cuts in whole.items():
+        _save_array(folder / f"{name}.npy", cuts)
+    names = list(whole)
     listed = {name: file_digest(folder / f"{name}.npy") for name in names}
     kept_meta = {name: value for name, value in meta.items() if name not in _OWN}
-    header = {"format": STORE_FORMAT, "arrays": names, "listed": listed, **kept_meta}
-    (folder / HEADER).write_text(json.dumps(seal(header)))
+    return {"format": STORE_FORMAT, "arrays": names, "listed": listed, **kept_meta}
+
+
+def _save_array(path: Path, cuts: list[np.ndarray]) -> None:
+    """One array of several, one after the other. Written, not mapped: where a disk is full that is an error, and a
+    mapped page is the end of the process."""
+    shapes = {cut.shape[1:] for cut in cuts}
+    if len(shapes) > 1:
+        raise UserError(f"the parts have {path.stem} of the shapes {sorted(shapes)}; expected one shape.")
+    dtype, shape = np.result_type(*(cut.dtype for cut in cuts)), (sum(map(len, cuts)), *shapes.pop())
+    with path.open("wb") as file:
+        descr = np.lib.format.dtype_to_descr(dtype)
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        for cut in cuts:
+            rows = max(1, _PIECE // max(1, cut[:1].nbytes))
+            for start in range(0, len(cut), rows):
+                file.write(np.ascontiguousarray(cut[start : start + rows], dtype).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:

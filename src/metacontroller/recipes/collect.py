@@ -33,7 +33,7 @@ from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, MOST_STEPS, PROCESSES, Number, Whole, check_fields, check_number
 from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.files import left_behind, plain, write_text
-from metacontroller.storage.lock import LOCK, held
+from metacontroller.storage.lock import held
 from metacontroller.storage.plain_files import read_json
 from metacontroller.storage.sealed import SEAL, check_seal, seal
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
@@ -155,8 +155,7 @@ def _join(config: CollectConfig, out: Path) -> None:
         "collected": collected,
     }
     stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
-    own = ("collect.json", "parts", LOCK)
-    TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=own)
+    TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=("collect.json", "parts"))
 
 
 def _needed(config: CollectConfig, out: Path) -> list[tuple[dict[str, Any], Path]]:

@@ -29,12 +29,19 @@ def drafting(path: Path) -> Iterator[Path]:
     Its name has no ending, so that nobody who looks for files takes it for one that is whole. What writes it may
     replace it, as safetensors does.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder, handle = _own_folder(path)
-    try:
+    with draft_folder(path) as folder:
         draft = folder / "draft"
         os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
         yield draft
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """Yields a new, empty folder beside ``path``; removed at the end with what is left in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, handle = _own_folder(path)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if handle is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,16 @@ _held: dict[Path, list[int]] = {}
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Context in which this process, with the workers that it starts, is the only one to write to the folder.
 
     It may be entered again within itself. Drafts that killed writers have left are removed. UserError if another
-    process holds the folder.
+    process holds the folder, unless it is to be waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     if key not in _held:
-        handle = _acquire(folder)
+        handle = _acquire(folder, wait)
         if handle is None:
             yield
             return
@@ -51,7 +52,7 @@ def held(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, wait: bool) -> int | None:
     """The open and locked file; None where the process that started this one holds it, or where there are no locks."""
     if fcntl is None:
         return None
@@ -62,14 +63,19 @@ def _acquire(folder: Path) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 256).decode(errors="replace").strip()
-            os.close(handle)
             parent = multiprocessing.parent_process()
             if parent is not None and holder == _name(parent.pid):
+                os.close(handle)
                 return None
-            raise UserError(
-                f"{folder} is being written by another process ({holder or 'just started'}); wait until it ends, or "
-                "choose another folder."
-            ) from None
+            if not wait:
+                os.close(handle)
+                raise UserError(
+                    f"{folder} is being written by another process ({holder or 'just started'}); wait until it ends, "
+                    "or choose another folder."
+                ) from None
+            print(f"metacontroller: waiting for {holder or 'another process'}, which writes {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            os.lseek(handle, 0, os.SEEK_SET)
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             os.ftruncate(handle, 0)
             os.write(handle, f"{_name(os.getpid())}\n".encode())

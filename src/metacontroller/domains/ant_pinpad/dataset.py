@@ -72,9 +72,7 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path) -> TrajectoryStore:
     that was made with another version warns.
     """
     path = root / recipe.folder(episodes)
-    if not (path / "store.json").is_file():
-        return write_dataset(recipe, episodes, path)
-    store = TrajectoryStore(path).verify()
+    store = TrajectoryStore.once(path, lambda: write_dataset(recipe, episodes, path))
     store.check_versions(versions())
     return store
 

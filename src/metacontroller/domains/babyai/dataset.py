@@ -69,9 +69,9 @@ def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int) -> Tra
     An episode is as difficult as it is long. workers: processes, 0 for one a core; the episodes do not depend on them.
     """
     path = root / recipe.folder(episodes)
-    if (path / "store.json").is_file():
-        return TrajectoryStore(path).verify()
-    return TrajectoryStore.write(path, by_difficulty(generate(recipe, episodes, workers)))
+    return TrajectoryStore.once(
+        path, lambda: TrajectoryStore.write(path, by_difficulty(generate(recipe, episodes, workers)))
+    )
 
 
 def generate(recipe: Recipe, episodes: int, workers: int = 1) -> Trajectories:
