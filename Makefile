@@ -62,7 +62,7 @@ bench: $(STAMP) ## run every benchmark; each prints a table
 gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call resumes the last
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-mutate: $(STAMP) ## break sixty lines of the source, one at a time, and say which breakage no test notices
+mutate: $(STAMP) ## break lines of the source, one at a time, and say which breakage no test notices
 	$(BIN)/python benchmarks/mutate.py $(ARGS)
 
 torture: $(STAMP) ## kill, signal, starve and damage runs, and say what does not survive; half an hour

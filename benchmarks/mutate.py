@@ -1,4 +1,4 @@
-"""Which lines of the source can be broken without a test failing? `make mutate` breaks sixty, one at a time.
+"""Which lines of the source can be broken without a test failing? `make mutate` breaks some seventy, one at a time.
 
 Each mutation of mutations.py is made in a copy of the source, and the tests of the part concerned run on that copy; the
 working tree is not touched. Prints a line for each and the survivors at the end, and exits with status 1 if there are

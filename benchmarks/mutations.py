@@ -1,4 +1,4 @@
-"""Sixty lines of the source, each with what breaks it and the tests that should notice; `mutate.py` runs them."""
+"""Lines of the source, each with what breaks it and the tests that should notice; `mutate.py` runs them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ MUTATIONS: list[Mutation] = [
         LOSSES,
         ("0.5 * (mean.square() + (2", "0.5 * (mean.square() - (2"),
         (".exp() - 1 - 2 * log_std).sum(-1)", ".exp() - 1 - log_std).sum(-1)"),
+        ("inside = p.masked_fill(ends, 0.5)", "inside = p"),
         ("returns - returns.mean()) /", "returns + returns.mean()) /"),
         ("returns.std(correction=0) + delta", "returns.std(correction=1) + delta"),
         ("return (log_prob - old_log_prob).masked", "return (old_log_prob - log_prob).masked"),
@@ -87,11 +88,15 @@ MUTATIONS: list[Mutation] = [
     *of(
         "control/metacontroller.py",
         "control/test_metacontroller.py",
-        ("F.pad(self.history(read)[0], (0, 0, 1, -1))", "self.history(read)[0]"),
         ("held=torch.where(switch, 1, state.held + 1)", "held=torch.where(switch, 0, state.held + 1)"),
         ("torch.where(state.started, beta, torch.ones_like(beta))", "beta"),
-        ("return residual + self.controller(", "return residual - self.controller("),
+        ("return (residual + self._control(", "return (residual - self._control("),
         ("switch = beta >= self.gate_config.threshold", "switch = beta < self.gate_config.threshold"),
+    ),
+    *of(
+        "control/stepping.py",
+        "control/test_stepping.py control/test_metacontroller.py",
+        ("torch.cat([start[:, None], after[:, :-1]], 1), last[0]", "after, last[0]"),
     ),
     *of(
         "models/readouts.py",
@@ -113,6 +118,7 @@ MUTATIONS: list[Mutation] = [
         "data/trajectories.py",
         "data/test_trajectories.py",
         ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
+        ("self.total / self.count.clamp_min(1)", "self.total / (self.count + 1)"),
         ("values.masked_fill(~mask, 0).sum()", "values.masked_fill(mask, 0).sum()"),
         ('beyond = ~length_mask(lengths + (name == "states")', "beyond = ~length_mask(lengths + (name == 'actions')"),
     ),
@@ -150,12 +156,13 @@ MUTATIONS: list[Mutation] = [
         RL,
         ("difference.exp() - 1 - difference, mask", "difference.exp() - 1 + difference, mask"),
         ("(difference.exp() - 1).abs() > eps_clip", "(difference.exp() - 1) > eps_clip"),
-        ("share = rollout.decisions[chunk].sum() / total", "share = 1 / len(rollout.decisions)"),
+        ("rollout.decisions[chunk].sum().to(whole) / total", "1 / len(rollout.decisions)"),
+        (".tensor_split(config.minibatches)", ".chunk(config.minibatches)"),
     ),
     *of(
         "training/optimizer.py",
         "training/test_loop.py",
-        ("left = self.steps - step\n", "left = self.steps - step - 1\n"),
+        ("(self.steps - step) / self.decay_steps", "(self.steps - step - 1) / self.decay_steps"),
         ("(step - start) / (end - start)", "(step - start + 1) / (end - start)"),
     ),
     *of(
@@ -166,6 +173,40 @@ MUTATIONS: list[Mutation] = [
             "changed[:, 1:] = segments[:, 1:] != segments[:, :-1]",
             "changed[:, :-1] = segments[:, 1:] != segments[:, :-1]",
         ),
-        ("masked_mean(_near(switch, tolerance)", "masked_mean(_near(change, tolerance + 1)"),
+        ("masked_sums(_near(switch, tolerance)", "masked_sums(_near(change, tolerance + 1)"),
+        ("switch = (beta >= threshold) & later", "switch = (beta >= 0.5) & later"),
+    ),
+    *of(
+        "domains/border.py",
+        "domains/test_gymnasium_adapter.py recipes/test_collect.py",
+        ("given.size != 1 or not np.isfinite(given).all()", "given.size != 1"),
+        ("_within(space, cast) & (floats | (cast == given))", "_within(space, cast)"),
+        ("(values < space.start + count)", "(values <= space.start + count)"),
+        ("(values >= space.low) & (values <= space.high)", "(values <= space.high)"),
+    ),
+    *of(
+        "domains/offline/domain.py",
+        "domains/test_validation_split.py data/test_held_out.py",
+        ("np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)", "np.arange(len(self.dataset.episodes))"),
+    ),
+    *of(
+        "data/batching.py",
+        "domains/test_validation_split.py",
+        ("manual_seed(VALIDATION_BIT | 8 * draw)", "manual_seed(8 * draw)"),
+    ),
+    *of(
+        "data/statistics.py",
+        "data/test_datasets.py data/test_spaces.py",
+        ("np.maximum(PRECISION * self.largest, np.finfo(np.float32).tiny)", "1e-6"),
+    ),
+    *of(
+        "phases/diagnostics.py",
+        "phases/test_diagnostics.py",
+        ("left is not None and left < MIN_LEFT", "left is not None and left < 0"),
+    ),
+    *of(
+        "storage/user_function.py",
+        "storage/test_user_function.py",
+        ("found = _NAME.fullmatch(text)", "found = _NAME.match(text)"),
     ),
 ]
