@@ -187,7 +187,10 @@ MUTATIONS: list[Mutation] = [
     *of(
         "domains/offline/domain.py",
         "domains/test_validation_split.py data/test_held_out.py",
-        ("np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)", "np.arange(len(self.dataset.episodes))"),
+        (
+            "np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)",
+            "np.arange(len(self.dataset.episodes))",
+        ),
     ),
     *of(
         "data/batching.py",
