@@ -18,6 +18,7 @@ from metacontroller import cli
 from metacontroller.data.datasets import Dataset
 from metacontroller.data.store import Episodes
 from metacontroller.data.trajectories import Trajectories
+from metacontroller.domains import guarded_environment
 from metacontroller.domains.base import FREE
 from metacontroller.domains.offline.domain import Offline, OfflineConfig
 from metacontroller.errors import UserError
@@ -154,6 +155,7 @@ def test_an_environment_that_is_made_otherwise_is_said(recorded: str) -> None:
 def test_no_module_is_imported_because_data_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(guarded_environment, "_modules_on_gymnasium", lambda name: [])  # importing all takes seconds
     (tmp_path / "strange_module.py").write_text("open('trace', 'w').close()\n")
     made = {"env": "strange_module:Strange-v0", "env_kwargs": '{"size": 3}'}
     Dataset(Episodes.of(trajectories()), CARTPOLE, spaces.Discrete(2), **made).write("data")  # type: ignore[arg-type]
