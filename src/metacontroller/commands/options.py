@@ -40,7 +40,7 @@ class Tracked(Training):
 
     def tracked(self, run: RunFolder, workers: Processes) -> RunFolder:
         """The run folder, whose scalars the first process sends to the tracker asked for."""
-        return track_with(run, self.track if workers.is_main else None)
+        return track_with(run, self.track if workers.is_main else None, quiet=self.quiet)
 
 
 def preset_config(preset: str | None = None) -> ExperimentConfig:

@@ -126,4 +126,4 @@ def run_phase(
     phase: str, config: ExperimentConfig, folder: Path, quiet: bool, device: str, track: Tracker | None = None
 ) -> None:
     """One phase, resumed if it was begun. track: see `training.tracking`."""
-    RUN_PHASE[phase](config, track_with(RunFolder(folder), track), resume=True, quiet=quiet, device=device)
+    RUN_PHASE[phase](config, track_with(RunFolder(folder), track, quiet=quiet), resume=True, quiet=quiet, device=device)

@@ -6,9 +6,14 @@ unless its own settings (``WANDB_MODE``) change that. metrics.jsonl remains the 
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
 from typing import Any, Literal
 
 from metacontroller.errors import UserError
@@ -21,36 +26,75 @@ Log = Callable[[str, int, Mapping[str, float]], None]
 """``log(phase, step, values)``."""
 
 
-def track_with(run: RunFolder, tracker: Tracker | None) -> RunFolder:
-    """Returns the run folder after connecting it to a tracker, if one is given; UserError if it is not installed."""
+def track_with(run: RunFolder, tracker: Tracker | None, *, quiet: bool = False) -> RunFolder:
+    """Returns the run folder after connecting it to a tracker, if one is given; UserError if it is not installed.
+
+    quiet: the tracker prints nothing either.
+    """
     if tracker is not None:
-        run.listeners.append({"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](run))
+        connect = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker]
+        run.listeners.append(connect(run, quiet))
     return run
 
 
-def _tensorboard(run: RunFolder) -> Log:
-    folder = str(run.within("tensorboard"))
-    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(folder)
+def _tensorboard(run: RunFolder, quiet: bool) -> Log:
+    folder = run.within("tensorboard")
+    told = _told(run) if folder.exists() else {}
+    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
 
     def log(phase: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(f"{phase}/{name}", value, step)
         writer.flush()
 
-    return log
+    return _once(log, told)
 
 
-def _trackio(run: RunFolder) -> Log:
+def _trackio(run: RunFolder, quiet: bool) -> Log:
     os.environ.setdefault("TRACKIO_DIR", str(run.within("trackio")))
+    told = _told(run) if Path(os.environ["TRACKIO_DIR"]).exists() else {}
     trackio = _need("trackio", "trackio")
-    trackio.init(project="metacontroller", name=run.path.name, embed=False)
-    return lambda phase, step, values: trackio.log({f"{phase}/{name}": value for name, value in values.items()}, step)
+    with redirect_stdout(StringIO()) if quiet else nullcontext():
+        trackio.init(project="metacontroller", name=run.path.name, embed=False, resume="allow")
+    if quiet:
+        atexit.unregister(_finish)  # of an earlier phase
+        atexit.register(_finish, trackio)
+
+    def log(phase: str, step: int, values: Mapping[str, float]) -> None:
+        trackio.log({f"{phase}/{name}": value for name, value in values.items()}, step)
+
+    return _once(log, told)
 
 
-def _wandb(run: RunFolder) -> Log:
+def _finish(trackio: Any) -> None:
+    """What Trackio does itself at the end, with words."""
+    with redirect_stdout(StringIO()):
+        trackio.finish()
+
+
+def _told(run: RunFolder) -> dict[str, int]:
+    """By phase the last step that was ever logged, also after the checkpoint from which a killed run resumes."""
+    told: dict[str, int] = {}
+    lines = run.metrics_path.read_bytes().splitlines() if run.metrics_path.exists() else []
+    for text in lines:
+        with suppress(ValueError, LookupError, TypeError):  # a torn line, which is no metrics yet
+            line = json.loads(text)
+            if "rewound" not in line:
+                told[line["phase"]] = max(line["step"], told.get(line["phase"], 0))
+    return told
+
+
+def _once(log: Log, told: Mapping[str, int]) -> Log:
+    """The same without the steps that a tracker knows: a resumed run logs them once more, with the same values."""
+    return lambda phase, step, values: None if step <= told.get(phase, -1) else log(phase, step, values)
+
+
+def _wandb(run: RunFolder, quiet: bool) -> Log:
     path = run.within("wandb").parent  # where it makes a folder of that name
     wandb = _need("wandb", "wandb")
     path.mkdir(parents=True, exist_ok=True)
+    if quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE", "offline")
     session = wandb.init(project="metacontroller", name=path.name, dir=str(path), mode=mode, reinit="create_new")
 
