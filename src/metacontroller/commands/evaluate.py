@@ -15,6 +15,7 @@ from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
 from metacontroller.recipes.measure import discovery_figures
+from metacontroller.recipes.run_phase import tell_window
 from metacontroller.report.tables import POLICIES, evaluation_name, evaluation_table
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.progress import announce
@@ -62,6 +63,7 @@ class Evaluate:
         episodes = loaded.settings.episodes if self.episodes is None else self.episodes
         if self.video is not None:
             write_video(loaded, self.policy, self.video, task=task, seed=seed)
+        tell_window("evaluate", loaded.domain, loaded.device, quiet=self.json)
         announce(f"evaluate: {episodes} episodes of {POLICIES[self.policy]}", quiet=self.json)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
         if self.policy not in ("base", "raw"):

@@ -49,12 +49,15 @@ class DomainSpec:
     with categories beside it, ``{"grid": {...}}``.
     action: ``{"num_discrete": 4}``, ``{"num_discrete": [3, 2]}`` for several at once, or ``{"num_continuous": 8}``.
     max_steps: length of the longest episode. subgoals: names of the labels in demonstrations; () if there are none.
+    window: steps of an episode that demonstrations show at most at once, so that a model attends to no more in longer
+    ones; None where they show whole episodes.
     """
 
     encoder: dict[str, Any]
     action: dict[str, Any]
     max_steps: int
     subgoals: tuple[str, ...] = ()
+    window: int | None = None
 
 
 @runtime_checkable

@@ -79,8 +79,9 @@ class RelativePositionBias(nn.Module):
         self.causal, self.buckets, self.max_distance = causal, buckets, max_distance
         self.table = nn.Parameter(torch.zeros(heads, buckets))
 
-    def forward(self, queries: int, keys: int) -> Tensor:
-        """The bias (h, queries, keys), where the queries are the last of the keys; -inf at future keys if causal."""
+    def forward(self, queries: int, keys: int, window: int | None = None) -> Tensor:
+        """The bias (h, queries, keys), where the queries are the last of the keys; if causal, -inf at future keys and
+        at all but a query's last ``window``, its own included."""
         capacity = 1 << (keys - 1).bit_length()  # the lengths up to a power of two share one vector
         by_distance = _buckets_by_distance(
             capacity, self.causal, self.buckets, self.max_distance, str(self.table.device)
@@ -90,8 +91,10 @@ class RelativePositionBias(nn.Module):
         bias = self.table[:, rows.flip(0)]
         if not self.causal:
             return bias
-        future = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).triu(keys - queries + 1)
-        return bias.masked_fill(future, -math.inf)
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).triu(keys - queries + 1)
+        if window is not None and keys > window:
+            hidden |= torch.ones_like(hidden).tril(keys - queries - window)
+        return bias.masked_fill(hidden, -math.inf)
 
 
 @cache
@@ -121,7 +124,12 @@ def distance_bucket(distance: Tensor, *, causal: bool, buckets: int, max_distanc
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); MLP with ReLU.
+
+    window: steps back that a causal block attends to, the current one included; None for all.
+    """
+
+    window: int | None = None
 
     def __init__(
         self, dim: int, *, heads: int, dim_head: int, mlp_dim: int, causal: bool, dim_condition: int | None = None
@@ -162,7 +170,9 @@ class AttentionBlock(nn.Module):
             )
             if cache.length:
                 k, v = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + self.bias(q.shape[2], k.shape[2])
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + self.bias(
+            q.shape[2], k.shape[2], self.window
+        )
         if hidden_keys is not None:
             scores = scores + hidden_keys
         x = x + self.to_out(torch.matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
@@ -179,11 +189,12 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(normalized(self.attention_norm, x, condition)).to(keys.dtype)
         q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
         keys[now], values[now] = k.detach(), v.detach()
-        keys, values = keys[: now + 1], values[: now + 1]
+        first = 0 if self.window is None else max(0, now + 1 - self.window)
+        keys, values = keys[first : now + 1], values[first : now + 1]
         products = torch.mul(keys, q * q.shape[-1] ** -0.5, out=cache.room(keys.shape, keys.dtype))  # (s, b, h, d)
-        scores = products.sum(-1) + cache.bias[block][-now - 1 :]
+        scores = products.sum(-1) + cache.bias[block][-len(keys) :]
         if cache.padding is not None:
-            scores += cache.padding[: now + 1]
+            scores += cache.padding[first : now + 1]
         shares = scores.softmax(0)[..., None]
         mixed = torch.mul(shares, values, out=cache.room(values.shape, torch.result_type(shares, values))).sum(0)
         x = x + self.to_out(mixed.flatten(1))
@@ -247,6 +258,12 @@ class AttentionBody(nn.Module):
         if cache is not None:
             cache.length += steps
         return x if self.final_norm is None else normalized(self.final_norm, x, condition)
+
+    def limit_context(self, steps: int) -> None:
+        """From now on each step attends to the last ``steps`` alone, itself included, whether steps come one by one or
+        together. Deeper blocks read what earlier steps have read in their turn."""
+        for block in self.blocks:
+            block.window = steps  # pyright: ignore[reportArgumentType] - an AttentionBlock
 
     def empty_cache(self, batch: int, capacity: int = 32) -> AttentionCache:
         """An empty cache for ``batch`` rows, with room for ``capacity`` steps before it has to grow."""

@@ -48,8 +48,9 @@ class SteerableModel(Saveable, nn.Module):
     """A causal sequence model of expert actions, split at the controlled layer; what phases and analyses use.
 
     A subclass sets ``dim`` (n_e), ``encoder``, ``action_readout`` and ``state_readout``, and defines ``depth``,
-    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit`` and ``cache_store`` are optional. It
-    is a base class, not a protocol, because the losses are the same for all models and are defined here.
+    ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit``, ``cache_store`` and
+    ``limit_context`` are optional. It is a base class, not a protocol, because the losses are the same for all models
+    and are defined here.
     """
 
     dim: int
@@ -94,6 +95,10 @@ class SteerableModel(Saveable, nn.Module):
         UserError if the model cannot.
         """
         raise UserError(f"a {type(self).__name__} is controlled at one layer only; it cannot be split elsewhere.")
+
+    def limit_context(self, steps: int) -> None:
+        """From now on, whatever reads the past directly reads the last ``steps`` alone, the current one included, as in
+        training; kept with the weights. By default nothing: a recurrent model has its state."""
 
     def cache_store(self, batch: int) -> Any:
         """Caches of ``batch`` episodes that do not step together, before their first steps.

@@ -23,7 +23,7 @@ from metacontroller.models.other_keywords import own_keywords, refuse_keyword
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
-from metacontroller.ranges import MOST_WIDTH, WIDTH, Whole, check_number, check_options, shown
+from metacontroller.ranges import COUNT, MOST_WIDTH, WIDTH, Whole, check_number, check_options, shown
 
 OTHER_OPTIONS = {"attn_dim_head", "ff_mult", "polar_pos_emb", "rotary_pos_emb", "use_rmsnorm"}
 """Options of bodies in metacontroller-pytorch."""
@@ -74,6 +74,8 @@ class Transformer(SteerableModel):
     condition_on_actions: whether the model also reads past actions; the paper's does not (D.1). dim_condition: width of
     a condition on which the norms of both bodies depend; ``lower`` and ``upper`` then need it.
     precision: of the matrix products in both bodies; the residual stream and all else stay in float32.
+    context: steps that attention looks back over, the current one included, None for all; a model that learns from no
+    more than so many steps at once acts by no more in longer episodes. Hawk carries its state over all steps.
     meta_controller: steers when a call gives no other; it is not saved with the model.
 
     The methods of the three phases are ``behavior_cloning_loss``, the metacontroller's ``discovery_loss`` and ``step``;
@@ -95,6 +97,7 @@ class Transformer(SteerableModel):
         condition_on_actions: bool = True,
         dim_condition: int | None = None,
         precision: Precision = "float32",
+        context: int | None = None,
         meta_controller: Any = None,
     ) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class Transformer(SteerableModel):
         check_number("dim", dim, WIDTH)
         check_number("dim_condition", dim_condition, Whole(most=MOST_WIDTH, none=True))
         given = {name: value for name, value in locals().items() if name != "meta_controller"}
-        self.remember_arguments(given, {"dim_condition": None})
+        self.remember_arguments(given, {"dim_condition": None, "context": None})
         self.dim, self.condition_on_actions = dim, condition_on_actions
         self.precision: Precision = precision
         self.action_readout = make_readout(dim, "action_embed_readout", action_embed_readout, embeds=True)
@@ -112,6 +115,8 @@ class Transformer(SteerableModel):
         self.upper_body = make_body(dim, "upper_body", upper_body, dim_condition)
         self.norm = nn.LayerNorm(dim)
         self.meta_controller = meta_controller
+        if context is not None:
+            self.limit_context(context)
 
     # building blocks
 
@@ -146,6 +151,13 @@ class Transformer(SteerableModel):
         device = self.norm.weight.device
         lower, upper = (make_body_store(body, batch, device) for body in (self.lower_body, self.upper_body))
         return ModelStore(lower, upper)
+
+    def limit_context(self, steps: int) -> None:
+        check_number("context", steps, COUNT)
+        self.arguments["context"] = steps
+        for body in (self.lower_body, self.upper_body):
+            if isinstance(body, AttentionBody):
+                body.limit_context(steps)
 
     def resplit(self, lower_depth: int) -> None:
         """Moves the controlled layer, in place, to after block ``lower_depth`` of all; 0 is the input embedding.

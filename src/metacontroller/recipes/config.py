@@ -98,6 +98,8 @@ def build_model(config: ExperimentConfig) -> SteerableModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "model"))
         model = config.model.build(spec.encoder, spec.action)
+    if spec.window is not None:
+        model.limit_context(spec.window)
     model.versions = domain.versions()
     return model
 

@@ -30,6 +30,7 @@ from metacontroller.recipes.config import (
 )
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
+from metacontroller.training.progress import announce
 from metacontroller.training.seeding import stream_seed
 from metacontroller.training.tracking import Tracker, track_with
 
@@ -42,6 +43,7 @@ def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     run.versions = domain.versions()
     if processes(device).is_main:
         run.write_config(to_json(config))
+    tell_window("pretrain", domain, device, quiet=quiet)
     source = demonstrations(domain, "pretrain")
     options: dict[str, Any] = {"validation": _validation(domain, "pretrain"), "resume": resume, "quiet": quiet}
     options["decisions"] = domain.decisions if config.pretrain.clips else None
@@ -78,6 +80,7 @@ def run_internal_rl(
 ) -> MetaController:
     """Phase 3 in a run folder that holds a base model and a metacontroller."""
     loaded = load_run(run, device, config)
+    tell_window("internal-rl", loaded.domain, device, quiet=quiet)
     model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
     return internal_rl(config.internal_rl, model, meta_controller, reset, run, resume=resume, quiet=quiet)
 
@@ -87,6 +90,7 @@ def run_evolution(
 ) -> MetaController:
     """Phase 3 without gradients in a run folder that holds a base model and a metacontroller."""
     loaded = load_run(run, device, config)
+    tell_window("evolve", loaded.domain, device, quiet=quiet)
     settings = replace(settings, seed=stream_seed(config.seed, "internal_rl"))
     model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
     return evolution(settings, model, meta_controller, reset, run, resume=resume, quiet=quiet)
@@ -98,6 +102,7 @@ def run_raw_action_rl(
     """The baseline, on a copy of the run folder's base model."""
     domain = domain_of(config.domain)
     run.versions = domain.versions()
+    tell_window("raw-action-rl", domain, device, quiet=quiet)
     model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
     return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
 
@@ -105,6 +110,17 @@ def run_raw_action_rl(
 def _validation(domain: Domain, phase: Split) -> Generate | None:
     """The episodes whose loss may stand beside that of a phase's training, if a world has some."""
     return demonstrations(domain, "validation") if domain.validates(phase) else None
+
+
+def tell_window(phase: str, domain: Domain, device: str, *, quiet: bool) -> None:
+    """Says so where episodes may be longer than what a model is shown of them at once."""
+    spec = domain.spec()
+    if spec.window is not None and spec.max_steps > spec.window:
+        announce(
+            f"{phase}: episodes may take {spec.max_steps:,} steps and models learn from {spec.window:,} at once "
+            f"(domain.window), so attention acts by the last {spec.window:,}",
+            quiet or not processes(device).is_main,
+        )
 
 
 def post_training(domain: Domain) -> Reset:

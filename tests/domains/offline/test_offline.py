@@ -22,10 +22,13 @@ from metacontroller.domains import guarded_environment
 from metacontroller.domains.base import FREE
 from metacontroller.domains.offline.domain import Offline, OfflineConfig
 from metacontroller.errors import UserError
+from metacontroller.models.transformer import Transformer
 from metacontroller.presets import preset
 from metacontroller.recipes.collect import CollectConfig, collect
 from metacontroller.recipes.config import build_model, from_json, to_json
+from metacontroller.recipes.run_phase import run_pretrain
 from metacontroller.storage.files import plain
+from metacontroller.storage.run_folder import RunFolder
 
 CARTPOLE = spaces.Box(-10, 10, (4,), np.float32)
 
@@ -240,3 +243,20 @@ def test_the_unit_of_a_length_changes_nothing() -> None:
 def test_a_grid_of_a_few_small_numbers_is_no_black_picture() -> None:
     assert Offline(OfflineConfig(dataset=f"{__name__}:symbols")).spec().encoder["image"] == [4, 4, 3]
     assert trained("symbols") < 0.2  # 0.68 where they are divided by 255
+
+
+def test_a_model_acts_by_no_more_steps_than_it_learned_from_and_says_so(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = preset("offline-debug")
+    for window, limit, told in ((5, 9, True), (5, 5, False), (9, 9, False)):
+        domain = replace(config.domain, dataset=folder, window=window, max_steps=limit)
+        short = replace(config.pretrain, optimizer=replace(config.pretrain.optimizer, steps=1, decay_steps=0))
+        run = RunFolder(tmp_path / f"{window}-{limit}")
+        settings = replace(config, domain=domain, pretrain=short)
+        run_pretrain(settings, run, resume=False, quiet=False, device="cpu")
+        model = Transformer.init_and_load(run.path / "base_model.safetensors")
+        assert model.arguments["context"] == window
+        assert {block.window for block in model.upper_body.blocks} == {window}
+        line = "pretrain: episodes may take 9 steps and models learn from 5 at once (domain.window), so attention acts"
+        assert (line in capsys.readouterr().err) == told

@@ -44,7 +44,8 @@ class OfflineConfig:
     workers: int = 0
     """Processes in which the environments step; 0: the one that trains."""
     window: int = 128
-    """Of longer episodes only so many steps are read at once, from a step drawn at random."""
+    """Of longer episodes only so many steps are read at once, from a step drawn at random; a model with attention acts
+    by its last so many steps too."""
     validation_share: float = 0.1
     """Share of the episodes on which nothing is trained, for validation: by episode, the same for all phases and seeds.
     0: none, and held-out figures are of episodes that were trained on."""
@@ -102,7 +103,7 @@ class Offline(Domain):
         dataset = self.dataset
         observations, actions = encoder_options(dataset.observation_space), action_options(dataset.action_space)
         options = _with_statistics(self.config.dataset, _modified(self.config.dataset), observations, actions)
-        return DomainSpec(*options, self._limit())
+        return DomainSpec(*options, self._limit(), window=self.config.window)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes of the split, drawn with replacement; for validation of those that are trained on if none is held
