@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": GROUND,
     "metrics": {"data"},
     "training": {"data", "storage"},
-    "domains": {"data"},
+    "domains": {"data", "storage"},
     "control": {"models", *GROUND},
     "report": {"metrics", "storage"},
 }
