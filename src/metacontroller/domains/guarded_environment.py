@@ -135,8 +135,8 @@ def make_environment(name: str, kwargs: str | None = None) -> gymnasium.Env:
 def keywords(text: str | None) -> dict[str, Any]:
     """Keywords of `gymnasium.make` in a JSON object, such as ``{"is_slippery": false}``.
 
-    UserError for other text, and for names of code: a few environments import what their keywords name, and these may
-    come from somebody else's file.
+    UserError for other text, and for whatever may be a name of code, any text with a colon: a few environments import
+    what their keywords name, by rules of their own, and these may come from somebody else's file.
     """
     try:
         given = json.loads(text or "{}")
@@ -144,7 +144,7 @@ def keywords(text: str | None) -> dict[str, Any]:
         raise UserError(f"env_kwargs are {shown(text)} ({error}); expected a JSON object.") from error
     if not isinstance(given, dict):
         raise UserError(f'env_kwargs are {shown(text)}; expected a JSON object, such as {{"is_slippery": false}}.')
-    named = next(code_in(given), None)
+    named = next(code_in(given, lambda value: isinstance(value, str) and ":" in value), None)
     if named is not None:
         raise UserError(
             f"env_kwargs name {named}, a module that would be imported; register such an environment in a module of "

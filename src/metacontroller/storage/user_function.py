@@ -86,8 +86,8 @@ def remember_code(content: Any, folder: Path) -> None:
                 file.write("".join(f"\n{note}\n" for note in notes))  # apart from a line that a kill has cut
 
 
-def code_in(content: Any) -> Iterator[str]:
-    """All names of code in JSON data, however deep."""
+def code_in(content: Any, recognised: Callable[[Any], Any] = code_name) -> Iterator[str]:
+    """All names of code in JSON data, however deep. recognised: what counts as one, where others than we import it."""
     left = [content]
     while left:
         value = left.pop()
@@ -95,7 +95,7 @@ def code_in(content: Any) -> Iterator[str]:
             left.extend(value.values())
         elif isinstance(value, list | tuple):
             left.extend(value)
-        elif code_name(value):
+        elif recognised(value):
             yield value
 
 

@@ -176,6 +176,7 @@ def test_keywords_are_an_object_without_names_of_code(folder: str) -> None:
         "[1]": r"env_kwargs are '\[1\]'; expected a JSON object",
         "is_slippery=false": "env_kwargs are 'is_slippery=false' .*; expected a JSON object",
         '{"env_id": ["strange_module:Strange-v0"]}': "env_kwargs name strange_module:Strange-v0, a module that would",
+        '{"env_id": "strange-module:Strange-v0"}': "env_kwargs name strange-module:Strange-v0, a module that would",
     }.items():
         with pytest.raises(UserError, match=said):
             OfflineConfig(dataset=folder, env="CartPole-v1", env_kwargs=text)
