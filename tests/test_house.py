@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "metacontroller"
 GROUND = {"kernels", "data", "storage"}
 ALLOWED: dict[str, set[str]] = {
     "ranges": set(),
+    "arguments": set(),
     "storage": set(),
     "kernels": set(),
     "data": {"storage"},
@@ -29,8 +30,8 @@ for layer in LAYERS:
 ALLOWED["__init__"] = {"control", "models", "phases"}
 ALLOWED["compat"] = {"control", "models", *GROUND}
 """The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
-SHARED = {"errors", "ranges", "__version__", ""}
-"""What all may import: the type of users' errors, ranges of numbers, and the package itself for its version."""
+SHARED = {"errors", "ranges", "arguments", "__version__", ""}
+"""What all may import: the type of users' errors, ranges of numbers, kinds of arguments, and the package for its version."""
 ORDINARY = {"offline", "ant"}
 """Names of worlds that are also words of their own."""
 WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}
