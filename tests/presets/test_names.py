@@ -67,7 +67,7 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         ("moon-laptop", "preset 'moon-laptop' is unknown; known are"),
         ("gridworld-", "preset 'gridworld-' is unknown; known are"),
         ("no_such_package.presets:mine", "names no module that can be imported; write package.module:function"),
-        (":mine", "names no module that can be imported"),
+        (":mine", "preset .:mine. is of another form; write package.module:function"),
         ("metacontroller.presets.gridworld:mine", "is no function of metacontroller.presets.gridworld; name one"),
         ("os:getcwd", "preset 'os:getcwd' returned a str; expected an ExperimentConfig"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def test_everything_leaves_its_numbers(whole: Path) -> None:
     drawn = {path.stem for path in (whole / "figures").iterdir()}
     assert drawn >= {"success", "baselines", "rate_distortion", "pretraining", "gate_histogram", "injection"}
     assert drawn >= {"probes", "steering"}
-    page = (whole / "report.html").read_text()
+    page = html.unescape((whole / "report.html").read_text())
     assert "<td>not measured</td>" not in page
     assert page.count("embedder as the paper's: internal RL on it") == 3
     assert page.count("<figure><svg") == 10 + 4
