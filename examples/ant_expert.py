@@ -50,6 +50,7 @@ from metacontroller.storage.training_state import (
     optimizer_meta,
     optimizer_tensors,
 )
+from metacontroller.storage.versions import warn_of_versions
 
 CHECKPOINT = "expert_training"
 WINDOW = 1024
@@ -409,6 +410,7 @@ def played(
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints success on both sets of tasks, on the plane that the expert was trained on, as JSON."""
     expert, about = Expert.load(arguments.expert)
+    warn_of_versions(arguments.expert, about.get("versions", {}), versions())
     arena = Arena(**about["arena"])
     found: dict[str, Any] = {"about": about, "episodes": arguments.episodes}
     for name, tasks in (("table A2", TABLE_A2), (format_task(A2_POST), (A2_POST,))):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -14,6 +18,8 @@ from gymnasium import spaces
 from helpers import load_script
 from metacontroller.cli import main
 from metacontroller.data import Dataset, Episodes, Trajectories
+from metacontroller.domains.offline.domain import Offline, OfflineConfig
+from metacontroller.phases.artefacts import learned_from
 from metacontroller.storage.run_folder import RunFolder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -122,3 +128,83 @@ def test_a_run_can_be_given_its_environment_later(
     assert main(["internal-rl", "runs/mine", "--quiet"]) == 0
     assert main([*resume, "MountainCar-v0"]) == 2
     assert "has a world of its own already" in capsys.readouterr().err
+
+
+def cartpole(env: str | None = "CartPole-v1", seed: int = 0) -> Dataset:
+    """Episodes in CartPole's spaces."""
+    rng = np.random.default_rng(seed)
+    episodes = Trajectories.from_episodes(
+        {"states": rng.normal(size=(steps + 1, 4)), "actions": rng.integers(2, size=steps)} for steps in (5, 8)
+    )
+    box = spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    return Dataset(Episodes.of(episodes), box, spaces.Discrete(2), env, versions={"gymnasium": "0.9"})
+
+
+def test_data_that_changed_are_noticed_and_data_that_moved_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cartpole().write("data")
+    assert main(["pretrain", "mine", "--dataset", "data", *DEBUG.split(), "--device", "cpu"]) == 0
+    run, trained = RunFolder("mine"), Path("mine/base_model.safetensors").read_bytes()
+    record = {"environment": "CartPole-v1", "gymnasium": "0.9", "metacontroller-rl": version("metacontroller-rl")}
+    kept = learned_from(run)
+    assert kept == run.load_checkpoint("pretrain")[1]["versions"] == {**record, "data": kept["data"]}
+
+    cartpole(seed=1).write("data")
+    for command in (["discover", "mine"], ["pretrain", "mine", "--resume"]):
+        capsys.readouterr()
+        assert main([*command, "--quiet", "--device", "cpu"]) == 2
+        assert "was learned from other data than the run's dataset holds now" in capsys.readouterr().err
+
+    cartpole().write("elsewhere")
+    shutil.rmtree("data")
+    assert main(["discover", "mine", "--quiet"]) == 2
+    assert "data is not there; if it was moved, name its place by: metacontroller discover RUN --dataset" in (
+        capsys.readouterr().err
+    )
+    cartpole(seed=1).write("others")
+    assert main(["discover", "mine", "--quiet", "--dataset", "others"]) == 2
+    assert "was learned from other data" in capsys.readouterr().err
+    assert run.read_config()["domain"]["dataset"] == str(tmp_path / "data")
+    assert main(["discover", "mine", "--quiet", "--dataset", "elsewhere"]) == 0
+    assert run.read_config()["domain"]["dataset"] == str(tmp_path / "elsewhere")
+    shutil.move("elsewhere", "again")
+    assert main(["pretrain", "mine", "--quiet", "--resume", "--dataset", "again"]) == 0
+    assert Path("mine/base_model.safetensors").read_bytes() == trained
+    assert main(["discover", "mine", "--quiet", "--resume"]) == 0
+
+
+def test_data_of_one_version_of_an_environment_warn_in_another(tmp_path: Path) -> None:
+    """Hopper-v4 and Hopper-v5 have spaces of the same shapes, and another reward."""
+    pytest.importorskip("mujoco", reason="needs the extra ant")
+    space, rng = gymnasium.make("Hopper-v5"), np.random.default_rng(0)
+    episodes = Trajectories.from_episodes([{"states": rng.normal(size=(6, 11)), "actions": rng.uniform(-1, 1, (5, 3))}])
+    made = Dataset(Episodes.of(episodes), space.observation_space, space.action_space, "Hopper-v4")
+    replace(made, versions={"mujoco": "3.1.0"}).write(tmp_path / "data")
+    world = Offline(OfflineConfig(dataset=str(tmp_path / "data"), env="Hopper-v5"))
+    first = pytest.warns(UserWarning, match="data was made in Hopper-v4 and this is Hopper-v5")
+    second = pytest.warns(UserWarning, match=rf"data was made with mujoco 3\.1\.0 and {version('mujoco')} is installed")
+    with first, second:
+        assert world.spec().max_steps == 1000
+    here = {name: version(name) for name in ("gymnasium", "mujoco", "metacontroller-rl")}
+    assert world.versions() == {"environment": "Hopper-v5", **here}
+    assert {**world.data_versions(), "data": ""} == {
+        "environment": "Hopper-v4",
+        "mujoco": "3.1.0",
+        "metacontroller-rl": here["metacontroller-rl"],
+        "data": "",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_a_fall_is_paid_otherwise_in_another_version() -> None:
+    pytest.importorskip("mujoco", reason="needs the extra ant")
+    rewards = []
+    for name in ("Hopper-v4", "Hopper-v5"):
+        env, ended, reward = gymnasium.make(name), False, 0.0
+        env.reset(seed=0)
+        while not ended:
+            _, reward, ended, _, _ = env.step(np.zeros(3, np.float32))
+        rewards.append(float(reward))
+    assert rewards == pytest.approx([0.77, -0.23], abs=0.01)

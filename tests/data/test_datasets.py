@@ -425,3 +425,23 @@ def test_spaces_that_do_not_describe_the_data_are_refused(tmp_path: Path, change
 def test_a_dataset_that_is_not_there_is_named(local_minari: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no Minari dataset on this machine"):
         load_dataset("D4RL/nothing-v0")
+
+
+def test_the_digest_tells_content_and_not_place(tmp_path: Path) -> None:
+    batch = episodes_of(BOX, CHOICE, [2, 5, 3])
+    one, other = (TrajectoryStore.write(tmp_path / name, batch) for name in ("a", "b"))
+    changed = episodes_of(BOX, CHOICE, [2, 5, 3])
+    changed.actions[1, 2] = (changed.actions[1, 2] + 1) % 4
+    assert one.digest() == other.digest() != TrajectoryStore.write(tmp_path / "c", changed).digest()
+    held = Episodes.of(batch).digest()
+    assert held == Episodes.of(batch).digest() != Episodes.of(changed).digest()
+    del one.meta["listed"]  # as in folders of format 1
+    assert one.digest() == held
+
+
+def test_a_minari_dataset_names_its_environment_and_what_it_was_made_with(local_minari: dict[str, Any]) -> None:
+    spec = gymnasium.spec("CartPole-v1")
+    needs = ["mujoco==3.2.3", "gymnasium>=1.0"]
+    name = written([buffer()], {**local_minari, "env": spec, "requirements": needs})
+    record = load_dataset(name).record
+    assert {**record, "data": ""} == {"environment": "CartPole-v1", "mujoco": "3.2.3", "data": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ class Guess(gymnasium.Env):
 
 
 gymnasium.register("collect/Guess-v0", Guess)  # type: ignore[arg-type]
+
+
+def hop(observation: Any, env: Any) -> Any:
+    return env.action_space.sample()
+
+
+def test_a_dataset_keeps_the_record_of_its_environment(tmp_path: Path) -> None:
+    """The ID, and the versions of Gymnasium, of this package and of the engine that the environment holds."""
+    pytest.importorskip("mujoco", reason="needs the extra ant")
+    collect(CollectConfig(env="Hopper-v5", policy=f"{__name__}:hop", episodes=2), tmp_path / "data", quiet=True)
+    versions = {name: metadata.version(name) for name in ("gymnasium", "mujoco", "metacontroller-rl")}
+    record = {"environment": "Hopper-v5", **versions}
+    assert TrajectoryStore(tmp_path / "data").meta["versions"] == record
+    dataset = load_dataset(str(tmp_path / "data"))
+    assert dataset.record == {**record, "data": dataset.episodes.digest()}
+    assert load_dataset(str(dataset.write(tmp_path / "copy").path)).record == dataset.record
 
 
 def small_or_wrong(observation: Any, env: Any) -> Any:

@@ -14,6 +14,7 @@ from metacontroller import presets
 from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
+from metacontroller.phases.artefacts import learned_from
 from metacontroller.recipes.config import (
     ExperimentConfig,
     check_phases,
@@ -25,6 +26,7 @@ from metacontroller.recipes.config import (
 from metacontroller.recipes.history import Phase, changed_config, keep_changes
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.versions import refuse_other_data
 from metacontroller.training.distributed import Processes, processes
 
 
@@ -66,8 +68,11 @@ class Pretrain(Tracked):
         workers = processes(device)
         if self.env_kwargs is not None and self.env is None:
             raise UserError(f"--env-kwargs {self.env_kwargs} stands beside no --env; name the environment.")
+        moves = self._moves(run)
         if self.resume and self.env is not None and self.dataset is None:
             config = self._with_environment(run, write=workers.is_main)
+        elif moves is not None:
+            config = moved(run, read_config(run), moves)
         else:
             untold = self.dataset is None and self.env is None and self.validation_share is None
             config = self.config if untold else self._with_data()
@@ -76,6 +81,8 @@ class Pretrain(Tracked):
         check_phases(config)  # what a later phase or the data refuse leaves no folder behind
         workers.wait()  # until all have seen what was there before
         with _writing(run, workers):
+            if workers.is_main and moves:
+                keep_changes(run, config, "pretrain")
             if workers.is_main:
                 open_folder(run, config, "pretrain", resume=self.resume, option="folder")
             workers.wait()
@@ -86,6 +93,12 @@ class Pretrain(Tracked):
                     "resume it, or choose another folder."
                 )
             run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+
+    def _moves(self, run: RunFolder) -> str | None:
+        """The dataset, where a run is resumed and nothing else is given: it may be in another place."""
+        told = self.preset, self.env, self.env_kwargs, self.validation_share
+        untouched = self.resume and told == (None,) * 4 and self.config == preset_config(presets.OWN_DATA)
+        return self.dataset if untouched and run.within("config.json").exists() else None
 
     def _with_environment(self, run: RunFolder, *, write: bool) -> ExperimentConfig:
         """The config of a run that has learned from a dataset alone, now with an environment; written there if asked.
@@ -140,6 +153,16 @@ def _holds_data(domain: Any) -> bool:
     return {"dataset", "env", "env_kwargs"} <= {part.name for part in fields(domain)}
 
 
+def moved(run: RunFolder, config: ExperimentConfig, dataset: str) -> ExperimentConfig:
+    """The run's config with its dataset in another place; UserError unless that is what the run learned from."""
+    if not _holds_data(config.domain):
+        raise UserError(f"{run.path} has a world with data of its own; leave out --dataset {dataset}.")
+    changed = replace(config, domain=replace(config.domain, dataset=dataset))
+    if changed != config:
+        refuse_other_data(run.path, learned_from(run), domain_of(changed.domain).data_versions())
+    return changed
+
+
 @dataclass(kw_only=True)
 class LaterPhase(Tracked):
     """A phase of a run that has begun: its own part of the config can be changed until it has begun too."""
@@ -160,10 +183,13 @@ class Discover(LaterPhase):
 
     run: Positional[Path]
     """Folder of a pretrained run."""
+    dataset: str | None = None
+    """Where the data of a run on data of yours are now, if they were moved: the same data in another place."""
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
         config, device = changed_config(run, self.config, "discover"), device_name(self.device)
+        config = config if self.dataset is None else moved(run, config, self.dataset)
         workers = processes(device)
         run.refuse_begun("discover", resume=self.resume)
         workers.wait()  # until all have seen what was there before

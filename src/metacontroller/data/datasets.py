@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.minari import minari_episodes, minari_spaces, open_minari, refusing_damage, write_minari
+from metacontroller.data.minari import (
+    minari_episodes,
+    minari_spaces,
+    minari_versions,
+    open_minari,
+    refusing_damage,
+    write_minari,
+)
 from metacontroller.data.spaces import action_shape, encoder_options, model_dtype, space_from_json, space_to_json
 from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
 from metacontroller.data.trajectories import Trajectories, checked_episodes
 from metacontroller.errors import UserError
 from metacontroller.ranges import shown
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
+from metacontroller.storage.versions import DATA, ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class Dataset:
 
     env: the Gymnasium ID of the environment where they were recorded, if that is known; env_kwargs: the keywords with
     which it was made (`spec_kwargs`); env_steps: its time limit. stated: whether the spaces came with the episodes;
-    else they are the smallest ones that hold them.
+    else they are the smallest ones that hold them. versions: the record of where they were made, as far as that is
+    known, see `storage.versions`.
     """
 
     episodes: Episodes
@@ -39,6 +49,13 @@ class Dataset:
     stated: bool = True
     env_kwargs: str | None = None
     env_steps: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def record(self) -> dict[str, str]:
+        """``versions``, with the environment if it is known, and the digest of the episodes."""
+        named = {} if self.env is None else {ENVIRONMENT: self.env.rpartition(":")[2]}
+        return {**named, **self.versions, DATA: self.episodes.digest()}
 
     @property
     def longest(self) -> int:
@@ -60,7 +77,7 @@ class Dataset:
 
     def meta(self) -> dict[str, Any]:
         """What a store keeps beside the episodes, for `dataset_of_store`."""
-        made = {"env_kwargs": self.env_kwargs, "env_steps": self.env_steps}
+        made = {"env_kwargs": self.env_kwargs, "env_steps": self.env_steps, "versions": dict(self.versions)}
         return {**space_meta(self.observation_space, self.action_space, self.env), **made}
 
     def write(self, path: str | Path) -> TrajectoryStore:
@@ -137,7 +154,7 @@ def read_minari(name: Any) -> Dataset:
         arrays = {field: np.concatenate(values) for field, values in columns.items()}
         spec = dataset.spec.env_spec
         made = {} if spec is None else {"env_kwargs": spec_kwargs(spec), "env_steps": spec.max_episode_steps}
-        return Dataset(Episodes(arrays), *minari_spaces(dataset), **made)
+        return Dataset(Episodes(arrays), *minari_spaces(dataset), versions=minari_versions(dataset), **made)
 
 
 def dataset_of_store(store: TrajectoryStore) -> Dataset:
@@ -160,7 +177,11 @@ def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
         kwargs, steps = meta.get("env_kwargs"), meta.get("env_steps")
         if not isinstance(kwargs, str | None) or not isinstance(steps, int | None):
             raise UserError(f"the environment of the dataset was made with {shown(kwargs)} and {shown(steps)} steps.")
-        return Dataset(episodes, observation_space, action_space, env, env_kwargs=kwargs, env_steps=steps)
+        versions = meta.get("versions", {})
+        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+            raise UserError(f"versions of the dataset are {shown(versions)}; expected texts by name.")
+        made = {"env_kwargs": kwargs, "env_steps": steps, "versions": versions}
+        return Dataset(episodes, observation_space, action_space, env, **made)
     observed, taken = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
     return Dataset(episodes, observed, taken, stated=False)
 

@@ -78,6 +78,14 @@ def minari_spaces(dataset: Any) -> tuple[spaces.Space, spaces.Space, str | None]
     return readable(dataset.observation_space), dataset.action_space, None if spec is None else spec.id
 
 
+def minari_versions(dataset: Any) -> dict[str, str]:
+    """The versions of packages that a dataset was made with, where it says so exactly: ``name==version``."""
+    needs = dataset.storage.metadata.get("requirements", [])
+    return {
+        name.strip(): version.strip() for name, same, version in (str(need).partition("==") for need in needs) if same
+    }
+
+
 def minari_episodes(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """The episodes of a `minari.MinariDataset` that have at least one step, each with its number there, for
     `checked_episodes`: Minari itself does not compare their lengths. UserError for spaces that no model reads."""

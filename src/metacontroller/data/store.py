@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -45,6 +46,8 @@ REPLACED = ".replaced.json"
 """Names of files that a writer is about to bring or to remove, while it does."""
 HASHED_ON_OPEN = 64 * 2**20
 """Bytes of arrays up to which they are verified when a store is opened; more take a noticeable time."""
+PIECE = 65536
+"""Rows of an array that are read at once."""
 _OWN = ("format", "arrays", "files", "listed", SEAL)
 """What a header says beside what ``write`` was given."""
 _said: set[Path] = set()
@@ -71,6 +74,15 @@ class Episodes:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def digest(self) -> str:
+        """SHA-256 of all arrays, of the same content the same."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.arrays.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            for start in range(0, len(array), PIECE):
+                digest.update(np.ascontiguousarray(array[start : start + PIECE]).data)
+        return digest.hexdigest()
 
     def refuse_not_finite(self) -> None:
         """UserError if states, actions or rewards hold NaN or infinity; all of them are read."""
@@ -160,6 +172,13 @@ class TrajectoryStore(Episodes):
                     )
         self._verified = True
         return self
+
+    def digest(self) -> str:
+        """SHA-256 of the files' own, as the header lists them; of what they hold where it does not."""
+        if "listed" not in self.meta:
+            return super().digest()
+        listed = {name: entry["sha256"] for name, entry in self.meta["listed"].items()}
+        return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
     def check_versions(self, here: Mapping[str, str]) -> None:
         """Warns if ``meta["versions"]`` names other versions of packages than those here, by name."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from metacontroller.data.batching import Generate, apart
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
+from metacontroller.storage.versions import record
 
 Split = Literal["pretrain", "discover", "validation"]
 """What demonstrations are for: the phase that trains on them, or to judge what was trained. Worlds may make those for
@@ -114,6 +115,8 @@ class Domain:
     Config: ClassVar[type]
     steps_a_second: ClassVar[int] = 5
     """How quickly films show its episodes."""
+    modules: ClassVar[tuple[str, ...]] = ()
+    """Modules of other packages on which its episodes depend, such as ("mujoco",)."""
     gate_tolerance: ClassVar[int] = 1
     """Steps within which a switch and a change of subgoal count as the same."""
 
@@ -194,9 +197,14 @@ class Domain:
         raise UserError(f"the world {self.name} has no pictures; choose a world that renders.")
 
     def versions(self) -> dict[str, str]:
-        """Versions of packages on which episodes depend, by name: checkpoints keep them, and loading one warns if
-        another version is installed."""
-        return {}
+        """The record of this world as it is installed (`storage.versions`): the versions of the packages on which its
+        episodes depend. Datasets and checkpoints keep it, and loading one warns of what is otherwise here."""
+        return record(self.name, {type(self).__module__.partition(".")[0], *self.modules})
+
+    def data_versions(self) -> dict[str, str]:
+        """The record of where the demonstrations come from, which may be from elsewhere: what learns from them keeps
+        it."""
+        return self.versions()
 
     def parse_task(self, text: str) -> Any:
         """Parses a task for ``reset``; UserError for an invalid one."""

@@ -23,9 +23,9 @@ from metacontroller.domains.border import Misfit, began, fitted, observed, stepp
 from metacontroller.errors import UserError, last_line
 from metacontroller.ranges import shown
 from metacontroller.storage.user_function import code_in, import_user_module
+from metacontroller.storage.versions import OWN_PACKAGE, record
 
 FLAGS = ("terminated", "truncated", "success", "lost")
-OWN_PACKAGE = "metacontroller-rl"
 
 LOST: Counter[tuple[str, str]] = Counter()
 """Exceptions in this process, by the environment's ID and their type."""
@@ -90,13 +90,15 @@ def _modules_on_gymnasium(name: str) -> list[str]:
 
 
 class EnvironmentFacts(NamedTuple):
-    """Spaces, those of observations as far as a model reads them; the time limit, None if there is none; and the
-    keywords with which it was made, those that its ID brings among them, see `spec_kwargs`."""
+    """Spaces, those of observations as far as a model reads them; the time limit, None if there is none; the keywords
+    with which it was made, those that its ID brings among them, see `spec_kwargs`; and the record of the environment
+    and its packages, see `storage.versions`."""
 
     observation_space: spaces.Space
     action_space: spaces.Space
     max_steps: int | None
     kwargs: str | None
+    versions: dict[str, str]
 
 
 @lru_cache
@@ -113,10 +115,18 @@ def environment_facts(name: str, kwargs: str | None = None) -> EnvironmentFacts:
             observed(env.observation_space, seen, began(env, seed=0)[0])
         except (Exception, SystemExit) as error:
             raise _no_reset(name, error) from error
-        return EnvironmentFacts(seen, env.action_space, min(limits, default=None), spec_kwargs(env.spec))
+        versions = record(name, _modules(env.unwrapped))
+        return EnvironmentFacts(seen, env.action_space, min(limits, default=None), spec_kwargs(env.spec), versions)
     finally:
         with suppress(Exception, SystemExit):
             env.close()
+
+
+def _modules(env: Any) -> set[str]:
+    """Top-level modules of the classes that an environment is and holds, such as mujoco, and those in its attribute
+    ``packages``."""
+    kinds = [*type(env).__mro__, *map(type, vars(env).values())]
+    return {kind.__module__.partition(".")[0] for kind in kinds} | {*getattr(env, "packages", ())}
 
 
 def make_environment(name: str, kwargs: str | None = None) -> gymnasium.Env:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from metacontroller.storage.files import inside, replacing
 from metacontroller.storage.module_file import Saveable
 from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.versions import warn_of_versions
+from metacontroller.storage.versions import record_in, refuse_other_data, warn_of_versions
 from metacontroller.training.distributed import Processes
 
 BASE_MODEL = "base_model"
@@ -33,6 +34,9 @@ _MADE_BY = {
     POLICY: "internal-rl",
     EVOLVED: "evolve",
 }
+
+_said: set[Path] = set()
+"""Files without a record, of which was warned."""
 
 
 @checked_kinds
@@ -53,14 +57,32 @@ def save_artefacts(run: RunFolder, workers: Processes, modules: Mapping[str, Sav
 def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
     """The module that a phase wrote to the run folder; MissingFileError names the phase to run first.
 
-    Warns if it was made with other versions than the folder's.
+    Warns if it was made with other versions than the folder's, and once if it does not say; UserError if it was learned
+    from other data.
     """
     path = artefact_path(run, name)
     if not path.exists():
         raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
     module = kind.init_and_load(path)
+    if name == BASE_MODEL and run.versions and not module.versions and path not in _said:
+        _said.add(path)
+        warnings.warn(
+            f"{path} keeps no record of its world and versions, as older ones: they are not compared.", stacklevel=2
+        )
+    refuse_other_data(path, module.versions, run.versions)
     warn_of_versions(path, module.versions, run.versions)
     return module.to(device)
+
+
+def learned_from(run: RunFolder) -> dict[str, str]:
+    """The record (`storage.versions`) of a run's base model, or of pretraining's checkpoint before there is one; empty
+    if there is neither, or if it keeps none."""
+    for path in (artefact_path(run, BASE_MODEL), run.checkpoint_path("pretrain")):
+        if path.exists():
+            check_regular(path)
+            manifest.verify(path)
+            return record_in(path)
+    return {}
 
 
 def copy_artefact(name: str, source: Path, folder: Path, as_name: str | None = None) -> None:

@@ -151,6 +151,7 @@ def _join(config: CollectConfig, out: Path) -> None:
         **space_meta(facts.observation_space, facts.action_space, environment_id(config.env)),
         "env_kwargs": facts.kwargs,
         "env_steps": config.max_steps or facts.max_steps,
+        "versions": facts.versions,
         "asked": plain(config),
         "collected": collected,
     }

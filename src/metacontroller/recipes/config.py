@@ -100,7 +100,7 @@ def build_model(config: ExperimentConfig) -> SteerableModel:
         model = config.model.build(spec.encoder, spec.action)
     if spec.window is not None:
         model.limit_context(spec.window)
-    model.versions = domain.versions()
+    model.versions = domain.data_versions()
     return model
 
 
@@ -110,7 +110,7 @@ def build_meta_controller(config: ExperimentConfig) -> MetaController:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "meta_controller"))
         meta_controller = MetaController(config.model.dim, **vars(config.meta_controller))
-    meta_controller.versions = domain_of(config.domain).versions()
+    meta_controller.versions = domain_of(config.domain).data_versions()
     return meta_controller
 
 

@@ -40,7 +40,7 @@ def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
     run.refuse_begun("pretrain", resume=resume)  # before the config is replaced
     check_phases(config)
     model, domain = build_model(config).to(device), domain_of(config.domain)
-    run.versions = domain.versions()
+    run.versions = model.versions
     if processes(device).is_main:
         run.write_config(to_json(config))
     tell_window("pretrain", domain, device, quiet=quiet)
@@ -53,7 +53,7 @@ def run_pretrain(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
 def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str) -> MetaController:
     """Phase 2 in a run folder that holds a base model; a model that is trained along may start from new weights."""
     domain = domain_of(config.domain)
-    run.versions = domain.versions()
+    run.versions = domain.data_versions()
     if config.discover.train_model and not (run.path / f"{BASE_MODEL}.safetensors").exists():
         model = build_model(config).to(device)
     else:
@@ -82,6 +82,7 @@ def run_internal_rl(
     loaded = load_run(run, device, config)
     tell_window("internal-rl", loaded.domain, device, quiet=quiet)
     model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
+    meta_controller.versions = meta_controller.versions | run.versions
     return internal_rl(config.internal_rl, model, meta_controller, reset, run, resume=resume, quiet=quiet)
 
 
@@ -93,6 +94,7 @@ def run_evolution(
     tell_window("evolve", loaded.domain, device, quiet=quiet)
     settings = replace(settings, seed=stream_seed(config.seed, "internal_rl"))
     model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
+    meta_controller.versions = meta_controller.versions | run.versions
     return evolution(settings, model, meta_controller, reset, run, resume=resume, quiet=quiet)
 
 
@@ -104,6 +106,7 @@ def run_raw_action_rl(
     run.versions = domain.versions()
     tell_window("raw-action-rl", domain, device, quiet=quiet)
     model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
+    model.versions = model.versions | run.versions
     return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
 
 

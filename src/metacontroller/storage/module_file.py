@@ -31,7 +31,7 @@ class Saveable:
     """Mixin of an ``nn.Module``: ``save``, ``load``, ``init_and_load``. Call ``remember_arguments(locals())`` first in
     ``__init__``, right after ``super().__init__()``; arguments must be plain data (or dataclasses of plain data).
 
-    unsaved: submodules that are not saved. versions: of packages on which what it learned depends; saved with it.
+    unsaved: submodules that are not saved. versions: the record of what it learned from, see `storage.versions`.
     """
 
     arguments: dict[str, Any]

@@ -40,7 +40,7 @@ from metacontroller.storage.metrics_file import drop_torn_line, read_lines
 from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.training_state import check_finite, write_tensors
 from metacontroller.storage.user_function import remember_code
-from metacontroller.storage.versions import warn_of_versions
+from metacontroller.storage.versions import refuse_other_data, warn_of_versions
 
 CHECKPOINT_FORMAT = 1
 _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
@@ -49,8 +49,8 @@ _HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metada
 class RunFolder:
     """The files of one run under `path`; the first write creates the folder.
 
-    versions: of packages on which the run's world depends, by name. Checkpoints keep them, and loading one that was
-    made with others warns.
+    versions: the record of the run's world and data, see `storage.versions`. Checkpoints keep it, and loading one that
+    was made with others warns, one of other data is refused.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -280,6 +280,7 @@ class RunFolder:
         check_finite(tensors, str(path))
         # Older files lack these entries.
         meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
+        refuse_other_data(path, meta.get("versions", {}), self.versions)
         warn_of_versions(path, meta.get("versions", {}), self.versions)
         self._started[name] = time.monotonic() - meta["seconds"]
         self._peak[name] = meta["peak_rss_mb"]

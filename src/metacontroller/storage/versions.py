@@ -1,21 +1,97 @@
-"""Versions of packages on which a world's episodes depend, kept in files and compared when they are read."""
+"""Records of where data and weights come from, kept in files and compared when they are read.
+
+    {"environment": "Hopper-v5", "gymnasium": "1.4.0", "mujoco": "4.0.0", "metacontroller-rl": "0.1.0"}
+
+A record names the environment, and the versions of the packages on which its episodes depend. That of weights learned
+from a dataset of the user's names the dataset's content too, by its digest.
+"""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import metadata
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from metacontroller.errors import UserError
+from metacontroller.storage.plain_files import parse_json
+
+OWN_PACKAGE = "metacontroller-rl"
+ENVIRONMENT, DATA = "environment", "data"
+"""Entries of a record that are no packages."""
+_LEFT_OUT = {"numpy", "torch", "metacontroller"}
+"""Modules that environments of all kinds hold and do not depend on, and ours, which every record has."""
+
+
+def record(environment: str | None, modules: Iterable[str] = ()) -> dict[str, str]:
+    """The environment's ID, if there is one, and the versions of this package and of those that installed the modules.
+
+    Modules that no package installed, such as the user's own, are left out.
+    """
+    packages = {module: _package(module) for module in sorted({*modules} - sys.stdlib_module_names - _LEFT_OUT)}
+    names = {OWN_PACKAGE, *(package for package in packages.values() if package)}
+    named = {} if environment is None else {ENVIRONMENT: environment.rpartition(":")[2]}
+    return named | {name: version for name in sorted(names) if (version := _version(name)) is not None}
+
+
+@cache
+def _package(module: str) -> str | None:
+    """The package that installed a module of that name."""
+    if _version(module) is not None:
+        return module
+    return min(metadata.packages_distributions().get(module, []), default=None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def record_in(path: str | Path) -> dict[str, str]:
+    """The record that a module's file or a checkpoint keeps; empty if none. UserError for another file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = parse_json((file.metadata() or {}).get("metacontroller", "{}"))
+        kept = header.get("meta", header).get("versions", {})
+        return {str(name): str(version) for name, version in kept.items()}
+    except (SafetensorError, AttributeError) as error:
+        raise UserError(f"{path} is no file of a run ({error}); take another copy.") from None
 
 
 def warn_of_versions(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Warns for each package of another version here than the one that the file was made with.
+    """Warns for another environment than the one that the file was made in, and for each package of another version.
 
-    Packages that only one of the two names are no matter.
+    What only one of the two names is no matter.
     """
-    for name in sorted(made_with.keys() & here.keys()):
-        if made_with[name] != here[name]:
-            warnings.warn(
-                f"{path} was made with {name} {made_with[name]} and {here[name]} is installed: the world may behave "
-                f"otherwise. Install {name}=={made_with[name]}, or make the file anew.",
-                stacklevel=3,
-            )
+    for name in sorted((made_with.keys() & here.keys()) - {DATA}):
+        made, now = made_with[name], here[name]
+        if made != now:
+            warnings.warn(f"{path} was made {_difference(name, made, now)}", stacklevel=3)
+
+
+def _difference(name: str, made: str, now: str) -> str:
+    if name == ENVIRONMENT:
+        return (
+            f"in {made} and this is {now}: rewards, sizes and observations may differ where shapes do not. Name "
+            f"{made}, or make the file anew in {now}."
+        )
+    return (
+        f"with {name} {made} and {now} is installed: the world may behave otherwise. Install {name}=={made}, or make "
+        "the file anew."
+    )
+
+
+def refuse_other_data(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """UserError if the file was learned from a dataset of another content than the one that is here."""
+    made, now = made_with.get(DATA), here.get(DATA)
+    if made is not None and now is not None and made != now:
+        raise UserError(
+            f"{path} was learned from other data than the run's dataset holds now (SHA-256 {made[:12]} and "
+            f"{now[:12]}); put the old data back, name their place by --dataset PATH, or begin anew in another folder."
+        )

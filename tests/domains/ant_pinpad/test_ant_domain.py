@@ -270,6 +270,16 @@ def test_the_shipped_expert_solves_most_tasks() -> None:
 
 
 @needs_mujoco
+def test_an_expert_of_another_version_of_mujoco_warns(tmp_path: Path) -> None:
+    path = tmp_path / "expert.safetensors"
+    Expert.untrained().save(path, {"versions": {**domain_module.versions(), "mujoco": "0.9"}})
+    with pytest.warns(UserWarning, match=r"expert\.safetensors was made with mujoco 0\.9 and .* is installed"):
+        AntPinpad(small(tmp_path, expert=str(path))).demonstrate(None, 1, random_state())
+    _, about = Expert.load(domain_module.SHIPPED_EXPERT)
+    assert about["versions"]["mujoco"] == "4.0.0"
+
+
+@needs_mujoco
 def test_an_expert_of_other_cells_warns(tmp_path: Path) -> None:
     config = AntPinpadConfig(cell_size=2.5, threads=1, max_steps=3, dataset=str(tmp_path), only_successes=False)
     with pytest.warns(UserWarning, match=r"learned on cells of 1\.5 m and cell_size is 2\.5"):

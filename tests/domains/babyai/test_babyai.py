@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,12 @@ def test_demonstrations_come_from_disk_the_same_for_every_run(tmp_path: Path, mo
     again = BabyAI(small(tmp_path)).demonstrations("discover", 20, random_state(3))
     assert torch.equal(first.states, again.states)
     assert len(list((tmp_path / "data").iterdir())) == 1
+    assert world.versions() == domain_module._open(world.config, "discover").meta["versions"]
+    assert world.versions()["minigrid"] == metadata.version("minigrid")
+    monkeypatch.setattr(BabyAI, "versions", lambda self: {"minigrid": "0.9"})
+    domain_module._open.cache_clear()
+    with pytest.warns(UserWarning, match=r"was made with minigrid .* and 0\.9 is installed"):
+        world.demonstrations("discover", 2, random_state())
 
 
 def test_demonstrations_can_be_played_anew(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.simulator import start_ants
 from metacontroller.domains.pinpad_tasks import Task
 from metacontroller.errors import UserError
+from metacontroller.storage.versions import record
 
 CHUNK = 256
 """Episodes that are played at a time, at most; the episodes of a recipe depend on it."""
@@ -30,16 +30,16 @@ MOST_ATTEMPTS = 20
 """Episodes that are played for each one asked for, before the expert is said to fail."""
 SECONDS_A_LINE = 10.0
 """Between two lines that tell how far it is."""
+NAME = "ant-pinpad"
 FORMAT = 2
 """Counts up when the same recipe gives other episodes."""
 
 
 def versions() -> dict[str, str]:
-    """The version of MuJoCo, on which every episode depends; nothing if it is not installed."""
-    try:
-        return {"mujoco": metadata.version("mujoco")}
-    except metadata.PackageNotFoundError:
-        return {}
+    """The record of this world (`storage.versions`): every episode depends on MuJoCo, and on Gymnasium's model of the
+    ant; nothing if MuJoCo is not installed."""
+    found = record(NAME, ("mujoco", "gymnasium"))
+    return found if "mujoco" in found else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Recipe:
 def open_dataset(recipe: Recipe, episodes: int, root: Path) -> TrajectoryStore:
     """The store of so many episodes under ``root``, written first if it is not there.
 
-    Its meta holds the version of MuJoCo, how many episodes were played and how many of those succeeded. Opening one
-    that was made with another version warns.
+    Its meta holds the record of `versions`, how many episodes were played and how many of those succeeded. Opening one
+    that was made with other versions warns.
     """
     path = root / recipe.folder(episodes)
     store = TrajectoryStore.once(path, lambda: write_dataset(recipe, episodes, path))

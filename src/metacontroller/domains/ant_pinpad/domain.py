@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from metacontroller.data.store import TrajectoryStore
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, open_dataset, versions
+from metacontroller.domains.ant_pinpad.dataset import NAME, Recipe, generate, open_dataset, versions
 from metacontroller.domains.ant_pinpad.expert import Expert
 from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena, Camera, direction_fields
 from metacontroller.domains.ant_pinpad.observation import (
@@ -42,6 +42,7 @@ from metacontroller.domains.pinpad_tasks import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_choice, check_fields
+from metacontroller.storage.versions import warn_of_versions
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
@@ -111,7 +112,7 @@ class AntPinpadConfig:
 class AntPinpad(Domain):
     """Colored cells of a plane, to be visited by MuJoCo's ant in the order of a hidden task."""
 
-    name = "ant-pinpad"
+    name = NAME
     Config = AntPinpadConfig
     steps_a_second = round(1 / STEP_SECONDS)
     gate_tolerance = 10
@@ -278,7 +279,9 @@ def _can_draw() -> bool:
 def _expert(name: str, arena: Arena) -> Expert:
     if name == UNTRAINED:
         return Expert.untrained()
-    expert, about = Expert.load(SHIPPED_EXPERT if name == SHIPPED else Path(name))
+    path = SHIPPED_EXPERT if name == SHIPPED else Path(name)
+    expert, about = Expert.load(path)
+    warn_of_versions(path, about.get("versions", {}), versions())
     learned = about.get("arena", {}).get("cell_size", arena.cell_size)
     if learned != arena.cell_size:
         warnings.warn(

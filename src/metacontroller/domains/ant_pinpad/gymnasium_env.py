@@ -103,6 +103,8 @@ class AntPinpadEnv(PinpadEnv):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": FRAMES_PER_SECOND}  # noqa: RUF012
+    packages = ("mujoco",)
+    """For the record of `storage.versions`."""
 
     def __init__(
         self,

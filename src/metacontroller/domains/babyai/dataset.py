@@ -63,15 +63,21 @@ class Made(NamedTuple):
     episode: Episode
 
 
-def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int) -> TrajectoryStore:
+def open_dataset(recipe: Recipe, episodes: int, root: Path, workers: int, versions: dict[str, str]) -> TrajectoryStore:
     """The store of so many episodes under ``root``, written first if it is not there; the easiest episodes come first.
 
     An episode is as difficult as it is long. workers: processes, 0 for one a core; the episodes do not depend on them.
+    versions: the record of the world as it is installed, which the store keeps; opening one of others warns.
     """
     path = root / recipe.folder(episodes)
-    return TrajectoryStore.once(
-        path, lambda: TrajectoryStore.write(path, by_difficulty(generate(recipe, episodes, workers)))
-    )
+
+    def write() -> TrajectoryStore:
+        made = by_difficulty(generate(recipe, episodes, workers))
+        return TrajectoryStore.write(path, made, {"versions": versions})
+
+    store = TrajectoryStore.once(path, write)
+    store.check_versions(versions)
+    return store
 
 
 def generate(recipe: Recipe, episodes: int, workers: int = 1) -> Trajectories:

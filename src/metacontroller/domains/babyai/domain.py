@@ -117,6 +117,7 @@ class BabyAI(Domain):
     """A room with a few objects, to be picked up in the order of a mission, which may be hidden."""
 
     name = "babyai"
+    modules = ("minigrid", "gymnasium")
     Config = BabyAIConfig
     config: BabyAIConfig
 
@@ -257,7 +258,7 @@ def _open(config: BabyAIConfig, split: Split) -> Any:
     """The dataset of one split."""
     recipe = recipe_of(config, split)
     episodes = min(VALIDATION_EPISODES, config.episodes) if split == "validation" else config.episodes
-    return _minigrid().open_dataset(recipe, episodes, Path(config.dataset), config.workers)
+    return _minigrid().open_dataset(recipe, episodes, Path(config.dataset), config.workers, BabyAI(config).versions())
 
 
 @cache

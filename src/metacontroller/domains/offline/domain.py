@@ -24,6 +24,7 @@ from metacontroller.domains.guarded_environment import environment_facts, enviro
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields, shown
+from metacontroller.storage.versions import ENVIRONMENT, record, warn_of_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +71,26 @@ class Offline(Domain):
     @cached_property
     def dataset(self) -> Dataset:
         """The demonstrations; UserError without any, or if the environment's spaces are not those of the data."""
-        if self.config.dataset is None:
-            raise UserError("no dataset was named; start the run with --dataset ID.")
         dataset = self._recorded
         if self.config.env is None:
             return dataset
         _warn_of_another_world(dataset, self.config)
-        return _fitted(dataset, self.config.env, self.config.env_kwargs)
+        fitted = _fitted(dataset, self.config.env, self.config.env_kwargs)
+        warn_of_versions(f"dataset {self.config.dataset}", dataset.record, self.versions())
+        return fitted
 
     @property
     def _recorded(self) -> Dataset:
-        """The demonstrations as they are, with the spaces that came with them."""
-        assert self.config.dataset is not None
-        return _load(self.config.dataset, _modified(self.config.dataset))
+        """The demonstrations as they are, with the spaces that came with them; UserError without any."""
+        name = self.config.dataset
+        if name is None:
+            raise UserError("no dataset was named; start the run with --dataset ID.")
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise UserError(
+                f"the dataset {name} is not there; if it was moved, name its place by: metacontroller discover RUN "
+                "--dataset PATH, with --resume where discovery has begun."
+            )
+        return _load(name, _modified(name))
 
     def acting_where_recorded(self) -> OfflineConfig:
         """This config with the environment of the data: its ID, keywords and time limit.
@@ -104,6 +112,17 @@ class Offline(Domain):
         observations, actions = encoder_options(dataset.observation_space), action_options(dataset.action_space)
         options = _with_statistics(self.config.dataset, _modified(self.config.dataset), observations, actions)
         return DomainSpec(*options, self._limit(), window=self.config.window)
+
+    def versions(self) -> dict[str, str]:
+        """The record of the environment in which the run acts, or else of the data."""
+        env, kwargs = self.config.env, self.config.env_kwargs
+        return self.data_versions() if env is None else environment_facts(env, kwargs).versions
+
+    def data_versions(self) -> dict[str, str]:
+        """The record of where the data were made, with their digest; of the environment, if they do not say."""
+        known = self._recorded.record
+        acting = {} if ENVIRONMENT in known or self.config.env is None else self.versions()
+        return {**record(None), **acting, **known}
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes of the split, drawn with replacement; for validation of those that are trained on if none is held
