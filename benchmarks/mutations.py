@@ -115,6 +115,12 @@ MUTATIONS: list[Mutation] = [
         ("first = capacity - keys  #", "first = capacity - keys + 1  #"),
     ),
     *of(
+        "models/attention.py",
+        "models/test_context.py",
+        (".tril(keys - queries - window)", ".tril(keys - queries - window + 1)"),
+        ("max(0, now + 1 - self.window)", "max(0, now - self.window)"),
+    ),
+    *of(
         "data/trajectories.py",
         "data/test_trajectories.py",
         ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
