@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import pickle
 import sys
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from gymnasium import spaces
 
 from metacontroller import MetaController, Transformer
+from metacontroller.domains import guarded_environment
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.domains.guarded_environment import FEW, LOST, environment_facts, tell_doubtful_success
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
@@ -288,8 +290,12 @@ def test_success_is_what_the_info_says_or_a_rule() -> None:
     assert ruled.success.tolist() == [False, True]
 
 
-def test_success_where_ending_is_failure_is_doubted(capsys: pytest.CaptureFixture) -> None:
+def test_success_where_ending_is_failure_is_doubted(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pole that falls is paid as one that stands; one that is held for longer is worth more."""
+    monkeypatch.setattr(guarded_environment, "_DOUBTED", set())  # other tests play this world too
+    monkeypatch.setattr(guarded_environment, "_ENDED", defaultdict(lambda: np.zeros((2, 4))))
     batch = batch_of("CartPole-v1", FEW)
     while not batch.terminated.all():
         batch.step(torch.zeros(FEW, dtype=torch.int64))

@@ -22,6 +22,7 @@ def test_only_a_package_that_both_name_is_compared() -> None:
         warnings.simplefilter("error")
         warn_of_versions("file", {"mujoco": "3.1", "other": "1"}, {"mujoco": "3.1", "third": "2"})
         warn_of_versions("file", {}, {"mujoco": "3.1"})
+        warn_of_versions("file", {"metacontroller-rl": "0.1.0"}, {"metacontroller-rl": "0.2.0"})
     with pytest.warns(UserWarning, match=r"file was made with mujoco 3\.1 and 4\.0 is installed.*mujoco==3\.1"):
         warn_of_versions("file", {"mujoco": "3.1"}, {"mujoco": "4.0"})
 

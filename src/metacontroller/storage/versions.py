@@ -67,9 +67,10 @@ def record_in(path: str | Path) -> dict[str, str]:
 def warn_of_versions(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Warns for another environment than the one that the file was made in, and for each package of another version.
 
-    What only one of the two names is no matter.
+    What only one of the two names is no matter, nor is the version of this package: else each release would warn of
+    every older file.
     """
-    for name in sorted((made_with.keys() & here.keys()) - {DATA}):
+    for name in sorted((made_with.keys() & here.keys()) - {DATA, OWN_PACKAGE}):
         made, now = made_with[name], here[name]
         if made != now:
             warnings.warn(f"{path} was made {_difference(name, made, now)}", stacklevel=3)
