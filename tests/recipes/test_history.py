@@ -107,7 +107,7 @@ def test_the_commands_take_options_of_their_phase(run: RunFolder, capsys: pytest
 
 
 def test_an_environment_given_later_is_told_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "told_later.py").write_text(
         "import torch\nfrom metacontroller.data import Trajectories\n\n\n"
         "def made():\n"
         "    states, actions = torch.randn(9, 4, 4), torch.randint(2, (9, 3))\n"
@@ -115,7 +115,7 @@ def test_an_environment_given_later_is_told_too(tmp_path: Path) -> None:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
-        run, words = RunFolder(tmp_path / "run"), ["--preset", "offline-debug", "--dataset", "mine:made"]
+        run, words = RunFolder(tmp_path / "run"), ["--preset", "offline-debug", "--dataset", "told_later:made"]
         assert main(["pretrain", str(run.path), *CPU, *words]) == 0
         assert main(["pretrain", str(run.path), *CPU, "--resume", "--env", "CartPole-v1"]) == 0
     assert history(run)[0]["changed"] == {"domain.env": [None, "CartPole-v1"]}

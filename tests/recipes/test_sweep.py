@@ -111,6 +111,7 @@ def command(out: Path, *more: str) -> list[str]:
     return ["sweep", "--out", str(out), "--preset", "debug", "--seeds", "0", "1", "--device", "cpu", *more]
 
 
+@pytest.mark.slow  # make torture kills sweeps too
 def test_a_sweep_that_was_killed_ends_with_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(whole)) == 0  # in this process: sooner done

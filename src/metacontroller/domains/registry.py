@@ -7,8 +7,8 @@ corridor = "my_package.corridor:Corridor"
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -21,15 +21,20 @@ GROUP = "metacontroller.domains"
 
 def domain_names() -> list[str]:
     """All names of worlds."""
-    own = [folder.name.replace("_", "-") for folder in pkgutil.iter_modules(domains.__path__) if folder.ispkg]
-    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+    return sorted({*_own_names(), *(point.name for point in entry_points(group=GROUP))})
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """Those of this package."""
+    folders = pkgutil.iter_modules(domains.__path__)
+    return frozenset(folder.name.replace("_", "-") for folder in folders if folder.ispkg)
 
 
 def domain_class(name: str) -> type[Domain]:
     """The class of a world; UserError for an unknown name or an entry point that is not a `Domain` of that name."""
-    folder = f"{domains.__name__}.{name.replace('-', '_')}"
-    if name in domain_names() and importlib.util.find_spec(folder) is not None:
-        module = importlib.import_module(f"{folder}.domain")
+    if name in _own_names():
+        module = importlib.import_module(f"{domains.__name__}.{name.replace('-', '_')}.domain")
         return next(kind for kind in vars(module).values() if _is_domain(kind) and kind.name == name)
     for point in entry_points(group=GROUP, name=name):
         kind = point.load()
@@ -41,10 +46,10 @@ def domain_class(name: str) -> type[Domain]:
 
 def domain_of(config: Any) -> Domain:
     """The world of a config; UserError if no world has this type of config."""
-    for name in domain_names():
-        kind = domain_class(name)
-        if kind.Config is type(config):
-            return kind(config)
+    for names in (_own_names, domain_names):  # entry points take long to read
+        for kind in map(domain_class, sorted(names())):
+            if kind.Config is type(config):
+                return kind(config)
     raise UserError(
         f"a {type(config).__name__} is no config of a known world; register its world by an entry point of {GROUP!r}."
     )
