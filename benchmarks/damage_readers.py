@@ -221,7 +221,7 @@ def _sound_run(run: RunFolder) -> None:
         internal_rl=reinforce,
         raw_action_rl=reinforce,
     )
-    open_folder(run, config, resume=False, option="folder")
+    open_folder(run, config, "pretrain", resume=False, option="folder")
     options: dict[str, Any] = {"resume": True, "quiet": True, "device": "cpu"}
     with contextlib.redirect_stderr(None):
         for phase in run_phase.RUN_PHASE.values():

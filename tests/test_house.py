@@ -31,7 +31,7 @@ ALLOWED["__init__"] = {"control", "models", "phases"}
 ALLOWED["compat"] = {"control", "models", *GROUND}
 """The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
 SHARED = {"errors", "ranges", "arguments", "__version__", ""}
-"""What all may import: the type of users' errors, ranges of numbers, kinds of arguments, and the package for its version."""
+"""What all may import: errors of users, ranges of numbers, kinds of arguments, and the package for its version."""
 ORDINARY = {"offline", "ant"}
 """Names of worlds that are also words of their own."""
 WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}

@@ -33,6 +33,6 @@ def held_out_rows(episodes: Episodes, share: float) -> np.ndarray:
 def _digest(episodes: Episodes, row: int) -> bytes:
     """Of the states and actions of an episode."""
     digest, start, end = hashlib.blake2b(digest_size=16), episodes.starts[row], episodes.starts[row + 1]
-    digest.update(np.ascontiguousarray(episodes.arrays["states"][start + row : end + row + 1]))
-    digest.update(np.ascontiguousarray(episodes.arrays["actions"][start:end]))
+    digest.update(episodes.arrays["states"][start + row : end + row + 1].tobytes())
+    digest.update(episodes.arrays["actions"][start:end].tobytes())
     return digest.digest()
