@@ -104,18 +104,19 @@ def readable(learned: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor], seed
     Both are codes (m, n_z) and labels (m,) int64 from 0."""
     (codes, labels), (others, answers) = learned, judged
     mean, std = codes.mean(0), codes.std(0).clamp_min(1e-6)
+    codes, others = (codes - mean) / std, (others - mean) / std
     classes = int(torch.cat([labels, answers]).max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reader = nn.Sequential(nn.Linear(codes.shape[1], 64), nn.ReLU(), nn.Linear(64, classes)).to(codes.device)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=READER_LR, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=READER_LR, weight_decay=1e-2, fused=True)
     with torch.enable_grad():
         for _ in range(READER_UPDATES):
             optimizer.zero_grad()
-            F.cross_entropy(reader((codes - mean) / std), labels).backward()
+            F.cross_entropy(reader(codes), labels).backward()
             optimizer.step()
     with torch.no_grad():
-        return float((reader((others - mean) / std).argmax(-1) == answers).double().mean())
+        return float((reader(others).argmax(-1) == answers).double().mean())
 
 
 def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
