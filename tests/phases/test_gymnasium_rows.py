@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 
 from metacontroller import InternalVectorEnv, MetaController, Transformer
 from metacontroller.domains import gymnasium_adapter
@@ -94,3 +96,44 @@ def test_the_copy_of_a_pickle_goes_on_alike_and_a_reset_uses_the_environments_ag
     envs.reset(seed=1)
     assert envs._rows.env.envs is rows  # pyright: ignore
     check_equal(first, play(envs, 4))
+
+
+class NotAlways(CartPoleEnv):
+    """CartPole that cannot start every second time, or never."""
+
+    asked, never = 0, False
+
+    def reset(self, **options: Any) -> Any:
+        self.asked += 1
+        if self.asked % 2 == 0 or self.never:
+            raise RuntimeError("not now")
+        return super().reset(**options)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_an_episode_that_cannot_start_takes_no_code_and_is_no_step(
+    by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gymnasium.register("NotAlways-v0", lambda **options: NotAlways(**options))
+    try:
+        envs = make_envs(by_row=by_row)
+        assert isinstance(envs.domain, CartPoles)
+        envs.domain.environments, ended = GymnasiumEnvironments("NotAlways-v0"), 0
+        for observation, _ in (envs.reset(seed=seed) for seed in (0, 1)):
+            assert envs._rows is not None
+            assert not (envs._rows.env.terminated | envs._rows.env.truncated).any()
+            assert len(np.unique(observation, axis=0)) == ROWS
+        for *_, terminated, truncated, info in play(envs, 12):
+            over = terminated | truncated
+            assert (info["steps"][~over] > 0).all()
+            if over.any():
+                assert (info["final_info"]["steps"][over] > 0).all()
+                assert (info["final_info"]["episode_steps"][over] >= info["final_info"]["steps"][over]).all()
+                assert not info["final_info"]["lost"][over].any()
+                ended += over.sum()
+        assert ended
+        monkeypatch.setattr(NotAlways, "never", True)
+        with pytest.raises(ValueError, match="cart-poles could not begin an episode, 10 times in a row"):
+            envs.reset()
+    finally:
+        del gymnasium.registry["NotAlways-v0"]

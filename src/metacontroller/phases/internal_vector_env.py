@@ -34,6 +34,9 @@ from metacontroller.phases.rollout import survivors
 from metacontroller.phases.single_rows import SingleRows
 from metacontroller.ranges import ROWS, check_number
 
+ATTEMPTS = 10
+"""So often a row begins an episode anew where its world cannot start one."""
+
 
 class _ReplaceableEnv(BatchedEnv, Protocol):
     def replace(self, rows: Tensor, other: Any) -> None: ...
@@ -101,6 +104,8 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Seeds: ``reset(seed=...)`` settles episodes and sampled actions of all rows; ``seed`` is one number. Options of
     ``reset``: Gymnasium's ``reset_mask``.
+
+    An episode that cannot start, because its world raises, is no step: the row begins another, ten times at most.
 
     It can be pickled at any time, unless its world steps in worker processes, and the copy goes on in the same way. A
     world whose batches have no ``replace(rows, other)`` is played row by row: the model still takes one step for all.
@@ -182,7 +187,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         home, rewards = self._rows, torch.zeros(self.num_envs, device=self._device)
         steps = self._hold(home, self.codes(actions), rewards)
         terminated, truncated = (ended.cpu().numpy().copy() for ended in (home.env.terminated, home.env.truncated))
-        info = self._begin_again(home, home.env.terminated | home.env.truncated, steps)
+        info = self._begin_again(home, _ended(home.env), steps)
         return _to_numpy(home.residual), rewards.cpu().numpy(), terminated, truncated, info
 
     def codes(self, actions: np.ndarray) -> Tensor:
@@ -214,7 +219,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             batch.residual = self.model.lower(self.model.embed(states, action), batch.lower)[:, 0]
             batch.taken += 1
             beta, batch.history = steering.observe(batch.residual, batch.state)
-            done = (beta >= steering.gate_config.threshold) | batch.env.terminated | batch.env.truncated
+            done = (beta >= steering.gate_config.threshold) | _ended(batch.env)
             if bool(done.any()):
                 steps[batch.rows[done].cpu().numpy()] = batch.taken
                 batch.put_back(home, done)
@@ -226,7 +231,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _begin(self) -> _Rows:
         """New episodes in every row, after their first observations."""
         env, caches = self._episodes(self.num_envs), self.model.cache_store(self.num_envs)
-        return _Rows(env, caches, *self._look(env, caches, torch.arange(self.num_envs, device=self._device)))
+        rows = _Rows(env, caches, *self._look(env, caches, torch.arange(self.num_envs, device=self._device)))
+        unstarted = _ended(env).nonzero().squeeze(1)
+        if len(unstarted):
+            self._renew(rows, unstarted)
+        return rows
 
     def _begin_again(self, home: _Rows, ended: Tensor, steps: np.ndarray) -> dict[str, Any]:
         """Replaces the episodes that ended (b,) bool by new ones; the info of this step, which took ``steps`` (b,)."""
@@ -250,12 +259,22 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
 
     def _renew(self, home: _Rows, rows: Tensor) -> None:
-        """Begins new episodes in ``rows`` (m,) int64."""
-        begin_again = getattr(home.env, "begin_again", None)
-        if begin_again is None:
-            home.env.replace(rows, self._episodes(len(rows)))
+        """Begins new episodes in ``rows`` (m,) int64, again where one could not start."""
+        starting = rows
+        for _ in range(ATTEMPTS):
+            begin_again = getattr(home.env, "begin_again", None)
+            if begin_again is None:
+                home.env.replace(starting, self._episodes(len(starting)))
+            else:
+                begin_again(starting, self._generator)
+            starting = starting[_ended(home.env)[starting]]
+            if not len(starting):
+                break
         else:
-            begin_again(rows, self._generator)
+            raise UserError(
+                f"the world {self.domain.name} could not begin an episode, {ATTEMPTS} times in a row; make its reset "
+                "succeed."
+            )
         home.caches.restart(rows)
         home.put(rows, *self._look(home.env, home.caches, rows))
 
@@ -279,6 +298,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 return env  # pyright: ignore[reportReturnType]
             self._by_row = True
         return SingleRows([self.domain.reset(1, self._generator, task=self.task) for _ in range(n)])
+
+
+def _ended(env: BatchedEnv) -> Tensor:
+    """(b,) bool: episodes that are over; one that has just begun could not start."""
+    return env.terminated | env.truncated
 
 
 def _taken(env: _ReplaceableEnv, rows: Tensor) -> _ReplaceableEnv:
