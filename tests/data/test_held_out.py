@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from metacontroller.data.held_out import held_out_rows
+from metacontroller.data.held_out import held_out_rows, steps_trained_on
+from metacontroller.data.statistics import normalization
 from metacontroller.data.store import Episodes
 from metacontroller.data.trajectories import Trajectories
 
@@ -39,3 +40,14 @@ def test_order_changes_nothing_and_more_data_little() -> None:
     assert {numbers[::-1][row] for row in held_out_rows(episodes(numbers[::-1]), 0.1)} == held_out
     more = list(range(220))
     assert len(held_out & {more[row] for row in held_out_rows(episodes(more), 0.1)}) >= 15
+
+
+@pytest.mark.parametrize("piece", [2, 100])
+def test_statistics_are_those_of_what_is_trained_on(piece: int) -> None:
+    data = episodes([1, 5, 1000, 9])
+    used = steps_trained_on(data, "states", np.array([2]))
+    assert used.tolist() == [True] * 6 + [False] * 3 + [True] * 3
+    assert steps_trained_on(data, "actions", np.array([2])).tolist() == [True] * 4 + [False] * 2 + [True] * 2
+    found = normalization(data.arrays["states"], used=used, piece=piece)
+    assert found["mean"] == pytest.approx([5.0])
+    assert found["std"] == pytest.approx([np.std([1, 5, 9])])

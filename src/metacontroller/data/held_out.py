@@ -30,6 +30,14 @@ def held_out_rows(episodes: Episodes, share: float) -> np.ndarray:
     return np.array(sorted(kept), dtype=np.int64)
 
 
+def steps_trained_on(episodes: Episodes, field: str, held_out: np.ndarray) -> np.ndarray:
+    """(n,) bool: which rows of the states or actions are of episodes that are not held out."""
+    used, extra = np.ones(len(episodes.arrays[field]), dtype=bool), int(field == "states")
+    for row in held_out:
+        used[episodes.starts[row] + extra * row : episodes.starts[row + 1] + extra * (row + 1)] = False
+    return used
+
+
 def _digest(episodes: Episodes, row: int) -> bytes:
     """Of the states and actions of an episode."""
     digest, start, end = hashlib.blake2b(digest_size=16), episodes.starts[row], episodes.starts[row + 1]

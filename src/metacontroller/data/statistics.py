@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -48,14 +48,16 @@ class RunningStatistics:
         return np.sqrt(self.squares / max(self.count, 1))
 
 
-def normalization(array: np.ndarray, what: str = "values", piece: int = 65536) -> dict[str, list[float]]:
+def normalization(
+    array: np.ndarray, what: str = "values", used: np.ndarray | None = None, piece: int = 65536
+) -> dict[str, list[float]]:
     """Mean and standard deviation of the rows of array (n, ...), flattened, as options of encoders and readouts.
 
-    what: what the rows are, for a line on standard error that names the entries that are constant.
+    what: what the rows are, for a line on standard error that names the entries that are constant. used (n,) bool:
+    which rows count; all by default.
     """
     statistics = RunningStatistics(math.prod(array.shape[1:]))
-    for start in range(0, len(array), piece):
-        rows = array[start : start + piece]
+    for rows in _pieces(array, used, piece):
         statistics.add(rows.reshape(len(rows), -1))
     constant = np.flatnonzero(statistics.constant).tolist()
     if constant:
@@ -69,12 +71,14 @@ def normalization(array: np.ndarray, what: str = "values", piece: int = 65536) -
     return {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
 
 
-def pixel_scale(images: np.ndarray, shape: Sequence[int], piece: int = 4096) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel of images (n, *shape) uint8, 1 for constant ones."""
+def pixel_scale(
+    images: np.ndarray, shape: Sequence[int], used: np.ndarray | None = None, piece: int = 4096
+) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of images (n, *shape) uint8, 1 for constant ones; used: as above."""
     axis = channel_axis(shape)
     counts = np.zeros((1 if axis is None else shape[axis], 256), np.int64)
-    for start in range(0, len(images), piece):
-        part = np.asarray(images[start : start + piece], np.uint8).reshape(-1, *shape)
+    for rows in _pieces(images, used, piece):
+        part = np.asarray(rows, np.uint8).reshape(-1, *shape)
         values = part if axis is None else np.moveaxis(part, 1 + axis, 0)
         for channel, pixels in zip(counts, values.reshape(len(counts), -1), strict=True):
             channel += np.bincount(pixels, minlength=256)
@@ -82,3 +86,12 @@ def pixel_scale(images: np.ndarray, shape: Sequence[int], piece: int = 4096) -> 
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
     return {"mean": mean.tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
+
+
+def _pieces(array: np.ndarray, used: np.ndarray | None, piece: int) -> Iterator[np.ndarray]:
+    """The rows of an array that are used, so many at a time."""
+    for start in range(0, len(array), piece):
+        rows = array[start : start + piece]
+        rows = rows if used is None else rows[used[start : start + piece]]
+        if len(rows):
+            yield rows

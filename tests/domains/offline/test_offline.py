@@ -54,8 +54,11 @@ def folder(tmp_path: Path) -> str:
 
 
 def test_the_spec_is_read_from_the_data(folder: str) -> None:
-    spec = Offline(OfflineConfig(dataset=folder)).spec()
-    states = np.concatenate([episode["states"] for episode in trajectories().episodes()])
+    world = Offline(OfflineConfig(dataset=folder))
+    spec, seen = world.spec(), [row for row in range(3) if row not in world._held_out]
+    episodes = [episode["states"] for episode in trajectories().episodes()]
+    states = np.concatenate([episodes[row] for row in seen])
+    assert len(seen) == 2
     assert spec.action == {"num_discrete": 2}
     assert (spec.max_steps, spec.subgoals, spec.encoder["num_continuous"]) == (9, (), 4)
     np.testing.assert_allclose(spec.encoder["mean"], states.mean(0))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from metacontroller.data.datasets import Dataset, load_dataset
-from metacontroller.data.held_out import held_out_rows
+from metacontroller.data.held_out import held_out_rows, steps_trained_on
 from metacontroller.data.spaces import action_options, encoder_options
 from metacontroller.data.statistics import normalization, pixel_scale
 from metacontroller.data.trajectories import Trajectories
@@ -110,7 +110,7 @@ class Offline(Domain):
     def spec(self) -> DomainSpec:
         dataset = self.dataset
         observations, actions = encoder_options(dataset.observation_space), action_options(dataset.action_space)
-        options = _with_statistics(self.config.dataset, _modified(self.config.dataset), observations, actions)
+        options = _with_statistics(self.config, observations, actions)
         return DomainSpec(*options, self._limit(), window=self.config.window)
 
     def versions(self) -> dict[str, str]:
@@ -193,13 +193,14 @@ def _load(name: str, modified: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _scale(name: str, modified: int, field: str) -> dict[str, list[float]]:
-    """Mean and standard deviation of an array's vectors, or of the channels of its images."""
+def _scale(name: str, modified: int, share: float, field: str) -> dict[str, list[float]]:
+    """Mean and standard deviation of an array's vectors, or of the channels of its images, in what is trained on."""
     dataset = _load(name, modified)
     array, image = dataset.episodes.arrays[field], encoder_options(dataset.observation_space).get("image")
+    used = steps_trained_on(dataset.episodes, field, _held_out_of(name, modified, share))
     if field == "states" and image is not None:
-        return pixel_scale(array, image)
-    return normalization(array, "observations" if field == "states" else field)
+        return pixel_scale(array, image, used)
+    return normalization(array, "observations" if field == "states" else field, used)
 
 
 @lru_cache(maxsize=4)
@@ -217,13 +218,14 @@ def _held_out_of(name: str, modified: int, share: float) -> np.ndarray:
 
 
 def _with_statistics(
-    name: str | None, modified: int, observations: dict[str, Any], actions: dict[str, Any]
+    config: OfflineConfig, observations: dict[str, Any], actions: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of encoder and readout; vectors and images with their mean and standard deviation in the data."""
-    assert name is not None
+    assert config.dataset is not None
+    source = (config.dataset, _modified(config.dataset), config.validation_share)
     fields = {"states": observations, "actions": actions}
     states, acts = (
-        {**options, **({} if "num_discrete" in options else _scale(name, modified, field))}
+        {**options, **({} if "num_discrete" in options else _scale(*source, field))}
         for field, options in fields.items()
     )
     return states, acts
