@@ -422,6 +422,25 @@ def test_spaces_that_do_not_describe_the_data_are_refused(tmp_path: Path, change
         load_dataset(str(tmp_path / "store"))
 
 
+OTHER: dict[str, Any] = {}
+"""Actions of two steps that `other_choices` returns."""
+
+
+def other_choices() -> Dataset:
+    episodes = Trajectories.from_episodes([{"states": np.zeros((3, 3), np.float32), **OTHER}])
+    return Dataset(Episodes.of(episodes), spaces.Box(-1, 1, (3,)), spaces.Discrete(3))
+
+
+@pytest.mark.parametrize(("actions", "said"), [([0, 3], "0..3"), ([-1, 0], "-1..0"), ([0.0, 1.5], r"0\.0\.\.1\.5")])
+def test_other_numbers_than_the_choices_are_refused(tmp_path: Path, actions: list[float], said: str) -> None:
+    OTHER["actions"] = np.array(actions)
+    made = other_choices()
+    made.write(tmp_path / "data")
+    for name in (str(tmp_path / "data"), f"{__name__}:other_choices"):
+        with pytest.raises(UserError, match=rf"its actions lie in {said}; expected whole numbers in 0\.\.2"):
+            load_dataset(name)
+
+
 def test_a_dataset_that_is_not_there_is_named(local_minari: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no Minari dataset on this machine"):
         load_dataset("D4RL/nothing-v0")

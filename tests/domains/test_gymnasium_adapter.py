@@ -21,7 +21,7 @@ from gymnasium import spaces
 from metacontroller import MetaController, Transformer
 from metacontroller.domains import guarded_environment
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.guarded_environment import FEW, LOST, environment_facts, tell_doubtful_success
+from metacontroller.domains.guarded_environment import BEGUN, FEW, LOST, environment_facts, tell_doubtful_success
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.phases.internal_rl import internal_rl
@@ -180,11 +180,12 @@ def test_an_exception_costs_its_episode_alone(capsys: pytest.CaptureFixture) -> 
 
 def test_exceptions_are_printed_more_rarely_as_they_go_on(capsys: pytest.CaptureFixture) -> None:
     LOST.clear()
+    BEGUN.clear()
     for _ in range(12):
         play(batch_of("adapter/Walk-v0", 1), [0, 0, 0])
     lines = capsys.readouterr().err.splitlines()
-    assert [line.endswith("ends here.") for line in lines] == [True, False]
-    assert lines[1].endswith("ends here (10 times by now).")
+    assert [line.endswith("ends here and is lost, 1 of 1 by now.") for line in lines] == [True, False]
+    assert lines[1].endswith("ends here and is lost, 10 of 10 by now.")
 
 
 def test_a_reward_that_is_no_number_costs_its_episode() -> None:

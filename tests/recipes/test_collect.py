@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 from metacontroller.data.datasets import load_dataset
 from metacontroller.data.store import TrajectoryStore
+from metacontroller.domains.guarded_environment import BEGUN, LOST
 from metacontroller.errors import UserError
 from metacontroller.recipes import collect as module
 from metacontroller.recipes.collect import CollectConfig, collect
@@ -100,6 +101,15 @@ class Falling(Guess):
         return action, 0.0, False, self.np_random.random() < 0.3, {}
 
 
+class Leaves(Push):
+    """Leaves the bounds that it declares after two steps."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        _, *others = super().step(action)
+        return np.array([7, 0] if self.steps > 2 else [0, 0], np.float32), *others  # type: ignore[return-value]
+
+
+gymnasium.register("collect/Leaves-v0", Leaves)  # type: ignore[arg-type]
 gymnasium.register("collect/Push-v0", Push)  # type: ignore[arg-type]
 gymnasium.register("collect/Endless-v0", Endless)  # type: ignore[arg-type]
 gymnasium.register("collect/Falling-v0", Falling)  # type: ignore[arg-type]
@@ -146,8 +156,35 @@ def test_successes_alone_are_kept_if_asked(tmp_path: Path) -> None:
 def test_a_policy_that_never_succeeds_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_ATTEMPTS", 1)
     config = replace(CONFIG, policy=f"{__name__}:wrong", only_successes=True, episodes=3)
-    with pytest.raises(UserError, match=r"0 of about \d+ episodes were kept and 3 are asked for"):
+    said = r"0 of 69 episodes were kept, 13 were lost .*, and 3 are asked for; mend the policy"
+    with pytest.raises(UserError, match=said):
         collect(config, tmp_path / "data", quiet=True)
+
+
+def test_where_all_episodes_are_lost_the_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "MOST_ATTEMPTS", 1)
+    BEGUN.clear()
+    LOST.clear()
+    config = replace(CONFIG, env="collect/Leaves-v0", policy=f"{__name__}:hop", episodes=3)
+    with pytest.raises(UserError, match=r"0 of 69 episodes were kept, 69 were lost .*; mend the environment collect/L"):
+        collect(config, tmp_path / "data", quiet=True)
+    first, tenth = capsys.readouterr().err.splitlines()
+    assert "the observation is 7.0 at [0]" in first
+    assert "wider bounds" in first
+    assert "10 of 10 by now" in tenth
+
+
+def test_each_part_is_read_once_while_playing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    once = module._read_part
+    monkeypatch.setattr(module, "_read_part", lambda path: (read.append(path.name), once(path))[1])
+    monkeypatch.setattr(module, "MOST_ATTEMPTS", 1)
+    config = replace(CONFIG, policy=f"{__name__}:wrong", only_successes=True, episodes=1)
+    with pytest.raises(UserError, match="episodes were kept"):
+        collect(config, tmp_path / "data", quiet=True)
+    assert len(read) == len(set(read)) > 60
 
 
 @pytest.mark.parametrize(("old", "new"), [('"lost": ', '"lost": 1'), ("[1.0", "[0.0"), ('"returns"', '"return"')])

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metacontroller.cli import main, parse
+from metacontroller.data import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
+from metacontroller.presets import preset
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import ExperimentConfig, build_model, read_config, to_json
 from metacontroller.recipes.history import changed_config, differences, keep_changes
@@ -104,6 +107,27 @@ def test_the_commands_take_options_of_their_phase(run: RunFolder, capsys: pytest
     command = parse(["internal-rl", path, "--config.internal-rl.lr", "0.5"])
     assert command.config == replace(read_config(run), internal_rl=replace(debug().internal_rl, lr=0.5))
     assert main(["discover", path, *CPU, "--resume"]) == 0  # finished, and as it was
+
+
+def played() -> Trajectories:
+    rng = np.random.default_rng(0)
+    return Trajectories.from_episodes({"states": rng.normal(size=(4, 4)), "actions": np.arange(3)} for _ in range(3))
+
+
+def test_what_counts_as_success_may_be_said_until_something_has_acted(tmp_path: Path) -> None:
+    run, config = RunFolder(tmp_path / "run"), preset("offline-debug")
+    config = replace(config, domain=replace(config.domain, dataset=f"{__name__}:played"))  # type: ignore[type-var]
+    run.write_config(to_json(config))
+    asked = replace(config, domain=replace(config.domain, success_return=50.0))  # type: ignore[type-var]
+    with pytest.raises(UserError, match=r"domain\.success_return is fixed"):
+        changed_config(run, asked, "discover")
+    for phase in ("internal_rl", "raw_action_rl"):
+        assert changed_config(run, asked, phase) == asked  # type: ignore[arg-type]
+        for name in ("internal_rl", "raw_action_rl", "evolution"):
+            path = run.save_checkpoint(name, {}, {})
+            with pytest.raises(UserError, match=rf"holds {name}\.safetensors, which depends on domain\.success"):
+                changed_config(run, asked, phase)  # type: ignore[arg-type]
+            path.unlink()
 
 
 def test_an_environment_given_later_is_told_too(tmp_path: Path) -> None:

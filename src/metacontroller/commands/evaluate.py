@@ -66,6 +66,9 @@ class Evaluate:
         tell_window("evaluate", loaded.domain, loaded.device, quiet=self.json)
         announce(f"evaluate: {episodes} episodes of {POLICIES[self.policy]}", quiet=self.json)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
+        if result.get("lost"):
+            said = f"{result['lost']} of {episodes} episodes were lost to the environment and count as not solved"
+            announce(f"evaluate: warning: {said}; its returns are those until then.")
         if self.policy not in ("base", "raw"):
             announce("evaluate: the gate, and what codes mean", quiet=self.json or not loaded.subgoals)
             result |= discovery_figures(loaded, seed, max(episodes, loaded.settings.episodes))

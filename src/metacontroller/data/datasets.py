@@ -133,6 +133,7 @@ def _of_function(name: str) -> Dataset:
     with code_of_the_user("dataset", name):
         made = make()
     if isinstance(made, Dataset):
+        _refuse_misfits(made.observation_space, made.action_space, made.episodes)
         return made
     if isinstance(made, Trajectories):
         return dataset_of(Episodes.of(made), {})
@@ -169,8 +170,7 @@ def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
     """Episodes with the spaces that ``meta`` holds, or that the data show."""
     if "observation_space" in meta:
         observation_space, action_space = (space_from_json(meta.get(name)) for name in _FITTED)
-        for name, space in zip(_FITTED, (observation_space, action_space), strict=True):
-            _refuse_misfit(name, space, episodes.arrays[_FITTED[name]])
+        _refuse_misfits(observation_space, action_space, episodes)
         env = meta.get("env")
         if not isinstance(env, str | None):
             raise UserError(f"env of the dataset is {shown(env)}; expected the ID of an environment, or none.")
@@ -190,8 +190,15 @@ _FITTED = {"observation_space": "states", "action_space": "actions"}
 """Names in a store's meta, and the arrays that hold values of these spaces."""
 
 
+def _refuse_misfits(observation_space: spaces.Space, action_space: spaces.Space, episodes: Episodes) -> None:
+    """UserError unless states and actions are of these spaces."""
+    for name, space in zip(_FITTED, (observation_space, action_space), strict=True):
+        _refuse_misfit(name, space, episodes.arrays[_FITTED[name]])
+
+
 def _refuse_misfit(name: str, space: spaces.Space, array: np.ndarray) -> None:
-    """UserError unless a step of the array has as many entries as a value of the space has for a model."""
+    """UserError unless a step of the array has as many entries as a value of the space has for a model, whole numbers
+    from 0 below that of its values where they are choices."""
     options = encoder_options(space)
     count = options.get("num_continuous") or math.prod(options.get("image") or [len(options.get("num_discrete", ()))])
     if math.prod(array.shape[1:]) != count:
@@ -199,6 +206,15 @@ def _refuse_misfit(name: str, space: spaces.Space, array: np.ndarray) -> None:
             f"{name} of the dataset is {shown(space)}, {count} numbers a step, and its {_FITTED[name]} have "
             f"{math.prod(array.shape[1:])}; write the dataset again."
         )
+    if "num_discrete" in options:
+        rows = array.reshape(len(array), -1)
+        low, high = rows.min(0), rows.max(0)
+        whole = array.dtype.kind in "biu" or not (rows % 1).any()
+        if not whole or (low < 0).any() or (high >= options["num_discrete"]).any():
+            raise UserError(
+                f"{name} of the dataset is {shown(space)}, and its {_FITTED[name]} lie in {low.min()}..{high.max()}; "
+                f"expected whole numbers in 0..{max(options['num_discrete']) - 1}, counted from 0."
+            )
 
 
 def _shown(name: str, array: np.ndarray) -> spaces.Space:

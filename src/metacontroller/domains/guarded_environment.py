@@ -30,6 +30,12 @@ FLAGS = ("terminated", "truncated", "success", "lost")
 LOST: Counter[tuple[str, str]] = Counter()
 """Exceptions in this process, by the environment's ID and their type."""
 
+BEGUN: Counter[str] = Counter()
+"""Episodes in this process, by the environment's ID."""
+
+WAY_OUT = "mend the environment, or wrap it, in wider bounds if it leaves those that it declares (docs/own-data.md)"
+"""Where an environment returns what is not of its spaces."""
+
 FEW = 4
 """Episodes of a kind below which nothing is said of their success."""
 
@@ -164,7 +170,8 @@ def keywords(text: str | None) -> dict[str, Any]:
 
 
 def _no_reset(name: str, error: BaseException) -> UserError:
-    return UserError(f"env {name!r} cannot be reset: {error if isinstance(error, Misfit) else last_line(error)}.")
+    said = f"{error}; {WAY_OUT}" if isinstance(error, Misfit) else last_line(error)
+    return UserError(f"env {name!r} cannot be reset: {said}.")
 
 
 def _kind(space: spaces.Space) -> Any:
@@ -177,14 +184,17 @@ def _kind(space: spaces.Space) -> Any:
 
 
 def tell_lost(name: str, error: BaseException) -> None:
-    """Counts an exception that ended an episode; the first, tenth, hundredth ... of its kind is printed."""
+    """Counts an exception that ended an episode; the first, tenth, hundredth ... of its kind is printed, with how many
+    episodes it cost."""
     kind = type(error).__name__
     LOST[name, kind] += 1
     count = LOST[name, kind]
     if str(count).strip("0") == "1":
-        often = "" if count == 1 else f" ({count:,} times by now)"
-        said = f": {error}" if isinstance(error, Misfit) else f" raised {last_line(error)}"
-        print(f"metacontroller: {name}{said}; its episode ends here{often}.", file=sys.stderr, flush=True)
+        misfit = isinstance(error, Misfit)
+        said = f": {error}" if misfit else f" raised {last_line(error)}"
+        ends = f"its episode ends here and is lost, {count:,} of {BEGUN[name]:,} by now"
+        way = f"; {WAY_OUT}" if misfit else ""
+        print(f"metacontroller: {name}{said}; {ends}{way}.", file=sys.stderr, flush=True)
 
 
 def tell_doubtful_success(name: str, solved: bool, steps: int, returned: float, last: float) -> None:
@@ -208,7 +218,8 @@ def tell_doubtful_success(name: str, solved: bool, steps: int, returned: float, 
         print(
             f"metacontroller: {name} may end where an episode fails: one that counts as solved has "
             f"{length / count:.3g} steps and a return of {worth / count:.3g} on average, and {why}. State the return "
-            "that counts as success: --success-return of collect, --config.domain.success-return of pretrain.",
+            "that counts as success: --success-return of collect, --config.domain.success-return of pretrain, or of "
+            "internal-rl before it has begun.",
             file=sys.stderr,
             flush=True,
         )
@@ -279,6 +290,7 @@ class Guard(gymnasium.Env):
             with suppress(Exception, SystemExit):  # it may be broken
                 self.env.close()
             self._renew()
+        BEGUN[self.maker.name] += 1
         self.flags = dict.fromkeys(FLAGS, False)
         self.returned, self.steps, self.reported = 0.0, 0, False
         self.max_steps = (options or {}).get("max_steps") or sys.maxsize

@@ -188,17 +188,22 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
             raise UserError(f"{error}; mend the policy.") from error
 
     size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
+    parts: list[dict[str, Any]] = []
     with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
         for index in itertools.count(rank, workers):
-            kept = sum(len(_read_part(path)["lengths"]) for path in _finished(out))
+            parts += [_read_part(path) for path in _finished(out, len(parts))]  # each once
+            kept = sum(len(part["lengths"]) for part in parts)
             progress.update(min(kept, config.episodes))
             if kept >= config.episodes:
                 break
             if index * size > MOST_ATTEMPTS * (config.episodes + PART * workers):
+                played, lost = (sum(part[name] for part in parts) for name in ("played", "lost"))
+                way = f"mend the policy {config.policy}, state --success-return, or leave out --only-successes"
+                if 2 * lost > played:
+                    way = f"mend the environment {config.env}, which said why it lost them"
                 raise UserError(
-                    f"{kept} of about {index * size} episodes were kept and {config.episodes} are asked for; mend the "
-                    f"policy {config.policy} or the environment, state --success-return, or leave out "
-                    "--only-successes."
+                    f"{kept} of {played} episodes were kept, {lost} were lost to the environment, and "
+                    f"{config.episodes} are asked for; {way}."
                 )
             if not _part(out, index).exists():
                 _play_part(config, env, answer, _part(out, index), range(index * size, (index + 1) * size))
@@ -228,9 +233,9 @@ def _read_part(path: Path) -> dict[str, Any]:
     return content
 
 
-def _finished(out: Path) -> list[Path]:
-    """The parts from the first up to the first that is missing, which other workers may have overtaken."""
-    return list(itertools.takewhile(Path.exists, (_part(out, index) for index in itertools.count())))
+def _finished(out: Path, first: int = 0) -> list[Path]:
+    """The parts from number ``first`` up to the first that is missing, which other workers may have overtaken."""
+    return list(itertools.takewhile(Path.exists, (_part(out, index) for index in itertools.count(first))))
 
 
 def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, attempts: range) -> None:

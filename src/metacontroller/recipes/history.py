@@ -20,8 +20,8 @@ Phase = Literal["pretrain", "discover", "internal_rl", "raw_action_rl"]
 
 OWN: dict[Phase, tuple[str, ...]] = {
     "discover": ("discover", "discovery", "compile", "meta_controller"),
-    "internal_rl": ("internal_rl",),
-    "raw_action_rl": ("raw_action_rl",),
+    "internal_rl": ("internal_rl", "domain.success_return"),
+    "raw_action_rl": ("raw_action_rl", "domain.success_return"),
 }
 """The parts of a config on which nothing depends that was made before a phase."""
 DEPENDENT: dict[Phase, tuple[str, ...]] = {
@@ -30,6 +30,8 @@ DEPENDENT: dict[Phase, tuple[str, ...]] = {
     "raw_action_rl": ("raw_action_rl",),
 }
 """Checkpoints that depend on these parts."""
+ACTED = ("internal_rl", "raw_action_rl", "evolution")
+"""Those that depend on the world's part."""
 
 
 def changed_config(run: RunFolder, asked: ExperimentConfig, phase: Phase) -> ExperimentConfig:
@@ -39,19 +41,20 @@ def changed_config(run: RunFolder, asked: ExperimentConfig, phase: Phase) -> Exp
     if changes:
         refuse_other_recipe(run, phase)
     for name in changes:
-        if name.partition(".")[0] not in OWN[phase]:
+        if not any(f"{name}.".startswith(f"{part}.") for part in OWN[phase]):
             raise UserError(
                 f"{name} is fixed in {run.path}: {phase} changes {', '.join(OWN[phase])} alone; leave it out, or start "
                 "another run by pretrain."
             )
     if changes and with_seed(asked, asked.seed) != asked:
         raise UserError("the seeds of phases derive from the run's; leave out --config for them.")
-    for checkpoint in DEPENDENT[phase] if changes else ():
-        if run.has_checkpoint(checkpoint):
-            raise UserError(
-                f"{run.path} holds {checkpoint}.safetensors, which depends on {next(iter(changes))}; leave out "
-                "--config to go on with it, or move that file away to begin the phase anew."
-            )
+    for name in changes:
+        for checkpoint in ACTED if name.startswith("domain.") else DEPENDENT[phase]:
+            if run.has_checkpoint(checkpoint):
+                raise UserError(
+                    f"{run.path} holds {checkpoint}.safetensors, which depends on {name}; leave out "
+                    "--config to go on with it, or move that file away to begin the phase anew."
+                )
     if changes:
         check_phases(asked)
     return asked
