@@ -137,6 +137,18 @@ def test_what_code_of_the_user_raises_is_shown_as_theirs(
         assert f"own_{function}.py, line {line}); mend it there." in told
 
 
+def test_a_function_that_takes_other_arguments_is_shown_as_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_narrow.py").write_text("def act(observation):\n    return 0\n")
+    words = ["--env", "CartPole-v1", "--policy", "own_narrow:act", "--episodes", "1", "--out", "data", "--quiet"]
+    assert cli.main(["collect", *words]) == 2
+    told = capsys.readouterr().err
+    assert "policy 'own_narrow:act' raised TypeError: act() takes 1 positional argument but 2 were given (" in told
+    assert told.endswith("own_narrow.py); mend it there.\n")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -161,13 +161,16 @@ def code_of_the_user(what: str, name: str) -> Iterator[None]:
 
 
 def _place(error: BaseException, name: str) -> str:
-    """File and line where code of the user's raised: the last one in its own module, if any is."""
+    """File and line where code of the user's raised: the last one in its own module; of a call that does not get in,
+    such as one with arguments that it does not take, the file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     own = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    frame = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
-    return f"{frame.filename}, line {frame.lineno}"
+    inside = [frame.lineno for frame in frames if frame.filename == own]
+    if own is not None:
+        return f"{own}, line {inside[-1]}" if inside else own
+    return f"{frames[-1].filename}, line {frames[-1].lineno}"
 
 
 def import_user_function(what: str, name: str) -> Callable[..., Any]:
