@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from importlib import metadata
@@ -404,3 +405,19 @@ def test_help_has_a_text_for_every_option(command: str, capsys: pytest.CaptureFi
     assert ("config.meta_controller.gate.mode" in texts) == (command in configured)
     assert ("study.inject_walks" in texts) == (command == "figures")
     assert [name for name, text in texts.items() if not text or re.sub(r"\W+", "", text) not in shown] == []
+
+
+def test_a_warning_for_users_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the file and the line of the source that gave it, which others keep."""
+
+    def command() -> None:
+        warnings.warn("made by another version", stacklevel=1)
+        warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "parse", lambda words: command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["report"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "warning: made by another version"
+    assert re.search(r"test_cli\.py:\d+: DeprecationWarning: soon gone", second)

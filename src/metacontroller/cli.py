@@ -11,8 +11,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def farewell(number: int) -> None:
         say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
 
-    with listening(farewell), trusting(_given(words)):
+    with listening(farewell), trusting(_given(words)), _warnings_as_sentences():
         try:
             with starting():
                 command = parse(words)
@@ -180,6 +181,21 @@ def _without_trust(words: list[str]) -> list[str]:
         if word != "--trust" and not word.startswith("--trust="):
             kept.append(word)
     return kept
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Context in which warnings for users are shown without the place in the source that gave them."""
+    usual = warnings.formatwarning
+
+    def sentence(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else usual(message, category, *place, **more)
+
+    warnings.formatwarning = sentence
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def resuming(words: Sequence[str]) -> str:
