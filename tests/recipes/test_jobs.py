@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from metacontroller.errors import DivergedError, UserError
-from metacontroller.recipes.jobs import Job, _rebuilt, _told, failure_written, run_jobs
+from metacontroller.recipes.jobs import Job, _rebuilt, _told, failure_read, failure_written, run_jobs, write_failure
 
 LONG = "x" * 1_000_000
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a job that hangs is ended by an alarm")
@@ -132,6 +132,16 @@ def test_a_failure_is_written_and_forgotten_when_the_job_ends_well(tmp_path: Pat
     with failure_written(tmp_path / "job"):
         pass
     assert list((tmp_path / "job").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError("no \udc80.npy"), r"OSError: no \udc80.npy"), (ValueError(LONG), f"ValueError: {LONG}"[:500]), (ValueError(), "ValueError")],
+    ids=["a name that is no text", "long", "without words"],
+)
+def test_any_error_can_be_written_and_read(tmp_path: Path, error: Exception, line: str) -> None:
+    write_failure(tmp_path, error)
+    assert failure_read(tmp_path) == line
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------

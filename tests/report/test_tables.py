@@ -89,6 +89,13 @@ def test_a_study_is_shown_by_variant_and_a_sweep_by_job() -> None:
     assert "failed: no" in printed(sweep_table([{"seed": 0, "alpha": 0.1, "status": "failed: no"}]))
 
 
+def test_rows_of_a_sweep_that_differ_in_the_last_digits_look_different() -> None:
+    rows = [{"seed": 0, "alpha": alpha, "internal_rl_success": 0.123456} for alpha in (0.1, 0.1000001)]
+    text = printed(sweep_table(rows))
+    assert "0.1000001" in text
+    assert text.count("0.123 ") == 2
+
+
 def test_facts_name_versions_and_hardware_only() -> None:
     facts = environment_facts()
     assert set(facts) == {"versions", "hardware"}

@@ -33,7 +33,10 @@ Job = tuple[Any, ...]
 """The arguments of one call."""
 Failure = tuple[Job, BaseException]
 """A job and what it raised, or how its process ended."""
-MAX_ERROR_BYTES = 2**24
+MAX_ERROR, MAX_ERROR_BYTES = 2**20, 2**24
+"""Characters of an error that are written, and bytes that are read: none of them has more than six."""
+MAX_LINE = 500
+"""Characters of an error that a table shows."""
 FAREWELL_S = 4.0
 """Seconds that a job has, once it is told to stop, for its update and its checkpoint."""
 NextJob = Callable[[], "Job | None"]
@@ -96,14 +99,15 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[Job], *, at_once: 
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Writes what ended a job to ``error.txt`` in its folder."""
-    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+    """Writes what ended a job to ``error.txt`` in its folder, its end where that is long."""
+    text = "".join(traceback.format_exception(error))[-MAX_ERROR:]
+    write_text(folder / "error.txt", text.encode(errors="backslashreplace").decode())
 
 
 def failure_read(folder: Path) -> str | None:
-    """The last line of a job's ``error.txt``; None if there is none."""
+    """The last line of a job's ``error.txt``, its beginning where that is long; None if there is none."""
     text = read_regular(folder, folder / "error.txt", MAX_ERROR_BYTES)
-    return None if text is None else (text.decode(errors="replace").strip().splitlines() or [""])[-1]
+    return None if text is None else (text.decode(errors="replace").strip().splitlines() or [""])[-1][:MAX_LINE]
 
 
 @contextmanager

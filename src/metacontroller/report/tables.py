@@ -125,7 +125,7 @@ def study_table(summary: Mapping[str, Any]) -> Table:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line a job."""
+    """One line a job; what was varied in full, so that no two lines look alike."""
     table = Table()
     short: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
     for name in rows[0]:
@@ -134,5 +134,6 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             short.get(name, name), justify="left" if wordy else "right", min_width=8 if wordy else None, overflow="fold"
         )
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        cells = [f"{row[name]:.3g}" if name in MEASURES and row[name] is not None else str(row[name]) for name in row]
+        table.add_row(*cells)
     return table
