@@ -136,7 +136,11 @@ def test_a_failure_is_written_and_forgotten_when_the_job_ends_well(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(OSError("no \udc80.npy"), r"OSError: no \udc80.npy"), (ValueError(LONG), f"ValueError: {LONG}"[:500]), (ValueError(), "ValueError")],
+    [
+        (OSError("no \udc80.npy"), r"OSError: no \udc80.npy"),
+        (ValueError(LONG), f"ValueError: {LONG}"[:500]),
+        (ValueError(), "ValueError"),
+    ],
     ids=["a name that is no text", "long", "without words"],
 )
 def test_any_error_can_be_written_and_read(tmp_path: Path, error: Exception, line: str) -> None:
