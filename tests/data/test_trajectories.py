@@ -311,7 +311,7 @@ def test_no_read_fails_beside_writers_in_other_processes(tmp_path: Path) -> None
         error = process.communicate()[1]
         assert process.returncode == 0, error
         assert {line.split(" ")[1] for line in error.splitlines()} <= {"waiting"}
-    assert reads > 100
+    assert reads > 20  # of thousands; fewer where the machine is busy
     assert len(list(path.iterdir())) == 4
 
 
