@@ -213,6 +213,7 @@ def odd(name: str, **options: Any) -> str:
         (6, {"observation": (0.0, 0.0, 0.0)}, "the observation has the shape (3,); expected (2,)"),
         (7, {"observation": None}, "the observation is None; expected one of Box"),
         (8, {"observation": "exit"}, "raised SystemExit: 3"),
+        (9, {"observation": (-1.5, 0.0)}, "the observation is -1.5 at [0]; expected one of Box"),
     ],
 )
 def test_what_is_not_of_its_space_costs_its_episode_and_the_run_goes_on(

@@ -99,6 +99,9 @@ def test_what_counts_as_code() -> None:
     assert all(map(code_name, ("a:b", "package.module:function", "package:Env-v0", "package:space/Env-v0", "a.b:c.d")))
     others = ("CartPole-v1", "D4RL/door/human-v2", "/data/mine", "C:\\data", "C:/data", "./a:b", "", 3, None)
     assert not any(map(code_name, others))
+    assert not any(
+        map(code_name, ("a:b c", "a:b:c", "a:b/c/d", "a:b()", " a:b", "a:b ", "a:b\n", "a..b:c", "1a:b", "é:b"))
+    )
     with pytest.raises(UserError, match="names x:y"):
         refuse_unknown_code({"a": [1, {"b": ["x:y"]}]}, Path("file"))
 
