@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -39,6 +41,7 @@ WAY_OUT = "mend the environment, or wrap it, in wider bounds if it leaves those 
 FEW = 4
 """Episodes of a kind below which nothing is said of their success."""
 
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:[.][A-Za-z_]\w*)+")
 _ENDED: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, 4)))
 """Of episodes in this process whose success only their end tells, by ID: those not solved, and those solved; how many,
 steps, returns and last rewards."""
@@ -151,8 +154,9 @@ def make_environment(name: str, kwargs: str | None = None) -> gymnasium.Env:
 def keywords(text: str | None) -> dict[str, Any]:
     """Keywords of `gymnasium.make` in a JSON object, such as ``{"is_slippery": false}``.
 
-    UserError for other text, and for whatever may be a name of code, any text with a colon: a few environments import
-    what their keywords name, by rules of their own, and these may come from somebody else's file.
+    UserError for other text, and for whatever may be a name of code, any text with a colon, and a dotted path into a
+    module that is here: a few environments import what their keywords name, by rules of their own, and these may come
+    from somebody else's file.
     """
     try:
         given = json.loads(text or "{}")
@@ -160,13 +164,22 @@ def keywords(text: str | None) -> dict[str, Any]:
         raise UserError(f"env_kwargs are {shown(text)} ({error}); expected a JSON object.") from error
     if not isinstance(given, dict):
         raise UserError(f'env_kwargs are {shown(text)}; expected a JSON object, such as {{"is_slippery": false}}.')
-    named = next(code_in(given, lambda value: isinstance(value, str) and ":" in value), None)
+    named = next(code_in(given, _may_be_code), None)
     if named is not None:
         raise UserError(
             f"env_kwargs name {named}, a module that would be imported; register such an environment in a module of "
             "yours, and write module:ID."
         )
     return given
+
+
+def _may_be_code(value: Any) -> bool:
+    """Whether a text has a colon, or is a dotted path whose first word is a module; nothing is imported."""
+    if not isinstance(value, str):
+        return False
+    first = value.partition(".")[0]
+    here = _DOTTED.fullmatch(value) is not None and (first in sys.modules or find_spec(first) is not None)
+    return here or ":" in value
 
 
 def _no_reset(name: str, error: BaseException) -> UserError:

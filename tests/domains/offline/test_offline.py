@@ -179,10 +179,12 @@ def test_keywords_are_an_object_without_names_of_code(folder: str) -> None:
         "[1]": r"env_kwargs are '\[1\]'; expected a JSON object",
         "is_slippery=false": "env_kwargs are 'is_slippery=false' .*; expected a JSON object",
         '{"env_id": ["strange_module:Strange-v0"]}': "env_kwargs name strange_module:Strange-v0, a module that would",
+        '{"config": {"kind": "json.decoder.JSONDecoder"}}': "env_kwargs name json.decoder.JSONDecoder, a module that",
         '{"env_id": "strange-module:Strange-v0"}': "env_kwargs name strange-module:Strange-v0, a module that would",
     }.items():
         with pytest.raises(UserError, match=said):
             OfflineConfig(dataset=folder, env="CartPole-v1", env_kwargs=text)
+    assert OfflineConfig(dataset=folder, env="Ant-v5", env_kwargs='{"xml_file": "my_ant.xml", "version": "v1.0"}')
     with pytest.raises(UserError, match="and there is no env; name one"):
         OfflineConfig(dataset=folder, env_kwargs='{"size": 3}')
     with pytest.raises(UserError, match=r"env 'CartPole-v1' cannot be made: TypeError: .*'size'"):
