@@ -132,6 +132,7 @@ def toy_episodes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
     return symbols.gather(1, run), ends[:, -1], ends
 
 
+@pytest.mark.slow
 def test_it_finds_the_boundaries_of_the_toy_task() -> None:
     generator = torch.Generator().manual_seed(0)
     unit = Segmenter(5, dim_latent=8, segments=3, dim=64, hidden=64, prior_rate=3.0)

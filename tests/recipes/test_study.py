@@ -139,6 +139,7 @@ def test_all_analyses_are_done_in_a_world_with_labels() -> None:
     assert set(possible_analyses(debug())) >= {"episodes", "gate", "injection", "probes", "steering"}
 
 
+@pytest.mark.slow
 def test_everything_leaves_its_numbers(whole: Path) -> None:
     rows = RunFolder(whole / "study").read_summary()["jobs"]
     assert {row["status"] for row in rows} == {"finished"}
@@ -162,6 +163,7 @@ def test_everything_leaves_its_numbers(whole: Path) -> None:
     assert page.count("<figure><svg") == 10 + 4
 
 
+@pytest.mark.slow
 def test_each_variant_starts_where_it_should(whole: Path) -> None:
     base = (whole / "seed-0" / "base_model.safetensors").read_bytes()
     snapshot = (whole / "seed-0" / "snapshots" / "base_model-4.safetensors").read_bytes()
@@ -179,6 +181,7 @@ def test_each_variant_starts_where_it_should(whole: Path) -> None:
     torch.testing.assert_close(table, decayed, rtol=0.01, atol=1e-3)  # the same start, data and number of updates
 
 
+@pytest.mark.slow
 def test_a_second_call_changes_nothing(whole: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     before = RunFolder(whole / "study").read_summary()
@@ -187,12 +190,14 @@ def test_a_second_call_changes_nothing(whole: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == files
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*COMMAND, "--out", str(whole), "--study.inject-walks", "5"]) == 2
     assert "was started with other settings" in capsys.readouterr().err
     assert json.loads((whole / "study" / "config.json").read_text())["inject_walks"] == STUDIES["debug"].inject_walks
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     config = dataclasses.replace(debug(), evaluate=dataclasses.replace(debug().evaluate, episodes=16))
     RunFolder(tmp_path).write_config(to_json(config))

@@ -75,6 +75,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_in_two_processes_learns_what_one_does(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(["pretrain", str(alone), *PHASES[0][1:], "--config.discovery", "compile", *QUIET]) == 0

@@ -17,7 +17,7 @@ from metacontroller.training.seeding import noise_generator
 
 JUDGED = 32
 """Episodes of each kind by which it is judged, at the end, whether the losses part; at most."""
-STANDARD_ERRORS, SHARE, NATS = 3.0, 0.1, 0.01
+STANDARD_ERRORS, SHARE, NATS = 2.0, 0.1, 0.01
 """They part where the loss on validation episodes is higher by more than so many standard errors of the difference,
 and so large a share of the loss in training and so many nats a step besides."""
 
