@@ -215,6 +215,7 @@ def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     assert not (broken / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_study_cut_short_has_the_numbers_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder(tmp_path).write_config(to_json(debug()))
     whole = study_phase.attempt

@@ -97,6 +97,7 @@ def test_compile_in_two_processes_learns_what_one_does(tmp_path: Path) -> None:
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_reinforce_together(tmp_path: Path) -> None:
     for command in PHASES:
         assert main([command[0], str(tmp_path), *command[1:], "--device", "cpu", "--quiet"]) == 0
