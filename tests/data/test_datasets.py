@@ -372,6 +372,16 @@ def test_a_folder_whose_name_minari_refuses_hides_no_other(
         read("own/other-v0")
 
 
+def test_a_file_of_metadata_is_measured_before_it_is_read(
+    local_minari: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minari reads one of any size."""
+    name = written([buffer()], local_minari)
+    monkeypatch.setattr("metacontroller.storage.plain_files.MAX_JSON_BYTES", 10)
+    with pytest.raises(UserError, match=r"metadata\.json has \d+ bytes where at most 10 were expected"):
+        read_minari(name)
+
+
 def test_images_are_written_without_loss_and_rewards_keep_their_type(local_minari: dict[str, Any]) -> None:
     """Minari stores images from 32 x 32 on as JPEG unless told otherwise, which changes most values."""
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)

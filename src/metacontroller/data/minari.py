@@ -26,7 +26,7 @@ from metacontroller.data.spaces import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import shown
-from metacontroller.storage.plain_files import check_regular
+from metacontroller.storage.plain_files import check_regular, read_json
 
 
 def open_minari(dataset: Any) -> Any:
@@ -41,6 +41,8 @@ def open_minari(dataset: Any) -> Any:
     for file in path.glob("data/*"):
         if not file.is_dir():
             check_regular(file)  # a pipe would be waited for
+        if file.suffix == ".json":
+            read_json(file, infinite=True)  # Minari reads one of any size
     if not (path / "data").is_dir():
         raise UserError(
             f"dataset {dataset!r} is no folder, no package.module:function and no Minari dataset on this machine "
