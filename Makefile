@@ -57,16 +57,16 @@ figures: $(STAMP) ## all baselines, analyses and figures of the preset quick, th
 	$(BIN)/metacontroller figures --preset quick --out runs/quick $(ARGS)
 
 bench: $(STAMP) ## run every benchmark; each prints a table
-	@set -e; for script in $(filter-out $(addprefix benchmarks/,gpu.py ant_decisions.py variants_grid.py mutate.py mutations.py torture.py torture_runs.py torture_faults.py torture_meetings.py damage.py damage_kinds.py damage_readers.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out $(addprefix benchmarks/,gpu.py ant_decisions.py variants_grid.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 gpu: $(STAMP) ## parity, roofline and the paper preset on a GPU; each call resumes the last
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 mutate: $(STAMP) ## break lines of the source, one at a time, and say which breakage no test notices
-	$(BIN)/python benchmarks/mutate.py $(ARGS)
+	$(BIN)/python tests/mutation/mutate.py $(ARGS)
 
 torture: $(STAMP) ## kill, signal, starve and damage runs, and say what does not survive; half an hour
-	$(BIN)/python benchmarks/torture.py $(ARGS)
+	$(BIN)/python tests/torture/torture.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept
 	rm -rf $(VENV) build dist .coverage* .pytest_cache .ruff_cache .hypothesis

@@ -24,8 +24,8 @@ from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
 from metacontroller.domains.gridworld_pinpad.gymnasium_env import GridworldPinpadVectorEnv
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
-from metacontroller.domains.pinpad_layouts import sample_layouts
-from metacontroller.domains.pinpad_tasks import TABLE_A1, pad_tasks
+from metacontroller.domains.pinpad.layouts import sample_layouts
+from metacontroller.domains.pinpad.tasks import TABLE_A1, pad_tasks
 
 BATCH_SIZES = (64, 256, 1024, 4096, 16384)
 STEPS_PER_START = 8

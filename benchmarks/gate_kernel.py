@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from metacontroller.kernels.gate import gate_scan
+from metacontroller.kernels.gate_scan import gate_scan
 
 SIZES = ((1, 1), (128, 14), (128, 32), (512, 14), (512, 32), (512, 100))  # (batch, time)
 HIDDEN, CODE = 32, 8  # n_h and n_z of the paper

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.discovery import DiscoveryNoise
-from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
-from metacontroller.domains.pinpad_ways import distance_fields
+from metacontroller.domains.pinpad.layouts import Layouts, sample_layouts
+from metacontroller.domains.pinpad.ways import distance_fields
 from metacontroller.domains.registry import domain_of
-from metacontroller.kernels.gate import gate_scan
+from metacontroller.kernels.gate_scan import gate_scan
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets import preset as preset_of
 from metacontroller.recipes.config import build_meta_controller, build_model

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from metacontroller import InternalEnv, MetaController
 from metacontroller.domains.base import BatchedEnv
+from metacontroller.environments.internal_vector_env import InternalVectorEnv
 from metacontroller.models.readouts import sample_gaussian
-from metacontroller.phases.internal_vector_env import InternalVectorEnv
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract
 from metacontroller.recipes.config import load_run, read_config
 from metacontroller.storage.run_folder import RunFolder
@@ -107,7 +107,7 @@ def adapter_rate(run: Any, meta_controller: MetaController, rows: int, seconds: 
         import stable_baselines3  # noqa: F401
     except ImportError:
         return None
-    from metacontroller.phases.stable_baselines import StableBaselinesEnv
+    from metacontroller.environments.stable_baselines import StableBaselinesEnv
 
     env = StableBaselinesEnv(InternalVectorEnv(run.domain, run.model, meta_controller, rows))
     codes = Codes(meta_controller, rows, prior)

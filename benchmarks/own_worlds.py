@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metacontroller.analysis.gate import gate_along
+from metacontroller.analysis.gate_alignment import gate_along
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.recipes.config import load_run, read_config
 from metacontroller.storage.files import read_object

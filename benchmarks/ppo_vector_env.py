@@ -47,7 +47,7 @@ class Solved(gymnasium.Wrapper):
 
 def vector_env(run: Any, task: Any, rows: int) -> Any:
     """One environment of many rows."""
-    from metacontroller.phases.stable_baselines import StableBaselinesEnv
+    from metacontroller.environments.stable_baselines import StableBaselinesEnv
 
     return StableBaselinesEnv(InternalVectorEnv(run.domain, run.model, run.meta_controller, rows, task=task))
 

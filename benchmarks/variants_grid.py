@@ -32,8 +32,6 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.sequence_embedder import SequenceEmbedder
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.domains.registry import domain_of
-from metacontroller.models.loss_scale import LossScale
-from metacontroller.models.next_latent import NextLatent
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, load_artefact
 from metacontroller.phases.discover import discover
@@ -54,6 +52,8 @@ from metacontroller.recipes.run_phase import demonstrations, post_training
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.evaluation_mode import evaluation_mode
 from metacontroller.training.seeding import stream_seed
+from metacontroller.variants.loss_scale import LossScale
+from metacontroller.variants.next_latent import NextLatent
 
 EVALUATED = 4096
 Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

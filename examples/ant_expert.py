@@ -39,7 +39,7 @@ from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
 from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
 from metacontroller.domains.base import Split
-from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, Task, format_task
+from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, format_task
 from metacontroller.presets import ant
 from metacontroller.storage.files import replacing
 from metacontroller.storage.run_folder import RunFolder

@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from metacontroller import InternalEnv, InternalVectorEnv
-from metacontroller.phases.stable_baselines import StableBaselinesEnv
+from metacontroller.environments.stable_baselines import StableBaselinesEnv
 from metacontroller.recipes.config import load_run
 from metacontroller.storage.run_folder import RunFolder
 

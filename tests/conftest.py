@@ -13,8 +13,8 @@ from jaxtyping import install_import_hook
 
 # The kernels' compiled files are left out: Triton compiles the plain function, not a checked one.
 CHECKED = [
-    *("metacontroller." + name for name in ("models", "control", "domains", "data", "metrics", "phases", "training")),
-    *("metacontroller." + name for name in ("baselines", "analysis")),
+    *("metacontroller." + name for name in ("models", "control", "domains", "data", "metrics", "objectives", "phases", "training")),
+    *("metacontroller." + name for name in ("baselines", "analysis", "environments", "variants")),
     "metacontroller.storage.run_folder",
 ]
 # The numeric tower, so that an int is a valid float, as it is for pyright.

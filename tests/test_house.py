@@ -22,13 +22,15 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"models", *GROUND},
     "report": {"metrics", "storage"},
 }
-LAYERS = ("phases", "baselines", "analysis", "recipes", "presets", "commands", "cli")
+LAYERS = ("objectives", "phases", "environments", "baselines", "analysis", "recipes", "presets", "commands", "cli")
 below = {"control", "domains", "training", "metrics", "models", *GROUND}
 for layer in LAYERS:
     ALLOWED[layer] = {*below, *({"report"} if layer in ("analysis", "recipes", "commands") else ())}
     below.add(layer)
-ALLOWED["__init__"] = {"control", "models", "phases"}
-ALLOWED["compat"] = {"control", "models", *GROUND}
+ALLOWED["__init__"] = {"control", "models", "environments"}
+ALLOWED["variants"] = {"control", "models", *GROUND}
+"""What the paper does not have and no preset needs: found by name, imported by the adapter alone."""
+ALLOWED["compat"] = {"control", "models", "variants", *GROUND}
 """The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
 SHARED = {"errors", "ranges", "arguments", "__version__", ""}
 """What all may import: errors of users, ranges of numbers, kinds of arguments, and the package for its version."""

@@ -8,8 +8,8 @@ import pytest
 
 import metacontroller
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.environments.internal_env import InternalEnv
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.internal_env import InternalEnv
 
 
 def test_the_public_names_are_those_of_their_modules() -> None:

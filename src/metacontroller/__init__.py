@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metacontroller.control.metacontroller import MetaController
+    from metacontroller.environments.internal_env import InternalEnv
+    from metacontroller.environments.internal_vector_env import InternalVectorEnv
     from metacontroller.models.transformer import Transformer
-    from metacontroller.phases.internal_env import InternalEnv
-    from metacontroller.phases.internal_vector_env import InternalVectorEnv
 
 __path__.append(str(Path(__file__).with_name("compat")))  # modules of the names of another library, see compat/
 
@@ -21,8 +21,8 @@ __all__ = ["InternalEnv", "InternalVectorEnv", "MetaController", "Transformer", 
 
 _MODULES = {
     "ActionProposerWrapper": "metacontroller",
-    "InternalEnv": "phases.internal_env",
-    "InternalVectorEnv": "phases.internal_vector_env",
+    "InternalEnv": "environments.internal_env",
+    "InternalVectorEnv": "environments.internal_vector_env",
     "MetaController": "control.metacontroller",
     "MetaControllerWithBinaryMapper": "metacontroller_with_binary_mapper",
     "binary_entropy": "metacontroller",

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metacontroller.analysis import gate as module
-from metacontroller.analysis.gate import Gate, held_out_gate
+from metacontroller.analysis import gate_alignment as module
+from metacontroller.analysis.gate_alignment import Gate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.rate_distortion import rate_distortion, rate_distortion_of_segments
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
 from metacontroller.control.switching import GateConfig
-from metacontroller.metrics.gate import gate_alignment
+from metacontroller.metrics.switch_alignment import gate_alignment
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import build_meta_controller, load_run
 from metacontroller.recipes.run_phase import demonstrations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metacontroller.analysis import oracle as module
-from metacontroller.analysis.gate import HeldOutGate, held_out_gate
+from metacontroller.analysis.gate_alignment import HeldOutGate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle, OracleCodes, named_success, oracle_codes, readable, recorded_proposal
 from metacontroller.analysis.registry import run_analysis

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from metacontroller.analysis import steering
-from metacontroller.analysis.codes import code_subgoal_bits, unseen_transition_share
+from metacontroller.analysis.code_content import code_subgoal_bits, unseen_transition_share
 from metacontroller.analysis.injection import injected_codes
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.probing import Probes
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
-from metacontroller.domains.pinpad_layouts import sample_layouts
-from metacontroller.domains.pinpad_tasks import A1_POST
-from metacontroller.metrics.gate import gate_alignment
+from metacontroller.domains.pinpad.layouts import sample_layouts
+from metacontroller.domains.pinpad.tasks import A1_POST
+from metacontroller.metrics.switch_alignment import gate_alignment
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.evaluate import evaluate
 from metacontroller.presets.gridworld import debug, paper

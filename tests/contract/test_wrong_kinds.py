@@ -23,6 +23,7 @@ from metacontroller.arguments import _classes
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.domains.registry import domain_of
+from metacontroller.environments.stable_baselines import StableBaselinesEnv
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import artefact_path, load_artefact
 from metacontroller.phases.discover import discover
@@ -31,7 +32,6 @@ from metacontroller.phases.evolution import EvolutionConfig, evolution
 from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.pretrain import pretrain, snapshot_path
 from metacontroller.phases.rollout import rollout_abstract, rollout_raw
-from metacontroller.phases.stable_baselines import StableBaselinesEnv
 from metacontroller.presets import preset
 from metacontroller.recipes.collect import CollectConfig, collect
 from metacontroller.recipes.config import (

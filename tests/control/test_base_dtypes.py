@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
+from metacontroller.environments.internal_env import InternalEnv
+from metacontroller.environments.internal_vector_env import InternalVectorEnv
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.internal_env import InternalEnv
-from metacontroller.phases.internal_vector_env import InternalVectorEnv
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]

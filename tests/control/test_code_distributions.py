@@ -15,10 +15,10 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from metacontroller.control.codes import BinaryCodes, GaussianCodes, make_codes
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.registry import domain_of
+from metacontroller.environments.internal_env import InternalEnv
+from metacontroller.environments.internal_vector_env import InternalVectorEnv
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
-from metacontroller.phases.internal_env import InternalEnv
-from metacontroller.phases.internal_vector_env import InternalVectorEnv
 from metacontroller.presets import preset
 from metacontroller.recipes.run_phase import run_phase
 from metacontroller.storage.run_folder import RunFolder

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metacontroller.control.losses import clipped_surrogate, ratio_loss, target_policy_loss, z_score
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.control.proposers import StepwisePolicy, make_proposer
 from metacontroller.errors import UserError
+from metacontroller.variants.proposers import StepwisePolicy, make_proposer
 
 BATCH, TIME, ENTRIES = 4, 5, 3
 MASK = torch.arange(TIME) < torch.tensor([5, 3, 1, 4])[:, None]

@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from metacontroller.control.policy import AbstractActionPolicy
 from metacontroller.control.population import Population
-from metacontroller.control.proposers import StepwisePolicy, make_proposer
 from metacontroller.errors import UserError
+from metacontroller.variants.proposers import StepwisePolicy, make_proposer
 
 MEMBERS, DIM = 6, 5
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_single_phase import DIM, batch, make
 
-from metacontroller.control.entropy_switch import EntropySwitch
 from metacontroller.errors import UserError
-from metacontroller.models.latent_prediction import LatentPrediction, NextSwitch, sigreg
+from metacontroller.variants.entropy_switch import EntropySwitch
+from metacontroller.variants.latent_prediction import LatentPrediction, NextSwitch, sigreg
 
 
 @pytest.mark.parametrize("weights", [None, [0.25, 2.0]])

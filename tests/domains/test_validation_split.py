@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 
 from metacontroller.analysis.episodes import Episodes
-from metacontroller.analysis.gate import Gate, held_out_gate
+from metacontroller.analysis.gate_alignment import Gate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle
 from metacontroller.analysis.probing import Probes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metacontroller.metrics.gate import codes_taken, gate_alignment, gate_report, gate_sums, subgoal_changes
+from metacontroller.metrics.switch_alignment import codes_taken, gate_alignment, gate_report, gate_sums, subgoal_changes
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 9]])  # changes at steps 3 and 7; the last step is padding
 LENGTHS = torch.tensor([9])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, tokens_to_onehot
-from metacontroller.domains.pinpad_layouts import sample_layouts
+from metacontroller.domains.pinpad.layouts import sample_layouts
 from metacontroller.models import encoders
 from metacontroller.models.encoders import GridEncoder, TokenEncoder, VectorEncoder
 from metacontroller.models.transformer import Transformer

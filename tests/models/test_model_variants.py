@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from metacontroller.errors import UserError
 from metacontroller.models.condition import AdaptiveNorm
 from metacontroller.models.grid_encoder import SymbolicGridEncoder
-from metacontroller.models.loss_scale import LossScale
-from metacontroller.models.next_latent import NextLatent
 from metacontroller.models.transformer import Transformer, make_body
+from metacontroller.variants.loss_scale import LossScale
+from metacontroller.variants.next_latent import NextLatent
 
 WIDTH, COND = 6, 3
 

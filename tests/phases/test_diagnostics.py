@@ -10,7 +10,7 @@ import torch
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
-from metacontroller.metrics.gate import binary_fraction, codes_taken
+from metacontroller.metrics.switch_alignment import binary_fraction, codes_taken
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.diagnostics import diagnose, measure
 from metacontroller.presets.gridworld import debug

@@ -14,7 +14,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.population import Population
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
-from metacontroller.domains.pinpad_layouts import Layouts
+from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.errors import DivergedError, UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.evolution import EvolutionConfig, evolution, fitness_of, play_population

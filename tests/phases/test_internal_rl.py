@@ -24,7 +24,7 @@ from metacontroller.domains.base import BatchedEnv
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.domains.gymnasium_adapter import GymnasiumEnvironments
-from metacontroller.domains.pinpad_layouts import Layouts
+from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases import policy_gradient

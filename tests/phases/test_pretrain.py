@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from metacontroller.data.clips import draw_clips
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
+from metacontroller.objectives.clips import draw_clips
 from metacontroller.phases.pretrain import PretrainConfig, pretrain
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import build_model

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from metacontroller.analysis.codes import code_subgoal_bits
+from metacontroller.analysis.code_content import code_subgoal_bits
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids

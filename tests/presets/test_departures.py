@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from metacontroller.domains.pinpad_tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, format_task, transitions
+from metacontroller.domains.pinpad.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2, format_task, transitions
 from metacontroller.presets import preset, preset_names, study_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "departures.md"

@@ -11,7 +11,7 @@ import torch
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpadConfig
 from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
-from metacontroller.domains.pinpad_tasks import transitions
+from metacontroller.domains.pinpad.tasks import transitions
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets.gridworld import PRESETS, debug, laptop

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from metacontroller.analysis.gate import held_out_gate
+from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.cli import main
 from metacontroller.errors import UserError
 from metacontroller.presets.gridworld import debug

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from metacontroller.analysis.gate import held_out_gate
+from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.baselines.compile import CompILE, boundary_probability
 from metacontroller.cli import main
 from metacontroller.control.metacontroller import MetaController

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from metacontroller import cli
 from metacontroller.errors import UserError
-from metacontroller.metrics.gate import HISTOGRAM_BINS
+from metacontroller.metrics.switch_alignment import HISTOGRAM_BINS
 from metacontroller.report import html
 from metacontroller.report.figures import save_figure, success_figure
 from metacontroller.report.html import write_report

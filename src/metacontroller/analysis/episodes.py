@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metacontroller.analysis.gate import held_out_gate
+from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.analysis.video import drawn
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
-from metacontroller.metrics.gate import subgoal_changes
+from metacontroller.metrics.switch_alignment import subgoal_changes
 from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.figures import gate_figure
 from metacontroller.training.progress import announce

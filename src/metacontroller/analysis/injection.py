@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from metacontroller.analysis.codes import CodeMeaning, code_meaning, two_subgoals
+from metacontroller.analysis.code_content import CodeMeaning, code_meaning, two_subgoals
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, analysis
 from metacontroller.control.metacontroller import MetaController

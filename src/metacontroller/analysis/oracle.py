@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metacontroller.analysis.gate import HeldOutGate, gate_along, held_out_gate
+from metacontroller.analysis.gate_alignment import HeldOutGate, gate_along, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.analysis.steering import play_chained, tells_goals

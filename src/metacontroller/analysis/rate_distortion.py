@@ -15,7 +15,7 @@ from metacontroller.baselines.compile import LIKELY, CompILE, boundary_probabili
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.metrics.gate import binary_fraction, gate_alignment
+from metacontroller.metrics.switch_alignment import binary_fraction, gate_alignment
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.training.seeding import noise_generator
 

@@ -34,7 +34,7 @@ from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentN
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Ratio, Trajectories, length_mask, masked_mean
-from metacontroller.metrics.gate import gate_sums
+from metacontroller.metrics.switch_alignment import gate_sums
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import META_CONTROLLER, SEGMENTATION, save_artefacts

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metacontroller.control.proposers import ModuleProposer
 from metacontroller.control.sequence_embedder import LastState, PooledBody
-from metacontroller.models.loss_scale import LossScale
-from metacontroller.models.next_latent import NextLatent
+from metacontroller.variants.loss_scale import LossScale
+from metacontroller.variants.next_latent import NextLatent
+from metacontroller.variants.proposers import ModuleProposer
 
 from .compat_names import TheirSave
 from .compat_transformer import body_options

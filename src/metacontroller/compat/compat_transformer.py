@@ -14,11 +14,11 @@ from metacontroller.control.freezing import trains_only
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.cache_store import check_unused
-from metacontroller.models.loss_scale import LossScale
-from metacontroller.models.next_latent import NextLatent
 from metacontroller.models.protocol import frozen
 from metacontroller.models.readouts import make_readout
 from metacontroller.models.transformer import Transformer as HouseTransformer
+from metacontroller.variants.loss_scale import LossScale
+from metacontroller.variants.next_latent import NextLatent
 
 from .compat_names import TheirSave, TheirTraining, other_name
 

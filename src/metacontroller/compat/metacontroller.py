@@ -12,7 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metacontroller.control.metacontroller import MetaController as HouseMetaController
-from metacontroller.control.proposers import (
+from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
+from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
+from metacontroller.control.switching import regular_switches
+from metacontroller.ranges import check_options
+from metacontroller.variants.proposers import (
     BodyProposer,
     GruProposer,
     MinGruProposer,
@@ -21,11 +25,7 @@ from metacontroller.control.proposers import (
     StepwisePolicy,
     make_proposer,
 )
-from metacontroller.control.schedules import LossWeights
-from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
-from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
-from metacontroller.control.switching import regular_switches
-from metacontroller.ranges import check_options
+from metacontroller.variants.schedules import LossWeights
 
 from . import compat_losses as losses
 from .compat_losses import (

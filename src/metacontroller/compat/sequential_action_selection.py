@@ -1,4 +1,4 @@
-"""The other library's switching recurrence, a GRU unit, step by step; ours is `kernels.gate`. JAX is not used."""
+"""The other library's switching recurrence, a GRU unit, step by step; ours is `kernels.gate_scan`. JAX is not used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.kernels.gru_gate import gru_gate
+from metacontroller.variants.gru_gate import gru_gate
 
 __all__ = [
     "HAS_JAX",
@@ -42,7 +42,7 @@ def perform_sequential_action_selection(
     hard_switch_straight_through: bool = False,
     is_first_step: bool = True,
 ) -> SequentialActionSelectionOutput:
-    """See `kernels.gru_gate`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
+    """See `variants.gru_gate`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
     output = gru_gate(
         gru,
         to_beta,

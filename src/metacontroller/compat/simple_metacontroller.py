@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metacontroller.control.losses import clipped_surrogate
-from metacontroller.control.single_phase import SinglePhase, SinglePhaseCache
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
-from metacontroller.models.latent_prediction import sigreg
+from metacontroller.variants.latent_prediction import sigreg
+from metacontroller.variants.single_phase import SinglePhase, SinglePhaseCache
 
 from .compat_losses import beside, z_score
 from .compat_names import TheirSave, other_name
@@ -223,7 +223,7 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
 
     @staticmethod
     def sigreg_loss(x: Tensor, mask: Tensor | None = None, num_slices: int = 1024, **options: Any) -> Tensor:
-        """See `models.latent_prediction.sigreg`, of the vectors of x (b, t, n) at real steps, mask (b, t) bool.
+        """See `variants.latent_prediction.sigreg`, of the vectors of x (b, t, n) at real steps, mask (b, t) bool.
 
         options: domain, num_knots, and reduction, which is "mean".
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
-from metacontroller.models.resnet import ResNet, ResNetDecoder, pixel_losses
+from metacontroller.variants.resnet import ResNet, ResNetDecoder, pixel_losses
 
 from .compat_transformer import BehavioralCloningLosses, Transformer, body_options
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from metacontroller.control.codes import Codes, bounded
 from metacontroller.control.losses import ratio_loss
-from metacontroller.control.schedules import LossWeights
 from metacontroller.control.switching import GateConfig, mix_given, regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
@@ -69,7 +68,7 @@ class SteeringSteps:
     gate_config: GateConfig
     ratio_loss_weight: float
     target_segment_length: float
-    loss_weights: LossWeights | None
+    loss_weights: Any
     switch_temperature: float | None = None
     hard_switch: bool | None = None
     straight_through: bool = False

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.kernels.gate import GateOutput, gate_scan
+from metacontroller.kernels.gate_scan import GateOutput, gate_scan
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.ranges import COUNT, POSITIVE, Number, check_number
 

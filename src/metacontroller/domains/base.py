@@ -165,12 +165,12 @@ class Domain:
 
     def positions(self, states: Tensor) -> Tensor:
         """Where things are as seen from the agent, (n, t, *obs) -> (n, t, p): numbers of which the end of a long action
-        is a linear function, see `control.fixed_points`. UserError if the world has none."""
+        is a linear function, see `objectives.fixed_points`. UserError if the world has none."""
         raise self.lacking("positions")
 
     def decisions(self, episodes: Trajectories) -> Tensor:
         """(b, t) bool: steps of demonstrations at which an expert may decide where to go, such as where it enters a
-        room; for clips of them, see `data.clips`. UserError if the world does not say."""
+        room; for clips of them, see `objectives.clips`. UserError if the world does not say."""
         raise self.lacking("decisions")
 
     def seen_transitions(self) -> Tensor | None:

@@ -7,9 +7,9 @@ corridor = "my_package.corridor:Corridor"
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from metacontroller import domains
@@ -27,8 +27,8 @@ def domain_names() -> list[str]:
 @cache
 def _own_names() -> frozenset[str]:
     """Those of this package."""
-    folders = pkgutil.iter_modules(domains.__path__)
-    return frozenset(folder.name.replace("_", "-") for folder in folders if folder.ispkg)
+    folders = (path.parent.name for path in Path(domains.__path__[0]).glob("*/domain.py"))
+    return frozenset(name.replace("_", "-") for name in folders)
 
 
 def domain_class(name: str) -> type[Domain]:

@@ -8,7 +8,7 @@ import torch
 
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.metrics.gate import binary_fraction, codes_taken
+from metacontroller.metrics.switch_alignment import binary_fraction, codes_taken
 from metacontroller.models.protocol import SteerableModel
 
 MIN_CODES = 1.05

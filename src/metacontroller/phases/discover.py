@@ -21,15 +21,15 @@ from metacontroller.arguments import checked_kinds
 from metacontroller.control.discovery import DiscoveryNoise
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate, apart
-from metacontroller.data.clips import Decisions, draw_clips
 from metacontroller.data.trajectories import Ratio, Trajectories
 from metacontroller.errors import UserError
-from metacontroller.metrics.gate import codes_taken, gate_sums, later_steps
+from metacontroller.metrics.switch_alignment import codes_taken, gate_sums, later_steps
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
+from metacontroller.objectives.clips import Decisions, draw_clips
+from metacontroller.objectives.guided import Guide, Positions
 from metacontroller.phases.artefacts import COTRAINED_MODEL, META_CONTROLLER, save_artefacts
 from metacontroller.phases.diagnostics import diagnose, measure
-from metacontroller.phases.guided import Guide, Positions
 from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_fields, check_warmup
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
@@ -58,10 +58,10 @@ class DiscoverConfig:
     muon_lr: float = 0.0
     """Learning rate of Muon for the metacontroller's matrices (our choice); 0: AdamW for all, as in the paper."""
     guided_updates: int = 0
-    """Updates at the start in which codes are those that `phases.guided` names; the gate, and the norm and history that
-    it reads, then stay as they are. 0: none, as in the paper."""
+    """Updates at the start in which codes are those that `objectives.guided` names; the gate, and the norm and history
+    that it reads, then stay as they are. 0: none, as in the paper."""
     clips: int = 0
-    """Clips beside each episode of a batch in guided updates, which begin where experts decide, see `data.clips`."""
+    """Clips beside each episode of a batch in guided updates, from where experts decide, see `objectives.clips`."""
     clip_steps: int = 3
     """Steps of a clip."""
     train_model: bool = False

@@ -2,7 +2,7 @@
 
     loss = mean over real steps of  -log p(a_t | o_1:t) - lambda log p(o_{t+1} | o_1:t)
 
-With clips (`data.clips`, our choice) the same loss of their steps is added.
+With clips (`objectives.clips`, our choice) the same loss of their steps is added.
 Metrics: ``loss``, ``action_loss``, with lambda > 0 ``state_loss``, and with clips ``clip_loss``, the action loss of
 their steps; all in nats per step. ``val_action_loss``, if episodes for validation are given: `training.validation`.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
 from metacontroller.data.batching import Generate
-from metacontroller.data.clips import Decisions, clip_extras, clips_of, draw_clips
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import emphasized_choices
+from metacontroller.objectives.clips import Decisions, clip_extras, clips_of, draw_clips
 from metacontroller.phases.artefacts import BASE_MODEL, save_artefacts
 from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_each, check_fields
 from metacontroller.storage.run_folder import RunFolder
@@ -44,7 +44,7 @@ class PretrainConfig:
     """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. It falls as
     the optimizer's does, and weight decay is the same."""
     clips: int = 0
-    """Clips beside each episode of a batch, which begin where experts decide, see `data.clips` (our choice)."""
+    """Clips beside each episode of a batch, which begin where experts decide, see `objectives.clips` (our choice)."""
     clip_steps: int = 3
     """Steps of a clip."""
     snapshots: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from metacontroller.baselines.compile import CompileConfig
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.switching import GateConfig
 from metacontroller.domains.ant_pinpad.domain import UNTRAINED, AntPinpadConfig
-from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
+from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, transitions
 from metacontroller.models.config import ModelConfig
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig

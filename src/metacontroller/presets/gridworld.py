@@ -12,7 +12,7 @@ from metacontroller.baselines.compile import CompileConfig
 from metacontroller.control.config import MetaControllerConfig
 from metacontroller.control.switching import GateConfig
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpadConfig
-from metacontroller.domains.pinpad_tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2
+from metacontroller.domains.pinpad.tasks import A1_POST, A2_POST, TABLE_A1, TABLE_A2
 from metacontroller.models.config import ModelConfig
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig

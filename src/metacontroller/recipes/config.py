@@ -22,9 +22,9 @@ from metacontroller.domains.registry import domain_class, domain_of
 from metacontroller.errors import UserError
 from metacontroller.models.config import model_config_class
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.objectives.guided import check_nameable
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig
-from metacontroller.phases.guided import check_nameable
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.storage.config_file import from_plain

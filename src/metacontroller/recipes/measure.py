@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from metacontroller.analysis.codes import code_meaning, unseen_transition_share
-from metacontroller.analysis.gate import held_out_gate
+from metacontroller.analysis.code_content import code_meaning, unseen_transition_share
+from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle
 from metacontroller.analysis.probing import probe_layers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metacontroller.metrics.gate import HISTOGRAM_BINS
+from metacontroller.metrics.switch_alignment import HISTOGRAM_BINS
 from metacontroller.report.figures import figure_of_size, numbers, say_not_measured
 
 if TYPE_CHECKING:

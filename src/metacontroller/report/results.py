@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metacontroller.errors import UserError
-from metacontroller.metrics.gate import HISTOGRAM_BINS
+from metacontroller.metrics.switch_alignment import HISTOGRAM_BINS
 from metacontroller.ranges import Number, Whole, shown
 from metacontroller.report.figures import MOST
 from metacontroller.report.tables import POLICIES, RESULTS, evaluation_name

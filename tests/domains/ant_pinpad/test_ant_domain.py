@@ -23,7 +23,7 @@ from metacontroller.domains.ant_pinpad.observation import ORIENTATION, heading, 
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turn_torques
 from metacontroller.domains.base import FREE
-from metacontroller.domains.pinpad_tasks import A2_POST, TABLE_A2, transitions
+from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, transitions
 from metacontroller.models.config import ModelConfig
 from metacontroller.models.encoders import VectorEncoder
 from metacontroller.presets import preset, preset_names

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from metacontroller.domains.ant_pinpad import ENV_ID
-from metacontroller.domains.pinpad_tasks import TABLE_A2
+from metacontroller.domains.pinpad.tasks import TABLE_A2
 
 pytest.importorskip("mujoco", reason="the extra ant is not installed")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from metacontroller.domains.ant_pinpad.layouts import COUNTERCLOCKWISE, STEPS, Arena, direction_fields
-from metacontroller.domains.pinpad_layouts import object_lookup, sample_layouts
-from metacontroller.domains.pinpad_ways import UNREACHABLE, distance_fields
+from metacontroller.domains.pinpad.layouts import object_lookup, sample_layouts
+from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
 
 
 def random_state(seed: int = 0) -> torch.Generator:
@@ -126,6 +126,6 @@ def test_planes_that_cannot_be_are_refused(changes: dict[str, float], message: s
 
 
 def test_a_plane_without_ways_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metacontroller.domains.pinpad_layouts.MAX_RESAMPLES", 20)
+    monkeypatch.setattr("metacontroller.domains.pinpad.layouts.MAX_RESAMPLES", 20)
     with pytest.raises(ValueError, match="no feasible layout was found in 20 tries for size 3"):
         sample_layouts(Arena(size=3, num_colors=8, num_walls=0), 4, random_state())

@@ -22,7 +22,7 @@ from metacontroller.domains.ant_pinpad.observation import (
     symlog,
 )
 from metacontroller.domains.ant_pinpad.symmetry import shift_colors, turn_around, turn_body, turn_world
-from metacontroller.domains.pinpad_layouts import sample_layouts
+from metacontroller.domains.pinpad.layouts import sample_layouts
 from metacontroller.models.encoders import PlaneEncoder
 
 ARENA = Arena(cell_size=2.0)

@@ -16,7 +16,7 @@ from metacontroller.domains.ant_pinpad.observation import state_of
 from metacontroller.domains.ant_pinpad.simulator import HEIGHT, AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turn_body, turn_torques, turn_world
 from metacontroller.domains.base import BatchedEnv
-from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.domains.pinpad.tasks import pad_tasks
 
 mujoco = pytest.importorskip("mujoco", reason="the extra ant is not installed")
 

@@ -12,7 +12,7 @@ import pytest
 
 from metacontroller.cli import main
 from metacontroller.domains.babyai.domain import BabyAIConfig
-from metacontroller.domains.pinpad_tasks import transitions
+from metacontroller.domains.pinpad.tasks import transitions
 from metacontroller.presets import preset, preset_names
 from metacontroller.recipes.config import from_json, to_json
 from metacontroller.storage.run_folder import RunFolder

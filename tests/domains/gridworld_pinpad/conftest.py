@@ -9,8 +9,8 @@ import torch
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
-from metacontroller.domains.pinpad_layouts import Layouts
-from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.domains.pinpad.layouts import Layouts
+from metacontroller.domains.pinpad.tasks import pad_tasks
 
 
 def read_picture(picture: str, max_steps: int = 100) -> tuple[PinpadConfig, Layouts]:

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode
 
 from metacontroller.domains.gridworld_pinpad import ENV_ID
 from metacontroller.domains.gridworld_pinpad.gymnasium_env import GridworldPinpadEnv, GridworldPinpadVectorEnv
-from metacontroller.domains.pinpad_tasks import TABLE_A1
+from metacontroller.domains.pinpad.tasks import TABLE_A1
 
 SMALL = {"size": 4, "num_colors": 2, "num_walls": 1, "task": "0-1"}
 

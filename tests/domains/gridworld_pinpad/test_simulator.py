@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, check_actions
-from metacontroller.domains.pinpad_layouts import Layouts, feasible, sample_layouts
-from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.domains.pinpad.layouts import Layouts, feasible, sample_layouts
+from metacontroller.domains.pinpad.tasks import pad_tasks
 
 UP, DOWN, LEFT, RIGHT = range(4)
 

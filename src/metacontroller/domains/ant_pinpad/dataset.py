@@ -20,7 +20,7 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.expert import Expert, play
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.simulator import start_ants
-from metacontroller.domains.pinpad_tasks import Task
+from metacontroller.domains.pinpad.tasks import Task
 from metacontroller.errors import UserError
 from metacontroller.storage.versions import record
 

@@ -30,7 +30,7 @@ from metacontroller.domains.ant_pinpad.observation import (
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import LEGS, shift_colors, turn_around, turn_torques
 from metacontroller.domains.base import FREE, Domain, DomainSpec, Free, Split
-from metacontroller.domains.pinpad_tasks import (
+from metacontroller.domains.pinpad.tasks import (
     A2_POST,
     TABLE_A2,
     Task,

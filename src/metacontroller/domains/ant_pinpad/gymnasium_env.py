@@ -15,7 +15,7 @@ from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, observation_size
 from metacontroller.domains.ant_pinpad.rendering import painter
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
-from metacontroller.domains.pinpad_gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
+from metacontroller.domains.pinpad.gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
 from metacontroller.errors import UserError
 from metacontroller.ranges import check_options
 

@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from metacontroller.domains.pinpad_layouts import Board, object_lookup
-from metacontroller.domains.pinpad_ways import UNREACHABLE, entering_fields
+from metacontroller.domains.pinpad.layouts import Board, object_lookup
+from metacontroller.domains.pinpad.ways import UNREACHABLE, entering_fields
 from metacontroller.ranges import Number, check_fields
 
 UP, DOWN, LEFT, RIGHT = range(4)

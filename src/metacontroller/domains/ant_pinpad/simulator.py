@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, STATE_SIZE, observe
-from metacontroller.domains.pinpad_layouts import object_lookup, sample_layouts
-from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.domains.pinpad.layouts import object_lookup, sample_layouts
+from metacontroller.domains.pinpad.tasks import pad_tasks
 from metacontroller.errors import UserError
 
 STEP_SECONDS = 0.05

@@ -15,7 +15,7 @@ from torch import Tensor
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.babyai import observation
 from metacontroller.domains.base import FREE, BatchedEnv, Domain, DomainSpec, Free, Split
-from metacontroller.domains.pinpad_tasks import (
+from metacontroller.domains.pinpad.tasks import (
     A2_POST,
     TABLE_A2,
     Task,

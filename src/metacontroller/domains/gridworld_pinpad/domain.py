@@ -18,8 +18,8 @@ from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak,
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, FreePinpadBatch, PinpadBatch, start_grids
-from metacontroller.domains.pinpad_layouts import Layouts, sample_layouts
-from metacontroller.domains.pinpad_tasks import (
+from metacontroller.domains.pinpad.layouts import Layouts, sample_layouts
+from metacontroller.domains.pinpad.tasks import (
     A1_POST,
     TABLE_A1,
     Task,

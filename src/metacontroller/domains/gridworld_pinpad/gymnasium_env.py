@@ -14,9 +14,9 @@ from torch import Tensor
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch, check_actions
-from metacontroller.domains.pinpad_gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
-from metacontroller.domains.pinpad_layouts import sample_layouts
-from metacontroller.domains.pinpad_tasks import pad_tasks
+from metacontroller.domains.pinpad.gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
+from metacontroller.domains.pinpad.layouts import sample_layouts
+from metacontroller.domains.pinpad.tasks import pad_tasks
 
 
 class _Grids(Episodes):

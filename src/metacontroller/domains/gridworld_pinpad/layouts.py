@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from metacontroller.domains.pinpad_layouts import Board
+from metacontroller.domains.pinpad.layouts import Board
 from metacontroller.errors import UserError
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_table
-from metacontroller.domains.pinpad_layouts import Layouts, check_layouts, object_lookup, sample_layouts
-from metacontroller.domains.pinpad_tasks import Task, single_colors
+from metacontroller.domains.pinpad.layouts import Layouts, check_layouts, object_lookup, sample_layouts
+from metacontroller.domains.pinpad.tasks import Task, single_colors
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, check_number, shown
 

@@ -1,0 +1,134 @@
+"""The gate that acts in a run, along held-out episodes of experts, against true subgoal changes (Fig. 6, A3).
+
+Axes: b episodes, t steps, n_z code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metacontroller.analysis.loaded_run import LoadedRun
+from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.baselines.compile import boundary_probability
+from metacontroller.data.trajectories import Trajectories
+from metacontroller.errors import UserError
+from metacontroller.metrics.switch_alignment import gate_alignment, gate_report
+from metacontroller.phases.evaluate import MAX_BATCH
+from metacontroller.ranges import ROWS, check_fields
+from metacontroller.report.analysis_figures import gate_histogram_figure
+from metacontroller.training.seeding import noise_generator, stream_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class HeldOutGate(NamedTuple):
+    """beta (b, t) of the gate, 1 at an episode's first step, and the code in force (b, t, n_z) along held-out
+    ``episodes`` of experts; in their padding anything finite. nats (b, t, n_z): KL of what the encoder proposes against
+    N(0, I), by dimension; None after CompILE. threshold: of beta at a switch. tolerance: the world's."""
+
+    beta: Tensor
+    code: Tensor
+    episodes: Trajectories
+    nats: Tensor | None
+    threshold: float
+    tolerance: int = 1
+
+    @property
+    def segments(self) -> Tensor:
+        """(b, t) int64 index of the subgoal in its task; UserError if the episodes carry none."""
+        if self.episodes.segments is None:
+            raise UserError("the episodes carry no segments; give a world whose demonstrations are labelled.")
+        return self.episodes.segments
+
+    def figures(self) -> dict[str, float]:
+        """gate_recall, gate_precision and gate_binary_fraction over all episodes together."""
+        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths, **self._counted())
+        return {name: float(value) for name, value in alignment.items()}
+
+    def report(self) -> dict[str, list[float]]:
+        """`metrics.switch_alignment.gate_report` over all episodes together."""
+        return gate_report(self.beta, self.segments, self.episodes.lengths, **self._counted())
+
+    def switches(self) -> Tensor:
+        """(b, t) bool: real steps at which a code is taken."""
+        return (self.beta >= self.threshold) & self.episodes.mask()
+
+    def _counted(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "tolerance": self.tolerance}
+
+
+def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
+    """The gate that acts in a run, along so many held-out demonstrations: whatever says something about a run's gate
+    reads it here."""
+    device = next(run.model.parameters()).device
+    held_out = run.demonstrations("validation")(episodes, torch.Generator().manual_seed(seed)).to(device)
+    return gate_along(run, held_out, seed)
+
+
+@torch.no_grad()
+def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate:
+    """The gate that acts in a run, along experts' episodes; seed: of the noise in codes.
+
+    It is read as in discovery, where proposals see the whole episode. After CompILE, codes and boundaries are its own,
+    the likeliest, and the gate is the causal one that learned to tell them from the past; the metacontroller's acausal
+    encoder was never trained.
+    """
+    model, meta_controller, segmentation = run.model, run.meta_controller.eval(), run.segmentation
+    device = held_out.actions.device
+    noise = noise_generator(seed, device)
+    betas, codes, nats = [], [], []
+    for rows in torch.arange(held_out.batch, device=device).split(MAX_BATCH):
+        batch = held_out.index(rows)
+        left = held_out.steps - batch.steps
+        if segmentation is None:
+            gate_noise = meta_controller.sample_noise(batch.batch, batch.steps, noise)
+            output = meta_controller.discover_episodes(
+                model, batch.states, batch.actions, batch.lengths, noise=gate_noise
+            )
+            beta, code = output.beta, output.z
+            kl = meta_controller.codes.kl_entries(output.distribution)
+            nats.append(F.pad(kl, (0, 0, 0, left)))
+        else:
+            code = segmentation(batch.states, batch.lengths).code_at()
+            beta = boundary_probability(meta_controller, model.residual(batch.states, batch.actions), code)
+        beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
+        betas.append(F.pad(beta, (0, left)))
+        codes.append(F.pad(code, (0, 0, 0, left)))
+    counted = meta_controller.gate_config.threshold, run.domain.gate_tolerance
+    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None, *counted)
+
+
+@analysis("gate", command="gate", figure="6, A3", file="gate_histogram")
+class Gate(Analysis):
+    """The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """How much is judged."""
+
+        episodes: int = 2048
+        """Held-out episodes to judge by."""
+
+        def __post_init__(self) -> None:
+            check_fields(self, episodes=ROWS)
+
+    def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
+        gate = held_out_gate(run, config.episodes, stream_seed(run.seed, "analyse"))
+        return {**gate.report(), "episodes": config.episodes}
+
+    def draw(self, results: Sequence[Results]) -> Figure:
+        return gate_histogram_figure(results)
+
+    def rows(self, results: Sequence[Results]) -> Rows:
+        return [
+            (f"{name} within {tolerance} steps", [result[name][index] for result in results])
+            for index, tolerance in enumerate(results[0]["tolerance"])
+            for name in ("recall", "precision", "f1")
+        ]

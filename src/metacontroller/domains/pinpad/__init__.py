@@ -1,0 +1,1 @@
+"""What the pinpad worlds share."""

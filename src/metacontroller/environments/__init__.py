@@ -1,0 +1,1 @@
+"""Internal RL as an environment for other libraries."""

@@ -1,0 +1,1 @@
+"""What discovery minimises."""
