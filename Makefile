@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow coverage lint types format reproduce figures bench gpu mutate torture clean
+.PHONY: help venv test test-slow coverage lint types format reproduce figures bench gpu mutate torture neutral clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ mutate: $(STAMP) ## break lines of the source, one at a time, and say which brea
 
 torture: $(STAMP) ## kill, signal, starve and damage runs, and say what does not survive; half an hour
 	$(BIN)/python tests/torture/torture.py $(ARGS)
+
+neutral: $(STAMP) ## train short runs; ARGS="--write FILE" notes their numbers, ARGS="--against FILE" compares with them
+	$(BIN)/python tests/neutral/neutral.py $(ARGS)
 
 clean: ## remove the environment and caches; runs are kept
 	rm -rf $(VENV) build dist .coverage* .pytest_cache .ruff_cache .hypothesis
