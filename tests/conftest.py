@@ -12,9 +12,9 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS
 from jaxtyping import install_import_hook
 
 # The kernels' compiled files are left out: Triton compiles the plain function, not a checked one.
+PACKAGES = "models control domains data metrics objectives phases environments training baselines analysis variants"
 CHECKED = [
-    *("metacontroller." + name for name in ("models", "control", "domains", "data", "metrics", "objectives", "phases", "training")),
-    *("metacontroller." + name for name in ("baselines", "analysis", "environments", "variants")),
+    *(f"metacontroller.{name}" for name in PACKAGES.split()),
     "metacontroller.storage.run_folder",
 ]
 # The numeric tower, so that an int is a valid float, as it is for pyright.
