@@ -12,6 +12,7 @@ GROUND = {"kernels", "data", "storage"}
 ALLOWED: dict[str, set[str]] = {
     "ranges": set(),
     "arguments": set(),
+    "tensors": set(),
     "storage": set(),
     "kernels": set(),
     "data": {"storage"},
@@ -32,8 +33,8 @@ ALLOWED["variants"] = {"control", "models", *GROUND}
 """What the paper does not have and no preset needs: found by name, imported by the adapter alone."""
 ALLOWED["compat"] = {"control", "models", "variants", *GROUND}
 """The adapter for the names of another library; its modules import each other relatively, and nothing imports them."""
-SHARED = {"errors", "ranges", "arguments", "__version__", ""}
-"""What all may import: errors of users, ranges of numbers, kinds of arguments, and the package for its version."""
+SHARED = {"errors", "ranges", "arguments", "tensors", "__version__", ""}
+"""What all may import: errors of users, kinds of fields, arguments and tensors, and the package for its version."""
 ORDINARY = {"offline", "ant"}
 """Names of worlds that are also words of their own."""
 WORLDS = {path.name for path in (ROOT / "domains").iterdir() if (path / "domain.py").exists()}

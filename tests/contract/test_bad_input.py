@@ -83,11 +83,11 @@ BATCHES = {
         states(),
         actions(),
         {"lens": [5, 6]},
-        "episode_lens ranges over 5..6; each must lie in",
+        "episode_lens range over 5..6; each must lie in",
     ),
-    "length zero": (states(), actions(), {"lens": [0, 5]}, "episode_lens ranges over 0..5"),
-    "too few lengths": (states(), actions(), {"lens": [5]}, "episode_lens has shape (1,)"),
-    "float lengths": (states(), actions(), {"lens": [5.0, 2.0]}, "dtype torch.float32; expected (2,) whole numbers"),
+    "length zero": (states(), actions(), {"lens": [0, 5]}, "episode_lens range over 0..5"),
+    "too few lengths": (states(), actions(), {"lens": [5]}, "episode_lens have shape (1,)"),
+    "float lengths": (states(), actions(), {"lens": [5.0, 2.0]}, "dtype torch.float32; expected whole numbers (2,)"),
     "float grid": (tokens().float(), actions(), {"kind": "grid"}, "dtype torch.float32; expected int64 (..., 4)"),
     "grid of other objects": (tokens()[..., :3], actions(), {"kind": "grid"}, "grid state has shape (2, 5, 3)"),
     "cell off the grid": (tokens(16), actions(), {"kind": "grid"}, "cells 0..16; each must lie in 0..15"),
@@ -172,7 +172,7 @@ def test_calls_that_lack_something() -> None:
         ({"actions": torch.zeros(BATCH, TIME, 3)}, "actions has shape (2, 5, 3); expected (2, 5, 2)"),
         ({"advantages": torch.zeros(3)}, "advantages (3,)"),
         ({"switch_betas": torch.zeros(BATCH)}, "switch_betas has shape (2,)"),
-        ({"episode_lens": torch.tensor([1, 9])}, "episode_lens ranges over 1..9"),
+        ({"episode_lens": torch.tensor([1, 9])}, "episode_lens range over 1..9"),
     ],
 )
 def test_policy_loss(change: dict[str, Tensor], message: str) -> None:
@@ -242,10 +242,10 @@ def test_metacontrollers_that_cannot_be(options: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": torch.tensor([5, 6])}, "lengths ranges over 5..6"),
+        ({"lengths": torch.tensor([5, 6])}, "lengths range over 5..6"),
         ({"lengths": torch.tensor([5])}, "lengths have shape (1,)"),
         ({"states": states()}, "one state more than actions"),
-        ({"actions": actions(0, TIME)}, "Trajectories hold 0 episodes"),
+        ({"actions": actions(0, TIME)}, "actions have shape (0, 5); expected a non-empty (episodes, steps"),
     ],
 )
 def test_trajectories(change: dict[str, Tensor], message: str) -> None:

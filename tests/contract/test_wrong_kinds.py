@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from inspect import signature
+from inspect import signature, unwrap
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import gymnasium
 import jaxtyping
@@ -19,7 +19,7 @@ import torch
 from metacontroller import InternalEnv, InternalVectorEnv, MetaController, Transformer
 from metacontroller.analysis.registry import draw_analysis, run_analysis
 from metacontroller.analysis.video import write_video
-from metacontroller.arguments import _classes
+from metacontroller.arguments import checked_hints
 from metacontroller.baselines.compile import build_compile, discover_compile
 from metacontroller.baselines.raw_action_rl import raw_action_rl
 from metacontroller.domains.registry import domain_of
@@ -33,6 +33,7 @@ from metacontroller.phases.internal_rl import internal_rl
 from metacontroller.phases.pretrain import pretrain, snapshot_path
 from metacontroller.phases.rollout import rollout_abstract, rollout_raw
 from metacontroller.presets import preset
+from metacontroller.ranges import check
 from metacontroller.recipes.collect import CollectConfig, collect
 from metacontroller.recipes.config import (
     build_meta_controller,
@@ -110,17 +111,22 @@ NAMED: dict[Callable[..., Any], dict[str, Any]] = {
 OTHERS = ["text", 3, 0.5, ["text"], Path("run"), BASE, STEERING, RUN, WORLD, CONFIG, None, torch.zeros(1)]
 
 
-def parameters() -> list[tuple[Callable[..., Any], int, str, tuple[type, ...]]]:
-    """Each positional argument of each call that is meant to be of a class."""
+def parameters() -> list[tuple[Callable[..., Any], int, str, Any]]:
+    """Each positional argument of each call whose kind is checked, with its annotation."""
     found = []
     for call, given in CALLS.items():
-        function = call.__init__ if isinstance(call, type) else call
-        hints, names = get_type_hints(function), list(signature(call).parameters)
-        for place, name in enumerate(names[: len(given)]):
-            classes = _classes(hints.get(name, Any))
-            if set(classes) - {str, int, float, bool, type(None)}:
-                found.append((call, place, name, classes))
+        hints = checked_hints(unwrap(call.__init__ if isinstance(call, type) else call))
+        names = list(signature(call).parameters)[: len(given)]
+        found += [(call, place, name, hints[name]) for place, name in enumerate(names) if name in hints]
     return found
+
+
+def fits(value: Any, kind: Any) -> bool:
+    try:
+        check("value", value, kind)
+    except UserError:
+        return False
+    return True
 
 
 def answered(call: Callable[[], Any], start: str) -> None:
@@ -133,20 +139,20 @@ def answered(call: Callable[[], Any], start: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "place", "name", "classes"), parameters(), ids=lambda part: getattr(part, "__name__", "")
+    ("call", "place", "name", "kind"), parameters(), ids=lambda part: getattr(part, "__name__", "")
 )
 def test_another_kind(
     call: Callable[..., Any],
     place: int,
     name: str,
-    classes: tuple[type, ...],
+    kind: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tried = 0
     for other in OTHERS:
-        if isinstance(other, classes) and not (isinstance(other, (str, list)) and str not in classes):
+        if fits(other, kind):
             continue
         given = [*CALLS[call][:place], other, *CALLS[call][place + 1 :]]
         first = next((at for at in range(place) if given[at] is None), place)  # what stands for nothing fails before

@@ -184,9 +184,12 @@ def test_masked_mean_by_hand() -> None:
         ({"states": torch.zeros(2, 3, 1)}, r"\(2, 3, 1\).*one state more than actions"),
         ({"lengths": torch.tensor([1, 4])}, "1..4; each must lie in 1..3"),
         ({"lengths": torch.tensor([0, 3])}, "0..3; each must lie in 1..3"),
-        ({"lengths": torch.tensor([3])}, r"expected \(2,\)"),
+        ({"lengths": torch.tensor([3])}, r"expected whole numbers \(2,\)"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "float32.*whole numbers"),
-        ({"states": torch.zeros(0, 4, 1), "actions": torch.zeros(0, 3), "lengths": torch.zeros(0)}, "0 episodes"),
+        (
+            {"states": torch.zeros(0, 4, 1), "actions": torch.zeros(0, 3), "lengths": torch.zeros(0)},
+            r"\(0, 3\); expected a non-empty",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(change: dict[str, Tensor], message: str) -> None:

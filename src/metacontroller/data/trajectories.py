@@ -15,7 +15,8 @@ from torch import Tensor
 
 from metacontroller.data.minari import minari_episodes, open_minari, refusing_damage
 from metacontroller.errors import UserError
-from metacontroller.ranges import ROWS, check_number, shown
+from metacontroller.ranges import Rows, check, require, shown
+from metacontroller.tensors import check_lengths, check_rows, check_tensor
 
 ENDINGS = ("terminated", "truncated")
 PER_EPISODE = ("lengths", *ENDINGS, "seeds")
@@ -57,32 +58,14 @@ class Trajectories:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_tensor(field.name, getattr(self, field.name), none=field.default is None)
-        if self.actions.dim() < 2:
-            raise UserError(f"actions have shape {tuple(self.actions.shape)}; expected (episodes, steps, ...).")
+        check_tensor("actions", self.actions, ("episodes", "steps", ...))
         batch, steps = self.actions.shape[:2]
-        if batch == 0:
-            raise UserError("Trajectories hold 0 episodes; give at least one.")
-        if self.states.shape[:2] != (batch, steps + 1):
-            raise UserError(
-                f"states have shape {tuple(self.states.shape)} but actions of shape {tuple(self.actions.shape)} need "
-                f"({batch}, {steps + 1}, ...): one state more than actions."
-            )
-        if self.lengths.shape != (batch,):
-            raise UserError(f"lengths have shape {tuple(self.lengths.shape)}; expected ({batch},), one per episode.")
+        check_tensor("states", self.states, (batch, steps + 1, ...), what="one state more than actions")
         check_lengths(self.lengths, batch, steps, "lengths", wait=False)
-        self._check_labels(batch, steps)
-
-    def _check_labels(self, batch: int, steps: int) -> None:
-        """UserError for what training does not read and does not fit the actions."""
         for name in ("subgoals", "segments", "rewards", *ENDINGS, "seeds"):
-            value, expected = getattr(self, name), (batch,) if name in PER_EPISODE else (batch, steps)
-            kind = "bool" if name in ENDINGS else "numbers" if name == "rewards" else "int64"
-            if value is None or (value.shape == expected and kind in ("numbers", str(value.dtype)[6:])):
-                continue
-            raise UserError(
-                f"{name} have shape {tuple(value.shape)} and dtype {value.dtype}; expected {expected} {kind}, one "
-                f"{'an episode' if name in PER_EPISODE else 'a step'}."
-            )
+            shape, what = ((batch,), "one an episode") if name in PER_EPISODE else ((batch, steps), "one a step")
+            dtype = torch.bool if name in ENDINGS else None if name == "rewards" else torch.int64
+            check_tensor(name, getattr(self, name), shape, dtype, what, none=True)
 
     @property
     def batch(self) -> int:
@@ -117,9 +100,8 @@ class Trajectories:
 
     def sample(self, n: int, generator: torch.Generator) -> Trajectories:
         """n of the episodes, drawn with replacement, on the generator's device: a `data.batching.Generate`."""
-        check_number("n", n, ROWS)
-        if not isinstance(generator, torch.Generator):
-            raise UserError(f"generator is {shown(generator)}; expected a torch.Generator.")
+        check("n", n, Rows)
+        check("generator", generator, torch.Generator)
         rows = torch.randint(self.batch, (n,), generator=generator, device=generator.device)
         return self.index(rows.to(self.lengths.device)).to(generator.device)
 
@@ -131,8 +113,7 @@ class Trajectories:
         ``terminated`` and ``truncated`` (a bool each) and ``seeds`` (a number) are kept. UserError for other names, for
         episodes that do not fit together, and for values that are not finite.
         """
-        if not isinstance(episodes, Iterable):
-            raise UserError(f"episodes are {shown(episodes)}; expected a list of mappings, one an episode.")
+        require(isinstance(episodes, Iterable), "episodes", episodes, "a list of mappings, one an episode")
         return cls._of_rows(list(checked_episodes(enumerate(episodes))))
 
     @classmethod
@@ -288,48 +269,3 @@ def masked_sums(values: Tensor, mask: Tensor) -> Ratio:
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of values (b, t) over mask (b, t) bool, a scalar; 0 for an empty mask. What is masked: see `masked_sums`."""
     return masked_sums(values, mask).mean
-
-
-def check_tensor(name: str, value: Any, *, none: bool = False) -> None:
-    """UserError unless the value is a tensor; none: or None."""
-    if not isinstance(value, Tensor) and not (none and value is None):
-        article = "an" if type(value).__name__[0] in "aeiou" else "a"
-        found = "None" if value is None else f"{article} {type(value).__name__}"
-        raise UserError(f"{name} is {found}; expected a torch.Tensor, as torch.as_tensor makes of lists and arrays.")
-
-
-def check_rows(rows: Tensor, count: int) -> None:
-    """UserError unless ``rows`` are indices, (m,) int64 with m of at least 1, of ``count`` episodes; their values are
-    checked on the CPU only."""
-    check_tensor("rows", rows)
-    if rows.dim() != 1 or not len(rows) or rows.dtype != torch.int64:
-        raise UserError(
-            f"rows have shape {tuple(rows.shape)} and dtype {rows.dtype}; expected (m,) int64, at least one index."
-        )
-    if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < count:
-        raise UserError(
-            f"rows range over {int(rows.min())}..{int(rows.max())}; each must lie in 0..{count - 1}, the episodes held."
-        )
-
-
-def check_lengths(
-    lengths: Tensor | None, batch: int, steps: int, name: str = "episode_lens", *, wait: bool = True
-) -> None:
-    """UserError unless ``lengths`` is None or holds ``batch`` whole numbers within 1..steps.
-
-    With wait=False the values are checked on the CPU only, because reading them from another device would synchronize
-    with it.
-    """
-    if lengths is None:
-        return
-    check_tensor(name, lengths)
-    if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        raise UserError(
-            f"{name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
-            f"expected ({batch},) whole numbers, one per episode."
-        )
-    if not wait and lengths.device.type != "cpu":
-        return
-    low, high = int(lengths.min()), int(lengths.max())
-    if low < 1 or high > steps:
-        raise UserError(f"{name} ranges over {low}..{high}; each must lie in 1..{steps}, the padded length.")

@@ -22,7 +22,7 @@ from typing import Any
 from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION, copy_artefact
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROCESSES, check_each, check_number
+from metacontroller.ranges import Count, NotNegative, Positive, Processes
 from metacontroller.recipes.config import (
     ExperimentConfig,
     load_run,
@@ -140,12 +140,12 @@ def sweep(
     out: str | os.PathLike[str],
     *,
     seeds: Sequence[int],
-    alphas: Sequence[float],
-    lrs: Sequence[float],
+    alphas: Sequence[NotNegative],
+    lrs: Sequence[Positive],
     engine: Engine = "processes",
-    workers: int = 1,
+    workers: Processes = 1,
     address: str | None = None,
-    minutes: int = 24 * 60,
+    minutes: Count = 24 * 60,
     resume: bool = False,
     quiet: bool = False,
     device: str = "cpu",
@@ -158,10 +158,6 @@ def sweep(
     for name, values in (("seeds", seeds), ("alphas", alphas), ("lrs", lrs)):
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name} are {list(values)}; give at least one, each once.")
-    check_each("alphas", alphas, NOT_NEGATIVE)
-    check_each("lrs", lrs, POSITIVE)
-    check_number("minutes", minutes, COUNT)
-    check_number("workers", workers, PROCESSES)
     folder = RunFolder(out)
     with folder.held():
         open_folder(folder, config, "sweep", resume=resume, option="--out")
