@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,viz,evo,babyai,ant,expert,data
+EXTRAS ?= dev,viz,babyai,ant,expert,data
 ARGS ?=
 
 # torch is installed by itself and first, so that no other package's range can choose a build. On a system where this

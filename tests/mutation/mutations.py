@@ -162,7 +162,7 @@ MUTATIONS: list[Mutation] = [
         RL,
         ("difference.exp() - 1 - difference, mask", "difference.exp() - 1 + difference, mask"),
         ("(difference.exp() - 1).abs() > eps_clip", "(difference.exp() - 1) > eps_clip"),
-        ("rollout.decisions[chunk].sum().to(whole) / total", "1 / len(rollout.decisions)"),
+        ("rollout.decisions[chunk].sum().to(advantage) / total", "1 / len(rollout.decisions)"),
         (".tensor_split(config.minibatches)", ".chunk(config.minibatches)"),
     ),
     *of(

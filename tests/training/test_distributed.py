@@ -22,7 +22,7 @@ from metacontroller.control.losses import trajectory_advantages
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.domains.registry import domain_of
 from metacontroller.phases.discover import discover
-from metacontroller.phases.policy_gradient import _own_part, _surrogate_in_chunks
+from metacontroller.phases.policy_gradient import _surrogate_in_chunks, _waiting_here
 from metacontroller.phases.rollout import AbstractRollout
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_meta_controller, build_model, read_config
@@ -226,16 +226,16 @@ def test_what_more_processes_kept_is_shared_out_to_fewer() -> None:
     for rank, steps in enumerate((2, 1, 3)):
         tensors[f"kept.{rank}.returns"] = torch.full((rank + 1,), float(rank))
         tensors[f"kept.{rank}.code"] = torch.full((rank + 1, steps, 2), float(rank))
-    first, second = (_own_part(tensors, Share(rank, torch.tensor(0)), torch.device("cpu")) for rank in range(2))
+    first, second = (_waiting_here(tensors, Share(rank, torch.tensor(0)), torch.device("cpu")) for rank in range(2))
     assert first["returns"].tolist() == [0, 2, 2, 2]
     assert first["code"][..., 0].tolist() == [[0, 0, 0], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
     assert second["returns"].tolist() == [1, 1]
-    everything = _own_part(tensors, Processes("cpu"), torch.device("cpu"))
+    everything = _waiting_here(tensors, Processes("cpu"), torch.device("cpu"))
     assert everything["returns"].tolist() == [0, 1, 1, 2, 2, 2]
     last = [Share(rank, torch.tensor(0)) for rank in range(4)]
     for worker in last:
         worker.count = 4
-    assert _own_part(tensors, last[3], torch.device("cpu")) == {}
+    assert _waiting_here(tensors, last[3], torch.device("cpu")) == {}
 
 
 class Share(Processes):

@@ -1,59 +1,81 @@
-"""Internal RL without gradients: evolution strategies (arXiv 2511.16652), with the package x-evolution."""
+"""Evolution strategies for a policy whose members play one after another (arXiv 2511.16652)."""
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metacontroller.control.population import Perturbations
 from metacontroller.errors import DivergedError
-from metacontroller.ranges import COUNT, check_number
+from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, Whole, check_number
 from metacontroller.storage.training_state import not_finite
 
 
-def evolve(policy: nn.Module, fitness: Callable[[], Any], num_generations: int, **options: Any) -> Tensor:
+def evolve(
+    policy: nn.Module,
+    fitness: Callable[[], Any],
+    num_generations: int,
+    *,
+    noise_population_size: int = 30,
+    noise_scale: float = 1e-2,
+    noise_low_rank: int | None = None,
+    learning_rate: float = 1e-3,
+) -> Tensor:
     """Trains ``policy`` in place towards a higher fitness.
 
-    fitness() -> a number: plays with the policy, whose weights are then those of one member of the population. If it
-    raises, or is not finite, the policy's weights are restored. options: of x-evolution's ``EvoStrategy``, such as
-    noise_population_size, noise_scale, learning_rate; its checkpoints are deleted unless ``checkpoint_path`` is given.
-    Returns the fitness of every member, (num_generations, population, 2): with the noise added and with it subtracted.
-    UserError for ``num_generations`` below 1; DivergedError, with the policy as it was before, for a fitness or weights
-    that are not finite; ImportError without x-evolution.
+    fitness() -> a number: plays with the policy, whose weights are then those of one member of the population. torch's
+    random numbers are the same for all members of a generation. noise_population_size: pairs of members. noise_scale,
+    noise_low_rank: of the perturbations, see `control.population`. learning_rate: of SGD with momentum 0.1 and weight
+    decay 0.01.
+    Returns the fitness of every member, (num_generations, pairs, 2): with the noise added and with it subtracted.
+    UserError for values out of range; DivergedError for a fitness or weights that are not finite. The policy is as it
+    was before after any error.
     """
     check_number("num_generations", num_generations, COUNT)
-    if importlib.util.find_spec("x_evolution") is None:
-        raise ImportError("x-evolution is not installed; install it with `pip install 'metacontroller-rl[evo]'`.")
-    from x_evolution import EvoStrategy
-
-    played = 0
-
-    def checked_fitness(_: Any) -> Any:
-        nonlocal played
-        played += 1
-        name = not_finite(policy.state_dict())
-        value = None if name else fitness()
-        if name or not bool(torch.as_tensor(value).isfinite().all()):
-            found = f"the parameter {name} is not finite" if name else f"the fitness is {value}"
-            raise DivergedError(
-                f"evolution diverged at member {played}: {found}; the policy is as it was before; mend the "
-                "environment, or lower noise_scale or learning_rate."
-            )
-        return value
-
+    check_number("noise_population_size", noise_population_size, COUNT)
+    check_number("noise_scale", noise_scale, POSITIVE)
+    check_number("noise_low_rank", noise_low_rank, Whole(most=MOST_WIDTH, none=True))
+    check_number("learning_rate", learning_rate, POSITIVE)
+    parameters = dict(policy.named_parameters())
+    settings = {"momentum": 0.1, "nesterov": True, "weight_decay": 0.01 * noise_scale}
+    optimizer = torch.optim.SGD(parameters.values(), lr=learning_rate / noise_scale, **settings)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    with tempfile.TemporaryDirectory() as folder:
-        on_cpu = next(policy.parameters()).device.type == "cpu"
-        defaults = {"verbose": False, "cpu": on_cpu, "checkpoint_path": folder}
-        strategy = EvoStrategy(
-            policy, environment=checked_fitness, num_generations=num_generations, **(defaults | options)
-        )
-        try:
-            return strategy().clone()  # an ordinary tensor instead of an inference-mode one
-        except BaseException:
-            policy.load_state_dict(before)
-            raise
+    played: list[Tensor] = []
+    try:
+        for _ in range(num_generations):
+            members = 2 * noise_population_size
+            noise = Perturbations(policy, parameters, members, scale=noise_scale, rank=noise_low_rank)
+            weights = {name: value.detach().clone() for name, value in parameters.items()}
+            for member in range(members):
+                policy.load_state_dict(noise.weights(member), strict=False)
+                played.append(_checked(policy, fitness, len(played) + 1))
+                policy.load_state_dict(weights, strict=False)
+            torch.rand(())  # the next generation meets other random numbers
+            if noise.set_gradient(torch.stack(played[-members:]).to(next(policy.parameters()))):
+                optimizer.step()
+                optimizer.zero_grad()
+    except BaseException:
+        policy.load_state_dict(before)
+        raise
+    return torch.stack(played).view(num_generations, noise_population_size, 2)
+
+
+@torch.no_grad()
+def _checked(policy: nn.Module, fitness: Callable[[], Any], member: int) -> Tensor:
+    """The fitness of member number ``member``, a scalar; torch's random numbers are afterwards as before."""
+    name = not_finite(policy.state_dict())
+    problem = f"the parameter {name} is not finite"
+    if name is None:
+        devices = {value.device.index for value in policy.parameters() if value.device.type == "cuda"}
+        with torch.random.fork_rng(devices):
+            value = torch.as_tensor(fitness(), dtype=torch.float32).mean().cpu()
+        if bool(value.isfinite()):
+            return value
+        problem = f"the fitness is {float(value)}"
+    raise DivergedError(
+        f"evolution diverged at member {member}: {problem}; the policy is as it was before; mend the environment, or "
+        "lower noise_scale or learning_rate."
+    )

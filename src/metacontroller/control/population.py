@@ -1,12 +1,12 @@
-"""A population of policies that act in one batch: low-rank perturbations (EGGROLL, arXiv 2511.16652).
+"""A population of perturbed policies, which may act in one batch, and its gradient (EGGROLL, arXiv 2511.16652).
 
 Member 2 j has the weights W + scale E_j, member 2 j + 1 the weights W - scale E_j. Of a matrix, E = A B^T / sqrt(r)
 with standard normal A and B of r columns; of a vector, E is standard normal itself. So
 
     (W + scale E) x = W x + scale A (B^T x) / sqrt(r)
 
-costs one product with W for all rows, whoever they belong to, and two of rank r for each row: no member's weights are
-ever formed. The gradient of the mean fitness is estimated by (1/n) sum_i s_i (+-E_i), with the scores s_i.
+costs one product with W for all rows, whoever they belong to, and two of rank r for each row: in a batch no member's
+weights are ever formed. The gradient of the mean fitness is estimated by (1/n) sum_i s_i (+-E_i), with the scores s_i.
 
 Axes: m rows of a batch, p pairs of members, i in, o out, r rank, n_e residual.
 """
@@ -14,6 +14,7 @@ Axes: m rows of a batch, p pairs of members, i in, o out, r rank, n_e residual.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.control.losses import trajectory_advantages
 from metacontroller.errors import UserError
 
 
@@ -54,13 +56,13 @@ class LowRank:
 
 
 class Dense:
-    """Perturbations of a vector, values (p, o)."""
+    """Perturbations of any parameter, values (p, ...); rows of a batch only know those of vectors."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
     def matrix(self, pair: int) -> Tensor:
-        """E of one pair, (o,)."""
+        """E of one pair."""
         return self.values[pair]
 
     def of_rows(self, x: Tensor, turn: _Turn) -> Tensor:
@@ -68,8 +70,8 @@ class Dense:
         return self.values[turn.pair] * turn.scale
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sum over pairs of weights (p,) times E, (o,)."""
-        return weights @ self.values
+        """Sum over pairs of weights (p,) times E."""
+        return (weights @ self.values.flatten(1)).view(self.values.shape[1:])
 
 
 Perturbation = LowRank | Dense
@@ -112,20 +114,73 @@ class _MemberGRU(_Member):
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         read = self.product(x[:, 0], "weight_ih_l0", "bias_ih_l0").chunk(3, -1)
-        kept = self.product(state, "weight_hh_l0", "bias_hh_l0").chunk(3, -1)
-        reset, update = torch.sigmoid(read[0] + kept[0]), torch.sigmoid(read[1] + kept[1])
-        new = torch.tanh(read[2] + reset * kept[2])
+        before = self.product(state, "weight_hh_l0", "bias_hh_l0").chunk(3, -1)
+        reset, update = torch.sigmoid(read[0] + before[0]), torch.sigmoid(read[1] + before[1])
+        new = torch.tanh(read[2] + reset * before[2])
         after = new + update * (state - new)
         return after[:, None], after
 
 
-class Population:
-    """One generation: perturbed policies that share a batch, and what their scores say of the policy's gradient.
+class Perturbations:
+    """One generation: noise on the parameters ``names`` of a policy, and what scores of members say of its gradient.
 
-    policy: one that reads switches alone (`control.policy`); linear maps, layer norms and the GRU are perturbed, the
-    convolution and the gates of a Hawk block stay as they are. members: an even number. scale: of the perturbations.
-    rank: r. generator: of the noise, on the policy's device. UserError for values out of range, or a policy that reads
-    every step.
+    members: an even number. scale: of the noise. rank: r, of matrices; None: full. generator: on the policy's device.
+    UserError for values out of range.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        names: Collection[str],
+        members: int,
+        *,
+        scale: float,
+        rank: int | None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if members < 2 or members % 2:
+            raise UserError(f"the population has {members} members; expected an even number, in pairs of + and -.")
+        if not scale > 0 or (rank is not None and rank < 1):
+            raise UserError(f"scale is {scale} and rank {rank}; expected a scale above 0 and a rank of at least 1.")
+        self.policy, self.members, self.scale = policy, members, scale
+        self.noise: dict[str, Perturbation] = {}
+        for name, value in policy.named_parameters():
+            if name in names:
+                options = {"generator": generator, "device": value.device, "dtype": value.dtype}
+                self.noise[name] = _noise(value.shape, members // 2, rank, options)
+
+    def weights(self, member: int) -> dict[str, Tensor]:
+        """The parameters of one member's policy, by name: what a batch never forms."""
+        sign = self.scale if member % 2 == 0 else -self.scale
+        weights = {name: value.detach().clone() for name, value in self.policy.named_parameters()}
+        for name, noise in self.noise.items():
+            weights[name] += sign * noise.matrix(member // 2)
+        return weights
+
+    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+        """The direction of a higher fitness by parameter, from scores (members,): (1/n) sum of s_i (+-E_i)."""
+        weights = (scores[0::2] - scores[1::2]) / self.members
+        return {name: noise.weighted_sum(weights) for name, noise in self.noise.items()}
+
+    def set_gradient(self, fitness: Tensor) -> bool:
+        """Gives the policy's parameters the gradients of a lower fitness, from that of the members (members,).
+
+        The scores are the normalised fitness, as advantages are (C.5). False, and no gradients, if all are equal.
+        """
+        scores = trajectory_advantages(fitness)
+        if not bool(scores.any()):
+            return False
+        estimate = self.gradient(scores)
+        for name, parameter in self.policy.named_parameters():
+            parameter.grad = -estimate[name] if name in estimate else None
+        return True
+
+
+class Population(Perturbations):
+    """Perturbed policies that share a batch; arguments as of `Perturbations`.
+
+    policy: one that reads switches alone (`control.policy`), else UserError; linear maps, layer norms and the GRU are
+    perturbed, the convolution and the gates of a Hawk block stay as they are.
     """
 
     def __init__(
@@ -137,26 +192,22 @@ class Population:
         rank: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
-        if members < 2 or members % 2:
-            raise UserError(f"the population has {members} members; expected an even number, in pairs of + and -.")
-        if not scale > 0 or rank < 1:
-            raise UserError(f"scale is {scale} and rank {rank}; expected a scale above 0 and a rank of at least 1.")
         if policy.every_step:
             raise UserError("this policy reads every step; a population acts with policies that read switches alone.")
-        self.policy, self.members, self.scale = policy, members, scale
-        self.noise: dict[str, Perturbation] = {}
-        weight = policy.readout.weight
-        self.turn = _Turn(torch.zeros(0, dtype=torch.long), torch.zeros(0, 1))
-        options = {"generator": generator, "device": weight.device, "dtype": weight.dtype}
-        self.acting = copy.deepcopy(policy).requires_grad_(False)
         kinds = {nn.Linear: _MemberLinear, nn.LayerNorm: _MemberNorm, nn.GRU: _MemberGRU}
-        for name, layer in policy.named_modules():
-            kind = next((member for base, member in kinds.items() if isinstance(layer, base)), None)
-            if kind is None:
-                continue
-            own = {key: _noise(value.shape, members // 2, rank, options) for key, value in layer.named_parameters()}
-            self.noise |= {f"{name}.{key}": value for key, value in own.items()}
-            self.acting.set_submodule(name, kind(layer, own, self.turn))
+        layers = {
+            name: (layer, member)
+            for name, layer in policy.named_modules()
+            for base, member in kinds.items()
+            if isinstance(layer, base)
+        }
+        names = {f"{name}.{key}" for name, (layer, _) in layers.items() for key, _ in layer.named_parameters()}
+        super().__init__(policy, names, members, scale=scale, rank=rank, generator=generator)
+        self.turn = _Turn(torch.zeros(0, dtype=torch.long), torch.zeros(0, 1))
+        self.acting = copy.deepcopy(policy).requires_grad_(False)
+        for name, (layer, member) in layers.items():
+            noise = {key: self.noise[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+            self.acting.set_submodule(name, member(layer, noise, self.turn))
 
     @torch.no_grad()
     def __call__(self, residual: Tensor, state: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,22 +219,9 @@ class Population:
         self.turn.scale = self.scale * (1 - 2 * (member % 2)).to(residual.dtype)[:, None]
         return self.acting(residual, state)
 
-    def weights(self, member: int) -> dict[str, Tensor]:
-        """The parameters of one member's policy, by name: what the batch never forms."""
-        sign = self.scale if member % 2 == 0 else -self.scale
-        found = {name: value.detach().clone() for name, value in self.policy.named_parameters()}
-        for name, noise in self.noise.items():
-            found[name] += sign * noise.matrix(member // 2)
-        return found
 
-    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
-        """The direction of a higher fitness by parameter, from scores (members,): (1/n) sum of s_i (+-E_i)."""
-        weights = (scores[0::2] - scores[1::2]) / self.members
-        return {name: noise.weighted_sum(weights) for name, noise in self.noise.items()}
-
-
-def _noise(shape: torch.Size, pairs: int, rank: int, options: dict[str, Any]) -> Perturbation:
+def _noise(shape: torch.Size, pairs: int, rank: int | None, options: dict[str, Any]) -> Perturbation:
     """Standard normal perturbations of a parameter, of low rank if it is a matrix."""
-    if len(shape) == 2:
+    if rank is not None and len(shape) == 2:
         return LowRank(torch.randn(pairs, shape[0], rank, **options), torch.randn(pairs, shape[1], rank, **options))
     return Dense(torch.randn(pairs, *shape, **options))

@@ -6,36 +6,32 @@ generation plays ``population`` perturbed policies side by side, ``episodes`` ep
 normalised as advantages are (C.5), are the scores of the gradient's estimate, which AdamW follows. Codes and actions
 are sampled as in internal RL, so that what evolves is the policy that is evaluated.
 
-Metrics: ``success``, ``return``, ``steps``, ``subgoals_done`` and ``decisions`` per episode of the generation; ``best``
-and ``fitness_std``, the highest fitness and the standard deviation; ``episodes`` so far; ``grad_norm``. In a generation
-whose members are all equally fit nothing is learned, and the last is not logged.
+Metrics: of the generation's episodes, see `phases.updates`; ``best`` and ``fitness_std``, the highest fitness and the
+standard deviation; ``grad_norm``, which a generation whose members are all equally fit, and teach nothing, has not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.losses import trajectory_advantages
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.population import Population
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
-from metacontroller.phases.artefacts import EVOLVED, artefact_path
-from metacontroller.phases.policy_gradient import Reset, episode_means, question_success
-from metacontroller.phases.rollout import AbstractRollout, Proposal, rollout_abstract
+from metacontroller.phases.artefacts import EVOLVED, save_artefacts
+from metacontroller.phases.policy_gradient import Reset
+from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
+from metacontroller.phases.updates import repeat
 from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
-from metacontroller.training.interruption import finishing, requested, stop
+from metacontroller.training.divergence import check_returns
 from metacontroller.training.optimizer import Learner
-from metacontroller.training.progress import track
 
 PHASE = "evolution"
 
@@ -83,52 +79,58 @@ def evolution(
 
     Writes the metacontroller, of which only the policy has changed, to ``evolved_policy.safetensors`` in the run.
     UserError if the run holds a checkpoint of this phase and ``resume`` is false, or one of other settings: only there
-    may be more generations; DivergedError at the first return or
-    parameter that is not finite.
+    may be more generations; DivergedError at the first return or parameter that is not finite.
     """
     model.eval()
     meta_controller.eval()
-    policy = meta_controller.policy
-    parameters = list(policy.parameters())
+    parameters = list(meta_controller.policy.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
+    policy = meta_controller.policy
     learner = Learner(policy, parameters, generator, lr=config.lr, weight_decay=0.0, max_grad_norm=math.inf)
+    method = _Evolution(config, learner, model, meta_controller, reset)
     run.begin(PHASE, resume=resume)
     if resume:
         _refuse_other_settings(config, run)
     first = learner.restore(run, PHASE, config.generations)[0] if resume else 0
-    with track(config.generations, PHASE, start=first, quiet=quiet) as progress, finishing():
-        run.rewind_metrics(PHASE, first)
-        for generation in range(first, config.generations):
-            population = Population(
-                policy, config.population, scale=config.scale, rank=config.rank, generator=generator
-            )
-            env = reset(config.population * config.episodes, generator)
-            rollout = play_population(model, meta_controller, population, env, generator)
-            done = generation + 1
-            metrics: dict[str, Any] = {
-                "episodes": done * config.population * config.episodes,
-                **episode_means(rollout, learner.processes),
-            }
-            if done == 1:
-                question_success(PHASE, metrics["success"], quiet=quiet)
-            try:
-                check_returns(rollout.returns)
-                fitness = fitness_of(rollout, config.population)
-                metrics |= {"best": fitness.max(), "fitness_std": fitness.std(correction=0)}
-                metrics |= _learn(learner, population, fitness)
-                check_module(policy)
-                run.log_metrics(PHASE, done, **metrics)
-                progress.update(done, **{name: metrics[name] for name in ("success", "return", "best", "episodes")})
-                if requested() or done % config.checkpoint_every == 0 or done == config.generations:
-                    learner.save(run, PHASE, done, facts={"settings": vars(config)})
-            except NotFinite as found:
-                facts = {"lr": config.lr, "metrics": {name: float(value) for name, value in metrics.items()}}
-                batch = {name: value for name, value in vars(rollout).items() if value is not None}
-                raise diverged(run, PHASE, done, found, policy, batch, writes=True, **facts) from None
-            if requested():
-                stop()
-    meta_controller.save(artefact_path(run, EVOLVED))
+    facts = {"settings": vars(config)}
+    updates, every = config.generations, config.checkpoint_every
+    repeat(PHASE, updates, every, learner, method, run, first=first, facts=facts, quiet=quiet)
+    save_artefacts(run, learner.processes, {EVOLVED: meta_controller})
     return meta_controller
+
+
+@dataclass
+class _Evolution:
+    """Generations of `evolution`, for `updates.repeat`."""
+
+    config: EvolutionConfig
+    learner: Learner
+    model: SteerableModel
+    meta_controller: MetaController
+    reset: Reset
+
+    @property
+    def episodes(self) -> int:
+        return self.config.population * self.config.episodes
+
+    def play(self) -> tuple[AbstractRollout, AbstractRollout]:
+        config, generator, policy = self.config, self.learner.generator, self.meta_controller.policy
+        options = {"scale": config.scale, "rank": config.rank, "generator": generator}
+        self.population = Population(policy, config.population, **options)
+        env = self.reset(self.episodes, generator)
+        rollout = play_population(self.model, self.meta_controller, self.population, env, generator)
+        return rollout, rollout
+
+    def learn(self, rollout: AbstractRollout) -> dict[str, Tensor]:
+        check_returns(rollout.returns)
+        fitness = fitness_of(rollout, self.config.population)
+        metrics = {"best": fitness.max(), "fitness_std": fitness.std(correction=0)}
+        if self.population.set_gradient(fitness):
+            metrics["grad_norm"] = self.learner.optimizer_step(-fitness.mean())
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
 
 
 def _refuse_other_settings(config: EvolutionConfig, run: RunFolder) -> None:
@@ -158,23 +160,13 @@ def play_population(
     if len(env) % population.members:
         raise UserError(f"{len(env)} episodes do not divide among {population.members} members.")
     member = torch.arange(len(env), device=env.steps.device) // (len(env) // population.members)
-    return rollout_abstract(
-        model, meta_controller, env, population_proposal(meta_controller, population, member, generator), generator
-    )
-
-
-def population_proposal(
-    meta_controller: MetaController, population: Population, member: Tensor, generator: torch.Generator | None
-) -> Proposal:
-    """Codes from the policy of each row's member, (b,) int64."""
-    codes = meta_controller.codes
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         distribution, advanced = population(residual[:, None], state, member[rows])
-        code = codes.sample(distribution[:, 0], generator)
-        return code, codes.log_prob(distribution[:, 0], code).sum(-1), advanced
+        code = meta_controller.codes.sample(distribution[:, 0], generator)
+        return code, meta_controller.codes.log_prob(distribution[:, 0], code).sum(-1), advanced
 
-    return propose
+    return rollout_abstract(model, meta_controller, env, propose, generator)
 
 
 def fitness_of(rollout: AbstractRollout, members: int) -> Tensor:
@@ -186,14 +178,3 @@ def fitness_of(rollout: AbstractRollout, members: int) -> Tensor:
     if bool(started.any()) and not bool(started.all()):
         returns = torch.where(started, returns, returns[started].mean())
     return returns.view(members, -1).mean(1)
-
-
-def _learn(learner: Learner, population: Population, fitness: Tensor) -> dict[str, Tensor]:
-    """One step along the estimated gradient; none where all members are equally fit."""
-    scores = trajectory_advantages(fitness)
-    if not bool(scores.any()):
-        return {}
-    estimate = population.gradient(scores)
-    for name, parameter in population.policy.named_parameters():
-        parameter.grad = -estimate[name] if name in estimate else None
-    return {"grad_norm": learner.optimizer_step(-fitness.mean())}

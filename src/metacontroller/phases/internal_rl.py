@@ -5,10 +5,9 @@ at switches. One update: a batch of new episodes, advantages (R - mean) / (std +
 clipped surrogate over the stored residuals, which do not run the frozen model again; ``target_kl`` ends them sooner.
 Several processes share each batch, see `training.distributed`.
 
-Metrics: ``success``, the share of the batch's episodes that the environment reports as solved, and their mean
-``return``; ``episodes`` so far; ``decisions``, ``steps`` and ``subgoals_done`` per episode; of the last minibatch
-``entropy_per_code`` of the policy in nats, ``approx_kl`` between the policy that acted and the updated one,
-``clip_fraction``, the share of decisions whose ratio is clipped, and ``grad_norm`` before clipping.
+Metrics: of the batch, see `phases.updates`; of the last minibatch ``entropy_per_code`` of the policy in nats,
+``approx_kl`` between the policy that acted and the updated one, ``clip_fraction``, the share of decisions whose ratio
+is clipped, and ``grad_norm`` before clipping.
 """
 
 from __future__ import annotations

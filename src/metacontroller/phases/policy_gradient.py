@@ -1,11 +1,11 @@
-"""The training loop of internal and raw-action RL: rollout, clipped surrogate, log, checkpoint (C.5)."""
+"""Policy gradients of internal and raw-action RL: updates with the clipped surrogate over batches of episodes (C.5)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,24 @@ from metacontroller.control.losses import log_ratio, trajectory_advantages
 from metacontroller.data.trajectories import masked_mean
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
-from metacontroller.phases.rollout import AbstractRollout, Rollout, joined
+from metacontroller.phases.rollout import Rollout, joined
+from metacontroller.phases.updates import repeat
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
-from metacontroller.training.divergence import NotFinite, check_module, check_returns, diverged
-from metacontroller.training.interruption import finishing, requested, stop
+from metacontroller.training.divergence import check_returns
 from metacontroller.training.optimizer import Learner
-from metacontroller.training.progress import announce, track
 
 Reset = Callable[[int, torch.Generator], BatchedEnv]
 """``reset(n, generator)`` starts n episodes; all their randomness comes from the generator."""
 
-KEPT = "kept"
+Play = Callable[[int, torch.Generator], Any]
+"""``play(n, generator)`` -> rollout of n episodes."""
+
+Surrogate = Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Rollout of b episodes, their advantages (b,) -> loss and metrics, means over decisions."""
+
+WAITING = "kept"
 """Prefix of the checkpoint's tensors of episodes that wait for an update."""
 
 MAX_CHUNK_DECISIONS = 8192  # decisions in one chunk of a minibatch, padding included: bounds memory
@@ -87,18 +92,16 @@ def ratio_metrics(log_prob: Tensor, old: Tensor, mask: Tensor, eps_clip: float) 
     """approx_kl and clip_fraction, scalars, from log-probabilities (b, t) of the updated and the acting policy."""
     difference = log_ratio(log_prob.detach(), old, mask)
     clipped = ((difference.exp() - 1).abs() > eps_clip).to(difference.dtype)
-    return {
-        "approx_kl": masked_mean(difference.exp() - 1 - difference, mask),
-        "clip_fraction": masked_mean(clipped, mask),
-    }
+    approx_kl = masked_mean(difference.exp() - 1 - difference, mask)
+    return {"approx_kl": approx_kl, "clip_fraction": masked_mean(clipped, mask)}
 
 
 def reinforce(
     phase: str,
     config: InternalRLConfig,
     module: nn.Module,
-    play: Callable,
-    surrogate: Callable,
+    play: Play,
+    surrogate: Surrogate,
     run: RunFolder,
     *,
     resume: bool,
@@ -106,16 +109,13 @@ def reinforce(
 ) -> None:
     """Trains ``module`` in place: in each update, play a batch, run the update epochs over it, log, checkpoint.
 
-    play(n, generator) -> rollout of n episodes. surrogate(rollout, advantage (b,)) -> loss, metrics.
-
     While fewer than ``min_better`` episodes have a return above the mean, no update is made, so the policy stays the
-    one that played them; of such a batch only those episodes are kept. Where returns have two values, gradients of
-    normalised advantages point from the mean of the worse episodes to that of the better ones: to leave out worse
-    episodes of former batches changes their length and not where they point. An episode that could not start says
-    nothing about the policy: it is played and counted as lost, and its return has no part in what is learned.
+    one that played them; of such a batch only those episodes wait for the next. Where returns have two values,
+    gradients of normalised advantages point from the mean of the worse episodes to that of the better ones: to leave
+    out worse episodes of former batches changes their length and not where they point. An episode that could not start
+    says nothing about the policy: it is played and counted as lost, and its return has no part in what is learned.
 
-    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError at the first return,
-    loss, gradient or parameter that is not finite, see `training.divergence`.
+    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError: see `updates.repeat`.
     """
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
@@ -127,75 +127,63 @@ def reinforce(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    workers = learner.processes
-    episodes = workers.share(config.batch_size, config.minibatches)
+    learner.processes.share(config.batch_size, config.minibatches)  # refuses what does not divide
     run.begin(phase, resume=resume)
     first, restored = learner.restore(run, phase, config.updates) if resume else (0, {})
-    kept = _own_part(restored, workers, generator.device)
-    alone = run.held() if workers.is_main else nullcontext()
-    with alone, track(config.updates, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
-        if workers.is_main:
-            run.rewind_metrics(phase, first)
-        for update in range(first, config.updates):
-            rng = workers.own_generator(generator)
-            rollout = play(episodes, rng)
-            done = update + 1
-            metrics = {"episodes": done * config.batch_size, **episode_means(rollout, workers)}
-            if done == 1:
-                question_success(phase, metrics["success"], quiet=quiet or not workers.is_main)
-            if kept:
-                rollout = rollout.preceded_by(kept)
-            try:
-                returns = workers.gather_uneven(rollout.returns[rollout.decisions > 0])
-                check_returns(torch.cat(returns))
-                kept = _better(config, rollout, torch.cat(returns))
-                if kept is None:
-                    metrics |= _learn(config, learner, rollout, returns, surrogate, rng)
-                check_module(module)
-                if workers.is_main:
-                    run.log_metrics(phase, done, **metrics)
-                lost = ("lost",) if metrics.get("lost", 0) > 0 else ()  # a share of the batch
-                progress.update(done, **{name: metrics[name] for name in ("success", "return", *lost, "episodes")})
-                stopping = workers.any(requested())
-                if stopping or done % config.checkpoint_every == 0 or done == config.updates:
-                    learner.save(run, phase, done, _all_parts(kept or {}, workers))
-            except NotFinite as found:
-                batch = {name: value for name, value in vars(rollout).items() if value is not None}
-                facts = {
-                    "lr": config.lr,
-                    "metrics": {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()},
-                }
-                raise diverged(run, phase, done, found, module, batch, writes=workers.is_main, **facts) from None
-            if stopping:
-                workers.wait()
-                stop()
-    workers.wait()
+    waiting = _waiting_here(restored, learner.processes, generator.device)
+    method = _PolicyGradient(config, learner, play, surrogate, waiting)
+    repeat(phase, config.updates, config.checkpoint_every, learner, method, run, first=first, quiet=quiet)
 
 
-def _better(config: InternalRLConfig, rollout: Rollout, returns: Tensor) -> dict[str, Tensor] | None:
-    """None if an update is due: enough of the returns (b,) of all processes are above their mean. Else what is kept of
-    this process's episodes. returns: of the episodes that could start."""
-    if int((returns > returns.mean()).sum()) >= config.min_better:
-        return None
-    rows = ((rollout.returns > returns.mean()) & (rollout.decisions > 0)).nonzero().squeeze(1)
-    return {name: value for name, value in vars(rollout.index(rows)).items() if value is not None} if len(rows) else {}
+@dataclass
+class _PolicyGradient:
+    """Updates of `reinforce`, for `updates.repeat`. waiting: this process's episodes that wait for one, fields of a
+    rollout by name."""
+
+    config: InternalRLConfig
+    learner: Learner
+    play_episodes: Play
+    surrogate: Surrogate
+    waiting: dict[str, Tensor]
+
+    @property
+    def episodes(self) -> int:
+        return self.config.batch_size
+
+    def play(self) -> tuple[Rollout, Rollout]:
+        workers = self.learner.processes
+        self.rng = workers.own_generator(self.learner.generator)
+        played = self.play_episodes(workers.share(self.config.batch_size, self.config.minibatches), self.rng)
+        return played, played.preceded_by(self.waiting) if self.waiting else played
+
+    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
+        returns = self.learner.processes.gather_uneven(rollout.returns[rollout.decisions > 0])
+        everyone = torch.cat(returns)
+        check_returns(everyone)
+        if int((everyone > everyone.mean()).sum()) >= self.config.min_better:
+            self.waiting = {}
+            return _learn(self.config, self.learner, rollout, returns, self.surrogate, self.rng)
+        rows = ((rollout.returns > everyone.mean()) & (rollout.decisions > 0)).nonzero().squeeze(1)
+        better = vars(rollout.index(rows)) if len(rows) else {}
+        self.waiting = {name: value for name, value in better.items() if value is not None}
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What waits in all processes: ``kept.RANK.NAME``."""
+        waiting = {name: value.cpu() for name, value in self.waiting.items()}
+        parts = self.learner.processes.gather_objects(waiting)
+        return {f"{WAITING}.{rank}.{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
 
 
-def _all_parts(kept: dict[str, Tensor], workers: Processes) -> dict[str, Tensor]:
-    """What all processes keep, for a checkpoint: ``kept.RANK.NAME``."""
-    parts = workers.gather_objects({name: value.cpu() for name, value in kept.items()})
-    return {f"{KEPT}.{rank}.{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
-
-
-def _own_part(tensors: dict[str, Tensor], workers: Processes, device: torch.device) -> dict[str, Tensor]:
-    """What this process kept, from the tensors of a checkpoint. Where more processes made it, they are shared out."""
+def _waiting_here(tensors: dict[str, Tensor], workers: Processes, device: torch.device) -> dict[str, Tensor]:
+    """What waits in this process, from a checkpoint's tensors; what more processes left is shared out."""
     parts: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith(f"{KEPT}."):
+        if key.startswith(f"{WAITING}."):
             _, rank, name = key.split(".")
             parts.setdefault(int(rank), {})[name] = value.to(device)
-    own = [parts[rank] for rank in sorted(parts) if rank % workers.count == workers.rank]
-    return joined(own) if own else {}
+    here = [parts[rank] for rank in sorted(parts) if rank % workers.count == workers.rank]
+    return joined(here) if here else {}
 
 
 def _learn(
@@ -203,7 +191,7 @@ def _learn(
     learner: Learner,
     rollout: Rollout,
     returns: list[Tensor],
-    surrogate: Callable,
+    surrogate: Surrogate,
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
     """Runs the update epochs over this process's episodes of a batch; returns the metrics of the last minibatch.
@@ -238,7 +226,7 @@ def _minibatches(config: InternalRLConfig, episodes: int, rng: torch.Generator) 
 
 
 def _surrogate_in_chunks(
-    rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Callable, workers: Processes
+    rollout: Rollout, advantage: Tensor, rows: Tensor, surrogate: Surrogate, workers: Processes
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Runs backward through the surrogate of the episodes ``rows``, chunk by chunk; returns this process's part of the
     loss, and the metrics.
@@ -248,19 +236,22 @@ def _surrogate_in_chunks(
     takes part in every exchange, with the same gradients and metrics as the others.
     """
     total, metrics = rollout.decisions[rows].sum(), {}
-    whole = advantage.new_zeros(())
+    sum_of_losses = advantage.new_zeros(())
     workers.all_reduce([total])
     if not total:
         return None, metrics
-    parts = [(chunk, rollout.decisions[chunk].sum().to(whole) / total) for chunk in _chunks(rollout.decisions, rows)]
-    for chunk, share in parts or [(rows.new_zeros(1), 0.0 * whole)]:
+    chunks = list(_chunks(rollout.decisions, rows))
+    shares = [rollout.decisions[chunk].sum().to(advantage) / total for chunk in chunks]
+    if not chunks:
+        chunks, shares = [rows.new_zeros(1)], [0.0 * sum_of_losses]
+    for chunk, share in zip(chunks, shares, strict=True):
         loss, measured = surrogate(rollout.index(chunk), advantage[chunk])
         (share * loss).backward()
-        whole += (share * loss).detach()
+        sum_of_losses += (share * loss).detach()
         for name, value in measured.items():
             metrics[name] = metrics.get(name, 0.0) + share * value
     workers.all_reduce(list(metrics.values()))
-    return whole, metrics
+    return sum_of_losses, metrics
 
 
 def _chunks(decisions: Tensor, rows: Tensor) -> Iterator[Tensor]:
@@ -277,30 +268,3 @@ def _chunks(decisions: Tensor, rows: Tensor) -> Iterator[Tensor]:
         size = min(similar, max(1, MAX_CHUNK_DECISIONS // int(longest)))
         yield rows[:size]
         rows = rows[size:]
-
-
-def question_success(phase: str, success: Tensor, *, quiet: bool) -> None:
-    """Says so where the first batch, which was played before any update, has nothing but success."""
-    if success > 1 - 1e-6:
-        announce(
-            f"{phase}: warning: success is 1.00 before any update, so there is nothing left to learn but a higher "
-            "return; why go on? Stop here, or choose a harder task.",
-            quiet,
-        )
-
-
-def episode_means(rollout: Rollout, workers: Processes) -> dict[str, Tensor]:
-    """Means over the batch's episodes of all processes."""
-    means = {
-        "success": rollout.success.float().mean(),
-        "return": rollout.returns.mean(),
-        "steps": rollout.steps.float().mean(),
-        "subgoals_done": rollout.subgoals_done.float().mean(),
-    }
-    if isinstance(rollout, AbstractRollout):
-        means["decisions"] = rollout.lengths.float().mean()
-    if rollout.lost is not None:
-        means["lost"] = rollout.lost.float().mean()
-    means = {name: mean / workers.count for name, mean in means.items()}
-    workers.all_reduce(list(means.values()))
-    return means
