@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from metacontroller.analysis.gate_alignment import gate_along
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.recipes.config import load_run, read_config
-from metacontroller.storage.files import read_object
+from metacontroller.storage.manifest import read_object
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.seeding import stream_seed
 

@@ -41,7 +41,7 @@ from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS
 from metacontroller.domains.base import Split
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, format_task
 from metacontroller.presets import ant
-from metacontroller.storage.files import replacing
+from metacontroller.storage.manifest import replacing
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.training_state import (
     load_module,
@@ -50,7 +50,7 @@ from metacontroller.storage.training_state import (
     optimizer_meta,
     optimizer_tensors,
 )
-from metacontroller.storage.versions import warn_of_versions
+from metacontroller.storage.versions import check_versions
 
 CHECKPOINT = "expert_training"
 WINDOW = 1024
@@ -330,7 +330,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Trains, or resumes."""
     run = RunFolder(arguments.run)
     run.versions = versions()
-    with run.held(), integrator(arguments.euler):
+    with run.locked(), integrator(arguments.euler):
         train_in(run, arguments)
 
 
@@ -410,7 +410,7 @@ def played(
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints success on both sets of tasks, on the plane that the expert was trained on, as JSON."""
     expert, about = Expert.load(arguments.expert)
-    warn_of_versions(arguments.expert, about.get("versions", {}), versions())
+    check_versions(arguments.expert, about.get("versions", {}), versions())
     arena = Arena(**about["arena"])
     found: dict[str, Any] = {"about": about, "episodes": arguments.episodes}
     for name, tasks in (("table A2", TABLE_A2), (format_task(A2_POST), (A2_POST,))):

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import untrained_run
 from metacontroller import cli
-from metacontroller.storage import drafts
+from metacontroller.storage import files
 from metacontroller.storage.run_folder import RunFolder
 
 EVALUATE = ["evaluate", "--policy", "prior", "--episodes", "4", "--device", "cpu"]
@@ -25,14 +25,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def refuse(monkeypatch: pytest.MonkeyPatch, run: RunFolder, number: int) -> None:
     """Nothing may be written in the run, whoever asks: the superuser, too, as on a disk that is mounted to be read."""
-    make = drafts._own_folder
+    make = files._new_folder
 
-    def refused(path: Path) -> tuple[Path, int | None]:
+    def refused(path: Path) -> Path:
         if path.is_relative_to(run.path):
             raise OSError(number, os.strerror(number), str(path))
         return make(path)
 
-    monkeypatch.setattr(drafts, "_own_folder", refused)
+    monkeypatch.setattr(files, "_new_folder", refused)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])

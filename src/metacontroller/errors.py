@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence that names the value, what was expected, and how to mend it.
@@ -21,6 +24,16 @@ class DivergedError(UserError):
     """Training met a loss, gradient, parameter, return or fitness that is not finite, and stopped there."""
 
     status = 3
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """A module that comes with an extra of this package; UserError if it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = module.rpartition(".")[2]
+        message = f"{name} is not installed; install it by: pip install 'metacontroller-rl[{extra}]'."
+        raise UserError(message) from error
 
 
 def last_line(error: BaseException) -> str:

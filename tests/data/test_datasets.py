@@ -377,7 +377,7 @@ def test_a_file_of_metadata_is_measured_before_it_is_read(
 ) -> None:
     """Minari reads one of any size."""
     name = written([buffer()], local_minari)
-    monkeypatch.setattr("metacontroller.storage.plain_files.MAX_JSON_BYTES", 10)
+    monkeypatch.setattr("metacontroller.storage.files.MAX_JSON_BYTES", 10)
     with pytest.raises(UserError, match=r"metadata\.json has \d+ bytes where at most 10 were expected"):
         read_minari(name)
 

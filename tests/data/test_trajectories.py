@@ -29,7 +29,7 @@ from metacontroller.data.datasets import load_dataset
 from metacontroller.data.store import Episodes
 from metacontroller.data.trajectories import masked_mean, with_finite_padding
 from metacontroller.errors import UserError
-from metacontroller.storage.sealed import seal
+from metacontroller.storage.manifest import seal
 from metacontroller.storage.system_errors import refusal
 
 
@@ -432,15 +432,15 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(
     """It is waited for: demonstrations take minutes."""
 
     @contextmanager
-    def held(path: Path, *, wait: bool) -> Iterator[None]:
+    def locked(path: Path, *, wait: bool) -> Iterator[None]:
         assert wait
         with monkeypatch.context() as patch:
-            patch.setattr(store_module, "held", lock)
+            patch.setattr(store_module, "locked", lock)
             TrajectoryStore.write(path, make_trajectories([2, 3]))
         yield
 
-    lock = store_module.held
-    monkeypatch.setattr(store_module, "held", held)
+    lock = store_module.locked
+    monkeypatch.setattr(store_module, "locked", locked)
     assert len(TrajectoryStore.once(tmp_path / "store", lambda: pytest.fail("it is made again"))) == 2
 
 

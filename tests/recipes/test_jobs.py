@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from metacontroller.errors import DivergedError, UserError
-from metacontroller.recipes.jobs import Job, _rebuilt, _told, failure_read, failure_written, run_jobs, write_failure
+from metacontroller.recipes.jobs import Job, _packed, _unpacked, failure_read, failure_written, run_jobs, write_failure
 
 LONG = "x" * 1_000_000
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a job that hangs is ended by an alarm")
@@ -110,7 +110,7 @@ def test_an_error_travels_as_itself_or_as_its_text(kind: str, expected: Exceptio
     """The user's mistakes remain such, with their exit status."""
     error = raised(fail, kind)
     assert error is not None
-    travelled = _rebuilt(*_told(error))
+    travelled = _unpacked(*_packed(error))
     assert repr(travelled) == repr(expected)
     assert getattr(travelled, "status", None) == getattr(error, "status", None)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from metacontroller.storage import drafts
-from metacontroller.storage.files import left_behind, replacing, write_text
-from metacontroller.storage.lock import held
+from metacontroller.storage import files
+from metacontroller.storage.files import left_behind
+from metacontroller.storage.lock import locked
+from metacontroller.storage.manifest import replacing, write_text
 from metacontroller.storage.run_folder import RunFolder
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from metacontroller.storage.files import replacing
+from metacontroller.storage.manifest import replacing
 with replacing(Path(sys.argv[1])) as draft:
     draft.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +51,7 @@ def test_every_draft_is_new_and_no_link(tmp_path: Path, monkeypatch: pytest.Monk
             assert draft.parent.stat().st_mode & 0o777 == 0o700
             draft.write_text("{}")
     assert names(tmp_path) == ["x.json"]
-    (tmp_path / f"{drafts.PREFIX}7{drafts.SUFFIX}").symlink_to(tmp_path)
+    (tmp_path / f"{files.PREFIX}7{files.SUFFIX}").symlink_to(tmp_path)
     monkeypatch.setattr("secrets.token_hex", lambda size: "7")
     with pytest.raises(FileExistsError, match=r"x\.json"):
         write_text(tmp_path / "x.json", "other")
@@ -66,21 +67,21 @@ def test_the_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "pretrain.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.skipif(drafts.fcntl is None, reason="this system has no such locks")
+@pytest.mark.skipif(files.fcntl is None, reason="this system has no such locks")
 def test_what_a_killed_writer_left_is_removed_at_the_next_start_and_nothing_else(tmp_path: Path) -> None:
     for name in ("run/analyses/a.json", "run/summary.json"):
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
     run, others = tmp_path / "run", [".notes.tmp", "mine.tmp"]
     for name in others:
         (run / name).write_text("mine")
-    (tmp_path / "elsewhere" / f"{drafts.PREFIX}0{drafts.SUFFIX}").mkdir(parents=True)
+    (tmp_path / "elsewhere" / f"{files.PREFIX}0{files.SUFFIX}").mkdir(parents=True)
     (run / "link").symlink_to(tmp_path / "elsewhere")
-    (run / f"{drafts.PREFIX}1{drafts.SUFFIX}").symlink_to(tmp_path / "elsewhere")
+    (run / f"{files.PREFIX}1{files.SUFFIX}").symlink_to(tmp_path / "elsewhere")
     assert len(names(run)) == len(others) + 4
     assert len(names(run / "analyses")) == 1
-    with replacing(run / "analyses" / "b.json") as live, held(run):
+    with replacing(run / "analyses" / "b.json") as live, locked(run):
         assert names(run / "analyses") == [live.parent.name]
         live.write_text("{}")
-    assert names(run) == sorted([f"{drafts.PREFIX}1{drafts.SUFFIX}", *others, "analyses", "link"])
+    assert names(run) == sorted([f"{files.PREFIX}1{files.SUFFIX}", *others, "analyses", "link"])
     assert names(run / "analyses") == ["b.json"]
     assert len(names(tmp_path / "elsewhere")) == 1

@@ -16,25 +16,25 @@ import pytest
 from metacontroller import cli
 from metacontroller.errors import UserError
 from metacontroller.recipes.jobs import in_processes
-from metacontroller.storage.lock import LOCK, held
+from metacontroller.storage.lock import LOCK, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from metacontroller.storage.lock import held
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
+from metacontroller.storage.lock import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
     time.sleep(60)
 """
 
 
 @contextmanager
-def held_elsewhere(folder: Path) -> Iterator[int]:
-    """Context in which a process, of which this is the number, holds the folder; it is killed at the end."""
+def locked_elsewhere(folder: Path) -> Iterator[int]:
+    """Context in which a process, of which this is the number, has locked the folder; it is killed at the end."""
     words = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "locked\n"
         try:
             yield process.pid
         finally:
@@ -43,33 +43,33 @@ def held_elsewhere(folder: Path) -> Iterator[int]:
 
 def refused(folder: Path, process: int) -> None:
     said = rf"{folder} is being written by another process \(process {process} on"
-    with pytest.raises(UserError, match=said), held(folder):
+    with pytest.raises(UserError, match=said), locked(folder):
         pass
 
 
 def test_another_process_is_refused_until_this_one_is_killed(tmp_path: Path) -> None:
-    with held_elsewhere(tmp_path) as process:
+    with locked_elsewhere(tmp_path) as process:
         refused(tmp_path, process)
-    with held(tmp_path):
+    with locked(tmp_path):
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
-        with held(tmp_path / ".." / tmp_path.name):  # the same folder
+        with locked(tmp_path / ".." / tmp_path.name):  # the same folder
             pass
         assert (tmp_path / LOCK).exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_process_can_be_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held_elsewhere(tmp_path) as process:
+    with locked_elsewhere(tmp_path) as process:
         threading.Timer(0.1, os.kill, (process, signal.SIGKILL)).start()
-        with held(tmp_path, wait=True):
+        with locked(tmp_path, wait=True):
             assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     said = capsys.readouterr().err
     assert said.startswith(f"metacontroller: waiting for process {process} on ")
     assert said.endswith(f", which writes {tmp_path}\n")
 
 
-def test_a_phase_of_a_held_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held_elsewhere(tmp_path):
+def test_a_phase_of_a_locked_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked_elsewhere(tmp_path):
         assert cli.main(["pretrain", str(tmp_path), "--preset", "debug", "--resume", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"metacontroller: {tmp_path} is being written by another process")
@@ -77,15 +77,15 @@ def test_a_phase_of_a_held_run_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 def note(folder: Path) -> None:
-    """In a worker: writes, as its parent, which holds the folder, has told it to."""
-    with held(folder):
+    """In a worker: writes, as its parent, which has locked the folder, has told it to."""
+    with locked(folder):
         (folder / "note").touch()
 
 
 def test_workers_write_for_their_parent(tmp_path: Path) -> None:
-    with held(tmp_path):
+    with locked(tmp_path):
         in_processes(note, [(tmp_path,)])
-    with held_elsewhere(tmp_path), pytest.raises(UserError, match="another process"):
+    with locked_elsewhere(tmp_path), pytest.raises(UserError, match="another process"):
         in_processes(note, [(tmp_path,)])
 
 
@@ -99,7 +99,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     )
     try:
         assert process.wait() == 0
-        with held(tmp_path):
+        with locked(tmp_path):
             pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -108,6 +108,6 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).symlink_to(tmp_path / "outside")
-    with pytest.raises(OSError, match="symbolic link"), held(tmp_path / "run"):
+    with pytest.raises(OSError, match="symbolic link"), locked(tmp_path / "run"):
         pass
     assert not (tmp_path / "outside").exists()

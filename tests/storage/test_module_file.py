@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from metacontroller import MetaController, Transformer
 from metacontroller.control.switching import GateConfig
-from metacontroller.storage import module_file as saving
+from metacontroller.storage import tensor_file as saving
 
 SIZES: dict[str, Any] = {"lower_body": {"depth": 1}, "upper_body": {"depth": 1, "heads": 2, "mlp_dim": 10}}
 
@@ -149,7 +149,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> No
     (tmp_path / "torn").write_bytes(b"half a file")
     refusal("torn", "not a complete safetensors file")
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign")
-    refusal("foreign", "expected 'Transformer' of format '2'")
+    refusal("foreign", "was not written by this library")
     make_steering().save(tmp_path / "steering")
     refusal("steering", "holds a 'MetaController'")
     make_model(upper_body={"depth": 2, "heads": 2, "mlp_dim": 10}).save(tmp_path / "deeper")

@@ -352,7 +352,7 @@ def test_checkpoint_name_is_plain(run: RunFolder, name: str):
 def test_checkpoint_cut_short(run: RunFolder):
     path = run.save_checkpoint("pretrain", {"w": torch.zeros(100)}, {})
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is not a complete safetensors file; delete it"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file; take another copy, or delete it"):
         run.load_checkpoint("pretrain")
 
 
@@ -382,7 +382,9 @@ def test_pickle_is_refused_and_not_run(run: RunFolder, tmp_path: Path, write: An
 def test_safetensors_of_another_origin(run: RunFolder):
     run.path.mkdir()
     save_file({"w": torch.zeros(1)}, run.checkpoint_path("other"))
-    with pytest.raises(ValueError, match="was not written as a run's checkpoint"):
+    with pytest.raises(
+        ValueError, match="was not written by this library; name a file that a run"
+    ):
         run.load_checkpoint("other")
 
 

@@ -14,17 +14,17 @@ from metacontroller.phases.artefacts import BASE_MODEL, artefact_path, load_arte
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_model
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.versions import record, warn_of_versions
+from metacontroller.storage.versions import check_versions, record
 
 
 def test_only_a_package_that_both_name_is_compared() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_versions("file", {"mujoco": "3.1", "other": "1"}, {"mujoco": "3.1", "third": "2"})
-        warn_of_versions("file", {}, {"mujoco": "3.1"})
-        warn_of_versions("file", {"metacontroller-rl": "0.1.0"}, {"metacontroller-rl": "0.2.0"})
+        check_versions("file", {"mujoco": "3.1", "other": "1"}, {"mujoco": "3.1", "third": "2"})
+        check_versions("file", {}, {"mujoco": "3.1"})
+        check_versions("file", {"metacontroller-rl": "0.1.0"}, {"metacontroller-rl": "0.2.0"})
     with pytest.warns(UserWarning, match=r"file was made with mujoco 3\.1 and 4\.0 is installed.*mujoco==3\.1"):
-        warn_of_versions("file", {"mujoco": "3.1"}, {"mujoco": "4.0"})
+        check_versions("file", {"mujoco": "3.1"}, {"mujoco": "4.0"})
 
 
 def test_a_record_names_environment_and_packages() -> None:
@@ -40,7 +40,7 @@ def test_a_record_names_environment_and_packages() -> None:
 
 def test_another_environment_is_told_by_one_sentence() -> None:
     with pytest.warns(UserWarning, match=r"data was made in Hopper-v4 and this is Hopper-v5: .*\. Name Hopper-v4, or"):
-        warn_of_versions("data", {"environment": "Hopper-v4", "a": "1"}, {"environment": "Hopper-v5", "a": "1"})
+        check_versions("data", {"environment": "Hopper-v4", "a": "1"}, {"environment": "Hopper-v5", "a": "1"})
 
 
 def test_a_base_model_without_a_record_warns_once_and_is_taken(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ class Faults:
 
     def second_writer(self) -> str | None:
         run = self.start("shared")
-        with RunFolder(run).held():
+        with RunFolder(run).locked():
             done = finish(words(DISCOVER, run), self.work)
         return stands(done, 2, "is being written by another process") or self.goes_on(run)
 

@@ -16,7 +16,7 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError, last_line
 from metacontroller.phases.evaluate import Policy
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
-from metacontroller.storage.files import replacing
+from metacontroller.storage.manifest import replacing
 
 FORMATS = (".mp4", ".gif")
 LEAST_PIXELS = 320

@@ -32,5 +32,5 @@ class Evolve(Tracked):
         config, device = read_config(run), device_name(self.device)
         run.refuse_begun(PHASE, resume=self.resume)
         tracked = self.tracked(run, processes(device))
-        with run.held():
+        with run.locked():
             run_evolution(config, self.evolution, tracked, resume=self.resume, quiet=self.quiet, device=device)

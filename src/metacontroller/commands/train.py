@@ -26,7 +26,7 @@ from metacontroller.recipes.config import (
 from metacontroller.recipes.history import Phase, changed_config, keep_changes
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.versions import refuse_other_data
+from metacontroller.storage.versions import check_versions
 from metacontroller.training.distributed import Processes, processes
 
 
@@ -159,7 +159,7 @@ def moved(run: RunFolder, config: ExperimentConfig, dataset: str) -> ExperimentC
         raise UserError(f"{run.path} has a world with data of its own; leave out --dataset {dataset}.")
     changed = replace(config, domain=replace(config.domain, dataset=dataset))
     if changed != config:
-        refuse_other_data(run.path, learned_from(run), domain_of(changed.domain).data_versions())
+        check_versions(run.path, learned_from(run), domain_of(changed.domain).data_versions())
     return changed
 
 
@@ -224,4 +224,4 @@ class InternalRL(LaterPhase):
 
 def _writing(run: RunFolder, workers: Processes) -> AbstractContextManager[None]:
     """Context in which no other command writes to the run; the first process holds it for all."""
-    return run.held() if workers.is_main else nullcontext()
+    return run.locked() if workers.is_main else nullcontext()

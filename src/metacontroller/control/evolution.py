@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metacontroller.control.population import Perturbations
 from metacontroller.errors import DivergedError
 from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, Whole, check_number
-from metacontroller.storage.training_state import not_finite
+from metacontroller.storage.tensor_file import not_finite
 
 
 def evolve(

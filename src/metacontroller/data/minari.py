@@ -26,7 +26,7 @@ from metacontroller.data.spaces import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import shown
-from metacontroller.storage.plain_files import check_regular, read_json
+from metacontroller.storage.files import check_regular, read_json
 
 
 def open_minari(dataset: Any) -> Any:

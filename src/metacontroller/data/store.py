@@ -32,12 +32,17 @@ from metacontroller.data.trajectories import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import Whole, check_number, shown
-from metacontroller.storage.drafts import draft_folder
-from metacontroller.storage.files import left_behind, write_text
-from metacontroller.storage.lock import held
-from metacontroller.storage.plain_files import check_regular, file_digest, read_json
-from metacontroller.storage.sealed import SEAL, check_seal, seal
-from metacontroller.storage.versions import warn_of_versions
+from metacontroller.storage.files import (
+    check_regular,
+    draft_folder,
+    file_digest,
+    is_file_digest,
+    left_behind,
+    read_json,
+)
+from metacontroller.storage.lock import locked
+from metacontroller.storage.manifest import SEAL, check_file, check_seal, check_size, seal, write_text
+from metacontroller.storage.versions import check_versions
 
 STORE_FORMAT = 2
 """Format 1 had no sizes, no SHA-256 and no seal: it is read unchecked, which is said once."""
@@ -165,11 +170,7 @@ class TrajectoryStore(Episodes):
             for name, file in _array_files(self.meta).items():
                 if not (self.path / file).exists():
                     raise UserError(f"{self.path} was replaced by another store while it was open; open it again.")
-                if file_digest(self.path / file) != self.meta["listed"][name]:
-                    raise UserError(
-                        f"{self.path / file} is not what was written (its SHA-256 differs): it was changed or swapped; "
-                        "copy it from where it was made, or write the store again."
-                    )
+                check_file(self.path / file, self.meta["listed"][name])
         self._verified = True
         return self
 
@@ -182,13 +183,13 @@ class TrajectoryStore(Episodes):
 
     def check_versions(self, here: Mapping[str, str]) -> None:
         """Warns if ``meta["versions"]`` names other versions of packages than those here, by name."""
-        warn_of_versions(self.path, self.meta.get("versions", {}), here)
+        check_versions(self.path, self.meta.get("versions", {}), here)
 
     @staticmethod
     def once(path: Path, make: Callable[[], TrajectoryStore]) -> TrajectoryStore:
         """The store in a folder, verified; where there is none ``make`` writes it, and other processes wait for it."""
         if not (path / HEADER).is_file():
-            with held(path, wait=True):
+            with locked(path, wait=True):
                 if not (path / HEADER).is_file():
                     return make()
         return TrajectoryStore(path).verify()
@@ -228,7 +229,7 @@ class TrajectoryStore(Episodes):
             raise UserError(f"meta is {shown(meta)} ({error}); expected values of JSON.") from error
         if (target.exists() or target.is_symlink()) and not target.is_dir():
             raise _not_ours(target)
-        with _writing, held(target, wait=True):
+        with _writing, locked(target, wait=True):
             _remove_replaced(target)
             _refuse_others(target, beside)
             with draft_folder(target / HEADER) as draft:
@@ -319,21 +320,13 @@ def _read_header(folder: Path) -> dict[str, Any]:
 
 
 def _sound_list(listed: Any, names: list[str]) -> bool:
-    if not isinstance(listed, dict) or listed.keys() != set(names):
-        return False
-    kinds = [{name: type(value) for name, value in entry.items()} for entry in listed.values() if type(entry) is dict]
-    return kinds == [{"size": int, "sha256": str}] * len(names)
+    return isinstance(listed, dict) and listed.keys() == set(names) and all(map(is_file_digest, listed.values()))
 
 
 def _check_sizes(folder: Path, meta: Mapping[str, Any]) -> int:
     """The sum of the sizes of a store's files; UserError for one that is not of the size that was written."""
     for name, file in _array_files(meta).items():
-        size, listed = check_regular(folder / file), meta["listed"][name]["size"]
-        if size != listed:
-            raise UserError(
-                f"{folder / file} has {size} bytes where {listed} were written: it was cut or swapped; copy it from "
-                "where it was made, or write the store again."
-            )
+        check_size(folder / file, check_regular(folder / file), meta["listed"][name])
     return sum(entry["size"] for entry in meta["listed"].values())
 
 

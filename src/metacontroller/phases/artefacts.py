@@ -10,12 +10,11 @@ from typing import Any
 
 from metacontroller.arguments import checked_kinds
 from metacontroller.errors import MissingFileError
-from metacontroller.storage import manifest
-from metacontroller.storage.files import inside, replacing
+from metacontroller.storage.files import inside
+from metacontroller.storage.manifest import replacing, verify
 from metacontroller.storage.module_file import Saveable
-from metacontroller.storage.plain_files import check_regular
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.versions import record_in, refuse_other_data, warn_of_versions
+from metacontroller.storage.versions import check_versions, record_in
 from metacontroller.training.distributed import Processes
 
 BASE_MODEL = "base_model"
@@ -69,8 +68,7 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
         warnings.warn(
             f"{path} keeps no record of its world and versions, as older ones: they are not compared.", stacklevel=2
         )
-    refuse_other_data(path, module.versions, run.versions)
-    warn_of_versions(path, module.versions, run.versions)
+    check_versions(path, module.versions, run.versions)
     return module.to(device)
 
 
@@ -79,8 +77,6 @@ def learned_from(run: RunFolder) -> dict[str, str]:
     if there is neither, or if it keeps none."""
     for path in (artefact_path(run, BASE_MODEL), run.checkpoint_path("pretrain")):
         if path.exists():
-            check_regular(path)
-            manifest.verify(path)
             return record_in(path)
     return {}
 
@@ -90,7 +86,6 @@ def copy_artefact(name: str, source: Path, folder: Path, as_name: str | None = N
     atomically. UserError for a file that is not what the phase wrote."""
     path = inside(source, source / f"{name}.safetensors")
     if path.exists():
-        check_regular(path)
-        manifest.verify(path)
+        verify(path)
         with replacing(folder / f"{as_name or name}.safetensors") as draft:
             shutil.copyfile(path, draft)

@@ -65,7 +65,7 @@ def repeat(
     """
     workers = learner.processes
     quiet = quiet or not workers.is_main
-    alone = run.held() if workers.is_main else nullcontext()
+    alone = run.locked() if workers.is_main else nullcontext()
     with alone, track(updates, phase, start=first, quiet=quiet) as progress, finishing():
         if workers.is_main:
             run.rewind_metrics(phase, first)

@@ -32,10 +32,9 @@ from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, MOST_STEPS, PROCESSES, Number, Whole, check_fields, check_number
 from metacontroller.recipes.jobs import in_processes
-from metacontroller.storage.files import left_behind, plain, write_text
-from metacontroller.storage.lock import held
-from metacontroller.storage.plain_files import read_json
-from metacontroller.storage.sealed import SEAL, check_seal, seal
+from metacontroller.storage.files import left_behind, plain, read_json
+from metacontroller.storage.lock import locked
+from metacontroller.storage.manifest import check_seal, seal, write_text
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
 from metacontroller.training.progress import announce, track
 
@@ -98,7 +97,7 @@ def collect(
     if environment_facts(config.env, config.env_kwargs).max_steps is None and config.max_steps is None:
         said = f"{config.env} has no time limit: an episode may take {MAX_STEPS:,} steps; --max-steps sets another"
         announce(f"collect: {said}", quiet=quiet)
-    with held(out):
+    with locked(out):
         _open(config, out, resume)
         if not (out / "store.json").exists():
             jobs = [(config, out, rank, workers, quiet) for rank in range(workers)]
@@ -123,7 +122,9 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = (TrajectoryStore(out).meta.get("asked") if whole.exists() else _read_sealed(request)) or {}
+    asked = (
+        TrajectoryStore(out).meta.get("asked") if whole.exists() else check_seal(request, read_json(request))
+    ) or {}
     if plain(config) != {name: asked.get(name) for name in plain(config)}:  # options may be newer than the folder
         raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
 
@@ -215,16 +216,9 @@ def _part(out: Path, index: int) -> Path:
     return out / "parts" / f"part-{index:05}.json"
 
 
-def _read_sealed(path: Path) -> dict[str, Any]:
-    """What collect.json asks for, or what a part says of itself; UserError for one that was changed."""
-    content = read_json(path)
-    check_seal(path, content)
-    return {name: value for name, value in content.items() if name != SEAL}
-
-
 def _read_part(path: Path) -> dict[str, Any]:
     """What a part says of itself; UserError for one that was changed."""
-    content = _read_sealed(path)
+    content = check_seal(path, read_json(path))
     lists = [content.get(name) for name in ("returns", "success", "lengths")]
     counts = [content.get(name) for name in ("played", "lost")]
     whole = {*content} == {"played", "lost", "returns", "success", "lengths"}

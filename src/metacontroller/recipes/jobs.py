@@ -13,34 +13,37 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from metacontroller.errors import UserError
-from metacontroller.storage.files import read_regular, write_text
-from metacontroller.training.interruption import Interrupted, listening, signal_name
+from metacontroller.errors import UserError, import_extra
+from metacontroller.storage.files import read_regular
+from metacontroller.storage.manifest import write_text
+from metacontroller.training.interruption import Interrupted, listening
 
 Engine = Literal["processes", "slurm", "ray"]
 Job = tuple[Any, ...]
 """The arguments of one call."""
 Failure = tuple[Job, BaseException]
 """A job and what it raised, or how its process ended."""
+NextJob = Callable[[], "Job | None"]
+"""Gives a job that can be started now, or None; it is asked again when one ends."""
+Outcomes = Generator[tuple[Job, "BaseException | None"], None, None]
+"""Each job when it has ended, with its error if it failed; closing it ends those that run."""
 MAX_ERROR, MAX_ERROR_BYTES = 2**20, 2**24
 """Characters of an error that are written, and bytes that are read: none of them has more than six."""
 MAX_LINE = 500
 """Characters of an error that a table shows."""
 FAREWELL_S = 4.0
 """Seconds that a job has, once it is told to stop, for its update and its checkpoint."""
-NextJob = Callable[[], "Job | None"]
-"""Gives a job that can be started now, or None; it is asked again when one ends."""
 
 
 def run_jobs(
@@ -63,23 +66,21 @@ def run_jobs(
     tries it out on this machine. "ray": on the cluster at ``address``, or on this machine; it decides how many. Both
     are asked for a GPU for each job where ``device`` is "cuda".
     """
-    failed: list[Failure] = []
-
-    def ended(job: Job, error: BaseException | None) -> None:
-        if error is not None:
-            failed.append((job, error))
-        advance()
-
     gpus = int(device.startswith("cuda"))
     if engine == "slurm":
-        _on_slurm(function, next_job, ended, workers, address, minutes, logs, gpus)
+        outcomes = _on_slurm(function, next_job, workers, address, minutes, logs, gpus)
     elif engine == "ray":
-        _on_ray(function, next_job, ended, address, gpus)
+        outcomes = _on_ray(function, next_job, address, gpus)
     elif workers > 1:
-        _in_processes(function, next_job, ended, workers, threads=1)
+        outcomes = _in_processes(function, next_job, workers, threads=1)
     else:
-        while (job := next_job()) is not None:
-            ended(job, _error_of(function, job))
+        outcomes = ((job, _error_of(function, job)) for job in iter(next_job, None))
+    failed: list[Failure] = []
+    with closing(outcomes):
+        for job, error in outcomes:
+            if error is not None:
+                failed.append((job, error))
+            advance()
     return failed
 
 
@@ -89,13 +90,11 @@ def in_processes(function: Callable[..., Any], jobs: Sequence[Job], *, at_once: 
     What one raises is raised here, and UserError if one is killed; the others are ended, as when this process is
     interrupted: each phase can be resumed.
     """
-    left = list(jobs)
-
-    def ended(job: Job, error: BaseException | None) -> None:
-        if error is not None:
-            raise error
-
-    _in_processes(function, lambda: left.pop(0) if left else None, ended, at_once, threads=threads)
+    left = iter(jobs)
+    with closing(_in_processes(function, lambda: next(left, None), at_once, threads)) as outcomes:
+        for _, error in outcomes:
+            if error is not None:
+                raise error
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
@@ -129,80 +128,53 @@ def usable_cores() -> int:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-Ended = Callable[[Job, "BaseException | None"], None]
-"""Told of every job that has ended, with its error if it failed; what it raises ends all others."""
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """A process, its job, and where it tells how that ended."""
-
-    process: SpawnProcess
-    job: Job
-    receiver: Connection
-
-    def has_ended(self) -> bool:
-        return self.receiver.poll() or not self.process.is_alive()
-
-    def error(self) -> BaseException | None:
-        """What the job raised. Asked as soon as there is word of it: the pipe holds little, and its sender waits."""
-        told = ()
-        with suppress(EOFError, OSError):  # it ended without a word, or amid one
-            told = self.receiver.recv() if self.receiver.poll() else ()
-        self.process.join()
-        self.receiver.close()
-        if told is None:
-            return None
-        return _rebuilt(*told) if told else _early_end(self.process.exitcode or 0)
-
-
-def _in_processes(function: Callable[..., Any], next_job: NextJob, ended: Ended, at_once: int, *, threads: int) -> None:
-    running: list[_Worker] = []
+def _in_processes(function: Callable[..., Any], next_job: NextJob, at_once: int, threads: int) -> Outcomes:
+    running: dict[Any, tuple[BaseProcess, Job]] = {}  # by the connection through which it tells its outcome
     try:
         while True:
             while len(running) < at_once and (job := next_job()) is not None:
                 _start(function, job, threads, running)
             if not running:
                 return
-            wait([handle for worker in running for handle in (worker.receiver, worker.process.sentinel)])
-            for worker in [worker for worker in running if worker.has_ended()]:
-                error = worker.error()
-                running.remove(worker)
-                ended(worker.job, error)
-    except BaseException:
-        for worker in running:
-            worker.process.terminate()
+            for receiver in wait(list(running)):
+                process, job = running.pop(receiver)
+                yield job, _outcome(process, receiver)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
         deadline = time.monotonic() + FAREWELL_S
-        for worker in running:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            worker.process.kill()  # it is only resumed from an older checkpoint
-            worker.process.join()
-        raise
+        for process, _ in running.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()  # it is only resumed from an older checkpoint
+            process.join()
 
 
-def _start(function: Callable[..., Any], job: Job, threads: int, running: list[_Worker]) -> None:
+def _start(function: Callable[..., Any], job: Job, threads: int, running: dict[Any, tuple[BaseProcess, Job]]) -> None:
+    """Starts a process with SIGINT blocked: an interrupt, which reaches this process too, would meet it before `_call`
+    and be shown as a traceback."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(function, job, threads, sender))
-    with _interrupts_held_back():
+    mask = getattr(signal, "pthread_sigmask", lambda how, signals: signals)
+    resource_tracker.ensure_running()  # which starts with the first process, and would unblock SIGINT
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         process.start()
-        running.append(_Worker(process, job, receiver))
+        running[receiver] = process, job
+    finally:
+        mask(signal.SIG_SETMASK, before)
     sender.close()
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """What starts here is born with SIGINT blocked: an interrupt, which reaches this process too, would meet it before
-    `_call` and be shown as a traceback."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # which starts with the first process, and would unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _outcome(process: BaseProcess, receiver: Any) -> Exception | None:
+    """What a job raised. Asked as soon as there is word of it: the pipe holds little, and its sender waits."""
+    message = None
+    with receiver, suppress(EOFError, OSError):  # its process ended before it could tell, or amid that
+        message = receiver.recv()
+    process.join()
+    if message is None:
+        return _early_end(process.exitcode or 0)
+    return _unpacked(*message) if message else None
 
 
 def _call(function: Callable[..., Any], job: Job, threads: int, sender: Connection) -> None:
@@ -214,11 +186,25 @@ def _call(function: Callable[..., Any], job: Job, threads: int, sender: Connecti
     with listening(lambda number: None, ignored=(signal.SIGINT,)):
         try:
             error = _error_of(function, job)
-            sender.send(None if error is None else _told(error))
+            sender.send(() if error is None else _packed(error))
             if error is not None and not isinstance(error, UserError):
                 raise error  # so that the traceback, which does not travel, is shown here
         except Interrupted as interrupted:
             sys.exit(interrupted.status)
+
+
+def start_worker(threads: int) -> None:
+    """Prepares a worker process: so many threads, and an end when its parent ends: it would otherwise train on, beside
+    the run that resumes its folder."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _error_of(function: Callable[..., Any], job: Job) -> Exception | None:
@@ -229,7 +215,7 @@ def _error_of(function: Callable[..., Any], job: Job) -> Exception | None:
     return None
 
 
-def _told(error: Exception) -> tuple[str, int | None, bytes]:
+def _packed(error: Exception) -> tuple[str, int | None, bytes]:
     """What travels of an error: its text, its status if it is the user's mistake, and itself if it can be pickled."""
     pickled = b""
     with suppress(Exception):  # of user's classes and what they hold, anything
@@ -239,17 +225,17 @@ def _told(error: Exception) -> tuple[str, int | None, bytes]:
     return "".join(traceback.format_exception_only(error)).strip(), None, pickled
 
 
-def _rebuilt(text: str, status: int | None, pickled: bytes) -> Exception:
+def _unpacked(text: str, status: int | None, pickled: bytes) -> Exception:
     """The error, or its text where its class makes another one of it: many cannot be made again of it alone."""
     with suppress(Exception):
         error = pickle.loads(pickled)  # noqa: S301 (by a process of ours, as all that comes through its pipe)
-        if _told(error)[:2] == (text, status):
+        if _packed(error)[:2] == (text, status):
             return error
     if status is None:
         return RuntimeError(text)
-    known = UserError(text)
-    known.status = status
-    return known
+    error = UserError(text)
+    error.status = status
+    return error
 
 
 def _early_end(status: int) -> UserError:
@@ -260,22 +246,9 @@ def _early_end(status: int) -> UserError:
             "a process was killed by SIGKILL, perhaps because memory ran out; resume with --resume, with fewer "
             "--workers or smaller batches if it happens again."
         )
-    how = f"was ended by {signal_name(number)}" if number in set(signal.Signals) else f"ended with status {status}"
+    known = number in set(signal.Signals)
+    how = f"was ended by {signal.Signals(number).name}" if known else f"ended with status {status}"
     return UserError(f"a process {how} before its work was done; resume with --resume.")
-
-
-def start_worker(threads: int) -> None:
-    """Prepares a worker process: so many threads, and an end when its parent ends."""
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise train on, beside the run that resumes its folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------
@@ -284,14 +257,13 @@ def _end_with_parent() -> None:
 def _on_slurm(
     function: Callable[..., Any],
     next_job: NextJob,
-    ended: Ended,
     workers: int,
     address: str | None,
     minutes: int,
     logs: Path | None,
     gpus: int,
-) -> None:
-    submitit = _need("submitit")
+) -> Outcomes:
+    submitit = import_extra("submitit", "cluster")
     executor = submitit.AutoExecutor(folder=logs or Path("slurm"), cluster=address)
     gpu = {"gpus_per_node": gpus} if gpus else {}  # a cluster without any refuses to be asked for 0
     executor.update_parameters(timeout_min=minutes, cpus_per_task=1, slurm_array_parallelism=workers, **gpu)
@@ -299,7 +271,7 @@ def _on_slurm(
         with executor.batch():
             submitted = [executor.submit(_Requeued(function), *job) for job in jobs]
         for job, running in zip(jobs, submitted, strict=True):
-            ended(job, running.exception())  # waits
+            yield job, running.exception()  # waits
 
 
 @dataclass(frozen=True)
@@ -313,11 +285,11 @@ class _Requeued:
 
     def checkpoint(self, *job: Any) -> Any:
         """Called by submitit in the job, before it ends."""
-        return _need("submitit").helpers.DelayedSubmission(self, *job)
+        return import_extra("submitit", "cluster").helpers.DelayedSubmission(self, *job)
 
 
-def _on_ray(function: Callable[..., Any], next_job: NextJob, ended: Ended, address: str | None, gpus: int) -> None:
-    ray = _need("ray")
+def _on_ray(function: Callable[..., Any], next_job: NextJob, address: str | None, gpus: int) -> Outcomes:
+    ray = import_extra("ray", "cluster")
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
     running: dict[Any, Job] = {}
@@ -326,14 +298,4 @@ def _on_ray(function: Callable[..., Any], next_job: NextJob, ended: Ended, addre
         if not running:
             return
         for one in ray.wait(list(running))[0]:
-            ended(running.pop(one), _error_of(ray.get, (one,)))
-
-
-def _need(package: str) -> Any:
-    """A package of the extra ``cluster``."""
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise UserError(
-            f"{package} is not installed; install it by: pip install 'metacontroller-rl[cluster]'."
-        ) from error
+            yield running.pop(one), _error_of(ray.get, (one,))

@@ -55,7 +55,7 @@ def reproduce_seed(
     run = RunFolder(folder)
     if finished := run.read_summary():
         return finished
-    with run.held():
+    with run.locked():
         _all_phases(config, run, quiet, apart, device, track)
     return run.read_summary()
 
@@ -159,7 +159,7 @@ def reproduce(
         check_number("seed", seed, Whole(0, MAX_SEED))
     figures.require_matplotlib()
     folder = RunFolder(out)
-    with folder.held():
+    with folder.locked():
         open_folder(folder, config, "reproduce", resume=resume, option="--out")
         return _all_seeds(config, folder, seeds, workers, quiet, device, track)
 

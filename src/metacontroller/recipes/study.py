@@ -125,7 +125,7 @@ def run_variant(out: Path, job: StudyJob, study: StudyConfig, device: str) -> No
     """Its phases, resumed if they were begun, and its summary."""
     variant = variants(read_config(RunFolder(out)), study)[job.what]
     config, run = with_seed(variant.config, job.seed), RunFolder(job.folder(out))
-    with run.held():
+    with run.locked():
         _run_phases(out, job, variant, config, run, device)
 
 
@@ -178,7 +178,7 @@ def study(
         check_number("seed", seed, Whole(0, MAX_SEED))
     folder, own = RunFolder(out), RunFolder(out).child(FOLDER)
     refuse_other_recipe(folder, "figures")
-    with folder.held():
+    with folder.locked():
         return _run_all(config, folder, own, seeds, workers, quiet, device)
 
 

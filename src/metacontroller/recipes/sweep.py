@@ -110,7 +110,7 @@ def run_job(out: Path, job: SweepJob, device: str) -> None:
     if job.finished(out):
         return
     run, config = job.run(out), job_config(read_config(RunFolder(out)), job)
-    with run.held():
+    with run.locked():
         run.write_config(to_json(config))
         if job.parent:
             for artefact in (BASE_MODEL, COTRAINED_MODEL, META_CONTROLLER, SEGMENTATION):
@@ -159,7 +159,7 @@ def sweep(
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name} are {list(values)}; give at least one, each once.")
     folder = RunFolder(out)
-    with folder.held():
+    with folder.locked():
         open_folder(folder, config, "sweep", resume=resume, option="--out")
         options: dict[str, Any] = {"engine": engine, "workers": workers, "address": address, "minutes": minutes}
         return _run_all(folder, seeds, alphas, lrs, quiet, device, options)

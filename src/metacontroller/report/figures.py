@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metacontroller.errors import UserError, last_line
-from metacontroller.storage.files import replacing
+from metacontroller.storage.manifest import replacing
 from metacontroller.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:

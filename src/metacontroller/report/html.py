@@ -19,7 +19,8 @@ from metacontroller.report.figures import NOT_MEASURED
 from metacontroller.report.results import read_episodes, read_meaning, read_reproduction, read_results, read_study
 from metacontroller.report.study_figures import BASELINES, CONTROLS, study_figures
 from metacontroller.report.tables import POLICIES, evaluation_name, variant_rows
-from metacontroller.storage.files import read_regular, write_text
+from metacontroller.storage.files import read_regular
+from metacontroller.storage.manifest import write_text
 from metacontroller.storage.run_folder import RunFolder
 
 MAX_PICTURE_BYTES = 64 * 2**20

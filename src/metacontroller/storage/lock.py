@@ -11,49 +11,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metacontroller.errors import UserError
-from metacontroller.storage.drafts import sweep
+from metacontroller.storage.files import LOCK, fcntl, sweep
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None
-
-LOCK = ".lock"
-"""The file in the folder that is locked; it is there while the folder is written, and after a kill."""
-
-_held: dict[Path, list[int]] = {}
-"""By folder: the open file, and how often this process holds it."""
+_handles: dict[Path, int] = {}
+"""The open lock file of each folder that this process has locked."""
 
 
 @contextmanager
-def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Context in which this process, with the workers that it starts, is the only one to write to the folder.
 
-    It may be entered again within itself. Drafts that killed writers have left are removed. UserError if another
-    process holds the folder, unless it is to be waited for.
+    It may be entered again within itself. Drafts that killed writers have left are removed. The lock is a file in the
+    folder, which names its process and may be there still after a kill. UserError if another process has locked the
+    folder, unless it is to be waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    key = folder.resolve()
-    if key not in _held:
+    key, handle = folder.resolve(), None
+    if key not in _handles:
         handle = _acquire(folder, wait)
-        if handle is None:
-            yield
-            return
-        _held[key] = [handle, 0]
-        sweep(folder)
-    _held[key][1] += 1
+    if handle is None:
+        yield
+        return
+    _handles[key] = handle
     try:
+        sweep(folder)
         yield
     finally:
-        _held[key][1] -= 1
-        if not _held[key][1]:
-            handle, _ = _held.pop(key)
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(handle)
+        del _handles[key]
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _acquire(folder: Path, wait: bool) -> int | None:
-    """The open and locked file; None where the process that started this one holds it, or where there are no locks."""
+    """The open and locked file; None where the process that started this one has it, or where there are no locks."""
     if fcntl is None:
         return None
     path = folder / LOCK
@@ -75,10 +65,9 @@ def _acquire(folder: Path, wait: bool) -> int | None:
                 ) from None
             print(f"metacontroller: waiting for {holder or 'another process'}, which writes {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            os.lseek(handle, 0, os.SEEK_SET)
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             os.ftruncate(handle, 0)
-            os.write(handle, f"{_name(os.getpid())}\n".encode())
+            os.pwrite(handle, f"{_name(os.getpid())}\n".encode(), 0)
             return handle
         os.close(handle)  # its last holder removed it between our opening and our locking
 
@@ -89,9 +78,9 @@ def _name(process: int | None) -> str:
 
 def _forget() -> None:
     """In a forked child: the lock is its parent's, and must not outlive it."""
-    for handle, _ in _held.values():
+    for handle in _handles.values():
         os.close(handle)
-    _held.clear()
+    _handles.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from metacontroller.errors import UserError
-from metacontroller.storage.plain_files import check_regular, parse_json
+from metacontroller.storage.files import check_regular, parse_json
 
 LONGEST = 2**20
 """Bytes of a line."""

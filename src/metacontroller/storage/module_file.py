@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.storage import manifest
-from metacontroller.storage.files import replacing
-from metacontroller.storage.plain_files import check_regular, parse_json
-from metacontroller.storage.training_state import check_finite, not_finite
+from metacontroller.storage.manifest import replacing
+from metacontroller.storage.tensor_file import not_finite, read_tensors, write_tensors
 
 Module = TypeVar("Module", bound="Saveable")
 SAVE_FORMAT = "2"
-_HEADER = "metacontroller"
-"""The only key of the file's metadata: with several, safetensors does not fix their order, and equal modules should
-give equal files."""
 
 
 class Saveable:
@@ -59,13 +52,12 @@ class Saveable:
 
         UserError if the constructor was handed modules, and for weights that are not finite.
         """
-        kind = type(self).__name__
+        kind, tensors = type(self).__name__, _weights(self)
         if self.handed_modules:
             raise UserError(
                 f"this {kind} was handed modules ({', '.join(self.handed_modules)}), which a file cannot hold; save "
                 "its state_dict, and make it anew yourself."
             )
-        tensors = {name: value.detach().cpu().contiguous() for name, value in _weights(self).items()}
         name = not_finite(tensors)
         if name is not None:
             raise UserError(f"{name} of this {kind} is not finite; it is not saved to {path}.")
@@ -74,22 +66,21 @@ class Saveable:
             header["versions"] = self.versions
         header["sha256"] = _digest(tensors, header)
         with replacing(Path(path)) as draft:
-            save_file(tensors, draft, metadata={_HEADER: json.dumps(header)})
+            write_tensors(draft, tensors, header)
 
     def load(self, path: str | Path, strict: bool = True) -> None:
         """Reads weights into this module from a file of a module of the same class.
 
         strict: whether names must match one to one; shapes must match in any case. UserError if the file does not fit.
         """
-        tensors, _ = _read(path, type(self).__name__)
+        tensors, _ = _read(Path(path), type(self).__name__)
         _fill(self, tensors, path, strict)
 
     @classmethod
     def init_and_load(cls: type[Module], path: str | Path, strict: bool = True) -> Module:
         """A new module with the arguments and weights of a file that ``save`` wrote; UserError for another file."""
-        tensors, header = _read(path, cls.__name__)
-        arguments = header["arguments"]
-        module = _built(cls, tensors, arguments, path) if strict else cls(**arguments)
+        tensors, header = _read(Path(path), cls.__name__)
+        module = _built(cls, tensors, header["arguments"], Path(path)) if strict else cls(**header["arguments"])
         types = {value.dtype for value in tensors.values() if value.is_floating_point()}
         if len(types) == 1:  # as `Module.double` and its like make it
             module.to(types.pop())  # type: ignore[attr-defined]
@@ -104,11 +95,11 @@ def _weights(module: Saveable) -> dict[str, Tensor]:
 
 
 def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict: bool) -> None:
-    own = _weights(module)
-    both = own.keys() & tensors.keys()
-    wrong = [name for name in both if own[name].shape != tensors[name].shape or own[name].dtype != tensors[name].dtype]
+    expected = {name: (value.shape, value.dtype) for name, value in _weights(module).items()}
+    actual = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    wrong = [name for name in expected.keys() & actual.keys() if expected[name] != actual[name]]
     if strict:
-        wrong += own.keys() ^ tensors.keys()
+        wrong += expected.keys() ^ actual.keys()
     if wrong:
         raise UserError(
             f"{path} does not fit this {type(module).__name__}: {len(wrong)} names, shapes or types differ, such as "
@@ -117,52 +108,36 @@ def _fill(module: Saveable, tensors: dict[str, Tensor], path: str | Path, strict
     module.load_state_dict(tensors, strict=False)  # type: ignore[attr-defined]
 
 
-def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path = Path(path)
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file that `save` wrote.")
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = parse_json((file.metadata() or {}).get(_HEADER, "{}"))
-            manifest.verify(path)
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a complete safetensors file ({error}); give a file that `save` wrote."
-        ) from None
-    header = header if isinstance(header, dict) else {}
+    tensors, header = read_tensors(path)
     if header.get("format") != SAVE_FORMAT or header.get("class") != kind:
         raise UserError(
             f"{path} holds a {header.get('class')!r} of format {header.get('format')!r}; "
             f"expected {kind!r} of format {SAVE_FORMAT!r}."
         )
-    check_finite(tensors, str(path))
     if not isinstance(header.get("arguments"), dict) or header.get("sha256") != _digest(tensors, header):
         raise UserError(f"{path} is not what `save` wrote (its SHA-256 differs); take another copy.")
     return tensors, header
 
 
 def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    """SHA-256 of all that a file says."""
-    said = {name: value for name, value in header.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    """SHA-256 of all that a file says: it may lie where no manifest lists it."""
+    content = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _built(kind: type[Module], tensors: dict[str, Tensor], arguments: dict[str, Any], path: str | Path) -> Module:
+def _built(kind: type[Module], tensors: dict[str, Tensor], arguments: dict[str, Any], path: Path) -> Module:
     """A new module; before it takes any memory or time, its arguments are compared with what the file holds."""
-    size = Path(path).stat().st_size
-    too_large = [f"{name} {value}" for name, value in _numbers(arguments) if abs(value) > size]
-    too_large += [f"{name} {value}" for name, value in _numbers(arguments) if "depth" in name and value > len(tensors)]
-    if too_large:
-        raise UserError(f"{path} says {too_large[0]}, which its {size} bytes cannot hold; take another copy.")
+    size = path.stat().st_size
+    for name, value in _numbers(arguments):
+        if abs(value) > size or ("depth" in name and value > len(tensors)):
+            raise UserError(f"{path} says {name} {value}, which its {size} bytes cannot hold; take another copy.")
     try:
         with torch.random.fork_rng(devices=[]):
             shapes = _shapes(kind, arguments)

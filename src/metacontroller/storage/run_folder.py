@@ -28,22 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
 from metacontroller.ranges import Whole, check_number, shown
 from metacontroller.storage import manifest
-from metacontroller.storage.files import inside, plain, read_object, replacing, strict_json, write_text
-from metacontroller.storage.lock import held
+from metacontroller.storage.files import inside, plain, strict_json
+from metacontroller.storage.lock import locked
+from metacontroller.storage.manifest import read_object, replacing, write_text
 from metacontroller.storage.metrics_file import drop_torn_line, read_lines
-from metacontroller.storage.plain_files import check_regular
-from metacontroller.storage.training_state import check_finite, write_tensors
+from metacontroller.storage.tensor_file import read_tensors, write_tensors
 from metacontroller.storage.user_function import remember_code
-from metacontroller.storage.versions import refuse_other_data, warn_of_versions
+from metacontroller.storage.versions import check_versions
 
 CHECKPOINT_FORMAT = 1
-_HEADER = "metacontroller"  # the key of our JSON in a safetensors file's metadata
 
 
 class RunFolder:
@@ -86,9 +84,9 @@ class RunFolder:
                 raise
             self.unkept.append(name)
 
-    def held(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Context in which no other process may write here, see `storage.lock`."""
-        return held(self.path)
+        return locked(self.path)
 
     # -- configuration and results ------------------------------------------------------------------------------------
 
@@ -100,7 +98,7 @@ class RunFolder:
         nothing that it depends on, as where a run is given an environment.
         """
         text = json.dumps(config, default=plain, indent=2) + "\n"
-        content, path = json.loads(text), self._own("config.json")
+        content, path = json.loads(text), self._listed("config.json")
         remember_code(content, self.path)
         with suppress(UserError):  # none, or one that was changed
             if self.read_config() == content:
@@ -128,26 +126,30 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json; NaN and infinities, which JSON does not have, are written as null."""
-        write_text(self._own("summary.json"), json.dumps(strict_json(dict(summary)), indent=2) + "\n")
+        self._write_json("summary.json", summary)
 
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json; empty if nothing has been written yet."""
-        path = self.within("summary.json")
-        return read_object(path) if path.exists() else {}
+        return self._read_json("summary.json")
 
     def write_analysis(self, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """Replace analyses/NAME.json, in strict JSON like the summary; returns what it then holds."""
-        written = strict_json(dict(result))
         with self.keeping(f"analyses/{name}.json"):
-            write_text(self._own(f"analyses/{name}.json"), json.dumps(written, indent=2) + "\n")
-        return written
+            self._write_json(f"analyses/{name}.json", result)
+        return strict_json(dict(result))
 
     def read_analysis(self, name: str) -> dict[str, Any]:
         """Return analyses/NAME.json; empty if nothing has been written yet."""
-        path = self.within(f"analyses/{name}.json")
+        return self._read_json(f"analyses/{name}.json")
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_text(self._listed(name), json.dumps(strict_json(dict(content)), indent=2) + "\n")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.within(name)
         return read_object(path) if path.exists() else {}
 
-    def _own(self, name: str) -> Path:
+    def _listed(self, name: str) -> Path:
         """The path of a file about to be written, which the folder's manifest will list."""
         path = self.within(name)
         manifest.begin(self.path)
@@ -193,16 +195,11 @@ class RunFolder:
 
     def _append_metrics(self, line: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self._torn_line_dropped:
-            self._drop_torn_line()
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(strict_json(line)) + "\n")
-
-    def _drop_torn_line(self) -> None:
-        """Cut metrics.jsonl after its last complete line, so that the next line does not continue an incomplete one."""
-        if self.metrics_path.exists():
+        if not self._torn_line_dropped and self.metrics_path.exists():
             drop_torn_line(self.metrics_path)
         self._torn_line_dropped = True
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict_json(line)) + "\n")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -241,15 +238,13 @@ class RunFolder:
         """
         path = self.checkpoint_path(name)
         seconds = time.monotonic() - self._started.get(name, self._opened)
-        peak = max(self._peak.get(name, 0.0), peak_rss_mb())
-        meta = {**meta, "seconds": seconds, "peak_rss_mb": peak}
+        meta = {**meta, "seconds": seconds, "peak_rss_mb": max(self._peak.get(name, 0.0), peak_rss_mb())}
         if self.versions:
             meta["versions"] = self.versions
-        header = json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta}, default=plain)
         with self.keeping(path.name):
             manifest.begin(self.path)
-            with replacing(path) as temporary:
-                write_tensors(temporary, tensors, {_HEADER: header})
+            with replacing(path) as draft:
+                write_tensors(draft, tensors, {"format": CHECKPOINT_FORMAT, "meta": meta})
         return path
 
     def load_checkpoint(
@@ -264,30 +259,12 @@ class RunFolder:
         if not path.exists():
             present = ", ".join(sorted(file.stem for file in self.path.glob("*.safetensors"))) or "none"
             raise MissingFileError(f"{self.path} has no checkpoint {name!r}; present: {present}.")
-        check_regular(path)
-        incomplete = UserError(f"{path} is not a complete safetensors file; delete it and run the phase again.")
-        try:
-            opened = safe_open(path, framework="pt", device=str(device))
-        except (SafetensorError, MemoryError) as error:  # MemoryError: of a length that cannot be mapped
-            raise incomplete from error
-        try:
-            with opened as file:
-                header = (file.metadata() or {}).get(_HEADER)
-                manifest.verify(path)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise incomplete from error
-        check_finite(tensors, str(path))
-        # Older files lack these entries.
-        meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **_checked_meta(path, header)}
-        refuse_other_data(path, meta.get("versions", {}), self.versions)
-        warn_of_versions(path, meta.get("versions", {}), self.versions)
+        tensors, header = read_tensors(path, device)
+        meta = _checked_meta(path, header)
+        check_versions(path, meta.get("versions", {}), self.versions)
         self._started[name] = time.monotonic() - meta["seconds"]
         self._peak[name] = meta["peak_rss_mb"]
         return tensors, meta
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def peak_rss_mb() -> float:
@@ -305,9 +282,6 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-# -- details ----------------------------------------------------------------------------------------------------------
-
-
 def _scalar(name: str, value: Any) -> float:
     """A metric as a number; UserError if it is none."""
     try:
@@ -316,24 +290,17 @@ def _scalar(name: str, value: Any) -> float:
         raise UserError(f"the metric {name} is {shown(value)}; expected a number, or a tensor of one.") from error
 
 
-def _checked_meta(path: Path, header: str | None) -> dict[str, Any]:
-    if header is None:
-        raise UserError(f"{path} was not written as a run's checkpoint; name one that a run has saved.")
-    damaged = UserError(f"{path} has a damaged header; delete it and run the phase again.")
-    try:
-        content = json.loads(header)  # meta may hold NaN
-    except (ValueError, RecursionError):
-        raise damaged from None
-    if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "format" not in content:
-        raise damaged
-    if content["format"] != CHECKPOINT_FORMAT:
+def _checked_meta(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    if header.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} has checkpoint format {content['format']} where {CHECKPOINT_FORMAT} was expected; "
-            "load it with the release that wrote it."
+            f"{path} has checkpoint format {shown(header.get('format'))} where {CHECKPOINT_FORMAT} was expected; load "
+            "it with the release that wrote it."
         )
-    if not all(type(content["meta"].get(name, 0.0)) in (int, float) for name in ("seconds", "peak_rss_mb")):
-        raise damaged
-    versions = content["meta"].get("versions", {})
-    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
-        raise damaged
-    return content["meta"]
+    meta = header.get("meta")
+    if isinstance(meta, dict):
+        meta = {"seconds": 0.0, "peak_rss_mb": 0.0, **meta}  # older files lack them
+        numbers, versions = (meta["seconds"], meta["peak_rss_mb"]), meta.get("versions", {})
+        texts = isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())
+        if texts and all(type(number) in (int, float) for number in numbers):
+            return meta
+    raise UserError(f"{path} has a damaged header; take another copy, or delete it and make it again.")

@@ -1,41 +1,14 @@
-"""The content of a checkpoint: a module, its optimizer and its rng as named tensors, all finite."""
+"""The content of a checkpoint: a module, its optimizer and its rng as named tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import shown
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity; None if there is none."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return name
-    return None
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """UserError if one of the tensors that the file ``where`` holds is not finite."""
-    name = not_finite(tensors)
-    if name is not None:
-        raise UserError(f"{where} holds NaN or infinite values in {name!r}; take one that was saved before.")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file of copies on the CPU, because safetensors refuses tensors that share memory."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"the tensor {name} is {shown(tensor)}; expected a torch.Tensor.")
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copies, path, metadata=metadata)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -15,10 +15,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from metacontroller.errors import UserError
-from metacontroller.storage.plain_files import parse_json
+from metacontroller.storage.tensor_file import read_header
 
 OWN_PACKAGE = "metacontroller-rl"
 ENVIRONMENT, DATA = "environment", "data"
@@ -32,18 +30,18 @@ def record(environment: str | None, modules: Iterable[str] = ()) -> dict[str, st
 
     Modules that no package installed, such as the user's own, are left out.
     """
-    packages = {module: _package(module) for module in sorted({*modules} - sys.stdlib_module_names - _LEFT_OUT)}
-    names = {OWN_PACKAGE, *(package for package in packages.values() if package)}
-    named = {} if environment is None else {ENVIRONMENT: environment.rpartition(":")[2]}
-    return named | {name: version for name in sorted(names) if (version := _version(name)) is not None}
+    packages = {_package(module) for module in {*modules} - sys.stdlib_module_names - _LEFT_OUT}
+    versions = {name: _version(name) for name in sorted({OWN_PACKAGE, *packages})}
+    world = {} if environment is None else {ENVIRONMENT: environment.rpartition(":")[2]}
+    return world | {name: version for name, version in versions.items() if version is not None}
 
 
 @cache
-def _package(module: str) -> str | None:
+def _package(module: str) -> str:
     """The package that installed a module of that name."""
     if _version(module) is not None:
         return module
-    return min(metadata.packages_distributions().get(module, []), default=None)
+    return min(metadata.packages_distributions().get(module, []), default=module)
 
 
 def _version(package: str) -> str | None:
@@ -53,46 +51,40 @@ def _version(package: str) -> str | None:
         return None
 
 
-def record_in(path: str | Path) -> dict[str, str]:
+def record_in(path: Path) -> dict[str, str]:
     """The record that a module's file or a checkpoint keeps; empty if none. UserError for another file."""
+    header = read_header(path)
     try:
-        with safe_open(path, framework="np") as file:
-            header = parse_json((file.metadata() or {}).get("metacontroller", "{}"))
-        kept = header.get("meta", header).get("versions", {})
-        return {str(name): str(version) for name, version in kept.items()}
-    except (SafetensorError, AttributeError) as error:
+        return {str(name): str(version) for name, version in header.get("meta", header).get("versions", {}).items()}
+    except AttributeError as error:
         raise UserError(f"{path} is no file of a run ({error}); take another copy.") from None
 
 
-def warn_of_versions(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Warns for another environment than the one that the file was made in, and for each package of another version.
+def check_versions(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """UserError if a file was learned from a dataset of another content than the one that is here; warns for another
+    environment than the one that the file was made in, and for each package of another version.
 
     What only one of the two names is no matter, nor is the version of this package: else each release would warn of
     every older file.
     """
-    for name in sorted((made_with.keys() & here.keys()) - {DATA, OWN_PACKAGE}):
+    for name in sorted((made_with.keys() & here.keys()) - {OWN_PACKAGE}):
         made, now = made_with[name], here[name]
-        if made != now:
-            warnings.warn(f"{path} was made {_difference(name, made, now)}", stacklevel=3)
-
-
-def _difference(name: str, made: str, now: str) -> str:
-    if name == ENVIRONMENT:
-        return (
-            f"in {made} and this is {now}: rewards, sizes and observations may differ where shapes do not. Name "
-            f"{made}, or make the file anew in {now}."
-        )
-    return (
-        f"with {name} {made} and {now} is installed: the world may behave otherwise. Install {name}=={made}, or make "
-        "the file anew."
-    )
-
-
-def refuse_other_data(path: str | Path, made_with: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """UserError if the file was learned from a dataset of another content than the one that is here."""
-    made, now = made_with.get(DATA), here.get(DATA)
-    if made is not None and now is not None and made != now:
-        raise UserError(
-            f"{path} was learned from other data than the run's dataset holds now (SHA-256 {made[:12]} and "
-            f"{now[:12]}); put the old data back, name their place by --dataset PATH, or begin anew in another folder."
-        )
+        if made == now:
+            continue
+        if name == DATA:
+            raise UserError(
+                f"{path} was learned from other data than the run's dataset holds now (SHA-256 {made[:12]} and "
+                f"{now[:12]}); put the old data back, name their place by --dataset PATH, or begin anew in another "
+                "folder."
+            )
+        if name == ENVIRONMENT:
+            difference = (
+                f"in {made} and this is {now}: rewards, sizes and observations may differ where shapes do not. Name "
+                f"{made}, or make the file anew in {now}."
+            )
+        else:
+            difference = (
+                f"with {name} {made} and {now} is installed: the world may behave otherwise. Install {name}=={made}, "
+                "or make the file anew."
+            )
+        warnings.warn(f"{path} was made {difference}", stacklevel=2)

@@ -15,9 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metacontroller.errors import DivergedError
-from metacontroller.storage.files import replacing, strict_json, write_text
+from metacontroller.storage.files import strict_json
+from metacontroller.storage.manifest import replacing, write_text
 from metacontroller.storage.run_folder import RunFolder
-from metacontroller.storage.training_state import module_tensors, not_finite, write_tensors
+from metacontroller.storage.tensor_file import not_finite, write_tensors
+from metacontroller.storage.training_state import module_tensors
 
 FOLDER = "diverged"
 

@@ -146,7 +146,7 @@ def train(
     means = _Means()
     if first < config.steps:
         means.restore(tensors, workers, device)
-    alone = run.held() if workers.is_main else nullcontext()
+    alone = run.locked() if workers.is_main else nullcontext()
     with alone, track(config.steps, phase, start=first, quiet=quiet or not workers.is_main) as progress, finishing():
         if workers.is_main:
             run.rewind_metrics(phase, first)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.storage.tensor_file import not_finite
 from metacontroller.storage.training_state import (
     generator_tensor,
     load_generator,
     load_module,
     load_optimizer,
     module_tensors,
-    not_finite,
     optimizer_meta,
     optimizer_tensors,
 )

@@ -42,7 +42,7 @@ from metacontroller.domains.pinpad.tasks import (
 )
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_choice, check_fields
-from metacontroller.storage.versions import warn_of_versions
+from metacontroller.storage.versions import check_versions
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
 SHIPPED_EXPERT = Path(__file__).parent / "expert.safetensors"
@@ -281,7 +281,7 @@ def _expert(name: str, arena: Arena) -> Expert:
         return Expert.untrained()
     path = SHIPPED_EXPERT if name == SHIPPED else Path(name)
     expert, about = Expert.load(path)
-    warn_of_versions(path, about.get("versions", {}), versions())
+    check_versions(path, about.get("versions", {}), versions())
     learned = about.get("arena", {}).get("cell_size", arena.cell_size)
     if learned != arena.cell_size:
         warnings.warn(

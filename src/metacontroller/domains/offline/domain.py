@@ -24,7 +24,7 @@ from metacontroller.domains.guarded_environment import environment_facts, enviro
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
 from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields, shown
-from metacontroller.storage.versions import ENVIRONMENT, record, warn_of_versions
+from metacontroller.storage.versions import ENVIRONMENT, check_versions, record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Offline(Domain):
             return dataset
         _warn_of_another_world(dataset, self.config)
         fitted = _fitted(dataset, self.config.env, self.config.env_kwargs)
-        warn_of_versions(f"dataset {self.config.dataset}", dataset.record, self.versions())
+        check_versions(f"dataset {self.config.dataset}", dataset.record, self.versions())
         return fitted
 
     @property
