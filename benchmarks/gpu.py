@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacontroller.control.discovery import DiscoveryNoise
+from metacontroller.control.core import DiscoveryNoise
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.domains.pinpad.layouts import Layouts, sample_layouts
 from metacontroller.domains.pinpad.ways import distance_fields
 from metacontroller.domains.registry import domain_of
@@ -87,8 +88,8 @@ def discovery(config: Any, episodes: Any, noise: DiscoveryNoise, device: torch.d
     """Losses and gradients of discovery with given noise."""
     model, steering = build_model(config).to(device), build_meta_controller(config).to(device)
     batch, moved = episodes.to(device), DiscoveryNoise(*(value.to(device) for value in noise))
-    losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths, noise=moved)
-    loss = losses.action + losses.state + 0.1 * steering.kl_loss(output)
+    losses, output = steered_losses(steering, model, batch.states, batch.actions, batch.lengths, noise=moved)
+    loss = losses.action + losses.state + 0.1 * kl_loss(output)
     return [*losses, output.beta, *gradients(loss, steering.discovery_parameters())]
 
 
@@ -134,8 +135,8 @@ def waits_in_a_step(device: torch.device, preset: str) -> dict[str, str]:
         losses.action.backward()
 
     def discovery_step() -> None:
-        losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths)
-        (losses.action + steering.kl_loss(output)).backward()
+        losses, output = steered_losses(steering, model, batch.states, batch.actions, batch.lengths)
+        (losses.action + kl_loss(output)).backward()
 
     for name, step in (("pretraining", pretraining_step), ("discovery", discovery_step)):
         step()

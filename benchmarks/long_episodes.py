@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.domains.registry import domain_of
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_meta_controller, build_model
@@ -38,8 +39,8 @@ def measure(phase: str, length: int, batch: int) -> float:
         (losses.action + losses.state).backward()
     else:
         model.requires_grad_(False)
-        losses, output = steering.steered_losses(model, states, actions, lengths, with_state_loss=False)
-        (losses.action + steering.kl_loss(output)).backward()
+        losses, output = steered_losses(steering, model, states, actions, lengths, with_state_loss=False)
+        (losses.action + kl_loss(output)).backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask
@@ -187,8 +188,8 @@ def discovery_rows(bench: Bench, config: ExperimentConfig, batch_size: int) -> l
 
     def step() -> None:
         optimizer.zero_grad()
-        losses, output = steering.steered_losses(model, states, actions, lengths, with_state_loss=False)
-        (losses.action + 0.17 * steering.kl_loss(output)).backward()
+        losses, output = steered_losses(steering, model, states, actions, lengths, with_state_loss=False)
+        (losses.action + 0.17 * kl_loss(output)).backward()
         optimizer.step()
 
     with torch.no_grad():

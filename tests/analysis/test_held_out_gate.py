@@ -14,6 +14,7 @@ from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.rate_distortion import rate_distortion, rate_distortion_of_segments
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
+from metacontroller.control.discovery_losses import discover_episodes
 from metacontroller.control.switching import GateConfig
 from metacontroller.metrics.switch_alignment import gate_alignment
 from metacontroller.presets.gridworld import debug
@@ -50,7 +51,7 @@ def test_values_of_an_episode_do_not_depend_on_its_batch(untrained: Untrained) -
     length = int(held_out.lengths[row])
     alone = held_out.index(torch.tensor([row]))
     with torch.no_grad():
-        output = quiet.discover_episodes(run.model, alone.states, alone.actions, alone.lengths)
+        output = discover_episodes(quiet, run.model, alone.states, alone.actions, alone.lengths)
     torch.testing.assert_close(whole[row, :length], output.beta[0, :length], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(codes[row, :length], output.z[0, :length], atol=1e-3, rtol=1e-3)  # noise of e^-10
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from metacontroller.analysis.rate_distortion import rate_distortion
+from metacontroller.control.discovery_losses import discover_episodes
 from metacontroller.control.switching import GateConfig
 from metacontroller.domains.registry import domain_of
 from metacontroller.presets.gridworld import debug
@@ -28,7 +29,7 @@ def test_rate_and_distortion_are_the_means_over_real_steps() -> None:
     noise = steering.sample_noise(EPISODES, held_out.steps, generator)
     options = (model, held_out.states, held_out.actions, held_out.lengths)
     with torch.no_grad():
-        output = steering.discover_episodes(*options, noise=noise)
+        output = discover_episodes(steering, *options, noise=noise)
         log_prob = model.action_readout.log_prob(model.action_readout(model.upper(output.steered)), held_out.actions)
     rows = [(row, step) for row in range(EPISODES) for step in range(int(held_out.lengths[row]))]
     assert found["rate"] == pytest.approx(sum(float(output.kl[at]) for at in rows) / len(rows), rel=1e-4)

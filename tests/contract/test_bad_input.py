@@ -170,7 +170,7 @@ def test_calls_that_lack_something() -> None:
         ({"states": torch.zeros(0, TIME, WIDTH)}, "the residual stream has shape (0, 5, 8)"),
         ({"old_log_probs": torch.zeros(BATCH, TIME)}, "old_log_probs has shape (2, 5); expected (2, 5, 2)"),
         ({"actions": torch.zeros(BATCH, TIME, 3)}, "actions has shape (2, 5, 3); expected (2, 5, 2)"),
-        ({"advantages": torch.zeros(3)}, "advantages (3,)"),
+        ({"advantages": torch.zeros(3)}, "advantages has shape (3,)"),
         ({"switch_betas": torch.zeros(BATCH)}, "switch_betas has shape (2,)"),
         ({"episode_lens": torch.tensor([1, 9])}, "episode_lens range over 1..9"),
     ],

@@ -11,6 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from metacontroller.control.discovery_losses import discover_episodes
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.environments.internal_env import InternalEnv
@@ -68,7 +69,7 @@ def test_discovery_is_that_of_the_base_in_float32(dtype: torch.dtype, body: str,
             torch.cat([value.grad.flatten() for value in steering.discovery_parameters() if value.grad is not None])
         )
         torch.manual_seed(3)
-        output = steering.discover_episodes(model, states, actions)
+        output = discover_episodes(steering, model, states, actions)
         assert output.steered.dtype == kind
         assert {value.dtype for value in (output.z, output.beta, output.kl, output.distribution)} == {torch.float32}
     tolerance = TOLERANCE[dtype]

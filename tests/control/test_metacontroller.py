@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from metacontroller.control import codes as codes_module
-from metacontroller.control.discovery import DiscoveryOutput
+from metacontroller.control.core import DiscoveryOutput
+from metacontroller.control.discovery_losses import auxiliary_ratio_loss, kl_loss
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.metacontroller import ControlState, MetaController
 from metacontroller.control.switching import GateConfig
@@ -130,7 +131,7 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for batch in (residual, wide):
         output = steering.discover(batch, lengths)
-        losses = torch.stack([steering.kl_loss(output), steering.auxiliary_ratio_loss(output)])
+        losses = torch.stack([kl_loss(output), auxiliary_ratio_loss(steering, output)])
         real = [getattr(output, name)[output.mask] for name in ("z", "beta", "kl", "steered")]
         loss = losses.sum() + output.steered[output.mask].square().mean()
         results.append((losses, real, torch.autograd.grad(loss, parameters)))
@@ -146,15 +147,15 @@ def test_kl_is_paid_at_every_real_step_also_where_the_gate_is_shut() -> None:
     prior = Normal(torch.zeros_like(output.mean), torch.ones_like(output.mean))
     kl = kl_divergence(Normal(output.mean, output.log_std.exp()), prior).sum(-1)
     terms = [kl[b, t] for b, length in enumerate(lengths.tolist()) for t in range(length)]
-    torch.testing.assert_close(steering.kl_loss(output), torch.stack(terms).mean())
+    torch.testing.assert_close(kl_loss(output), torch.stack(terms).mean())
 
 
 def test_ratio_loss_is_weighted_and_optional() -> None:
     steering, residual = make_steering(ratio_loss_weight=0.5, target_segment_length=3.0), make_residual()
     output = steering.discover(residual)
     expected = 0.5 * ratio_loss(output.beta, output.mask, 3.0)
-    torch.testing.assert_close(steering.auxiliary_ratio_loss(output), expected)
-    assert make_steering().auxiliary_ratio_loss(output) == 0
+    torch.testing.assert_close(auxiliary_ratio_loss(steering, output), expected)
+    assert auxiliary_ratio_loss(make_steering(), output) == 0
 
 
 def test_proposals_are_sampled_from_their_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +256,7 @@ def test_acting_repeats_with_the_seed() -> None:
 def test_discovery_trains_everything_but_the_policy() -> None:
     steering = make_steering("soft")
     output = steering.discover(make_residual())
-    (output.steered.square().sum() + steering.kl_loss(output)).backward()
+    (output.steered.square().sum() + kl_loss(output)).backward()
     trained = {name for name, value in steering.named_parameters() if value.grad is not None}
     listed = {id(value) for value in steering.discovery_parameters()}
     assert trained == {name for name, value in steering.named_parameters() if id(value) in listed}

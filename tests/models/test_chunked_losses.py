@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metacontroller import MetaController, Transformer
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.models import chunked_losses as module
 from metacontroller.models.chunked_losses import chunked_losses, row_chunks
 
@@ -54,10 +55,10 @@ def test_discovery_does_not_depend_on_the_parts(
     lengths, noise = torch.tensor([5, 1, 3, 1, 1, 4]), steering.sample_noise(6, 5)
 
     def losses_and_gradients() -> list[Tensor]:
-        losses, output = steering.steered_losses(
-            model, states, actions, lengths, with_state_loss=with_state_loss, noise=noise
+        losses, output = steered_losses(
+            steering, model, states, actions, lengths, with_state_loss=with_state_loss, noise=noise
         )
-        loss = losses.action + 0.7 * losses.state + 0.1 * steering.kl_loss(output)
+        loss = losses.action + 0.7 * losses.state + 0.1 * kl_loss(output)
         return [*losses, *torch.autograd.grad(loss, steering.discovery_parameters())]
 
     whole = losses_and_gradients()

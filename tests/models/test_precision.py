@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metacontroller import MetaController, Transformer
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.models.config import ModelConfig
 from metacontroller.models.precision import check_precision, prefers_bfloat16, products, weights_cast_once
 
@@ -46,8 +47,8 @@ def test_losses_and_gradients_are_near_those_of_float32_and_of_its_type(kind: st
         noise = steering.sample_noise(6, 8, torch.Generator().manual_seed(2))
         plain = model.behavior_cloning_loss(states, actions, lengths)
         sum(plain).backward()  # type: ignore[union-attr]
-        losses, output = steering.steered_losses(model, states, actions, lengths, noise=noise)
-        kl = steering.kl_loss(output)
+        losses, output = steered_losses(steering, model, states, actions, lengths, noise=noise)
+        kl = kl_loss(output)
         (losses.action + kl).backward()
         assert all(value.dtype == torch.float32 for value in (output.beta, output.z, output.kl, output.steered))
         gradients = [p.grad for p in (*model.parameters(), *steering.discovery_parameters()) if p.grad is not None]

@@ -59,11 +59,11 @@ MUTATIONS: list[Mutation] = [
         ("torch.tensor([0.0, math.log(std)]).repeat", "torch.tensor([math.log(std), 0.0]).repeat"),
     ),
     *of(
-        "control/policy_learning.py",
+        "control/policy_losses.py",
         "control/test_policy.py control/test_policy_losses.py",
-        ("switch_betas >= self.gate_config.threshold", "switch_betas > self.gate_config.threshold"),
+        ("switch_betas >= modules.gate_config.threshold", "switch_betas > modules.gate_config.threshold"),
         ("torch.argsort((~switch).long()", "torch.argsort(switch.long()"),
-        ("log_prob.sum(-1), old.sum(-1)", "log_prob.mean(-1), old.mean(-1)"),
+        ("log_prob = log_prob.sum(-1)", "log_prob = log_prob.mean(-1)"),
     ),
     *of(
         "control/switching.py",
@@ -90,12 +90,12 @@ MUTATIONS: list[Mutation] = [
         "control/test_metacontroller.py",
         ("held=torch.where(switch, 1, state.held + 1)", "held=torch.where(switch, 0, state.held + 1)"),
         ("torch.where(state.started, beta, torch.ones_like(beta))", "beta"),
-        ("return (residual + self._control(", "return (residual - self._control("),
         ("switch = beta >= self.gate_config.threshold", "switch = beta < self.gate_config.threshold"),
     ),
     *of(
-        "control/stepping.py",
+        "control/core.py",
         "control/test_stepping.py control/test_metacontroller.py",
+        ("return (residual + control(", "return (residual - control("),
         ("torch.cat([start[:, None], after[:, :-1]], 1), last[0]", "after, last[0]"),
     ),
     *of(

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.baselines.compile import boundary_probability
-from metacontroller.control.discovery import DiscoveryNoise
+from metacontroller.control.core import DiscoveryNoise
+from metacontroller.control.discovery_losses import discover_episodes, steered_losses
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.parameter_groups import fixed_gate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
@@ -64,6 +66,10 @@ def make_steering(**options: Any) -> MetaController:
     return MetaController(16, dim_meta_controller=16, **({"dim_latent": 2, "code": "binary"} | options))
 
 
+def whole(batch: Trajectories) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.states, batch.actions, batch.lengths
+
+
 def learn(folder: Path, *parts: int, updates: int, generate: Any = source, **options: Any) -> dict[str, Tensor]:
     known = {"positions": positions_of, "decisions": decisions_of}
     for number, steps in enumerate(parts):
@@ -81,15 +87,15 @@ def test_the_loss_is_that_of_its_equation() -> None:
     guide = Guide(steering, source, positions_of, augment=None, seed=0)
     batch = source(5, torch.Generator().manual_seed(3))
     extras = guide.extras(batch)
-    held = guide.held(extras)
+    taught = guide.teacher_codes(extras)
     with torch.no_grad():
-        output = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=held)
-    assert torch.equal(output.z, held)
+        output = discover_episodes(steering, model, *whole(batch), teacher_codes=taught)
+    assert torch.equal(output.z, taught)
     begin, every, gate, counts = 0.0, 0.0, 0.0, [0, 0, 0]
     for row in range(5):
         for step in range(int(batch.lengths[row])):
-            word = int(held[row, step].argmax())
-            begins = step == 0 or word != int(held[row, step - 1].argmax())
+            word = int(taught[row, step].argmax())
+            begins = step == 0 or word != int(taught[row, step - 1].argmax())
             missing = 0.0
             for bit in range(2):
                 share = torch.sigmoid(output.distribution[row, step, bit].double())
@@ -119,8 +125,14 @@ def test_the_losses_of_several_processes_add_up_to_that_of_one() -> None:
         some = {name: value[kept] for name, value in extras.items()}
         with torch.no_grad():
             own_noise = DiscoveryNoise(noise.code[kept], noise.gate[kept])
-            output = steering.discover_episodes(
-                model, own.states, own.actions, own.lengths, noise=own_noise, held=guide.held(some)
+            output = discover_episodes(
+                steering,
+                model,
+                own.states,
+                own.actions,
+                own.lengths,
+                noise=own_noise,
+                teacher_codes=guide.teacher_codes(some),
             )
         share = float(own.lengths.sum() / batch.lengths.sum())
         return share * float(guide.loss(own, some, output))
@@ -155,25 +167,25 @@ def test_the_loss_of_clips_is_that_of_steered_steps_under_the_code_of_the_first(
     assert all(value.grad is None for value in model.parameters())
 
 
-def test_held_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
+def test_teacher_codes_steer_and_the_gate_is_asked_after_each_of_them() -> None:
     steering, model = make_steering(), make_model()
     with torch.no_grad():
         steering.switching.drive.weight[:, model.dim :] = 0.0  # it reads no history
     batch = source(4, torch.Generator().manual_seed(3))
-    free = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths)
-    held = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach())
+    free = discover_episodes(steering, model, *whole(batch))
+    taught = discover_episodes(steering, model, *whole(batch), teacher_codes=free.z.detach())
     for name in ("steered", "beta"):
-        torch.testing.assert_close(getattr(held, name), getattr(free, name))
-    other = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, held=free.z.detach().flip(0))
+        torch.testing.assert_close(getattr(taught, name), getattr(free, name))
+    other = discover_episodes(steering, model, *whole(batch), teacher_codes=free.z.detach().flip(0))
     assert not torch.allclose(other.steered, free.steered)
 
 
-def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() -> None:
+def test_under_teacher_codes_the_gate_is_asked_with_the_history_of_a_random_step() -> None:
     steering, model = make_steering(), make_model()
     batch = source(4, torch.Generator().manual_seed(3))
-    held = F.one_hot(torch.randint(4, (4, batch.steps)), 4).float()
+    taught = F.one_hot(torch.randint(4, (4, batch.steps)), 4).float()
     noise = steering.sample_noise(4, batch.steps)
-    found = steering.discover_episodes(model, batch.states, batch.actions, batch.lengths, noise=noise, held=held).beta
+    found = discover_episodes(steering, model, *whole(batch), noise=noise, teacher_codes=taught).beta
     elsewhere = 0
     with torch.no_grad():
         read = steering.norm(model.residual(batch.states[:, : batch.steps], batch.actions))
@@ -184,7 +196,7 @@ def test_under_held_codes_the_gate_is_asked_with_the_history_of_a_random_step() 
                 state = steering.history(read[row : row + 1, step : step + 1], state[None])[1][0]
             for step in range(1, length):
                 asked = int(noise.gate[row, step] * length)
-                options = (read[row, step], histories[asked][0], held[row, step - 1], torch.ones(()))
+                options = (read[row, step], histories[asked][0], taught[row, step - 1], torch.ones(()))
                 torch.testing.assert_close(found[row, step], steering.switching.probability(*options))
                 elsewhere += asked != step
     assert elsewhere > 20
@@ -197,9 +209,10 @@ def test_a_fixed_gate_mixes_codes_as_before_and_gets_no_gradient(mode: Any) -> N
     batch = replace(batch, states=batch.states.double(), actions=batch.actions.double())
     noise, encoder = steering.sample_noise(4, batch.steps), list(steering.encoder.parameters())
     options = (model, batch.states, batch.actions, batch.lengths)
-    losses, free = steering.steered_losses(*options, noise=noise)
+    losses, free = steered_losses(steering, *options, noise=noise)
     attached = torch.autograd.grad(losses.action, encoder, retain_graph=True)
-    losses, fixed = steering.steered_losses(*options, noise=noise, fixed_gate=True)
+    with fixed_gate(steering):
+        losses, fixed = steered_losses(steering, *options, noise=noise)
     detached = torch.autograd.grad(losses.action, encoder, retain_graph=True)
     torch.testing.assert_close(fixed.z, free.z)
     assert torch.equal(fixed.beta, free.beta)
@@ -323,9 +336,7 @@ def test_a_gate_that_does_not_learn_is_not_asked(mode: Any) -> None:
     guide = Guide(steering, source, positions_of, augment=None, seed=0)
     batch = source(4, torch.Generator().manual_seed(3))
     extras = guide.extras(batch)
-    output = steering.discover_episodes(
-        make_model(), batch.states, batch.actions, batch.lengths, held=guide.held(extras)
-    )
+    output = discover_episodes(steering, make_model(), *whole(batch), teacher_codes=guide.teacher_codes(extras))
     assert 0 < float(guide.loss(batch, extras, output).detach()) < 2 * 2 * 2  # two means of two bits of about log 2
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
@@ -83,13 +84,13 @@ def test_what_is_measured_on_a_batch() -> None:
     measured = measure(model, steering, batch, torch.Generator().manual_seed(1))
     noise = steering.sample_noise(batch.batch, batch.steps, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        losses, output = steering.steered_losses(model, batch.states, batch.actions, batch.lengths, noise=noise)
+        losses, output = steered_losses(steering, model, batch.states, batch.actions, batch.lengths, noise=noise)
         base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths)
     later = [beta for row, n in zip(output.beta.tolist(), batch.lengths.tolist(), strict=True) for beta in row[1:n]]
     expected = {
         "codes": 1 + sum(beta >= 0.5 for beta in later) / batch.batch,
         "binary_fraction": sum(beta <= 0.1 or beta >= 0.9 for beta in later) / len(later),
-        "kl": float(steering.kl_loss(output)),
+        "kl": float(kl_loss(output)),
         "steered_loss": float(losses.action),
         "base_loss": float(base.action),
         "left": float(base.action) * float(batch.lengths.sum()) / batch.batch,

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from metacontroller.baselines.compile import build_compile, discover_compile
+from metacontroller.control.discovery_losses import discover_episodes, steered_losses
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.parameter_groups import matrices
 from metacontroller.control.switching import GateConfig
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.registry import domain_of
@@ -180,7 +182,7 @@ def test_muon_trains_the_matrices_of_a_metacontroller_and_resumes_exactly(tmp_pa
     full = dataclasses.replace(config, meta_controller=dataclasses.replace(config.meta_controller, rank=None))
     steering = build_meta_controller(full)
     names = {id(value): name for name, value in steering.named_parameters()}
-    chosen = {names[id(matrix)] for matrix in steering.matrices()}
+    chosen = {names[id(matrix)] for matrix in matrices(steering)}
     assert {"encoder.0.weight", "sequence_embedder.project_in.weight", "switching.drive.weight"} <= chosen
     assert {"history.weight_ih_l0", "history.weight_hh_l0", "controller.full"} <= chosen
     assert not any(name.startswith("policy.") or name.endswith("bias") for name in chosen)
@@ -243,7 +245,7 @@ def test_a_symmetry_changes_what_the_embedder_sees_and_nothing_else() -> None:
     def output(states: torch.Tensor | None) -> Any:
         noise = steering.sample_noise(8, episodes.steps, torch.Generator().manual_seed(1))
         arguments = (model, episodes.states, episodes.actions, episodes.lengths)
-        return steering.steered_losses(*arguments, noise=noise, embedded_states=states)[1]
+        return steered_losses(steering, *arguments, noise=noise, embedded_states=states)[1]
 
     as_they_are, again = output(None), output(episodes.states)
     augmented = output(augment(episodes.states, torch.Generator().manual_seed(2)))
@@ -261,7 +263,7 @@ def test_the_embedder_reads_the_state_after_the_last_action_and_nothing_after_it
     def mean_of_row(changed: slice) -> torch.Tensor:
         states = episodes.states.clone()
         states[row, changed, -1] = (states[row, changed, -1] + 1) % debug().domain.size ** 2
-        output = steering.discover_episodes(model, states, episodes.actions, episodes.lengths)
+        output = discover_episodes(steering, model, states, episodes.actions, episodes.lengths)
         return output.mean[row, :length]
 
     as_it_is, last, padding = mean_of_row(slice(0)), mean_of_row(slice(length, length + 1)), slice(length + 1, None)
@@ -284,7 +286,8 @@ def test_co_training_moves_the_model_and_leaves_the_losses_what_they_are(tmp_pat
     seen = domain_of(config.domain).augment(batch.states, torch.Generator().manual_seed(2))
 
     def losses(train_model: bool) -> Any:
-        return steering.steered_losses(
+        return steered_losses(
+            steering,
             model,
             batch.states,
             batch.actions,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
 from metacontroller.baselines.compile import boundary_probability
+from metacontroller.control.discovery_losses import discover_episodes
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.switch_alignment import gate_alignment, gate_report
@@ -89,8 +90,8 @@ def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate
         left = held_out.steps - batch.steps
         if segmentation is None:
             gate_noise = meta_controller.sample_noise(batch.batch, batch.steps, noise)
-            output = meta_controller.discover_episodes(
-                model, batch.states, batch.actions, batch.lengths, noise=gate_noise
+            output = discover_episodes(
+                meta_controller, model, batch.states, batch.actions, batch.lengths, noise=gate_noise
             )
             beta, code = output.beta, output.z
             kl = meta_controller.codes.kl_entries(output.distribution)

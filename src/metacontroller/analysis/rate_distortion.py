@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.baselines.compile import LIKELY, CompILE, boundary_probability
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
@@ -43,7 +44,8 @@ def rate_distortion(
     Codes are sampled, the gate is without noise."""
     held_out, generator = _held_out_episodes(model, generate, episodes, seed)
     meta_controller.eval()
-    losses, output = meta_controller.steered_losses(
+    losses, output = steered_losses(
+        meta_controller,
         model,
         held_out.states,
         held_out.actions,
@@ -51,7 +53,7 @@ def rate_distortion(
         with_state_loss=False,
         noise=meta_controller.sample_noise(held_out.batch, held_out.steps, generator),
     )
-    rate = float(meta_controller.kl_loss(output))
+    rate = float(kl_loss(output))
     alignment = _alignment(output.beta, held_out, meta_controller.gate_config.threshold, gate_tolerance)
     return {"rate": rate, "distortion": float(losses.action), **alignment}
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from metacontroller.arguments import checked_kinds
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
+from metacontroller.control.core import read_residual
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Ratio, Trajectories, length_mask, masked_mean
@@ -145,7 +146,7 @@ def boundary_probability(meta_controller: MetaController, residual: Tensor, code
 
     The first step has no meaning: there a metacontroller always takes a new code.
     """
-    read, history, _ = meta_controller.read(residual)
+    read, history, _ = read_residual(meta_controller, residual)
     never = torch.zeros(code.shape[:2], dtype=torch.bool, device=code.device)
     return meta_controller.switching.held(read, history, code, never).beta
 

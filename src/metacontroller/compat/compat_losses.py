@@ -11,6 +11,7 @@ from metacontroller.control.losses import cross_entropy as tpo_loss
 from metacontroller.control.losses import ratio_loss as house_ratio_loss
 from metacontroller.control.losses import z_score as house_z_score
 from metacontroller.control.metacontroller import MetaController as HouseMetaController
+from metacontroller.control.policy_losses import policy_losses
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import length_mask
 
@@ -68,7 +69,7 @@ def policy_loss(
     advantages = advantages.flatten() if advantages.numel() == batch else advantages.view(batch, steps)
     mask = mask[..., 0] if mask is not None and mask.dim() == 3 else mask
     stored = beside(meta_controller, state, old_log_probs, actions, advantages, mask, episode_lens)
-    losses = HouseMetaController.policy_losses(
+    losses = policy_losses(
         meta_controller,
         *stored,
         eps_clip=eps_clip,

@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from metacontroller.control.freezing import thaw
+from metacontroller.control.parameter_groups import thaw
 from metacontroller.errors import UserError
 from metacontroller.storage.module_file import Saveable
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metacontroller.control.freezing import trains_only
+from metacontroller.control.parameter_groups import trains_only
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.cache_store import check_unused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from metacontroller.control.codes import CodeKind, make_codes
 from metacontroller.control.policy import PolicyKind
@@ -10,7 +11,7 @@ from metacontroller.control.sequence_embedder import EmbedderKind
 from metacontroller.control.switching import GateConfig
 from metacontroller.errors import UserError
 from metacontroller.models.precision import Precision, check_precision
-from metacontroller.ranges import DEPTH, MOST_WIDTH, NOT_NEGATIVE, POSITIVE, WIDTH, Whole, check_fields
+from metacontroller.ranges import DEPTH, MOST_WIDTH, NOT_NEGATIVE, POSITIVE, WIDTH, Whole, check_choice, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,12 @@ class MetaControllerConfig:
         check_precision(self.precision)
         widths = ("dim_latent", "dim_history", "dim_sequence", "encoder_hidden", "switch_hidden")
         check_fields(self, **dict.fromkeys((*widths, "embedder_dim", "policy_hidden"), WIDTH))
-        check_fields(
-            self, decoder_hidden=Whole(0, MOST_WIDTH), embedder_depth=DEPTH, rank=Whole(most=MOST_WIDTH, none=True)
-        )
-        check_fields(self, free_bits=NOT_NEGATIVE, policy_std=POSITIVE, action_temperature=NOT_NEGATIVE)
+        check_fields(self, decoder_hidden=Whole(0, MOST_WIDTH), rank=Whole(most=MOST_WIDTH, none=True))
+        check_fields(self, embedder_depth=DEPTH, free_bits=NOT_NEGATIVE, policy_std=POSITIVE)
+        check_fields(self, action_temperature=NOT_NEGATIVE)
         make_codes(self.code, self.dim_latent, self.free_bits).start(self.policy_std)
-        for name, kinds in (("embedder_kind", ("attention", "hawk")), ("policy_kind", ("gru", "hawk"))):
-            if getattr(self, name) not in kinds:
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected {kinds[0]!r} or {kinds[1]!r}.")
+        check_choice("embedder_kind", self.embedder_kind, get_args(EmbedderKind))
+        check_choice("policy_kind", self.policy_kind, get_args(PolicyKind))
         if self.policy_kind == "hawk" and self.policy_hidden % 8:
             raise UserError(f"policy_hidden is {self.policy_hidden}; expected a multiple of 8, the gates' heads.")
         if self.embedder_dim % 4:

@@ -1,54 +1,25 @@
-"""The metacontroller: reads the residual stream, decides when to switch, steers with a linear controller (paper D.2).
-
-    h_t = GRU(e_t, h_{t-1})                                   (12)   history
-    s = embed(e_1:T)                                          (13)   acausal, discovery only
-    z~_t ~ N(mu_t, Sigma_t) = f_enc(e_t, h_{t-1}, s)          (14, 15)
-    beta_t = f_switch(e_t, h_{t-1}, z_{t-1})                  (16)   causal
-    z_t = beta_t z~_t + (1 - beta_t) z_{t-1}                  (17)
-    e_t <- e_t + f_hyp(z_t) e_t                               (11, 18)
-
-Axes: b batch, t steps, n_e residual, n_h history, n_s sequence embedding, n_z code. The paper is silent on how e is
-scaled before it is read; ours passes through a layer norm. U multiplies the residual itself. Where it is known, the
-sequence embedder also reads the observation after the last action: our choice.
-"""
+"""The metacontroller (paper D.2): its modules and settings, and the methods that call the functions of this package."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metacontroller.control.codes import CodeKind, bounded, make_codes
-from metacontroller.control.controller import Controller
-from metacontroller.control.discovery import DiscoveryNoise, DiscoveryOutput, EpisodeDiscovery
-from metacontroller.control.freezing import ParameterGroups
-from metacontroller.control.policy import AbstractActionPolicy, PolicyKind, gru_step
-from metacontroller.control.policy_learning import PolicyLearning
-from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
+from metacontroller.control import core, discovery_losses, policy_losses
+from metacontroller.control.codes import bounded
+from metacontroller.control.core import DiscoveryNoise, DiscoveryOutput
+from metacontroller.control.evolution import evolve
+from metacontroller.control.parameter_groups import trains_only, without
+from metacontroller.control.policy import gru_step
+from metacontroller.control.policy_losses import PolicyLosses
 from metacontroller.control.stepping import SteeringSteps, StepState
-from metacontroller.control.switching import GateConfig, SwitchingUnit, at_random_steps, mix_given
-from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask
 from metacontroller.errors import UserError
-from metacontroller.models.other_keywords import own_keywords
-from metacontroller.models.precision import Precision, check_precision, products
-from metacontroller.models.protocol import frozen
-from metacontroller.ranges import (
-    COUNT,
-    DEPTH,
-    MOST_WIDTH,
-    NOT_NEGATIVE,
-    POSITIVE,
-    WIDTH,
-    Number,
-    Whole,
-    check_number,
-    check_options,
-    shown,
-)
-from metacontroller.storage.module_file import Saveable
+from metacontroller.models.protocol import DiscoveryLosses, SteerableModel
+from metacontroller.ranges import Whole, check_number, shown
 
 
 @dataclass
@@ -86,7 +57,7 @@ class MetaControllerOutput(NamedTuple):
     state: ControlState
 
 
-class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterGroups, Saveable, nn.Module):
+class MetaController(SteeringSteps):
     """The metacontroller (paper D.2).
 
     dim_model: n_e. dim_latent: n_z; with code "binary" the number of bits, and a code is a one-hot vector of
@@ -101,84 +72,6 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
     UserError for values out of range.
     """
 
-    @own_keywords
-    def __init__(
-        self,
-        dim_model: int,
-        *,
-        dim_meta_controller: int = 256,
-        dim_latent: int = 128,
-        code: CodeKind = "gaussian",
-        free_bits: float = 0.0,
-        dim_history: int | None = None,
-        dim_sequence: int | None = None,
-        encoder_hidden: int | None = None,
-        decoder_hidden: int = 32,
-        decoder_depth: int = 1,
-        switch_hidden: int = 32,
-        policy_hidden: int | None = None,
-        policy_std: float = 1.0,
-        action_temperature: float = 1.0,
-        embedder_dim: int | None = None,
-        embedder_depth: int = 1,
-        embedder_kind: EmbedderKind = "attention",
-        policy_kind: PolicyKind = "gru",
-        rank: int | None = 16,
-        gate: GateConfig | dict[str, Any] | None = None,
-        ratio_loss_weight: float = 0.0,
-        target_segment_length: float = 4.0,
-        eps_clip: float = 0.2,
-        precision: Precision = "float32",
-    ) -> None:
-        super().__init__()
-        self.remember_arguments(
-            locals(),
-            {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0, "action_temperature": 1.0},
-        )
-        check_precision(precision)
-        widths = {"dim_model": dim_model, "dim_meta_controller": dim_meta_controller}
-        more = {"dim_history": dim_history, "dim_sequence": dim_sequence, "encoder_hidden": encoder_hidden}
-        more |= {"policy_hidden": policy_hidden, "embedder_dim": embedder_dim, "rank": rank}
-        for name, value in (widths | {"dim_latent": dim_latent, "switch_hidden": switch_hidden}).items():
-            check_number(name, value, WIDTH)
-        for name, value in more.items():
-            check_number(name, value, Whole(0 if name != "rank" else -MOST_WIDTH, MOST_WIDTH, none=True))
-        check_number("embedder_depth", embedder_depth, DEPTH)
-        check_number("ratio_loss_weight", ratio_loss_weight, NOT_NEGATIVE)
-        if Number().expected(target_segment_length) or target_segment_length <= 1:
-            raise UserError(f"target_segment_length is {target_segment_length}; expected more than 1 step.")
-        check_number("eps_clip", eps_clip, POSITIVE)
-        check_number("action_temperature", action_temperature, NOT_NEGATIVE)
-        if not isinstance(gate, GateConfig):
-            check_options("gate", gate or {}, GateConfig)
-        width = dim_meta_controller
-        n_h, n_s = dim_history or width, dim_sequence or width
-        self.codes = make_codes(code, dim_latent, free_bits)
-        self.dim_model, self.dim_latent, self.dim_history = dim_model, self.codes.dim, n_h
-        self.gate_config = gate if isinstance(gate, GateConfig) else GateConfig(**(gate or {}))
-        self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
-        self.eps_clip, self.action_temperature = eps_clip, action_temperature
-        self.loss_weights = None
-        self.precision: Precision = precision
-
-        self.norm = nn.LayerNorm(dim_model)
-        self.history = nn.GRU(dim_model, n_h, batch_first=True)
-        self.sequence_embedder = SequenceEmbedder(
-            dim_model, n_s, dim=embedder_dim or width, depth=embedder_depth, kind=embedder_kind
-        )
-        self.encoder = nn.Sequential(
-            nn.Linear(dim_model + n_h + n_s, encoder_hidden or width),
-            nn.ReLU(),
-            nn.Linear(encoder_hidden or width, self.codes.params),
-        )
-        self.switching = SwitchingUnit(dim_model, n_h, self.dim_latent, hidden=switch_hidden, config=self.gate_config)
-        self.controller = Controller(self.dim_latent, dim_model, hidden=decoder_hidden, rank=rank, depth=decoder_depth)
-        self.policy = AbstractActionPolicy(
-            dim_model, self.dim_latent, hidden=policy_hidden or width, kind=policy_kind, params=self.codes.params
-        )
-        with torch.no_grad():
-            self.policy.readout.bias.copy_(self.codes.start(policy_std))
-
     # phase 2: discovery
 
     def discover(
@@ -186,70 +79,27 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         residual: Tensor,
         episode_lens: Tensor | None = None,
         noise: DiscoveryNoise | None = None,
-        *,
-        embedded_residual: Tensor | None = None,
-        held: Tensor | None = None,
-        fixed_gate: bool = False,
+        **options: Any,
     ) -> DiscoveryOutput:
-        """Proposes, integrates and steers over whole episodes (eq. 12 to 18).
-
-        residual (b, t, n_e). episode_lens (b,): real steps. noise: sampled here if not given. embedded_residual
-        (b, t or t + 1, n_e): what the sequence embedder reads instead of the residual, if given; entry t + 1 is the
-        observation after the last action. held (b, t, n_z): codes that steer instead of the integrated proposals; the
-        gate is then asked with the histories of random steps. fixed_gate: nothing that beta depends on, given residuals
-        and codes, gets a gradient: not the gate, nor norm and history, which it reads; the codes that it mixes have
-        theirs. UserError for shapes that do not fit.
-        """
-        self._check_residual(residual)
-        batch, steps = residual.shape[:2]
-        check_lengths(episode_lens, batch, steps, wait=False)
-        if noise is not None and noise.gate.shape != (batch, steps):
-            raise UserError(
-                f"noise is for (episodes, steps) {tuple(noise.gate.shape)}; expected {(batch, steps)}, as the residual."
-            )
-        lengths = residual.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
-        mask = length_mask(lengths, steps)
-        embedded = residual if embedded_residual is None else embedded_residual
-        with frozen(nn.ModuleList([self.norm, self.history])) if fixed_gate else nullcontext():
-            read, history, _ = self.read(residual)
-            distribution = self._propose(embedded, lengths, read, history)
-        noise = self.sample_noise(batch, steps) if noise is None else noise
-        z_tilde = bounded(self.codes.sample(distribution, noise=noise.code), self.code_bound)
-        first = (torch.arange(steps, device=residual.device) == 0).expand(batch, -1)
-        if held is not None:
-            z, gate, beta = self.switching.held(read, at_random_steps(history, noise.gate, lengths), held, first)
-        else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed_gate):
-                options = {"config": self._gate_of_call(discovery=True), "temperature": self.switch_temperature}
-                z, gate, beta = self.switching(read, history, z_tilde, first, uniform=noise.gate, **options)
-            if fixed_gate:
-                z = mix_given(z_tilde, gate).z
-        steered = self.steer(residual, z)
-        return DiscoveryOutput(steered, z, gate, beta, self.codes.kl(distribution), mask, distribution)
+        """Proposes, integrates and steers along residuals (b, t, n_e); arguments as of `core.discover`."""
+        return core.discover(self, residual, episode_lens, noise, **options)
 
     def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
         """Noise for ``discover`` on ``batch`` episodes of ``steps`` steps."""
-        check_number("batch", batch, COUNT)
-        weight = self.policy.readout.weight
-        options = {"generator": generator, "device": weight.device}
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        code = torch.randn(batch, steps, self.codes.noise_dim, dtype=precise, **options)
-        return DiscoveryNoise(code, torch.rand(batch, steps, **options))
+        return core.sample_noise(self, batch, steps, generator)
 
-    def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
-        """s (b, n_s) from the residuals (b, steps or steps + 1, n_e) of episodes with ``lengths`` (b,) actions."""
-        self._check_residual(residual)
-        entries = residual.shape[1]
-        if entries not in (steps, steps + 1):
-            raise UserError(f"embedded_residual has {entries} steps; expected {steps}, as the residual, or one more.")
-        residual = self.own(residual)
-        with products(self.precision, residual):
-            embedded = self.sequence_embedder(self.norm(residual), length_mask(lengths + entries - steps, entries))
-        return embedded.to(residual.dtype)
-
-    def own(self, residual: Tensor) -> Tensor:
-        """A residual in the type of the metacontroller's weights, whatever that of the model is."""
-        return residual.to(self.norm.weight.dtype)
+    def discovery_loss(
+        self,
+        model: SteerableModel,
+        states: Tensor,
+        actions: Tensor,
+        episode_lens: Tensor | None = None,
+        *,
+        with_state_loss: bool = True,
+    ) -> DiscoveryLosses:
+        """The losses of eq. 3; UserError for a batch that does not fit the model."""
+        batch = states, actions, episode_lens
+        return discovery_losses.discovery_loss(self, model, *batch, with_state_loss=with_state_loss)
 
     # phase 3: acting with abstract actions
 
@@ -284,13 +134,7 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11), in the type of the residual; where U is 0, e to the bit."""
-        return (residual + self._control(residual, z)).to(residual.dtype)
-
-    def _control(self, residual: Tensor, z: Tensor) -> Tensor:
-        """U e (eq. 18)."""
-        read = self.own(residual)
-        with products(self.precision, read):
-            return self.controller(z.to(read.dtype), read)
+        return core.steer(self, residual, z)
 
     def act(self, residual: Tensor, state: Any = None, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
         """One acting step: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and `MetaControllerOutput`.
@@ -299,12 +143,14 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         and the code change only at switches. A policy that reads every step has a state of its own, and an output as of
         a module call.
         """
-        self._check_residual(residual)
+        self.check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
         self._check_state(state, StepState if self.policy.every_step else ControlState, len(residual))
         if self.policy.every_step:
-            control, output = self._steer(residual, state, self._gate_of_call(False, True, False), generator=generator)
+            control, output = self._steer(
+                residual, state, core.gate_of_call(self, False, True, False), generator=generator
+            )
             return residual + control, output
         state = self.initial_state(len(residual)) if state is None else state
         beta, history = self.observe(residual[:, 0], state)
@@ -331,12 +177,65 @@ class MetaController(EpisodeDiscovery, PolicyLearning, SteeringSteps, ParameterG
         if len(state.history) != batch:
             raise UserError(f"the state has {len(state.history)} episodes; expected {batch}, as the residual.")
 
-    def _check_residual(self, residual: Tensor) -> None:
-        check_tensor("the residual stream", residual)
-        if not residual.is_floating_point():
-            raise UserError(f"the residual stream has dtype {residual.dtype}; expected a floating-point one.")
-        if residual.dim() != 3 or residual.shape[-1] != self.dim_model or 0 in residual.shape:
-            raise UserError(
-                f"the residual stream has shape {tuple(residual.shape)}; expected (batch, time, {self.dim_model}) "
-                "with at least one episode and one step."
-            )
+    # internal RL
+
+    def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
+        """Log-probability of each entry of the codes: (b, t, p), (b, t, n_z) -> (b, t, n_z), or a bit each."""
+        return policy_losses.log_prob(self, action_dist, actions)
+
+    def policy_loss(
+        self,
+        states: Tensor,
+        old_log_probs: Tensor,
+        actions: Tensor,
+        advantages: Tensor,
+        switch_betas: Tensor | None = None,
+        episode_lens: Tensor | None = None,
+        eps_clip: float | tuple[float, float] | None = None,
+    ) -> Tensor:
+        """PPO's clipped surrogate over the switches of stored episodes (C.5); see ``policy_losses``."""
+        stored = states, old_log_probs, actions, advantages, switch_betas, episode_lens
+        return policy_losses.policy_losses(self, *stored, eps_clip).surrogate
+
+    def policy_losses(self, *stored: Any, **options: Any) -> PolicyLosses:
+        """Surrogate and KL of the policy on stored episodes; arguments as of `policy_losses.policy_losses`."""
+        return policy_losses.policy_losses(self, *stored, **options)
+
+    def evolve_policy(
+        self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
+    ) -> Tensor:
+        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
+
+        environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
+        """
+        return evolve(self.policy, lambda: environment(model), num_generations, **options)
+
+    # which parameters a phase trains
+
+    def discovery_parameters(self) -> list[nn.Parameter]:
+        """The parameters that discovery trains: all but the policy's."""
+        return without(self, self.policy)
+
+    def internal_rl_parameters(self) -> list[nn.Parameter]:
+        """The parameters that internal RL trains: the policy's."""
+        return list(self.policy.parameters())
+
+    def discovery_parameters_switching_unit(self) -> list[nn.Parameter]:
+        """Those of the gate."""
+        return list(self.switching.parameters())
+
+    def discovery_parameters_non_switching(self) -> list[nn.Parameter]:
+        """Those that discovery trains, without the gate's."""
+        return without(self, self.policy, self.switching)
+
+    def train_discovery(self) -> None:
+        """Training mode; all but the policy requires a gradient."""
+        self.train()
+        trains_only(self, self.discovery_parameters())
+
+    def train_internal_rl(self, eval_rest: bool = False) -> None:
+        """Training mode of the policy, which alone requires a gradient; eval_rest: evaluation mode of all else."""
+        if eval_rest:
+            self.eval()
+        self.policy.train()
+        trains_only(self, self.internal_rl_parameters())

@@ -5,14 +5,16 @@ Axes: b batch, t steps, n_e residual, n_h history, n_z code, p parameters of a d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metacontroller.control.codes import Codes, bounded
+from metacontroller.control.codes import bounded
+from metacontroller.control.core import control, encode, gate_of_call, read_residual
 from metacontroller.control.losses import ratio_loss
+from metacontroller.control.modules import SteeringModules
 from metacontroller.control.switching import GateConfig, mix_given, regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
@@ -54,40 +56,10 @@ class SteeringOutput(NamedTuple):
         return self.prev_hiddens
 
 
-class SteeringSteps:
+class SteeringSteps(SteeringModules):
     """Mixin of `MetaController`: a module call over any number of steps."""
 
-    norm: Any
-    history: Any
-    encoder: Any
-    policy: Any
-    switching: Any
-    controller: Any
-    codes: Codes
-    dim_latent: int
-    gate_config: GateConfig
-    ratio_loss_weight: float
-    target_segment_length: float
-    loss_weights: Any
-    switch_temperature: float | None = None
-    hard_switch: bool | None = None
-    straight_through: bool = False
-    code_bound: float | None = None
-    ratio_chunk: int | None = None
-
-    def _check_residual(self, residual: Tensor) -> None:
-        raise NotImplementedError
-
     def _check_state(self, state: Any, kind: type, batch: int) -> None:
-        raise NotImplementedError
-
-    def _embed_sequence(self, residual: Tensor, lengths: Tensor, steps: int) -> Tensor:
-        raise NotImplementedError
-
-    def own(self, residual: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _control(self, residual: Tensor, z: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(
@@ -112,14 +84,14 @@ class SteeringSteps:
         switch_beta_frequency: a switch at the last of so many steps, counted from ablate_offset. temperature: of the
         codes. episode_lens (b,): real steps, for the losses and the encoder. UserError for shapes that do not fit.
         """
-        self._check_residual(residual_stream)
+        self.check_residual(residual_stream)
         batch, steps = residual_stream.shape[:2]
         if switch_beta_frequency is not None:
             regular = regular_switches(batch, steps, switch_beta_frequency, ablate_offset)
             ablate_switch_beta = regular.to(residual_stream)
         if ablate_switch_beta is not None:
             ablate_switch_beta = _given_weights(ablate_switch_beta, batch, steps)
-        gate = self._gate_of_call(discovery_phase, hard_switch, hard_switch_straight_through)
+        gate = gate_of_call(self, discovery_phase, hard_switch, hard_switch_straight_through)
         if cache is not None and not hasattr(cache, "prev_hiddens"):
             raise UserError(f"cache is {shown(cache)}; expected the output of the call before.")
         state = None if cache is None else cache.prev_hiddens
@@ -140,24 +112,6 @@ class SteeringSteps:
         }
         return torch.cat(calls, 1), outputs[-1]._replace(**joined)
 
-    def _gate_of_call(
-        self, discovery: bool, hard: bool | None = None, straight_through: bool | None = None
-    ) -> GateConfig:
-        """The gate as a call uses it: hard when acting, in discovery as it is configured, unless a learned gate is told
-        otherwise by arguments or attributes."""
-        config = self.gate_config
-        if config.mode in ("forced", "fixed-frequency"):
-            return config
-        hard = self.hard_switch if hard is None else hard
-        if hard is None:
-            hard = not discovery or config.mode in ("hard", "straight-through")
-        if straight_through is None:
-            straight_through = self.straight_through or config.mode == "straight-through"
-        if hard:
-            return replace(config, mode="straight-through" if straight_through else "hard")
-        noisy = discovery and config.mode == "gumbel-sigmoid"
-        return config if noisy else replace(config, mode="soft")
-
     def _steer(
         self,
         residual: Tensor,
@@ -171,11 +125,11 @@ class SteeringSteps:
     ) -> tuple[Tensor, SteeringOutput]:
         batch, steps = residual.shape[:2]
         taken = 0 if state is None else state.steps
-        read, history, last = self.read(residual, None if state is None else state.history)
+        read, history, last = read_residual(self, residual, None if state is None else state.history)
         policy_state = None if state is None else state.policy
         if discovery:
             whole = residual.new_full((batch,), steps, dtype=torch.long) if lengths is None else lengths
-            distribution = self._propose(residual, whole, read, history)
+            distribution = encode(self, residual, whole, read, history)
         elif self.policy.every_step:
             check_unused(policy_state, 0 if state is None else state.steps)
             distribution, policy_state = self.policy(self.own(residual), policy_state, keep=True)
@@ -206,27 +160,9 @@ class SteeringSteps:
             switch = weight >= gate.threshold  # of one step
             policy_state = torch.where(switch, advanced, policy_state)  # pyright: ignore[reportArgumentType, reportCallIssue]
         kl, kl_weight, ratio = self._losses(distribution, beta, lengths, discovery)
-        control = self._control(residual, z).to(residual.dtype)
+        steering = control(self, residual, z).to(residual.dtype)
         done = StepState(last, z[:, -1], policy_state, steps + taken)
-        return control, SteeringOutput(done, residual, distribution, proposed, weight, kl, kl_weight, ratio, z)
-
-    def read(self, residual: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What gate and encoder read of residuals (b, t, n_e), after the history ``before`` (b, n_h), zero at an
-        episode's start: residuals normed (b, t, n_e), h_{t-1} (b, t, n_h), and h_t of the last step (b, n_h) (eq. 12).
-        """
-        read = self.norm(self.own(residual))
-        start = read.new_zeros(len(read), self.history.hidden_size) if before is None else before
-        after, last = self.history(read, start[None].contiguous())
-        return read, torch.cat([start[:, None], after[:, :-1]], 1), last[0]
-
-    def _propose(self, embedded: Tensor, lengths: Tensor, read: Tensor, history: Tensor) -> Tensor:
-        """The encoder's distributions (b, t, p) (eq. 14, 15); embedded (b, t or t + 1, n_e): what the sequence embedder
-        reads."""
-        steps = read.shape[1]
-        sequence = self._embed_sequence(embedded, lengths, steps)
-        sequence = sequence[:, None].expand(-1, steps, -1) if sequence.dim() == 2 else sequence[:, :steps]
-        proposal = self.encoder(torch.cat([read, history, sequence], -1))
-        return proposal.to(torch.promote_types(proposal.dtype, torch.float32))
+        return steering, SteeringOutput(done, residual, distribution, proposed, weight, kl, kl_weight, ratio, z)
 
     def _losses(
         self, distribution: Tensor, beta: Tensor, lengths: Tensor | None, discovery: bool

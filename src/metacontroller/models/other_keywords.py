@@ -22,8 +22,9 @@ def own_keywords(function: Callable[Parameters, Result]) -> Callable[Parameters,
     def checked(*args: Parameters.args, **given: Parameters.kwargs) -> Result:
         unknown = given.keys() - known
         if unknown:
-            owner, name = function.__qualname__.split(".")
-            theirs = signature(getattr(getattr(import_module("metacontroller.metacontroller"), owner), name)).parameters
+            classes = vars(import_module("metacontroller.metacontroller"))
+            owner = next(kind.__name__ for kind in type(args[0]).__mro__ if kind.__name__ in classes)
+            theirs = signature(getattr(classes[owner], function.__name__)).parameters
             for keyword in sorted(unknown & theirs.keys()):
                 refuse_keyword(owner, keyword)
         return function(*args, **given)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metacontroller.control.discovery import DiscoveryOutput, whole_residual
+from metacontroller.control.core import DiscoveryOutput
+from metacontroller.control.discovery_losses import episode_residual
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Trajectories, masked_mean
@@ -93,7 +94,7 @@ class Guide:
         shares = {"begin_share": begins, "later_share": later}
         return {"named": named} | {name: _share(of, batch).expand(batch.batch) for name, of in shares.items()}
 
-    def held(self, extras: BatchExtras) -> Tensor:
+    def teacher_codes(self, extras: BatchExtras) -> Tensor:
         """(b, t, n_z): the code of each step."""
         return self._code(extras["named"])
 
@@ -109,7 +110,7 @@ class Guide:
     def clip_loss(self, model: SteerableModel, batch: Trajectories, extras: BatchExtras) -> Tensor:
         """Mean over the clips' steps of -log p(a_t | ..., z) under their codes, a scalar."""
         clips, factor = clips_of(extras, batch)
-        residual = whole_residual(model, clips.states[:, : clips.steps], clips.actions)
+        residual = episode_residual(model, clips.states[:, : clips.steps], clips.actions)
         code = self._code(extras["clip_named"].flatten(0, 1))[:, None].expand(-1, clips.steps, -1)
         steered = self.meta_controller.steer(residual, code)
         losses = model.losses_under(steered, clips.states, clips.actions, clips.lengths, with_state_loss=False)

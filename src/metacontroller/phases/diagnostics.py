@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.metrics.switch_alignment import binary_fraction, codes_taken
@@ -38,8 +39,8 @@ def measure(
     nats an episode, what codes could say at most; None for continuous actions, whose loss is no number of nats to say.
     """
     noise = meta_controller.sample_noise(batch.batch, batch.steps, generator)
-    losses, output = meta_controller.steered_losses(
-        model, batch.states, batch.actions, batch.lengths, with_state_loss=False, noise=noise
+    losses, output = steered_losses(
+        meta_controller, model, batch.states, batch.actions, batch.lengths, with_state_loss=False, noise=noise
     )
     base = model.behavior_cloning_loss(batch.states, batch.actions, batch.lengths, with_state_loss=False, checked=True)
     codes = codes_taken(output.beta, batch.lengths, threshold=meta_controller.gate_config.threshold)
@@ -47,7 +48,7 @@ def measure(
     return {
         "codes": float(codes.float().mean()),
         "binary_fraction": float(binary_fraction(output.beta, batch.lengths)),
-        "kl": float(meta_controller.kl_loss(output)),
+        "kl": float(kl_loss(output)),
         "steered_loss": float(losses.action),
         "base_loss": float(base.action),
         "left": left,

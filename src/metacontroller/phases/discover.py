@@ -12,14 +12,17 @@ after the named codes. ``val_action_loss``, if episodes for validation are given
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.discovery import DiscoveryNoise
+from metacontroller.control.core import DiscoveryNoise
+from metacontroller.control.discovery_losses import auxiliary_ratio_loss, hard_switches, kl_loss, steered_losses
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.parameter_groups import fixed_gate, matrices
 from metacontroller.data.batching import Augment, Generate, apart
 from metacontroller.data.trajectories import Ratio, Trajectories
 from metacontroller.errors import UserError
@@ -137,21 +140,21 @@ def discover(
     def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor | Ratio]]:
         alpha = config.alpha_at(step)
         guided = guide if step < config.guided_updates else None
-        losses, output = meta_controller.steered_losses(
-            model,
-            batch.states,
-            batch.actions,
-            batch.lengths,
-            with_state_loss=config.state_loss_weight > 0,
-            noise=DiscoveryNoise(extras["code"], extras["gate"]),
-            embedded_states=extras.get("embedded_states"),
-            train_model=config.train_model,
-            held=None if guided is None else guided.held(extras),
-            fixed_gate=step
-            >= config.guided_updates
-            > 0,  # free updates would open it where nothing begins (log 112, 113)
-        )
-        kl = meta_controller.kl_loss(output)
+        fixed = step >= config.guided_updates > 0  # free updates would open it where nothing begins (log 112, 113)
+        with fixed_gate(meta_controller) if fixed else nullcontext():
+            losses, output = steered_losses(
+                meta_controller,
+                model,
+                batch.states,
+                batch.actions,
+                batch.lengths,
+                with_state_loss=config.state_loss_weight > 0,
+                noise=DiscoveryNoise(extras["code"], extras["gate"]),
+                embedded_states=extras.get("embedded_states"),
+                train_model=config.train_model,
+                teacher_codes=None if guided is None else guided.teacher_codes(extras),
+            )
+        kl = kl_loss(output)
         loss = losses.action + config.state_loss_weight * losses.state
         if guided is not None:
             loss = loss + guided.loss(batch, extras, output)
@@ -160,8 +163,8 @@ def discover(
         else:
             loss = loss + alpha * kl
             if meta_controller.ratio_loss_weight > 0:
-                switched = workers.mean(meta_controller.hard_switches(output))
-                loss = loss + meta_controller.auxiliary_ratio_loss(output, switched)
+                switched = workers.mean(hard_switches(meta_controller, output))
+                loss = loss + auxiliary_ratio_loss(meta_controller, output, switched)
         metrics: dict[str, Tensor | Ratio] = {"action_loss": losses.action, "kl": kl, "alpha": kl.new_full((), alpha)}
         with torch.no_grad():
             beta, lengths, episodes = output.beta, batch.lengths, batch.lengths.new_tensor(batch.batch)
@@ -188,7 +191,7 @@ def discover(
             loss_function,
             run,
             seed=config.seed,
-            matrices=meta_controller.matrices(),
+            matrices=matrices(meta_controller),
             muon_lr=config.muon_lr,
             sample_extras=sample_extras,
             validation=validation,

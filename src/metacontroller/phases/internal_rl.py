@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.control.policy_losses import StoredDecisions, surrogate_of_decisions
 from metacontroller.data.trajectories import length_mask
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import POLICY, save_artefacts
@@ -52,11 +52,10 @@ def internal_rl(
         return rollout_abstract(model, meta_controller, env, policy_proposal(meta_controller, generator), generator)
 
     def surrogate(rollout: AbstractRollout, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        distribution, _ = meta_controller.policy(rollout.residual)
-        log_prob = meta_controller.codes.log_prob(distribution, rollout.code).sum(-1)
         mask = length_mask(rollout.lengths, rollout.code.shape[1])
+        stored = StoredDecisions(rollout.residual, rollout.code, rollout.log_prob, advantage[:, None], mask)
+        loss, log_prob, distribution = surrogate_of_decisions(meta_controller, stored, config.eps_clip)
         entropy = meta_controller.codes.mean_entropy(distribution, mask)
-        loss = clipped_surrogate(log_prob, rollout.log_prob, advantage[:, None], mask, config.eps_clip)
         if config.entropy_weight:
             loss = loss - config.entropy_weight * entropy
         metrics = ratio_metrics(log_prob, rollout.log_prob, mask, config.eps_clip)
