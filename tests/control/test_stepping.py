@@ -253,7 +253,8 @@ def test_weights_of_losses_rise_and_fall_and_are_saved() -> None:
 
 def test_a_deeper_hypernetwork_is_its_layers() -> None:
     steering = make_steering(decoder_depth=3)
-    controller, z, e = steering.controller, random(4, CODE), random(4, WIDTH)
+    controller: Any = steering.controller
+    z, e = random(4, CODE), random(4, WIDTH)
     hidden = torch.relu(controller.code_to_hidden(z))
     assert controller.deeper is not None
     for layer in controller.deeper:

@@ -49,7 +49,6 @@ class SteeringModules(Saveable, nn.Module):
     straight_through: bool = False
     code_bound: float | None = None
     ratio_chunk: int | None = None
-    loss_weights: Any = None
     policy: Any
     sequence_embedder: Any
     encoder: Any
@@ -94,6 +93,7 @@ class SteeringModules(Saveable, nn.Module):
         self.dim_model, self.dim_latent, self.dim_history = dim_model, n_z, n_h
         self.ratio_loss_weight, self.target_segment_length = ratio_loss_weight, target_segment_length
         self.eps_clip, self.action_temperature = eps_clip, action_temperature
+        self.loss_weights: Any = None
 
         self.norm = nn.LayerNorm(dim_model)
         self.history = nn.GRU(dim_model, n_h, batch_first=True)
