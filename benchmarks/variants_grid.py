@@ -52,8 +52,8 @@ from metacontroller.recipes.run_phase import demonstrations, post_training
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.evaluation_mode import evaluation_mode
 from metacontroller.training.seeding import stream_seed
-from metacontroller.variants.loss_scale import LossScale
-from metacontroller.variants.next_latent import NextLatent
+from metacontroller.variants.latent_prediction import NextLatent
+from metacontroller.variants.loss_weights import LossScale
 
 EVALUATED = 4096
 Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

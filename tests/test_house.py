@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def place(path: Path) -> tuple[str, ...]:
     return path.relative_to(ROOT).with_suffix("").parts
 
 
+@cache
 def imports(path: Path) -> set[tuple[str, ...]]:
     """What a file imports of this package, wherever in the file and if only for types: parts of modules' names."""
     found: set[tuple[str, ...]] = set()
@@ -82,6 +84,15 @@ def test_nothing_imports_the_adapter_and_it_shadows_nothing() -> None:
     for path in modules():
         named = {target[0] for target in imports(path) if target}
         assert named & (adapter | {"compat"}) == set(), path
+
+
+def test_the_core_imports_no_variant_and_no_variant_a_phase() -> None:
+    for path in modules():
+        package, targets = place(path)[0], {target[0] for target in imports(path) if target}
+        if package not in ("variants", "compat"):
+            assert targets & {"variants", "compat"} == set(), path
+        if package == "variants":
+            assert targets <= {"variants", "control", "models", *GROUND, *SHARED}, path
 
 
 def test_there_are_no_circles() -> None:

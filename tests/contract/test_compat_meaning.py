@@ -209,20 +209,23 @@ def test_of_a_steering_call(width: int, continuous: bool, lengths: bool, device:
     bound = discover(model, steering, data, ablate_switch_beta=torch.ones_like(given))[1]
     equal(bound.z, 0.3 * torch.tanh(bound.actions / 0.3))
     control, _ = steering(bound.input_residual_stream, ablate_switch_beta=torch.ones_like(given), temperature=0.0)
-    _, twice = model._steered(torch.zeros_like(control), steering, None, None, _plain(), 2.0, 0.0, keep=False)[:2]
-    _, once = model._steered(torch.zeros_like(control), steering, None, None, _plain(), 1.0, 0.0, keep=False)[:2]
-    base = model.lower(torch.zeros_like(control))
+    zero = torch.zeros_like(control)
+    twice, once = (_steered(model, steering, zero, multiplier=scale).steered for scale in (2.0, 1.0))
+    base = model.lower(zero)
     equal(twice - base, 2 * (once - base))  # control_signal_multiplier
     steering.train()
-    lost = model._steered(torch.zeros_like(control), steering, None, None, _plain(), 0.0, 1.0, keep=False).steered
-    equal(lost, torch.zeros_like(lost))  # metacontroller_residual_stream_dropout
+    lost = _steered(model, steering, zero, dropout=1.0).steered
+    equal(lost, zero)  # metacontroller_residual_stream_dropout
     steering.eval()
-    kept = model._steered(torch.zeros_like(control), steering, None, None, _plain(), 0.0, 1.0, keep=False).steered
+    kept = _steered(model, steering, zero, dropout=1.0).steered
     equal(kept, base)
 
 
-def _plain() -> dict[str, Any]:
-    return {"discovery_phase": False, "temperature": 0.0}
+def _steered(model: Any, steering: Any, residual: Tensor, multiplier: float = 0.0, dropout: float = 0.0) -> Any:
+    call = {"cache": None, "condition": None, "discovery_phase": False, "meta_controller_temperature": 0.0}
+    call |= dict.fromkeys(("ablate_switch_beta", "switch_beta_frequency", "hard_switch"))
+    call |= {"control_signal_multiplier": multiplier, "metacontroller_residual_stream_dropout": dropout}
+    return model._steered(residual, steering, call, None, acts=False)
 
 
 @each

@@ -13,8 +13,8 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.sequence_embedder import KINDS, LastState, SequenceEmbedder
 from metacontroller.control.switching import mix_given, regular_switches
 from metacontroller.errors import UserError
+from metacontroller.variants.loss_weights import LossWeights
 from metacontroller.variants.proposers import MinGruProposer, StepwisePolicy, make_proposer
-from metacontroller.variants.schedules import LossWeights
 
 BATCH, TIME, WIDTH, CODE = 3, 7, 8, 2
 LENGTHS = torch.tensor([7, 4, 1])

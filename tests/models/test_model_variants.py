@@ -12,8 +12,8 @@ from metacontroller.errors import UserError
 from metacontroller.models.condition import AdaptiveNorm
 from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.transformer import Transformer, make_body
-from metacontroller.variants.loss_scale import LossScale
-from metacontroller.variants.next_latent import NextLatent
+from metacontroller.variants.latent_prediction import NextLatent
+from metacontroller.variants.loss_weights import LossScale
 
 WIDTH, COND = 6, 3
 

@@ -10,8 +10,8 @@ import torch
 from test_single_phase import DIM, batch, make
 
 from metacontroller.errors import UserError
-from metacontroller.variants.entropy_switch import EntropySwitch
 from metacontroller.variants.latent_prediction import LatentPrediction, NextSwitch, sigreg
+from metacontroller.variants.switches import EntropySwitch
 
 
 @pytest.mark.parametrize("weights", [None, [0.25, 2.0]])

@@ -1,1 +1,1 @@
-"""Another library's names; its modules are imported beside the house's, as ``metacontroller.metacontroller``."""
+"""Another library's names; its modules are imported beside ours, as ``metacontroller.metacontroller``."""

@@ -1,5 +1,3 @@
 """`CompactSequenceEmbedder`: the last state of a GRU at each episode's end, repeated."""
 
 from .compat_parts import CompactSequenceEmbedder
-
-__all__ = ["CompactSequenceEmbedder"]

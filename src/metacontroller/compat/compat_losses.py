@@ -6,25 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metacontroller.control.losses import binary_entropy, policy_target
-from metacontroller.control.losses import cross_entropy as tpo_loss
-from metacontroller.control.losses import ratio_loss as house_ratio_loss
-from metacontroller.control.losses import z_score as house_z_score
-from metacontroller.control.metacontroller import MetaController as HouseMetaController
+from metacontroller.control import losses as ours
+from metacontroller.control.metacontroller import MetaController as OurMetaController
 from metacontroller.control.policy_losses import policy_losses
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import length_mask
 
-__all__ = [
-    "GRPOOutput",
-    "binary_entropy",
-    "extract_grpo_data",
-    "policy_loss",
-    "ratio_loss",
-    "tpo_loss",
-    "tpo_target",
-    "z_score",
-]
+from .compat_names import on_device_of
 
 
 class GRPOOutput(NamedTuple):
@@ -36,14 +24,8 @@ class GRPOOutput(NamedTuple):
     switch_beta: Tensor
 
 
-def beside(module: Any, *values: Any) -> list[Any]:
-    """The tensors among the values on the module's device, the others as they are."""
-    device = next(module.parameters()).device
-    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
-
-
 def policy_loss(
-    meta_controller: HouseMetaController,
+    meta_controller: OurMetaController,
     state: Tensor,
     old_log_probs: Tensor,
     actions: Tensor,
@@ -59,7 +41,7 @@ def policy_loss(
     tpo_group_size: int | None = None,
     per_entry: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The policy's loss on stored episodes, and if asked for the weighted KL; see ``policy_losses`` of the house.
+    """The policy's loss on stored episodes, and if asked for the weighted KL; see our ``policy_losses``.
 
     mask (b, t) or (b, t, 1): switches, every step if None. switch_beta_frequency: switches at regular steps instead.
     """
@@ -68,10 +50,9 @@ def policy_loss(
         mask = regular_switches(batch, steps, switch_beta_frequency)
     advantages = advantages.flatten() if advantages.numel() == batch else advantages.view(batch, steps)
     mask = mask[..., 0] if mask is not None and mask.dim() == 3 else mask
-    stored = beside(meta_controller, state, old_log_probs, actions, advantages, mask, episode_lens)
     losses = policy_losses(
         meta_controller,
-        *stored,
+        *on_device_of(meta_controller, state, old_log_probs, actions, advantages, mask, episode_lens),
         eps_clip=eps_clip,
         objective="target" if use_tpo else "clipped",
         eta=tpo_eta,
@@ -82,7 +63,7 @@ def policy_loss(
 
 
 def ratio_loss(
-    meta_controller: HouseMetaController,
+    meta_controller: OurMetaController,
     target_segment_len: float,
     switch_beta: Tensor,
     hard_switch_beta: Tensor | None = None,
@@ -92,8 +73,8 @@ def ratio_loss(
     """The ratio loss of given switching probabilities (b, t); hard switches are those at 0.5 and above if not given."""
     steps = switch_beta.shape[1]
     lengths = switch_beta.new_full((len(switch_beta),), steps) if episode_lens is None else episode_lens
-    beta, hard, lengths = beside(meta_controller, switch_beta, hard_switch_beta, lengths)
-    return house_ratio_loss(beta, length_mask(lengths, steps), target_segment_len, chunk=chunk_size, hard=hard)
+    beta, hard, lengths = on_device_of(meta_controller, switch_beta, hard_switch_beta, lengths)
+    return ours.ratio_loss(beta, length_mask(lengths, steps), target_segment_len, chunk=chunk_size, hard=hard)
 
 
 def extract_grpo_data(meta_controller: Any, transformer_output: Any) -> GRPOOutput:
@@ -105,9 +86,9 @@ def extract_grpo_data(meta_controller: Any, transformer_output: Any) -> GRPOOutp
 
 def tpo_target(log_scores: Tensor, u: Tensor, eta: float = 1.0) -> Tensor:
     """See `control.losses.policy_target`."""
-    return policy_target(log_scores, u, eta)
+    return ours.policy_target(log_scores, u, eta)
 
 
 def z_score(t: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
     """See `control.losses.z_score`."""
-    return house_z_score(t, dim, eps)
+    return ours.z_score(t, dim, eps)

@@ -1,4 +1,4 @@
-"""Small modules under the other library's names and arguments, each one of the house's."""
+"""Small modules under the other library's names and arguments, each one of ours."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from metacontroller.control.sequence_embedder import LastState, PooledBody
-from metacontroller.variants.loss_scale import LossScale
-from metacontroller.variants.next_latent import NextLatent
+from metacontroller.variants.latent_prediction import NextLatent
+from metacontroller.variants.loss_weights import LossScale
 from metacontroller.variants.proposers import ModuleProposer
 
-from .compat_names import TheirSave
-from .compat_transformer import body_options
+from .compat_names import OtherNames, body_options, other_names
 
 
-class ActionProposerWrapper(TheirSave, ModuleProposer):
+class ActionProposerWrapper(OtherNames, ModuleProposer):
     """Any module as an action proposer."""
 
     def __init__(
@@ -29,43 +28,40 @@ class ActionProposerWrapper(TheirSave, ModuleProposer):
         return super().forward(x, cache, keep)
 
 
-class BidirectionalSequenceEmbedder(TheirSave, PooledBody):
+class BidirectionalSequenceEmbedder(OtherNames, PooledBody):
     """Two-sided attention, by default its mean over real steps repeated; options: of a body."""
 
     def __init__(self, dim: int, pool: bool = True, **options: Any) -> None:
         super().__init__(dim, pooled=pool, **body_options(options, dim))
-        self.remember_arguments({"dim": dim, "pool": pool, **options})
+        self.remember_arguments(locals())
 
 
-class CausalSequenceEmbedder(TheirSave, PooledBody):
+class CausalSequenceEmbedder(OtherNames, PooledBody):
     """Causal attention; options: of a body."""
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, pooled=False, causal=True, **body_options(options, dim))
-        self.remember_arguments({"dim": dim, **options})
+        self.remember_arguments(locals())
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **ignored: Any) -> Tensor:
         """x (b, t, n) -> (b, t, n); padding comes last, so that no real step sees it."""
         return super().forward(x)
 
 
-class CompactSequenceEmbedder(TheirSave, LastState):
+class CompactSequenceEmbedder(OtherNames, LastState):
     """A GRU's last state at each episode's end, repeated; options: of the GRU."""
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
-        self.remember_arguments({"dim": dim, **options})
+        self.remember_arguments(locals())
 
 
+@other_names({"loss_scale": "scale"})
 class LossNormalizer(LossScale):
     """Losses divided by their running root mean squares."""
 
     def __init__(self, num_losses: int = 1, beta: float = 0.999, eps: float = 1e-6) -> None:
         super().__init__(beta, eps, count=num_losses)
-
-    @property
-    def loss_scale(self) -> Tensor:
-        return self.scale
 
     def forward(self, losses: Tensor, update_ema: bool | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """losses (num_losses,), or a scalar -> the same, scaled. update_ema: by default in training."""

@@ -1,21 +1,23 @@
 """The names of the package `metacontroller-pytorch` 0.3.3 over this one: its keywords, arguments and records.
 
-Nothing is computed here. What a name stands for lies in `control` and `models`; where the two differ, and why, is told
-by docs/from-metacontroller-pytorch.md. The module is importable as ``metacontroller.metacontroller``.
+Nothing is computed here. What a name stands for lies in `control`, `models` and `variants`; where the two differ, and
+why, is told by docs/from-metacontroller-pytorch.md. The module is importable as ``metacontroller.metacontroller``.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
-from metacontroller.control.metacontroller import MetaController as HouseMetaController
+from metacontroller.control.losses import binary_entropy
+from metacontroller.control.losses import cross_entropy as tpo_loss
+from metacontroller.control.metacontroller import MetaController as OurMetaController
 from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
 from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
 from metacontroller.control.switching import regular_switches
 from metacontroller.ranges import check_options
+from metacontroller.variants.loss_weights import LossWeights
 from metacontroller.variants.proposers import (
     BodyProposer,
     GruProposer,
@@ -25,20 +27,10 @@ from metacontroller.variants.proposers import (
     StepwisePolicy,
     make_proposer,
 )
-from metacontroller.variants.schedules import LossWeights
 
-from . import compat_losses as losses
-from .compat_losses import (
-    GRPOOutput,
-    binary_entropy,
-    extract_grpo_data,
-    policy_loss,
-    ratio_loss,
-    tpo_loss,
-    tpo_target,
-    z_score,
-)
-from .compat_names import TheirSave, TheirTraining, other_name
+from . import compat_losses
+from .compat_losses import GRPOOutput, extract_grpo_data, policy_loss, ratio_loss, tpo_target, z_score
+from .compat_names import OtherNames, body_options, other_names
 from .compat_parts import (
     ActionProposerWrapper,
     BidirectionalSequenceEmbedder,
@@ -46,67 +38,58 @@ from .compat_parts import (
     LossNormalizer,
     ResidualDynamics,
 )
-from .compat_transformer import (
-    BehavioralCloningLosses,
-    DiscoveryLosses,
-    Hiddens,
-    Transformer,
-    TransformerOutput,
-    body_options,
-)
+from .compat_transformer import BehavioralCloningLosses, DiscoveryLosses, Hiddens, Transformer, TransformerOutput
 from .sequential_action_selection import SequentialActionSelectionOutput, perform_sequential_action_selection
+from .transformer_for_symbolic_grid import TransformerForSymbolicGrid
 
 SequentialSelectionOutput = SequentialActionSelectionOutput
-
-__all__ = [
-    "ActionProposerWrapper",
-    "BehavioralCloningLosses",
-    "BidirectionalSequenceEmbedder",
-    "CausalSequenceEmbedder",
-    "DiscoveryLosses",
-    "GRPOOutput",
-    "Hiddens",
-    "LossNormalizer",
-    "MetaController",
-    "MetaControllerOutput",
-    "ResidualDynamics",
-    "SequentialActionSelectionOutput",
-    "SequentialSelectionOutput",
-    "Transformer",
-    "TransformerOutput",
-    "binary_entropy",
-    "extract_grpo_data",
-    "perform_sequential_action_selection",
-    "policy_loss",
-    "ratio_loss",
-    "tpo_loss",
-    "tpo_target",
-    "z_score",
-]
-
-LATER = {
-    "MetaControllerWithBinaryMapper": "metacontroller_with_binary_mapper",
-    "TransformerForSymbolicGrid": "transformer_for_symbolic_grid",
+OUR_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
+ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
+EMBEDDER_WIDTHS = ("dim_model", "dim_sequence", "dim")
+CALL_OPTIONS = {
+    "switch_temperature": "switch_temperature",
+    "hard_switch": "hard_switch",
+    "hard_switch_straight_through": "straight_through",
+    "latent_action_barrier_scale": "code_bound",
+    "ratio_loss_chunk_size": "ratio_chunk",
 }
-"""What their package offers beside these, by its module, which needs this one."""
+"""Keywords and attributes that say how a call steers: theirs, and our attributes."""
+LOSS_WEIGHTS = {
+    "kl_loss_weight": "kl",
+    "kl_loss_warmup_steps": "kl_warmup",
+    "apply_kl_loss_weight": "apply_kl",
+    "ratio_loss_final_weight": "ratio_final",
+    "ratio_loss_warmdown_steps": "ratio_warmdown",
+}
+"""Those of the weights of losses: theirs, and of `LossWeights`."""
+PARTS = {
+    "action_proposer_mean_log_var": "policy.readout",
+    "decoder": "controller",
+    "switching_unit": "switching",
+    "summary_gru": "history",
+    "to_sequence_summary_embed": "sequence_embedder.project_out",
+    "target_temporal_segment_len": "target_segment_length",
+    "kl_loss_step_count": "loss_weights.count",
+    "current_kl_loss_weight": "loss_weights.current_kl",
+    "current_ratio_loss_weight": "loss_weights.current_ratio",
+}
+"""Other attributes: theirs to ours."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LATER:
+    if name != "MetaControllerWithBinaryMapper":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__package__}.{LATER[name]}"), name)
+    from .metacontroller_with_binary_mapper import MetaControllerWithBinaryMapper  # which needs this module
+
+    return MetaControllerWithBinaryMapper
 
 
-HOUSE_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
-EMBEDDER_GIVEN = ("dim_model", "dim_sequence", "dim")
-ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
-
-
-class MetaController(TheirSave, TheirTraining, HouseMetaController):
-    """The house's metacontroller under the other library's keywords.
+@other_names(CALL_OPTIONS | PARTS | {theirs: f"loss_weights.{ours}" for theirs, ours in LOSS_WEIGHTS.items()})
+class MetaController(OtherNames, OurMetaController):
+    """Our metacontroller under the other library's keywords.
 
     The policy over codes (its action proposer) reads every step. The first positional arguments and defaults are those
-    of the other library, but for the gate, whose ratio loss has the weight that is given.
+    of the other library, but for the gate, whose ratio loss has the weight that is given. options: of our own codes.
     """
 
     dim_code_bits: int | None = None
@@ -139,11 +122,11 @@ class MetaController(TheirSave, TheirTraining, HouseMetaController):
         ratio_loss_final_weight: float | None = None,
         ratio_loss_warmdown_steps: int = 0,
         latent_action_barrier_scale: float | None = None,
-        **codes: Any,
+        **options: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name != "codes"}
+        given = dict(locals())
         width = dim_model if dim_meta_controller is None else dim_meta_controller
-        size = 2**dim_latent if codes.get("code") == "binary" else dim_latent
+        size = 2**dim_latent if options.get("code") == "binary" else dim_latent
         super().__init__(
             dim_model,
             dim_meta_controller=width,
@@ -157,86 +140,87 @@ class MetaController(TheirSave, TheirTraining, HouseMetaController):
             rank=min(hypernetwork_low_rank, dim_model),
             ratio_loss_weight=ratio_loss_weight,
             target_segment_length=target_temporal_segment_len,
-            **codes,
+            **options,
         )
-        self.remember_arguments(given | codes)
+        self.remember_arguments(given)
         self.compact_sequence_embedding = compact_sequence_embedding
-        embedder: Any = ATTENTION if internal_sequence_embedder is None else internal_sequence_embedder
-        if compact_sequence_embedding:
-            embedder = LastState(dim_model)
-        if isinstance(embedder, dict):
-            options = {"kind": "attention", **body_options(embedder, dim_model), "pooled": pool_embedded_sequence}
-            if options["kind"] == "attention" and not bidirectional:
-                options |= {"kind": "causal-attention", "pooled": False}
-            check_options("internal_sequence_embedder", options, SequenceEmbedder, given=EMBEDDER_GIVEN)
-            self.sequence_embedder = SequenceEmbedder(dim_model, dim_sequence_summary_embed, dim=dim_model, **options)
-        else:
-            self.sequence_embedder = ModuleEmbedder(embedder, dim_model, dim_sequence_summary_embed)
-        proposer: Any = ATTENTION if action_proposer is None else action_proposer
+        self._set_embedder(given)
+        proposer = ATTENTION if action_proposer is None else action_proposer
         if isinstance(proposer, dict):
             proposer = make_proposer(dim_model, **body_options(proposer, dim_model))
         self.policy = StepwisePolicy(as_proposer(proposer), dim_model, self.codes.params)
-        self.switch_temperature, self.hard_switch = switch_temperature, hard_switch
-        self.straight_through, self.code_bound = hard_switch_straight_through, latent_action_barrier_scale
-        self.ratio_chunk = ratio_loss_chunk_size
-        self.loss_weights = LossWeights(
-            kl=kl_loss_weight,
-            kl_warmup=kl_loss_warmup_steps,
-            ratio=ratio_loss_weight,
-            ratio_final=ratio_loss_final_weight,
-            ratio_warmdown=ratio_loss_warmdown_steps,
-            apply_kl=apply_kl_loss_weight,
-        )
+        weights = {ours: given[theirs] for theirs, ours in LOSS_WEIGHTS.items()}
+        self.loss_weights = LossWeights(ratio=ratio_loss_weight, **weights)
+        for name in CALL_OPTIONS:
+            setattr(self, name, given[name])
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Modules that the other library lets one replace, under its names, and the weight that has a schedule."""
-        if name == "internal_sequence_embedder":
-            self.sequence_embedder = ModuleEmbedder(
-                value, self.dim_model, self.sequence_embedder.project_out.out_features
-            )
-        elif name == "emitter":
-            self.encoder = nn.Sequential(value, nn.Identity(), self.encoder[-1])
-        elif name == "action_proposer":
-            self.policy.proposer = as_proposer(value)
-        elif name == "ratio_loss_weight" and self.__dict__.get("ratio_loss_weight") is not None:
-            self.loss_weights.ratio_start = self.__dict__["ratio_loss_weight"] = value  # pyright: ignore[reportOptionalMemberAccess]
-        else:
-            super().__setattr__(name, value)
+    def _set_embedder(self, given: dict[str, Any]) -> None:
+        """The sequence embedder for the constructor's arguments."""
+        dim, dim_sequence = given["dim_model"], given["dim_sequence_summary_embed"]
+        embedder = LastState(dim) if given["compact_sequence_embedding"] else given["internal_sequence_embedder"]
+        if isinstance(embedder, nn.Module):
+            self.sequence_embedder = ModuleEmbedder(embedder, dim, dim_sequence)
+            return
+        options = {"kind": "attention", **body_options(ATTENTION if embedder is None else embedder, dim)}
+        options["pooled"] = given["pool_embedded_sequence"]
+        if options["kind"] == "attention" and not given["bidirectional"]:
+            options |= {"kind": "causal-attention", "pooled": False}
+        check_options("internal_sequence_embedder", options, SequenceEmbedder, given=EMBEDDER_WIDTHS)
+        self.sequence_embedder = SequenceEmbedder(dim, dim_sequence, dim=dim, **options)
+
+    # parts that may be replaced
 
     @property
     def internal_sequence_embedder(self) -> nn.Module:
         return self.sequence_embedder.body
 
+    @internal_sequence_embedder.setter
+    def internal_sequence_embedder(self, module: nn.Module) -> None:
+        dim_sequence = self.sequence_embedder.project_out.out_features
+        self.sequence_embedder = ModuleEmbedder(module, self.dim_model, dim_sequence)
+
     @property
     def emitter(self) -> nn.Module:
         return self.encoder[:-1] if isinstance(self.encoder[1], nn.ReLU) else self.encoder[0]
+
+    @emitter.setter
+    def emitter(self, module: nn.Module) -> None:
+        self.encoder = nn.Sequential(module, nn.Identity(), self.encoder[-1])
+
+    @property
+    def action_proposer(self) -> nn.Module:
+        return self.policy.proposer
+
+    @action_proposer.setter
+    def action_proposer(self, module: nn.Module) -> None:
+        self.policy.proposer = as_proposer(module)
+
+    @property
+    def ratio_loss_weight(self) -> float:
+        """Of the ratio loss at first."""
+        return self.loss_weights.ratio
+
+    @ratio_loss_weight.setter
+    def ratio_loss_weight(self, value: float) -> None:
+        if getattr(self, "loss_weights", None) is not None:  # which follow our own constructor
+            self.loss_weights.ratio = value
 
     @property
     def has_ratio_loss(self) -> bool:
         return self.ratio_loss_weight > 0
 
-    # parts and options under the other library's names
+    def maybe_increment_kl_loss_step(self) -> None:
+        """Counts an update, for weights that change with their number."""
+        self.loss_weights.step()
 
-    action_proposer = other_name("policy.proposer")
-    action_proposer_mean_log_var = other_name("policy.readout")
-    decoder = other_name("controller")
-    switching_unit = other_name("switching")
-    summary_gru = other_name("history")
-    to_sequence_summary_embed = other_name("sequence_embedder.project_out")
-    target_temporal_segment_len = other_name("target_segment_length")
-    ratio_loss_chunk_size = other_name("ratio_chunk")
-    hard_switch_straight_through = other_name("straight_through")
-    latent_action_barrier_scale = other_name("code_bound")
-    kl_loss_weight = other_name("loss_weights.kl")
-    kl_loss_warmup_steps = other_name("loss_weights.kl_warmup")
-    kl_loss_step_count = other_name("loss_weights.count")
-    apply_kl_loss_weight = other_name("loss_weights.apply_kl")
-    current_kl_loss_weight = other_name("loss_weights.current_kl")
-    current_ratio_loss_weight = other_name("loss_weights.current_ratio")
-    ratio_loss_final_weight = other_name("loss_weights.ratio_final")
-    ratio_loss_warmdown_steps = other_name("loss_weights.ratio_warmdown")
+    def reset_kl_loss_warmup(self) -> None:
+        """Begins the count again."""
+        self.loss_weights.reset()
 
     # internal RL
+
+    policy_loss = compat_losses.policy_loss  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    ratio_loss = compat_losses.ratio_loss
 
     @property
     def replay_buffer_field_dict(self) -> dict[str, Any]:
@@ -248,11 +232,12 @@ class MetaController(TheirSave, TheirTraining, HouseMetaController):
             "latent_actions": ("float", self.dim_latent),
         }
 
-    create_regular_switch_beta = staticmethod(
-        lambda batch, seq_len, frequency, offset=0, device=None: regular_switches(batch, seq_len, frequency, offset).to(
-            device
-        )
-    )
+    @staticmethod
+    def create_regular_switch_beta(
+        batch: int, seq_len: int, frequency: int, offset: int = 0, device: Any = None
+    ) -> Tensor:
+        """See `control.switching.regular_switches`."""
+        return regular_switches(batch, seq_len, frequency, offset).to(device)
 
     def get_action_dist_for_internal_rl(
         self, residual_stream: Tensor, return_kl_loss: bool = False
@@ -269,20 +254,9 @@ class MetaController(TheirSave, TheirTraining, HouseMetaController):
         """Log-probability of each entry of the codes, (b, t, entries)."""
         return super().log_prob(action_dist, sampled_latent_action)
 
-    policy_loss = losses.policy_loss  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride] - theirs
-    ratio_loss = losses.ratio_loss
-
-    def maybe_increment_kl_loss_step(self) -> None:
-        """Counts an update, for weights that change with their number."""
-        self.loss_weights.step()  # pyright: ignore[reportOptionalMemberAccess] - set in __init__
-
-    def reset_kl_loss_warmup(self) -> None:
-        """Begins the count again."""
-        self.loss_weights.reset()  # pyright: ignore[reportOptionalMemberAccess]
-
 
 def as_proposer(module: nn.Module) -> nn.Module:
-    """A module as a proposer of the house: one that is one as it is, others as they take a cache, a GRU its state."""
-    if isinstance(module, HOUSE_PROPOSERS):
+    """A module as one of our proposers: one that is one as it is, others as they take a cache, a GRU its state."""
+    if isinstance(module, OUR_PROPOSERS):
         return module
     return ModuleProposer(module, "hx" if isinstance(module, nn.GRU) else "cache")

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metacontroller.control.codes import BinaryCodes
 
+from .compat_names import other_names
 from .metacontroller import (
     ActionProposerWrapper,
     BidirectionalSequenceEmbedder,
@@ -19,17 +20,6 @@ from .metacontroller import (
     policy_loss,
     ratio_loss,
 )
-
-__all__ = [
-    "ActionProposerWrapper",
-    "BidirectionalSequenceEmbedder",
-    "BinaryMapper",
-    "CausalSequenceEmbedder",
-    "MetaControllerOutput",
-    "MetaControllerWithBinaryMapper",
-    "policy_loss",
-    "ratio_loss",
-]
 
 LOG_TWO = math.log(2)
 
@@ -51,18 +41,11 @@ class BinaryMapper(BinaryCodes):
         """The bits of each word, (2^h, h) bool."""
         return self.words.bool()
 
-    def sample(
-        self,
-        distribution: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        noise: Tensor | None = None,
-        temperature: float = 1.0,
-    ) -> Tensor:
+    def sample(self, distribution: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         """As of `BinaryCodes`; without a generator or noise it is a call of the module."""
-        if generator is None and noise is None:
-            return self(distribution, temperature=temperature)[0]
-        return super().sample(distribution, generator, noise=noise, temperature=temperature)
+        if generator is None and options.get("noise") is None:
+            return self(distribution, temperature=options.get("temperature", 1.0))[0]
+        return super().sample(distribution, generator, **options)
 
     def forward(
         self,
@@ -86,47 +69,23 @@ class BinaryMapper(BinaryCodes):
         return (code, kl, code.argmax(-1)) if return_indices else (code, kl)
 
 
+@other_names({"binary_mapper": "codes"})
 class MetaControllerWithBinaryMapper(MetaController):
-    """dim_code_bits: of a code. kl_loss_threshold: nats of the KL that cost nothing, the free bits times log 2."""
+    """dim_code_bits: of a code. kl_loss_threshold: nats of the KL that cost nothing, the free bits times log 2.
+    options: of `MetaController`."""
 
     def __init__(
         self,
         dim_model: int,
         *,
-        dim_meta_controller: int | None = 256,
         dim_code_bits: int = 4,
-        decoder_expansion_factor: float = 2.0,
-        decoder_depth: int = 1,
-        hypernetwork_low_rank: int = 16,
-        assoc_scan_kwargs: dict[str, Any] | None = None,
-        internal_sequence_embedder: nn.Module | dict[str, Any] | None = None,
-        bidirectional: bool = True,
-        action_proposer: nn.Module | dict[str, Any] | None = None,
         kl_loss_threshold: float = 0.0,
         switch_temperature: float = 0.1,
-        target_temporal_segment_len: float = 4,
-        ratio_loss_weight: float = 1.0,
-        pool_embedded_sequence: bool = True,
-        dim_sequence_summary_embed: int = 32,
-        hard_switch: bool | None = None,
-        hard_switch_straight_through: bool = False,
-        kl_loss_weight: float = 1.0,
-        kl_loss_warmup_steps: int = 0,
-        apply_kl_loss_weight: bool = True,
-        ratio_loss_chunk_size: int | None = None,
-        ratio_loss_final_weight: float | None = None,
-        ratio_loss_warmdown_steps: int = 0,
-        compact_sequence_embedding: bool = False,
-        latent_action_barrier_scale: float | None = None,
+        **options: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        shared = {name: given[name] for name in given.keys() - {"dim_code_bits", "kl_loss_threshold"}}
-        free_bits = kl_loss_threshold / LOG_TWO
-        super().__init__(**shared, dim_latent=dim_code_bits, code="binary", free_bits=free_bits)
+        given = dict(locals())
+        codes = {"dim_latent": dim_code_bits, "code": "binary", "free_bits": kl_loss_threshold / LOG_TWO}
+        super().__init__(dim_model, switch_temperature=switch_temperature, **codes, **options)
         self.remember_arguments(given)
         self.codes = BinaryMapper(dim_code_bits, kl_loss_threshold)
         self.dim_code_bits, self.num_codes = dim_code_bits, self.codes.dim
-
-    @property
-    def binary_mapper(self) -> BinaryMapper:
-        return self.codes  # pyright: ignore[reportReturnType] - of this class, see __init__

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.variants.gru_gate import gru_gate
-
-__all__ = [
-    "HAS_JAX",
-    "SequentialActionSelectionOutput",
-    "perform_sequential_action_selection",
-    "pytorch_sequential_action_selection",
-    "torch_jax_sequential_selection",
-]
+from metacontroller.variants.switches import gru_gate
 
 HAS_JAX = False
 
@@ -42,7 +34,7 @@ def perform_sequential_action_selection(
     hard_switch_straight_through: bool = False,
     is_first_step: bool = True,
 ) -> SequentialActionSelectionOutput:
-    """See `variants.gru_gate`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
+    """See `variants.switches`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
     output = gru_gate(
         gru,
         to_beta,

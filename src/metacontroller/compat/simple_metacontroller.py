@@ -11,24 +11,61 @@ from torch import Tensor
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
+from metacontroller.ranges import check_choice
 from metacontroller.variants.latent_prediction import sigreg
 from metacontroller.variants.single_phase import SinglePhase, SinglePhaseCache
 
-from .compat_losses import beside, z_score
-from .compat_names import TheirSave, other_name
-from .compat_transformer import body_options, clamped_lengths, joined_states, states_as_entries
+from .compat_losses import z_score
+from .compat_names import (
+    OtherNames,
+    body_options,
+    clamped_lengths,
+    joined_states,
+    on_device_of,
+    other_names,
+    renamed,
+    states_as_entries,
+)
 from .metacontroller_with_binary_mapper import LOG_TWO, BinaryMapper
 
-__all__ = [
-    "GRPOOutput",
-    "MetaControllerLosses",
-    "MetaControllerOutput",
-    "TransformerWithMetacontroller",
-    "TransformerWithMetacontrollerCache",
-    "extract_grpo_data",
-    "policy_loss",
-    "z_score",
-]
+KEYWORDS = {
+    "embed_past_actions": "condition_on_actions",
+    "dim_code_bits": "bits",
+    "dim_queries_keys": "switch_width",
+    "dim_sequence_summary_embed": "dim_sequence",
+    "temporal_sequence_embed_prob": "sequence_share",
+    "target_avg_token_length": "target_length",
+    "residual_stream_dropout": "dropout",
+    "residual_stream_drop_prob": "drop_episodes",
+    "num_latent_pred_steps": "ahead",
+    "future_entropy_weights": "ahead_weights",
+    "predict_next_switch_embed": "predict_switches",
+    "control_penalty_floor": "control_floor",
+}
+"""Keywords of the model, theirs to ours; the defaults are the same."""
+ENTROPY = {
+    "eval_switch_entropy_quantile": "evaluated",
+    "switch_entropy_quantile_lr": "rate",
+    "freeze_entropy_quantiles": "frozen",
+}
+"""Those of switches by entropy, theirs to ours."""
+PARTS = {
+    "binary_mapper": "codes",
+    "action_readout": "model.action_readout",
+    "state_readout": "model.state_readout",
+    "state_embed": "model.encoder",
+    "lower_body": "model.lower_body",
+    "upper_body": "model.upper_body",
+    "emitter_decoder": "emitter",
+    "emitter_to_binary_logits": "to_logits",
+    "to_control_signal": "to_control",
+    "switch_embed": "switch_embedding",
+    "temporal_embedder": "sequence_embedder",
+    "target_avg_token_length": "target_length",
+    "control_penalty_floor": "control_floor",
+    "num_latent_pred_steps": "latents.ahead",
+}
+"""Attributes, theirs to ours."""
 
 
 class MetaControllerLosses(NamedTuple):
@@ -73,20 +110,28 @@ class GRPOOutput(NamedTuple):
     quantile_indices: Tensor | None = None
 
 
+@other_names(
+    {
+        "lower_body": "model.lower",
+        "upper_body": "model.upper",
+        "emitter_decoder": "emitter",
+        "prev_key": "key",
+        "quantile_indices": "quantile",
+        "cache_steps": "steps",
+    }
+)
 class TransformerWithMetacontrollerCache(SinglePhaseCache):
-    """The house's cache under the other library's names."""
+    """Our cache under the other library's names."""
 
-    lower_body = other_name("model.lower")
-    upper_body = other_name("model.upper")
-    emitter_decoder = other_name("emitter")
-    prev_key = other_name("key")
     prev_gated_action = property(lambda self: self.z[:, None])
-    quantile_indices = other_name("quantile")
-    cache_steps = other_name("steps")
 
 
-class TransformerWithMetacontroller(TheirSave, SinglePhase):
-    """The house's single-phase model; ``forward`` returns losses, or acts."""
+@other_names(PARTS)
+class TransformerWithMetacontroller(OtherNames, SinglePhase):
+    """Our single-phase model; ``forward`` returns losses, or acts.
+
+    options: see `KEYWORDS` and `ENTROPY`.
+    """
 
     def __init__(
         self,
@@ -94,36 +139,22 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
         *,
         state_embed_readout: dict[str, Any],
         action_embed_readout: dict[str, Any],
-        embed_past_actions: bool = True,
-        dim_code_bits: int = 4,
         emitter_decoder: dict[str, Any] | None = None,
         lower_body: dict[str, Any] | None = None,
         upper_body: dict[str, Any] | None = None,
         temporal_sequence_embedder: dict[str, Any] | None = None,
-        dim_sequence_summary_embed: int = 32,
-        temporal_sequence_embed_prob: float = 1.0,
         switch_entropy_quantiles: float | Sequence[float] | None = None,
-        eval_switch_entropy_quantile: float = 0.5,
-        switch_entropy_quantile_lr: float = 0.1,
-        dim_queries_keys: int = 256,
-        target_avg_token_length: float = 8.0,
-        residual_stream_dropout: float = 0.0,
-        residual_stream_drop_prob: float = 0.0,
         kl_loss_weight: float = 1.0,
         kl_loss_threshold: float = 0.0,
-        freeze_entropy_quantiles: bool = False,
-        num_latent_pred_steps: int = 2,
-        future_entropy_weights: Sequence[float] | None = None,
-        predict_next_switch_embed: bool = False,
         sigreg_lambda: float = 0.05,
         sigreg_loss_kwargs: dict[str, Any] | None = None,
         assoc_scan_kwargs: dict[str, Any] | None = None,
-        control_penalty_floor: float = 0.5,
+        **options: Any,
     ) -> None:
-        given = locals()
-        quantiles = switch_entropy_quantiles
-        embedder = temporal_sequence_embedder
-        sliced: dict[str, Any] = {"num_slices": 256} if sigreg_loss_kwargs is None else sigreg_loss_kwargs
+        given = dict(locals())
+        quantiles, embedder = switch_entropy_quantiles, temporal_sequence_embedder
+        slices: dict[str, Any] = {"num_slices": 256} if sigreg_loss_kwargs is None else sigreg_loss_kwargs
+        known = renamed({name: value for name, value in options.items() if name not in ENTROPY}, KEYWORDS)
         super().__init__(
             dim,
             state_embed_readout=states_as_entries(state_embed_readout),
@@ -131,32 +162,17 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
             lower_body=body_options(lower_body or {}, dim),
             upper_body=body_options(upper_body or {}, dim),
             emitter=body_options(emitter_decoder or {}, dim),
-            condition_on_actions=embed_past_actions,
-            bits=dim_code_bits,
-            free_bits=kl_loss_threshold / LOG_TWO,
-            switch_width=dim_queries_keys,
-            target_length=target_avg_token_length,
-            ahead=num_latent_pred_steps,
-            control_floor=control_penalty_floor,
-            dropout=residual_stream_dropout,
-            drop_episodes=residual_stream_drop_prob,
-            entropy_quantiles=(quantiles,) if isinstance(quantiles, (int, float)) else quantiles,
-            entropy_options={
-                "evaluated": eval_switch_entropy_quantile,
-                "rate": switch_entropy_quantile_lr,
-                "frozen": freeze_entropy_quantiles,
-            },
-            ahead_weights=future_entropy_weights,
             sequence_embedder=None if embedder is None else body_options(embedder, dim),
-            dim_sequence=dim_sequence_summary_embed,
-            sequence_share=temporal_sequence_embed_prob,
-            predict_switches=predict_next_switch_embed,
-            **sigreg_options(**sliced),
+            free_bits=kl_loss_threshold / LOG_TWO,
+            entropy_quantiles=(quantiles,) if isinstance(quantiles, (int, float)) else quantiles,
+            entropy_options={ours: options[theirs] for theirs, ours in ENTROPY.items() if theirs in options},
+            **sigreg_options(**slices),
+            **known,
         )
-        self.remember_arguments({name: value for name, value in given.items() if name != "__class__"})
+        self.remember_arguments(given)
         self.kl_loss_weight, self.sigreg_lambda = kl_loss_weight, sigreg_lambda
-        self.codes = BinaryMapper(dim_code_bits, kl_loss_threshold)
-        self.dim_model, self.dim_code_bits, self.num_codes = dim, dim_code_bits, self.codes.dim
+        self.codes = BinaryMapper(self.codes.entries, kl_loss_threshold)
+        self.dim_model, self.dim_code_bits, self.num_codes = dim, self.codes.bits, self.codes.dim
         self.num_quantiles = 0 if self.switch is not None else len(self.entropy_switch.quantiles)
 
     def forward(
@@ -176,46 +192,26 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
         reads the summary of the episode, by default where there are losses. UserError for missing actions.
         """
         state = joined_states(state)
-        whole = return_loss if use_temporal_sequence_embed is None else use_temporal_sequence_embed
-        options = {"whole": whole, "update": update_entropy_quantile}
-        if return_loss:
-            if actions is None:
-                raise UserError("actions are missing; return_loss = True needs them.")
-            losses, steering = self.losses(state, actions, clamped_lengths(episode_lens, actions.shape[1]), **options)
-            latent = losses.latent + self.sigreg_lambda * losses.sigreg
-            first = MetaControllerLosses(
-                losses.state / self.model.state_entries(state),
-                losses.action,
-                losses.ratio,
-                latent,
-                losses.latent,
-                losses.sigreg,
-                losses.kl,
-                losses.next_switch,
-                losses.control,
-            )
-            ratio, kl, sigreg_found, control = losses.ratio, losses.kl, losses.sigreg, losses.control
-        else:
+        summary = return_loss if use_temporal_sequence_embed is None else use_temporal_sequence_embed
+        options = {"use_summary": summary, "update": update_entropy_quantile}
+        if not return_loss:
             if return_cache and cache is None:
                 cache = self.empty_cache(len(state))
             lengths = clamped_lengths(episode_lens, state.shape[1])
             mask = None if lengths is None else length_mask(lengths, state.shape[1])
-            first, steering = self.act(state, actions, cache, mask=mask, **options)
-            ratio, kl, sigreg_found, control = None, 0.0, 0.0, 0.0
-        output = MetaControllerOutput(
-            input_residual_stream=steering.residual,
-            action_dist=steering.action_dist,
-            actions=steering.actions,
-            switch_beta=steering.switch_beta,
-            ratio_loss=ratio,
-            kl_loss=kl,
-            kl_loss_weight=self.kl_loss_weight,
-            latent_pred_entropy=steering.entropy,
-            quantile_indices=steering.quantile,
-            sigreg_loss=sigreg_found,
-            control_penalty_loss=control,
-        )
-        return (first, output, cache) if return_cache else (first, output)
+            result, steering = self.act(state, actions, cache, mask=mask, **options)
+            ratio, kl, others = None, 0.0, ()
+        elif actions is None:
+            raise UserError("actions are missing; return_loss = True needs them.")
+        else:
+            losses, steering = self.losses(state, actions, clamped_lengths(episode_lens, actions.shape[1]), **options)
+            state_loss, latent = losses.state / self.model.state_entries(state), losses.latent
+            weighted = latent + self.sigreg_lambda * losses.sigreg
+            result = MetaControllerLosses(state_loss, losses.action, losses.ratio, weighted, latent, *losses[4:])
+            ratio, kl, others = losses.ratio, losses.kl, (losses.sigreg, losses.control)
+        switches = steering.entropy, steering.quantile
+        output = MetaControllerOutput(*steering[:4], ratio, kl, self.kl_loss_weight, *switches, *others)
+        return (result, output, cache) if return_cache else (result, output)
 
     def empty_cache(self, batch: int, capacity: int = 32) -> TransformerWithMetacontrollerCache:
         """As of `SinglePhase`."""
@@ -233,23 +229,6 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
         if not len(vectors):
             return vectors.sum()
         return sigreg(vectors, directions, chosen["sigreg_domain"], chosen["sigreg_points"])
-
-    # parts under the other library's names
-
-    binary_mapper = other_name("codes")
-    action_readout = other_name("model.action_readout")
-    state_readout = other_name("model.state_readout")
-    state_embed = other_name("model.encoder")
-    lower_body = other_name("model.lower_body")
-    upper_body = other_name("model.upper_body")
-    emitter_decoder = other_name("emitter")
-    emitter_to_binary_logits = other_name("to_logits")
-    to_control_signal = other_name("to_control")
-    switch_embed = other_name("switch_embedding")
-    temporal_embedder = other_name("sequence_embedder")
-    target_avg_token_length = other_name("target_length")
-    control_penalty_floor = other_name("control_floor")
-    num_latent_pred_steps = other_name("latents.ahead")
 
     @property
     def switch_entropy_quantiles(self) -> tuple[float, ...] | None:
@@ -307,11 +286,10 @@ class TransformerWithMetacontroller(TheirSave, SinglePhase):
 
 
 def sigreg_options(
-    num_slices: int = 1024, domain: tuple[float, float] = (-5, 5), num_knots: int = 17, reduction: str = "mean"
+    num_slices: int = 1024, domain: Sequence[float] = (-5, 5), num_knots: int = 17, reduction: str = "mean"
 ) -> dict[str, Any]:
-    """The other library's options of SIGReg under the house's names; UserError for another reduction than "mean"."""
-    if reduction != "mean":
-        raise UserError(f"reduction is {reduction!r}; expected 'mean', over directions.")
+    """The other library's options of SIGReg under our names; UserError for another reduction than "mean"."""
+    check_choice("reduction", reduction, ("mean",))
     return {"directions": num_slices, "sigreg_domain": tuple(domain), "sigreg_points": num_knots}
 
 
@@ -332,18 +310,16 @@ def policy_loss(
     mask (b, t) or (b, t, 1): decisions, every step if None. advantages (b,), or as mask.
     """
     batch, steps = state.shape[:2]
-    decided = torch.ones(batch, steps, dtype=torch.bool, device=state.device) if mask is None else mask.bool()
-    decided = decided[..., 0] if decided.dim() == 3 else decided
-    state, old_log_probs, actions, advantages = beside(model, state, old_log_probs, actions, advantages)
-    switch_betas, decided, episode_lens, quantile_indices = beside(
-        model, switch_betas, decided, episode_lens, quantile_indices
-    )
+    decided = torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask.bool().view(batch, steps)
     if episode_lens is not None:
-        decided = decided & length_mask(episode_lens, steps)
-    distribution = model.get_action_dist_for_internal_rl(state.detach(), switch_betas, quantile_indices)
+        decided = decided & length_mask(episode_lens, steps).to(decided.device)
+    state, old_log_probs, actions, advantages, decided, *options = on_device_of(
+        model, state.detach(), old_log_probs.detach(), actions, advantages, decided, switch_betas, quantile_indices
+    )
+    distribution = model.get_action_dist_for_internal_rl(state, *options)
     log_prob = model.log_prob(distribution, actions).sum(-1)  # pyright: ignore[reportArgumentType] - without the KL
     advantage = advantages.reshape(batch, -1).expand(-1, steps)
-    return clipped_surrogate(log_prob, old_log_probs.detach().sum(-1), advantage, decided, eps_clip)
+    return clipped_surrogate(log_prob, old_log_probs.sum(-1), advantage, decided, eps_clip)
 
 
 def extract_grpo_data(model: TransformerWithMetacontroller, meta_output: MetaControllerOutput) -> GRPOOutput:

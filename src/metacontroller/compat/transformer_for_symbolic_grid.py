@@ -9,11 +9,9 @@ from metacontroller.errors import UserError
 
 from .compat_transformer import Transformer
 
-__all__ = ["TransformerForSymbolicGrid"]
-
 
 class TransformerForSymbolicGrid(Transformer):
-    """States (b, t, side, side, channels) int64; see `models.grid_encoder`."""
+    """States (b, t, side, side, channels) int64; see `models.grid_encoder`. options: of `Transformer`."""
 
     def __init__(
         self,
@@ -24,12 +22,10 @@ class TransformerForSymbolicGrid(Transformer):
         convnext_kernel_size: int = 3,
         **options: Any,
     ) -> None:
+        given = dict(locals())
         if "state_embed_readout" in options:
             raise UserError("state_embed_readout is given; leave it out: num_discrete and grid_size say what is read.")
-        grid = {"sizes": list(num_discrete), "side": grid_size}
-        depth = {"depth": spatial_processor_depth, "kernel": convnext_kernel_size}
-        super().__init__(dim, state_embed_readout={"symbolic_grid": grid | depth}, **options)
-        own = {"num_discrete": list(num_discrete), "grid_size": grid_size}
-        own |= {"spatial_processor_depth": spatial_processor_depth, "convnext_kernel_size": convnext_kernel_size}
-        options.pop("meta_controller", None)
-        self.remember_arguments({"dim": dim, **own, **options})
+        sizes = {"sizes": list(num_discrete), "side": grid_size}
+        network = {"depth": spatial_processor_depth, "kernel": convnext_kernel_size}
+        super().__init__(dim, state_embed_readout={"symbolic_grid": sizes | network}, **options)
+        self.remember_arguments(given)

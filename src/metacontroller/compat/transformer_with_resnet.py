@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,9 +14,8 @@ from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
 from metacontroller.variants.resnet import ResNet, ResNetDecoder, pixel_losses
 
-from .compat_transformer import BehavioralCloningLosses, Transformer, body_options
-
-__all__ = ["TransformerWithResnet", "resnet18", "resnet34", "resnet50"]
+from .compat_names import body_options
+from .compat_transformer import BehavioralCloningLosses, Transformer
 
 
 class TransformerWithResnet(Transformer):
@@ -38,16 +37,15 @@ class TransformerWithResnet(Transformer):
         encoder_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "options")}
+        given = dict(locals())
         super().__init__(dim, **options)
-        options.pop("meta_controller", None)
-        self.remember_arguments({**given, **options})
-        features = options["state_embed_readout"].get("num_continuous")
-        depth = resnet_type.removeprefix("resnet")
+        self.remember_arguments(given)
+        readout, depth = options["state_embed_readout"], resnet_type.removeprefix("resnet")
+        features = readout.get("num_continuous")
         if not depth.isdecimal() or features is None:
             raise UserError(
-                f"resnet_type is {resnet_type!r} and state_embed_readout {options['state_embed_readout']!r}; expected "
-                "'resnet18', 'resnet34' or 'resnet50', and dict(num_continuous=...)."
+                f"resnet_type is {resnet_type!r} and state_embed_readout {readout!r}; expected 'resnet18', 'resnet34' "
+                "or 'resnet50', and dict(num_continuous=...)."
             )
         self.is_channel_last = is_channel_last
         self.visual_encoder = ResNet(int(depth), features, layer_norm=use_layernorm)
@@ -68,10 +66,10 @@ class TransformerWithResnet(Transformer):
 
         Where a metacontroller steers, the model is frozen, and so is what sees: batch norms keep their statistics.
         """
-        given = options.get("meta_controller")
-        steered = (self.meta_controller if given is None else given) is not None
-        with self._still() if steered and not options.get("force_behavior_cloning") else nullcontext():
-            encoded, feature_map, images = self._seen(state)
+        steering = self.meta_controller if options.get("meta_controller") is None else options["meta_controller"]
+        steered = steering is not None and not options.get("force_behavior_cloning")
+        with self._still() if steered else nullcontext():
+            encoded, feature_map, images = self.visual_encode(state, return_feature_map=True)
             pixels = None
             if return_visual_autoencoder_loss:
                 pixels = self.visual_reconstruction_loss(feature_map, images, options.get("episode_lens"))
@@ -91,19 +89,15 @@ class TransformerWithResnet(Transformer):
             for part in parts:
                 part.train()
 
-    def visual_encode(self, x: Tensor, return_feature_map: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def visual_encode(self, x: Tensor, return_feature_map: bool = False) -> tuple[Tensor, Any, Any]:
         """Features (b, t, n) of images, and if asked the maps (b, t, c, y, x) they are means of, and the pixels."""
-        encoded, feature_map, images = self._seen(x)
-        return (encoded, feature_map, images) if return_feature_map else (encoded, None, None)
-
-    def _seen(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (b, t, n), feature maps and pixels (b, t, c, y, x)."""
-        images = self._images(state)
-        feature_map = self.visual_encoder.feature_map(images.flatten(0, 1))
-        return tuple(
-            part.unflatten(0, images.shape[:2])
-            for part in (self._encoded(feature_map), feature_map, images.flatten(0, 1))
-        )  # pyright: ignore[reportReturnType]
+        images = self._images(x)
+        maps = self.visual_encoder.feature_map(images.flatten(0, 1))
+        cells = maps.flatten(2).mT
+        cells = cells if self.attn is None else self.attn(cells)
+        encoded = self.final_norm(self.visual_encoder.readout(cells.mean(1)))
+        encoded, maps = (part.unflatten(0, images.shape[:2]) for part in (encoded, maps))
+        return (encoded, maps, images) if return_feature_map else (encoded, None, None)
 
     def _images(self, state: Tensor) -> Tensor:
         """(b, t, c, y, x) floats; UserError for another shape."""
@@ -113,12 +107,6 @@ class TransformerWithResnet(Transformer):
             raise UserError(f"state has shape {tuple(state.shape)}; expected images {order}.")
         weight = self.visual_encoder.readout.weight
         return images.to(weight.dtype) / 255 if images.dtype == torch.uint8 else images
-
-    def _encoded(self, feature_map: Tensor) -> Tensor:
-        """(images, c, y, x) -> (images, n)."""
-        cells = feature_map.flatten(2).mT
-        cells = cells if self.attn is None else self.attn(cells)
-        return self.final_norm(self.visual_encoder.readout(cells.mean(1)))
 
     def visual_reconstruction_loss(
         self, feature_map: Tensor, normalized_pixels: Tensor, lengths: Tensor | None = None
@@ -131,23 +119,14 @@ class TransformerWithResnet(Transformer):
         real = torch.full((batch,), steps, device=images.device) if lengths is None else lengths
         return masked_mean(losses, length_mask(real, steps))
 
-    def _losses(
-        self, phase: str, hidden: Tensor, logits: Tensor, state: Tensor, *others: Any
-    ) -> BehavioralCloningLosses:
+    def _losses(self, phase: str, hidden: Tensor, state: Tensor, *others: Any) -> BehavioralCloningLosses:
         """The next state is a target alone: features that came to meet their prediction could all become one."""
-        return super()._losses(phase, hidden, logits, state.detach(), *others)
+        return super()._losses(phase, hidden, state.detach(), *others)
 
 
-def resnet18(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
-    """The house's network of 18 layers, images (b, 3, y, x) -> (b, num_classes)."""
-    return ResNet(18, num_classes, layer_norm=use_layernorm)
+def _maker(depth: int) -> Callable[..., ResNet]:
+    """Makes our network of so many layers: images (b, 3, y, x) -> (b, num_classes)."""
+    return lambda num_classes=1000, use_layernorm=False: ResNet(depth, num_classes, layer_norm=use_layernorm)
 
 
-def resnet34(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
-    """The same of 34 layers."""
-    return ResNet(34, num_classes, layer_norm=use_layernorm)
-
-
-def resnet50(num_classes: int = 1000, use_layernorm: bool = False) -> ResNet:
-    """The same of 50 layers."""
-    return ResNet(50, num_classes, layer_norm=use_layernorm)
+resnet18, resnet34, resnet50 = _maker(18), _maker(34), _maker(50)

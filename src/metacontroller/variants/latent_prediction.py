@@ -1,4 +1,4 @@
-"""Prediction of the next residuals and of that at the next switch, and what keeps residuals from collapsing meanwhile.
+"""Prediction of residuals: the next ones, that at the next switch, the last one; and what keeps them from collapsing.
 
 Axes: b batch, t steps, n width, k steps ahead, m directions, s points of integration.
 """
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.data.trajectories import masked_mean
-from metacontroller.errors import UserError
 from metacontroller.models.readouts import GaussianReadout
+from metacontroller.ranges import COUNT, Whole, check_number
 
 SPAN, POINTS = 5.0, 17
 """SIGReg integrates over -SPAN..SPAN at so many points (arXiv 2511.08544, section 4)."""
@@ -28,8 +28,7 @@ class LatentPrediction(nn.Module):
 
     def __init__(self, dim: int, *, ahead: int = 1) -> None:
         super().__init__()
-        if ahead < 1:
-            raise UserError(f"ahead is {ahead}; expected at least 1 step.")
+        check_number("ahead", ahead, COUNT)
         self.ahead = ahead
         self.readout = GaussianReadout(dim, dim * ahead)
 
@@ -80,7 +79,7 @@ class NextSwitch(nn.Module):
 
 
 def sigreg(
-    vectors: Tensor, directions: Tensor, domain: tuple[float, float] = (-SPAN, SPAN), points: int = POINTS
+    vectors: Tensor, directions: Tensor, domain: Sequence[float] = (-SPAN, SPAN), points: int = POINTS
 ) -> Tensor:
     """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far vectors are from N(0, I).
 
@@ -92,11 +91,48 @@ def sigreg(
     by the trapezoidal rule; a mean over directions. It is the statistic of Epps and Pulley without its factor b.
     domain, points: of the integral, if not -5..5 and 17. UserError for fewer than 2 points.
     """
-    if points < 2:
-        raise UserError(f"points is {points}; expected at least 2.")
-    at = torch.linspace(*domain, points, device=vectors.device, dtype=vectors.dtype)
+    check_number("points", points, Whole(2))
+    at = torch.linspace(domain[0], domain[1], points, device=vectors.device, dtype=vectors.dtype)
     projected = vectors @ F.normalize(directions, dim=-1).T  # (b, m)
     angles = projected[..., None] * at
     normal = torch.exp(-0.5 * at.square())
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # (m, s)
     return torch.trapezoid(distance * normal, at).mean()
+
+
+class NextLatent(nn.Module):
+    """A model's next last residual, u_{t+1} = u_t + f(u_t, embedding of a_t) with f a residual MLP whose last layer
+    starts at 0 (next-latent prediction, arXiv 2511.05963, section 3).
+
+    dim: n. dim_action: width of the embeddings, n if not given. hidden: width of the MLP. layers: of it, at least 1.
+    """
+
+    def __init__(self, dim: int, *, dim_action: int | None = None, hidden: int | None = None, layers: int = 3) -> None:
+        super().__init__()
+        hidden = dim if hidden is None else hidden
+        inputs = dim + (dim if dim_action is None else dim_action)
+        self.norm = nn.LayerNorm(inputs)
+        widths = [inputs, *[hidden] * (layers - 1)]
+        self.hidden = nn.ModuleList(nn.Linear(width, hidden) for width in widths)
+        self.last = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        """latent (b, t, n), embedding of the action (b, t, its width) -> the next latent (b, t, n)."""
+        x = self.norm(torch.cat([latent, action], -1))
+        for layer in self.hidden:
+            x = F.silu(layer(x))
+        return latent + self.last(x)
+
+    def loss(self, latents: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """Smooth L1 distance to the next latent, which gets no gradient, a mean over real steps; a scalar.
+
+        latents (b, t, n). actions (b, t - 1 or more, n): embeddings. mask (b, t) bool: real steps; a pair counts if its
+        second step is real. 0 for a single step.
+        """
+        if latents.shape[1] < 2:
+            return latents.new_zeros(())
+        predicted = self(latents[:, :-1], actions[:, : latents.shape[1] - 1])
+        distance = F.smooth_l1_loss(predicted, latents[:, 1:].detach(), reduction="none").mean(-1)
+        return masked_mean(distance, mask[:, 1:])

@@ -7,7 +7,7 @@ Axes: b batch, t steps, n_e residual, p parameters of a distribution of codes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
+from metacontroller.ranges import check_choice
 
 ProposerKind = Literal["attention", "gru", "mingru", "hawk", "mlp"]
 
@@ -128,11 +129,8 @@ class ModuleProposer(nn.Module):
 
 def make_proposer(dim: int, kind: ProposerKind = "attention", **options: Any) -> nn.Module:
     """A proposer over inputs of width ``dim``; options: of its class or body. UserError for another kind."""
-    if kind == "attention":
-        return BodyProposer(AttentionBody(dim, **{"depth": 1, **options}), dim)
-    if kind == "hawk":
-        return BodyProposer(HawkBody(dim, **{"depth": 1, **options}), dim)
-    others = {"gru": GruProposer, "mingru": MinGruProposer, "mlp": MlpProposer}
-    if kind not in others:
-        raise UserError(f"the proposer's kind is {kind!r}; expected 'attention', 'hawk', 'gru', 'mingru' or 'mlp'.")
-    return others[kind](dim, **options)
+    check_choice("kind of the proposer", kind, get_args(ProposerKind))
+    if kind in ("attention", "hawk"):
+        body = AttentionBody if kind == "attention" else HawkBody
+        return BodyProposer(body(dim, **{"depth": 1, **options}), dim)
+    return {"gru": GruProposer, "mingru": MinGruProposer, "mlp": MlpProposer}[kind](dim, **options)

@@ -1,7 +1,7 @@
 """One phase instead of two: an action model that learns its own abstract actions while it learns to act.
 
     e_t = lower(o_1:t, a_<t)
-    p_t, b_t   from how much e_t resembles e_{t-1}                  (`variants.similarity`)
+    p_t, b_t   from how much e_t resembles e_{t-1}                  (`variants.switches`)
     y_t ~ binary code of emitter(e_1:t + embedding of b_1:t)        (Free Transformer, arXiv 2510.17558)
     z_t = b_t y_t + (1 - b_t) z_{t-1}                               (paper eq. 17)
     u_t = c_t V z_t,  c_t = 1 with the gradient of the gate's confidence
@@ -9,7 +9,7 @@
 
 Nothing is frozen and nothing that acts reads the future: the emitter that learns with the model is the policy that
 internal RL trains. The codes are additive (V z), not a map of e as in the paper. Options: p_t from how unsure the model
-is of the next residuals (`variants.entropy_switch`); a summary of the whole episode for the switch while it learns;
+is of the next residuals (`variants.switches`); a summary of the whole episode for the switch while it learns;
 prediction of the residual at the next switch. After `metacontroller-pytorch`'s single-phase model; it is no part of the
 paper. Axes: b batch, t steps, n_e residual, h bits, n_z = 2^h.
 """
@@ -31,24 +31,17 @@ from metacontroller.control.switching import mix_given
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import ModelCache, Transformer, make_body
+from metacontroller.ranges import COUNT, SHARE, Number, check_number
 from metacontroller.storage.module_file import Saveable
-from metacontroller.variants.entropy_switch import EntropySwitch
 from metacontroller.variants.latent_prediction import LatentPrediction, NextSwitch, sigreg
-from metacontroller.variants.similarity import THRESHOLD, SimilaritySwitch, confidence, hard_switch
-
-OPTIONAL: dict[str, Any] = {
-    "drop_episodes": 0.0,
-    "sigreg_domain": (-5.0, 5.0),
-    "sigreg_points": 17,
-    "entropy_quantiles": None,
-    "entropy_options": None,
-    "ahead_weights": None,
-    "sequence_embedder": None,
-    "dim_sequence": 32,
-    "sequence_share": 1.0,
-    "predict_switches": False,
-}
-"""Options that a file of the model holds only where they are not these."""
+from metacontroller.variants.switches import (
+    THRESHOLD,
+    EntropySwitch,
+    SimilaritySwitch,
+    confidence,
+    hard_switch,
+    open_at_first,
+)
 
 
 @dataclass
@@ -67,34 +60,34 @@ class SinglePhaseCache:
 class Steering(NamedTuple):
     """Of one call. residual, control (b, t, n_e): e and u. action_dist (b, t, h): logits of the bits. actions
     (b, t, n_z): the code proposed at every step. switch_beta, probability (b, t): b with the gradient of p, and p.
-    emitted (b, t, n_e): from which the logits are read. entropy (b, t): of the predicted residuals. quantile (b,): the
-    index of the quantile of it that an episode switches at, None where switches go by similarity."""
+    entropy (b, t): of the predicted residuals. quantile (b,): index of the quantile of it that an episode switches at,
+    None where switches go by similarity. emitted (b, t, n_e): what the logits are read from."""
 
     residual: Tensor
-    control: Tensor
     action_dist: Tensor
     actions: Tensor
     switch_beta: Tensor
     probability: Tensor
-    emitted: Tensor
     entropy: Tensor
     quantile: Tensor | None
+    emitted: Tensor
+    control: Tensor
 
 
 class SinglePhaseLosses(NamedTuple):
-    """Scalars. state, action: mean negative log-likelihoods of a step. kl: of codes against their prior, beyond the
-    free bits. ratio: towards the target length of a segment. latent: of the next residuals. sigreg: of residuals that
-    collapse. control: where a switch moves the residual too little to matter. next_switch: of the residual at the next
-    switch, 0 unless the model predicts it."""
+    """Scalars. state, action: mean negative log-likelihoods of a step. ratio: towards the target length of a segment.
+    latent: of the next residuals. sigreg: of residuals that collapse. kl: of codes against their prior, beyond the free
+    bits. next_switch: of the residual at the next switch, 0 unless the model predicts it. control: where a switch moves
+    the residual too little to matter."""
 
     state: Tensor
     action: Tensor
-    kl: Tensor
     ratio: Tensor
     latent: Tensor
     sigreg: Tensor
-    control: Tensor
+    kl: Tensor
     next_switch: Tensor
+    control: Tensor
 
 
 class SinglePhase(Saveable, nn.Module):
@@ -132,7 +125,7 @@ class SinglePhase(Saveable, nn.Module):
         control_floor: float = 0.5,
         dropout: float = 0.0,
         drop_episodes: float = 0.0,
-        sigreg_domain: tuple[float, float] = (-5.0, 5.0),
+        sigreg_domain: Sequence[float] = (-5.0, 5.0),
         sigreg_points: int = 17,
         entropy_quantiles: Sequence[float] | None = None,
         entropy_options: dict[str, Any] | None = None,
@@ -143,31 +136,22 @@ class SinglePhase(Saveable, nn.Module):
         predict_switches: bool = False,
     ) -> None:
         super().__init__()
-        self.remember_arguments(locals(), OPTIONAL)
-        if target_length <= 1:
-            raise UserError(f"target_length is {target_length}; expected more than 1 step.")
-        if directions < 1:
-            raise UserError(f"directions is {directions}; expected at least 1.")
-        self.dim, self.target_length, self.directions = dim, target_length, directions
-        shares = {"dropout": dropout, "drop_episodes": drop_episodes, "sequence_share": sequence_share}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"{name} is {share}; expected a share from 0 to 1.")
+        self.remember_arguments(locals())
+        check_number("target_length", target_length, Number(1, above=True))
+        check_number("directions", directions, COUNT)
+        for name, share in (("dropout", dropout), ("drop_episodes", drop_episodes), ("sequence_share", sequence_share)):
+            check_number(name, share, SHARE)
         if ahead_weights is not None and len(ahead_weights) != ahead:
             raise UserError(f"ahead_weights are {list(ahead_weights)}; expected {ahead}, one for each residual ahead.")
-        self.control_floor, self.dropout, self.drop_episodes = control_floor, dropout, drop_episodes
-        self.sigreg_domain, self.sigreg_points = (sigreg_domain[0], sigreg_domain[1]), sigreg_points
-        self.ahead_weights, self.sequence_share = ahead_weights, sequence_share
+        self.dim, self.target_length, self.control_floor = dim, target_length, control_floor
+        self.directions, self.sigreg_domain, self.sigreg_points = directions, tuple(sigreg_domain), sigreg_points
+        self.dropout, self.drop_episodes, self.sequence_share = dropout, drop_episodes, sequence_share
+        self.ahead_weights = ahead_weights
+        options = {"lower_body": lower_body, "upper_body": upper_body, "condition_on_actions": condition_on_actions}
         self.model = Transformer(
-            dim,
-            action_embed_readout=action_embed_readout,
-            state_embed_readout=state_embed_readout,
-            lower_body=lower_body,
-            upper_body=upper_body,
-            condition_on_actions=condition_on_actions,
+            dim, state_embed_readout=state_embed_readout, action_embed_readout=action_embed_readout, **options
         )
-        self.emitter = make_body(dim, "emitter", emitter)
-        self.emitter_norm = nn.LayerNorm(dim)
+        self.emitter, self.emitter_norm = make_body(dim, "emitter", emitter), nn.LayerNorm(dim)
         self.switch = None if entropy_quantiles else SimilaritySwitch(dim, width=switch_width)
         self.switch_embedding = nn.Embedding(2, dim)
         self.codes = BinaryCodes(bits, free_bits=free_bits)
@@ -190,17 +174,26 @@ class SinglePhase(Saveable, nn.Module):
         *,
         temperature: float = 1.0,
         mask: Tensor | None = None,
-        whole: bool = False,
+        use_summary: bool = False,
         update: bool | None = None,
     ) -> tuple[Tensor, Steering]:
         """The residual that the upper body reads, (b, t, n_e), from residual (b, t, n_e), and what led to it.
 
         A cache is brought up to the last of these steps. temperature: of the codes, 0 for the likeliest. mask (b, t)
-        bool: real steps, all if None. whole: whether these are whole episodes, of which the switch reads a summary if
-        there is one. update: of running quantiles, see `EntropySwitch.follow`.
+        bool: real steps, all if None. use_summary: whether these are whole episodes, of which the switch reads a
+        summary if the model has one. update: of running quantiles, see `EntropySwitch.follow`.
         """
+        before = None if cache is None or cache.steps == 0 else cache
         entropy = self.latents.entropy(residual, self.ahead_weights)
-        probability, key, quantile = self._switches(residual, entropy, cache, mask, whole, update)
+        key = quantile = None
+        if self.switch is not None:
+            read = residual + self._summary(residual, mask) if use_summary else residual
+            probability, key = self.switch(read, None if before is None else before.key)
+        else:
+            quantile = self.entropy_switch.choose(len(residual)) if before is None else before.quantile
+            probability = self.entropy_switch(entropy, quantile)
+            probability = open_at_first(probability) if before is None else probability
+            self.entropy_switch.follow(entropy, mask, update)
         gate = hard_switch(probability)
         emitted = self.emit(residual, gate, quantile, None if cache is None else cache.emitter)
         logits = self.to_logits(emitted)
@@ -210,43 +203,21 @@ class SinglePhase(Saveable, nn.Module):
         if cache is not None:
             cache.key = None if key is None else key.detach()
             cache.z, cache.steps, cache.quantile = z[:, -1].detach(), cache.steps + residual.shape[1], quantile
-        kept = F.dropout(residual, self.dropout, self.training)
+        remaining = F.dropout(residual, self.dropout, self.training)
         if self.training and self.drop_episodes:
-            stay = torch.rand(len(kept), device=kept.device) >= self.drop_episodes
-            kept = kept * stay[:, None, None]
-        output = Steering(residual, control, logits, proposed, gate, probability, emitted, entropy, quantile)
-        return self.steered_norm(kept + control), output
+            stay = torch.rand(len(remaining), device=remaining.device) >= self.drop_episodes
+            remaining = remaining * stay[:, None, None]
+        output = Steering(residual, logits, proposed, gate, probability, entropy, quantile, emitted, control)
+        return self.steered_norm(remaining + control), output
 
-    def _switches(
-        self,
-        residual: Tensor,
-        entropy: Tensor,
-        cache: SinglePhaseCache | None,
-        mask: Tensor | None,
-        whole: bool,
-        update: bool | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Probabilities of switches (b, t), the last key (b, w) or None, indices of quantiles (b,) or None."""
-        fresh = cache is None or cache.steps == 0
-        if self.switch is not None:
-            read = residual
-            if whole and self.sequence_embedder is not None:
-                read = residual + self._summary(self.sequence_embedder, residual, mask)
-            return *self.switch(read, None if fresh or cache is None else cache.key), None
-        chosen = self.entropy_switch.choose(len(residual)) if fresh or cache is None else cache.quantile
-        probability = self.entropy_switch(entropy, chosen)
-        self.entropy_switch.follow(entropy, mask, update)
-        if fresh:
-            probability = torch.cat([torch.ones_like(probability[:, :1]), probability[:, 1:]], 1)
-        return probability, None, chosen
-
-    def _summary(self, embedder: SequenceEmbedder, residual: Tensor, mask: Tensor | None) -> Tensor:
-        """Of whole episodes, for the switch: (b, 1, n_e); in training 0 for a random share of them."""
+    def _summary(self, residual: Tensor, mask: Tensor | None) -> Tensor | float:
+        """Of whole episodes, for the switch: (b, 1, n_e), in training 0 for a random share of them; 0 without one."""
+        if self.sequence_embedder is None:
+            return 0.0
         real = torch.ones_like(residual[..., 0], dtype=torch.bool) if mask is None else mask
-        summary = self.from_sequence(embedder(residual, real))
+        summary = self.from_sequence(self.sequence_embedder(residual, real))
         if self.training and self.sequence_share < 1:
-            given = torch.rand(len(summary), device=summary.device) < self.sequence_share
-            summary = summary * given[:, None]
+            summary = summary * (torch.rand(len(summary), device=summary.device) < self.sequence_share)[:, None]
         return summary[:, None]
 
     def emit(self, residual: Tensor, switch_beta: Tensor, quantile: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -266,8 +237,6 @@ class SinglePhase(Saveable, nn.Module):
         states: Tensor,
         past_actions: Tensor | None = None,
         cache: SinglePhaseCache | None = None,
-        *,
-        temperature: float = 1.0,
         **options: Any,
     ) -> tuple[Tensor, Steering]:
         """Parameters of the action's distribution (b, t, ...) for states (b, t, ...), which follow a cache's steps.
@@ -275,19 +244,16 @@ class SinglePhase(Saveable, nn.Module):
         past_actions: as of `Transformer.embed`. A cache, from `empty_cache`, is brought up to date in place. options:
         of ``steer``.
         """
-        bodies = (None, None) if cache is None else (cache.model.lower, cache.model.upper)
-        residual = self.model.lower(self.model.embed(states, past_actions), bodies[0])
-        steered, output = self.steer(residual, cache, temperature=temperature, **options)
-        return self.model.action_readout(self.model.upper(steered, bodies[1])), output
+        lower, upper = (None, None) if cache is None else (cache.model.lower, cache.model.upper)
+        residual = self.model.lower(self.model.embed(states, past_actions), lower)
+        steered, output = self.steer(residual, cache, **options)
+        return self.model.action_readout(self.model.upper(steered, upper)), output
 
     def empty_cache(self, batch: int, capacity: int = 32) -> SinglePhaseCache:
         """The cache of ``batch`` episodes before their first step; capacity: steps before it has to grow."""
-        weight = self.to_control.weight
-        width = None if self.switch is None else self.switch.to_queries_and_keys.out_features // 2
-        key = None if width is None else weight.new_zeros(batch, width)
-        z = weight.new_zeros(batch, self.codes.dim)
+        z = self.to_control.weight.new_zeros(batch, self.codes.dim)
         return SinglePhaseCache(
-            self.model.empty_cache(batch, capacity), self.emitter.empty_cache(batch, capacity), key, z, 0
+            self.model.empty_cache(batch, capacity), self.emitter.empty_cache(batch, capacity), None, z, 0
         )
 
     def losses(
@@ -296,36 +262,32 @@ class SinglePhase(Saveable, nn.Module):
         actions: Tensor,
         episode_lens: Tensor | None = None,
         *,
-        whole: bool = True,
+        use_summary: bool = True,
         update: bool | None = None,
     ) -> tuple[SinglePhaseLosses, Steering]:
         """All losses of whole episodes, unweighted.
 
-        states (b, T or T + 1, ...), actions (b, T, ...), episode_lens (b,): real steps. whole, update: as of ``steer``.
-        UserError for a batch that does not fit.
+        states (b, T or T + 1, ...), actions (b, T, ...), episode_lens (b,): real steps. use_summary, update: as of
+        ``steer``. UserError for a batch that does not fit.
         """
         self.model.check_batch(states, actions, episode_lens)
         batch, steps = actions.shape[:2]
         lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
         mask = length_mask(lengths, steps)
         residual = self.model.residual(states, actions)
-        steered, output = self.steer(residual, mask=mask, whole=whole, update=update)
+        steered, output = self.steer(residual, mask=mask, use_summary=use_summary, update=update)
         cloned = self.model.readout_losses(self.model.upper(steered), states, actions, lengths)
         switched = (output.switch_beta >= THRESHOLD) & mask
         strength = residual.norm(dim=-1) / output.control.norm(dim=-1).clamp_min(1e-5)
         directions = torch.randn(self.directions, self.dim, device=residual.device, dtype=residual.dtype)
+        predictor, none = self.next_switch, residual.new_zeros(())
         return SinglePhaseLosses(
             state=cloned.state,
             action=cloned.action,
-            kl=masked_mean(self.codes.kl(output.action_dist), mask),
             ratio=ratio_loss(output.probability, mask, self.target_length, THRESHOLD),
             latent=self.latents.loss(residual, mask),
             sigreg=sigreg(residual[mask], directions, self.sigreg_domain, self.sigreg_points),
+            kl=masked_mean(self.codes.kl(output.action_dist), mask),
+            next_switch=none if predictor is None else predictor.loss(output.emitted, residual, switched),
             control=masked_mean(F.relu(strength - self.control_floor), switched),
-            next_switch=self._next_switch_loss(output, switched),
         ), output
-
-    def _next_switch_loss(self, output: Steering, switched: Tensor) -> Tensor:
-        if self.next_switch is None:
-            return output.residual.new_zeros(())
-        return self.next_switch.loss(output.emitted, output.residual, switched)
