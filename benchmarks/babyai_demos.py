@@ -20,7 +20,7 @@ from typing import Any
 from minigrid.utils.baby_ai_bot import BabyAIBot
 
 from metacontroller.domains.babyai.dataset import Recipe, generate
-from metacontroller.domains.babyai.domain import recipe_of
+from metacontroller.domains.babyai.domain import BabyAI
 from metacontroller.domains.babyai.level import Room
 from metacontroller.presets.babyai import laptop
 
@@ -28,7 +28,7 @@ from metacontroller.presets.babyai import laptop
 def own_rate(wanted: Recipe, episodes: int, processes: int) -> tuple[float, float]:
     """Episodes a second, and steps of a mean episode."""
     start = time.perf_counter()
-    made = generate(wanted, episodes, processes)
+    made = generate(replace(wanted, workers=processes), episodes)
     return episodes / (time.perf_counter() - start), float(made.lengths.float().mean())
 
 
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/out/babyai_demos.json"))
     options = parser.parse_args()
 
-    config = laptop().domain
+    world = BabyAI(laptop().domain)
     rows: list[dict[str, Any]] = []
     for split in ("pretrain", "discover"):
-        wanted = recipe_of(config, split)
+        wanted = world.recipe(split)
         for processes in options.processes:
             rate, steps = own_rate(wanted, options.episodes, processes)
             rows.append({"epsilon": wanted.epsilon, "processes": processes, "episodes_s": rate, "steps": steps})

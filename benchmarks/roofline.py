@@ -33,6 +33,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.trajectories import length_mask
 from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids
+from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.chunked_losses import chunked_losses
 from metacontroller.models.protocol import frozen
@@ -270,7 +271,7 @@ def rollout_row(bench: Bench, config: ExperimentConfig) -> Row:
 
     @torch.no_grad()
     def play() -> None:
-        grids = PinpadBatch(first.config, first.layouts, first.tasks, first.task_lengths)
+        grids = PinpadBatch(first.board, Layouts(first.objects, first.agent), first.tasks, first.task_lengths)
         actor, state = Actor(model, grids, generator), steering.initial_state(count)
         for _ in range(ROLLOUT_STEPS):
             residual = actor.look()
@@ -320,15 +321,16 @@ def environment_rows(bench: Bench, config: ExperimentConfig) -> list[Row]:
     """Grid steps, and expert episodes from fresh layouts; no matrix products in them, so bytes alone limit them."""
     generator = torch.Generator(bench.device).manual_seed(0)
     grids = start_grids(config.domain.grid, config.domain.post_task, ENVIRONMENTS, generator)
+    layouts = Layouts(grids.objects, grids.agent)
     actions = torch.randint(4, (8, ENVIRONMENTS), device=bench.device)
 
     def play() -> None:
-        batch = PinpadBatch(grids.config, grids.layouts, grids.tasks, grids.task_lengths)
+        batch = PinpadBatch(grids.board, layouts, grids.tasks, grids.task_lengths)
         for action in actions:
             batch.step(action)
 
     def begin() -> None:
-        PinpadBatch(grids.config, grids.layouts, grids.tasks, grids.task_lengths)
+        PinpadBatch(grids.board, layouts, grids.tasks, grids.task_lengths)
 
     seconds = (bench.seconds(play) - bench.seconds(begin)) / len(actions)
     kept = total_bytes([grids.agent, grids.colors_done, grids.steps, grids.terminated, grids.truncated, actions[0]])

@@ -37,7 +37,7 @@ from metacontroller.domains.ant_pinpad.engine import ant_model, mujoco
 from metacontroller.domains.ant_pinpad.expert import FEATURES, HIDDEN, LIMIT, Expert, Guide, play
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS
-from metacontroller.domains.ant_pinpad.simulator import ROW_FIELDS, STEP_SECONDS, start_ants
+from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
 from metacontroller.domains.base import Split
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, format_task
 from metacontroller.presets import ant
@@ -132,12 +132,12 @@ class GuidedAnts(VecEnv):
 
     def episodes(self) -> dict[str, Tensor]:
         """All that the next steps depend on, but for the statistics."""
-        rows = {f"ants.{name}": getattr(self.ants, name) for name in ROW_FIELDS}
+        rows = {f"ants.{name}": getattr(self.ants, name) for name in AntBatch.row_fields}
         return {**rows, "ants.returned": self.returned, "ants.generator": self.generator.get_state()}
 
     def restore_episodes(self, tensors: dict[str, Tensor]) -> None:
         """Goes on with what `episodes` returned."""
-        for name in ROW_FIELDS:
+        for name in AntBatch.row_fields:
             setattr(self.ants, name, tensors[f"ants.{name}"].clone())
         self.guide = Guide(self.ants)
         self.returned = tensors["ants.returned"].clone()
@@ -381,7 +381,8 @@ def train_in(run: RunFolder, arguments: argparse.Namespace) -> None:
     left = arguments.steps - learner.num_timesteps
     if left > 0:
         keep = Keep(run, rate, arguments.checkpoint_every, meta["updates"] - 1)  # the first rollout follows no update
-        if len(tensors.get("ants.state", ())) == arguments.rows:
+        rows = [len(tensors.get(f"ants.{name}", ())) for name in AntBatch.row_fields]  # none of an older version
+        if set(rows) == {arguments.rows}:
             ants.restore_episodes(tensors)
             restore_learner(learner, tensors)
             keep.solved.extend(tensors["window.solved"].tolist())

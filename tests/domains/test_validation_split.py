@@ -67,13 +67,11 @@ def shared(held_out: Trajectories, *trained_on: Trajectories) -> int:
 
 @pytest.mark.skipif(importlib.util.find_spec("minigrid") is None, reason="the extra babyai is not installed")
 def test_no_episode_held_out_in_babyai_is_in_a_store_of_a_phase(tmp_path: Path) -> None:
-    from metacontroller.domains.babyai import domain as babyai
-
     config = BabyAIConfig(
         room_size=8, episodes=40, epsilon=0.0, mission_share=0.0, workers=1, dataset=str(tmp_path / "data")
     )
     world = BabyAI(config)
-    held_out, first, second = (babyai._open(config, split) for split in ("validation", "pretrain", "discover"))
+    held_out, first, second = (world.store(split) for split in ("validation", "pretrain", "discover"))
     assert min(held_out.arrays["seeds"]) >= 2**31 > max(*first.arrays["seeds"], *second.arrays["seeds"])
     drawn = world.demonstrations("validation", 200, generator())
     assert len(contents(drawn)) > 30

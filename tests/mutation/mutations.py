@@ -152,10 +152,14 @@ MUTATIONS: list[Mutation] = [
     *of(
         "domains/gridworld_pinpad/simulator.py",
         GRID,
-        ("success | (entered & ~correct)", "success"),
-        ("(self.steps >= self.config.max_steps) & ~self", "(self.steps > self.config.max_steps) & ~self"),
-        ("self.steps = self.steps + ~ended", "self.steps = self.steps + 1"),
-        ("(objects >= self.config.num_colors) | ended", "(objects > self.config.num_colors) | ended"),
+        ("(objects >= self.board.num_colors) | ended", "(objects > self.board.num_colors) | ended"),
+    ),
+    *of(
+        "domains/pinpad/episodes.py",
+        GRID,
+        ("wrong = (entered ^ correct) & self", "wrong = (entered & correct) & self"),
+        ("(self.steps >= self.board.max_steps) & ~self", "(self.steps > self.board.max_steps) & ~self"),
+        ("self.steps = self.steps + running", "self.steps = self.steps + 1"),
     ),
     *of(
         "phases/policy_gradient.py",

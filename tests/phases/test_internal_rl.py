@@ -133,7 +133,9 @@ def test_the_success_logged_is_the_environments_and_not_the_return(
 def test_a_batch_without_differences_changes_nothing(tmp_path: Path) -> None:
     def impossible(n: int, generator: torch.Generator) -> PinpadBatch:
         grids = new_grids(n, generator)
-        return PinpadBatch(replace(GRID, max_steps=1), grids.layouts, grids.tasks, grids.task_lengths)
+        return PinpadBatch(
+            replace(GRID, max_steps=1), Layouts(grids.objects, grids.agent), grids.tasks, grids.task_lengths
+        )
 
     steering = make_steering()
     before = {name: value.clone() for name, value in steering.named_parameters()}
@@ -489,7 +491,12 @@ def test_padding_does_not_reach_the_metrics(tmp_path: Path) -> None:
     def ending_early(n: int, generator: torch.Generator) -> PinpadBatch:
         grids = new_grids(n, generator)
         odd = torch.arange(n)[:, None] % 2 == 1  # for these color 0 is wrong at first
-        return PinpadBatch(GRID, grids.layouts, torch.where(odd, grids.tasks.flip(1), grids.tasks), grids.task_lengths)
+        return PinpadBatch(
+            GRID,
+            Layouts(grids.objects, grids.agent),
+            torch.where(odd, grids.tasks.flip(1), grids.tasks),
+            grids.task_lengths,
+        )
 
     config = InternalRLConfig(episodes=64, batch_size=64, lr=1e-6)
     internal_rl(config, make_model(), steering, ending_early, RunFolder(tmp_path), quiet=True)

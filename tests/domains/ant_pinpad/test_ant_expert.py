@@ -17,11 +17,12 @@ from metacontroller.domains.ant_pinpad.layouts import LEFT, STEPS, UP, Arena
 from metacontroller.domains.ant_pinpad.observation import heading, symexp
 from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import turned
+from metacontroller.domains.pinpad.worlds import open_dataset
 
 pytest.importorskip("mujoco", reason="the extra ant is not installed")
 
 from metacontroller.domains.ant_pinpad import dataset
-from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, open_dataset, write_dataset
+from metacontroller.domains.ant_pinpad.dataset import Recipe, generate, versions
 
 ARENA = Arena(size=3, num_colors=2, num_walls=1, max_steps=8, cell_size=2.0)
 
@@ -50,9 +51,9 @@ def test_the_guide_points_along_the_shortest_way() -> None:
     guide = Guide(facing(0.0, (0.0, 0.0)))
     assert guide.way().tolist() == [[-1.0, 0.0]]  # to the left
     assert [int(guide.direction(torch.tensor([cell]))) for cell in (7, 6, 5)] == [LEFT, -1, -1]  # then color and wall
-    guide.env.subgoals_done = torch.tensor([1])
+    guide.env.colors_done = torch.tensor([1])
     assert guide.direction(torch.tensor([3])).tolist() == [UP]
-    guide.env.subgoals_done = torch.tensor([2])  # all done
+    guide.env.colors_done = torch.tensor([2])  # all done
     assert guide.direction(torch.tensor([7])).tolist() == [-1]
     assert guide.way().tolist() == [[0.0, 0.0]]
 
@@ -188,33 +189,34 @@ def test_episodes_are_labelled_and_padded() -> None:
 
 def test_a_dataset_is_written_again_bit_for_bit(tmp_path: Path) -> None:
     for name, threads in (("a", 1), ("b", 2)):
-        write_dataset(recipe(mean_actions=False, threads=threads), 12, tmp_path / name)
-    files = {path.name for path in (tmp_path / "a").iterdir()}
+        written = recipe(mean_actions=False, threads=threads)
+        open_dataset(written, 12, tmp_path / name, versions())
+    folder = written.folder(12)
+    files = {path.name for path in (tmp_path / "a" / folder).iterdir()}
     arrays = ("actions", "lengths", "segments", "states", "subgoals")
     assert files == {"store.json", *(f"{name}.npy" for name in arrays)}
     for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / folder / name).read_bytes() == (tmp_path / "b" / folder / name).read_bytes()
 
 
 def test_a_dataset_is_made_once_and_depends_on_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_dataset(recipe(), 6, tmp_path)
+    first = open_dataset(recipe(), 6, tmp_path, versions())
     assert len(first) == 6
     assert isinstance(first.arrays["states"], np.memmap)
     other = Expert(FEATURES, (8,))
     changes = [{"seed": 1}, {"mean_actions": False}, {"only_successes": True}, {"tasks": ((0, 1),)}, {"expert": other}]
     folders = {recipe(**change).folder(6) for change in [{}, {"threads": 2}, *changes]}
     assert len(folders) == 1 + len(changes)
-    monkeypatch.setattr(dataset, "write_dataset", lambda *_: pytest.fail("made again"))
-    again = open_dataset(recipe(threads=2), 6, tmp_path)
+    monkeypatch.setattr(Recipe, "make", lambda *_: pytest.fail("made again"))
+    again = open_dataset(recipe(threads=2), 6, tmp_path, versions())
     assert np.array_equal(first.arrays["states"], again.arrays["states"])
 
 
-def test_another_version_of_mujoco_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = open_dataset(recipe(), 3, tmp_path)
-    assert made.meta["versions"] == dataset.versions()
-    monkeypatch.setattr(dataset, "versions", lambda: {"mujoco": "0.9"})
+def test_another_version_of_mujoco_warns(tmp_path: Path) -> None:
+    made = open_dataset(recipe(), 3, tmp_path, versions())
+    assert made.meta["versions"] == versions()
     with pytest.warns(UserWarning, match=r"was made with mujoco .* and 0\.9 is installed"):
-        open_dataset(recipe(), 3, tmp_path)
+        open_dataset(recipe(), 3, tmp_path, {"mujoco": "0.9"})
 
 
 def test_an_expert_that_never_succeeds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from metacontroller.domains.babyai.dataset import Recipe, generate
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig, Told
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.base import FREE, BatchedEnv
+from metacontroller.domains.pinpad import worlds
 from metacontroller.phases.rollout import prior_proposal, rollout_abstract
 from metacontroller.presets import preset
 from metacontroller.recipes.config import build_meta_controller, build_model
@@ -301,7 +302,7 @@ def test_only_successful_episodes_are_kept() -> None:
 
 def test_demonstrations_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("metacontroller.domains.babyai.dataset.CHUNK", 5)
-    alone, together = generate(recipe(), 10, workers=1), generate(recipe(), 10, workers=2)
+    alone, together = generate(recipe(workers=1), 10), generate(recipe(workers=2), 10)
     for name in ("states", "actions", "lengths", "segments"):
         assert torch.equal(getattr(alone, name), getattr(together, name))
 
@@ -326,15 +327,15 @@ def test_the_mission_is_shown_in_a_share_of_pretraining_and_never_later(tmp_path
 def test_demonstrations_come_from_disk_the_same_for_every_run(tmp_path: Path, monkeypatch: Any) -> None:
     world = BabyAI(small(tmp_path))
     first = world.demonstrations("discover", 20, random_state(3))
-    domain_module._open.cache_clear()
+    worlds._open.cache_clear()
     monkeypatch.setattr("metacontroller.domains.babyai.dataset.generate", lambda *_: pytest.fail("made again"))
     again = BabyAI(small(tmp_path)).demonstrations("discover", 20, random_state(3))
     assert torch.equal(first.states, again.states)
     assert len(list((tmp_path / "data").iterdir())) == 1
-    assert world.versions() == domain_module._open(world.config, "discover").meta["versions"]
+    assert world.versions() == world.store("discover").meta["versions"]
     assert world.versions()["minigrid"] == metadata.version("minigrid")
     monkeypatch.setattr(BabyAI, "versions", lambda self: {"minigrid": "0.9"})
-    domain_module._open.cache_clear()
+    worlds._open.cache_clear()
     with pytest.warns(UserWarning, match=r"was made with minigrid .* and 0\.9 is installed"):
         world.demonstrations("discover", 2, random_state())
 

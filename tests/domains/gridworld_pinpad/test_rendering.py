@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
-from metacontroller.domains.gridworld_pinpad.rendering import AGENT, EMPTY, WALL, color_rgb, render_rgb
+from metacontroller.domains.gridworld_pinpad.rendering import AGENT, EMPTY, WALL, render_rgb
+from metacontroller.domains.pinpad.palette import color_rgb
 
 CONFIG = PinpadConfig(size=3, num_colors=2, num_walls=1)
 
@@ -39,5 +40,5 @@ def test_colors_are_distinct():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="cell_pixels is 2"):
         render_rgb(CONFIG, [5, 0, 7], 4, cell_pixels=2)
-    with pytest.raises(ValueError, match="2 objects were given: expected 3"):
+    with pytest.raises(ValueError, match="2 objects were given; expected 3"):
         render_rgb(CONFIG, [5, 0], 4)

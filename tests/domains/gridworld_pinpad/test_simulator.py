@@ -173,13 +173,12 @@ def test_recent_visits_follow_their_grid_and_leave_with_it(picture):
     batch.step(torch.tensor([UP, RIGHT]))
     assert batch.reached().tolist() == [-1, 0]
     config, layouts = picture(PAIRED)
-    with pytest.raises(ValueError, match="the new grids have subgoals"):
+    with pytest.raises(ValueError, match="the new episodes have subgoals"):
         batch.replace(torch.tensor([1]), PinpadBatch(config, layouts, *pad_tasks([(0, 1, 2, 3)])))
 
 
 def test_a_subgoal_that_is_not_in_the_vocabulary_has_no_index(picture):
     batch = paired(picture, (0, 3, 2, 3))
-    assert batch.task_goals().tolist() == [[-1, 1, -1]]
     assert batch.goal().tolist() == [-1]
     play(batch, [RIGHT, DOWN])
     assert (batch.goal().tolist(), batch.reached().tolist(), batch.subgoals_done.tolist()) == ([1], [-1], [1])
@@ -332,11 +331,10 @@ def test_a_configuration_without_feasible_layouts_is_an_error():
         sample_layouts(PinpadConfig(size=2, num_colors=3, num_walls=0), 1)
 
 
-def test_layouts_index_and_repeat():
+def test_layouts_repeat():
     layouts = Layouts(torch.tensor([[0, 1], [2, 3]]), torch.tensor([4, 5]))
     assert layouts.repeat(2).agent.tolist() == [4, 4, 5, 5]
     assert layouts.repeat(2).objects.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert layouts.index(torch.tensor([1])).objects.tolist() == [[2, 3]]
     assert len(layouts) == 2
 
 
@@ -348,7 +346,7 @@ def test_random_play_keeps_the_invariants(seed):
     tasks, lengths = pad_tasks([(0, 1), (2,)] * 8)
     batch = PinpadBatch(config, sample_layouts(config, 16, generator), tasks, lengths)
     total = torch.zeros(16)
-    walls = batch.layouts.objects[:, config.num_colors :]
+    walls = batch.objects[:, config.num_colors :]
     for _ in range(25):
         before = batch.agent
         total += batch.step(torch.randint(4, (16,), generator=generator))
@@ -373,11 +371,11 @@ def good_arguments():
         (1, Layouts(torch.tensor([[0, 1, 2]]), torch.tensor([8])), "expected \\(batch, 2\\)"),
         (1, Layouts(torch.tensor([[0, 1]]), torch.tensor([9])), "cell off the grid"),
         (1, Layouts(torch.tensor([[0, 1]]), torch.tensor([1])), "two things in one cell"),
-        (2, torch.tensor([0, 1]), "one task per grid"),
+        (2, torch.tensor([0, 1]), "one task an episode"),
         (2, torch.tensor([[0, 2]]), "unknown color"),
         (2, torch.tensor([[0, -1]]), "unknown color"),
-        (3, torch.tensor([3]), "lies outside 1..2"),
-        (3, torch.tensor([2, 2]), "one task per grid"),
+        (3, torch.tensor([3]), "lies outside 0..2"),
+        (3, torch.tensor([2, 2]), "one task an episode"),
     ],
 )
 def test_a_batch_rejects_what_does_not_fit(place, value, message):

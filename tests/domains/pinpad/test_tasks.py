@@ -72,7 +72,7 @@ def test_a_task_in_indices_of_its_subgoals():
     ("unit", "message"),
     [
         (2, "task 0-1-2 has 3 colors, no multiple of colors_per_subgoal 2: change the task or colors_per_subgoal"),
-        (0, "colors_per_subgoal is 0: it must be at least 1"),
+        (0, "colors_per_subgoal is 0; expected at least 1"),
     ],
 )
 def test_a_task_that_is_not_made_of_whole_subgoals_is_refused(unit, message):

@@ -25,21 +25,10 @@ from torch import Tensor, nn
 
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.layouts import DOWN, LEFT, RIGHT, STEPS, UP, direction_fields
-from metacontroller.domains.ant_pinpad.observation import (
-    NUM_ACTIONS,
-    PROPRIOCEPTION,
-    heading,
-    symexp,
-    symlog,
-)
+from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, PROPRIOCEPTION, heading, symexp, symlog
 from metacontroller.domains.ant_pinpad.simulator import AntBatch
-from metacontroller.domains.ant_pinpad.symmetry import (
-    LEGS,
-    turn_body,
-    turn_torques,
-    turn_world,
-    turned,
-)
+from metacontroller.domains.ant_pinpad.symmetry import LEGS, turn_body, turn_torques, turn_world, turned
+from metacontroller.domains.pinpad.episodes import record
 from metacontroller.errors import UserError
 
 HIDDEN = (256, 256)
@@ -98,8 +87,8 @@ class Guide:
         inner = symlog(turn_body(symexp(shown[:, :PROPRIOCEPTION]), body))
         around = turned(shown.new_tensor(AROUND).expand(len(world), -1, -1), -world[:, None, None] % LEGS)
         cells = arena.cell(arena.center(env.cell)[:, None] + arena.cell_size * around)  # (b, k)
-        found, ahead = env.objects_at(cells), cells[:, AHEAD]
-        closed = (cells < 0) | (found >= arena.num_colors) | ((found >= 0) & (found != env.goal()[:, None]))
+        objects, ahead = env.objects_at(cells), cells[:, AHEAD]
+        closed = (cells < 0) | (objects >= arena.num_colors) | ((objects >= 0) & (objects != env.goal()[:, None]))
         way = self.direction(ahead.clamp(min=0)).masked_fill(ahead < 0, -1)
         then = turned(self.vectors[way], world[:, None])
         return torch.cat([inner, shown[:, -2:], closed, then], 1).float()
@@ -210,27 +199,11 @@ class Expert(nn.Module):
 
 
 def play(env: AntBatch, expert: Expert, generator: torch.Generator | None) -> Trajectories:
-    """Plays every episode to its end; with a generator actions are samples, without it mean ones.
+    """Plays every episode to its end, see `record`; with a generator actions are samples, without it mean ones.
 
-    Labels are the color to go to and its position in the task. UserError if the expert observes other features.
+    UserError if the expert observes other features.
     """
     if expert.features != FEATURES:
         raise UserError(f"the expert observes {expert.features} numbers; expected {FEATURES}. Train one anew.")
     guide = Guide(env)
-    states, actions, goals, places, ended = [env.observation], [], [], [], []
-    while not bool((stopped := env.terminated | env.truncated).all()):
-        ended.append(stopped)
-        goals.append(env.goal())
-        places.append(env.subgoals_done)
-        chosen = guide.torques(expert.act(guide.features(), generator))
-        actions.append(chosen.masked_fill(stopped[:, None], 0))
-        env.step(actions[-1])
-        states.append(env.observation)
-    padding = torch.stack(ended, 1)
-    return Trajectories(
-        states=torch.stack(states, 1),
-        actions=torch.stack(actions, 1),
-        lengths=env.steps,
-        subgoals=torch.stack(goals, 1).masked_fill(padding, -1),
-        segments=torch.stack(places, 1).masked_fill(padding, -1),
-    )
+    return record(env, lambda: guide.torques(expert.act(guide.features(), generator)))

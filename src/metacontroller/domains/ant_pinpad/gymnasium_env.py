@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,55 +13,38 @@ from torch import Tensor
 from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, observation_size
 from metacontroller.domains.ant_pinpad.rendering import painter
-from metacontroller.domains.ant_pinpad.simulator import AntBatch, start_ants
-from metacontroller.domains.pinpad.gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
-from metacontroller.errors import UserError
-from metacontroller.ranges import check_options
+from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
+from metacontroller.domains.pinpad.gymnasium import EpisodeFactory, PinpadEnv, PinpadVectorEnv
+from metacontroller.ranges import check_choice
 
 LIMIT = 25.0
 """Of observations: MuJoCo gives up on numbers beyond 1e10, whose symlog is 23."""
-FRAMES_PER_SECOND = 20
-"""A step of the world is 0.05 s."""
 
 
-class _Ants(Episodes):
-    """Ants for the two environments. camera: see `AntPinpadEnv`. threads: of MuJoCo."""
+class _Ants(EpisodeFactory):
+    """camera: see `AntPinpadEnv`. threads: of MuJoCo."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        tasks: TaskSpec | None,
-        task: str | Sequence[int] | None,
-        render_mode: str | None,
-        camera: str,
-        threads: int,
-    ) -> None:
-        super().__init__(tasks, task, table="A2", num_colors=arena.num_colors, render_mode=render_mode)
-        if camera not in CAMERAS:
-            raise UserError(f"camera is {camera!r}; expected one of {', '.join(map(repr, CAMERAS))}.")
-        self.arena, self.camera, self.threads = arena, camera, threads
-        self.observation_space = spaces.Box(-LIMIT, LIMIT, (observation_size(arena),), np.float32)
+    Board = Arena
+    table = "A2"
+    board: Arena
+
+    def __init__(self, *arguments: Any, camera: str = "above", threads: int = 0, **plane: Any) -> None:
+        super().__init__(*arguments, **plane)
+        check_choice("camera", camera, CAMERAS)
+        self.camera, self.threads = camera, threads
+        self.observation_space = spaces.Box(-LIMIT, LIMIT, (observation_size(self.board),), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_ACTIONS,), np.float32)
         self.longest = max(map(len, self.tasks))
 
     def begin(self, drawn: Tensor, generator: torch.Generator) -> AntBatch:
         tasks = [self.tasks[number] for number in drawn.tolist()]
-        return start_ants(self.arena, tasks, generator, self.threads, width=self.longest)
-
-    def observe(self, batch: AntBatch) -> np.ndarray:
-        return batch.observation.numpy()
-
-    def one_action(self, action: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(action)[None])
+        return start_ants(self.board, tasks, generator, self.threads, width=self.longest)
 
     def actions(self, actions: np.ndarray, n: int) -> Tensor:
-        return torch.as_tensor(np.asarray(actions))  # `AntBatch` refuses other shapes
-
-    def told(self, batch: AntBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return batch.tasks[:, :-1], batch.subgoals_done, batch.goal()
+        return torch.as_tensor(actions)  # `AntBatch` refuses other shapes
 
     def pictures(self, batch: AntBatch) -> list[np.ndarray]:
-        brush = painter(self.arena)
+        brush = painter(self.board)
         return [brush.draw(*row, self.camera) for row in zip(batch.state, batch.objects, strict=True)]
 
 
@@ -102,20 +84,13 @@ class AntPinpadEnv(PinpadEnv):
         camera: "above", or "follow" for one that stays with the ant.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": FRAMES_PER_SECOND}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": round(1 / STEP_SECONDS)}  # noqa: RUF012
     packages = ("mujoco",)
     """For the record of `storage.versions`."""
+    Episodes = _Ants
 
-    def __init__(
-        self,
-        *,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-        camera: str = "above",
-        **plane: Any,
-    ) -> None:
-        super().__init__(_Ants(_arena(plane), tasks, task, render_mode, camera, threads=1))
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"threads": 1, **options})
 
 
 class AntPinpadVectorEnv(PinpadVectorEnv):
@@ -135,27 +110,5 @@ class AntPinpadVectorEnv(PinpadVectorEnv):
         threads: of MuJoCo; 0 is one a core. The episodes do not depend on it.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        "render_modes": ["rgb_array"],
-        "render_fps": FRAMES_PER_SECOND,
-        "autoreset_mode": AutoresetMode.NEXT_STEP,
-    }
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-        camera: str = "above",
-        threads: int = 0,
-        **plane: Any,
-    ) -> None:
-        super().__init__(num_envs, _Ants(_arena(plane), tasks, task, render_mode, camera, threads))
-
-
-def _arena(plane: dict[str, Any]) -> Arena:
-    """The plane with these fields; UserError for others."""
-    check_options("the ant's environment", plane, Arena)
-    return Arena(**plane)
+    metadata: dict[str, Any] = {**AntPinpadEnv.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    Episodes = _Ants

@@ -38,17 +38,14 @@ class Arena(Board):
     surface, walker = "plane", "ant"
 
     size: int = 4
-    """G, cells along each side."""
     num_colors: int = 4
-    """O, colored cells, numbered from 0."""
     num_walls: int = 1
-    """W, wall cells."""
     max_steps: int = 500
-    """T, steps after which an episode is truncated."""
     cell_size: float = 1.5
-    """Side of a cell in meters (our choice; the paper gives none)."""
+    """Side of a cell in meters (our choice; the paper is silent)."""
     start_yaw: float = math.pi
-    """The largest yaw at the start to either side, in radians; pi is any, the paper's."""
+    """The largest yaw at the start to either side, in radians; pi is any, the paper's. The ant's four legs are alike:
+    with pi / 4 it starts as with any yaw, but for which leg is called the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,33 +19,16 @@ from torch import Tensor
 from metacontroller.domains.ant_pinpad.engine import ant_model, mujoco
 from metacontroller.domains.ant_pinpad.layouts import Arena
 from metacontroller.domains.ant_pinpad.observation import NUM_POSITIONS
+from metacontroller.domains.pinpad.palette import color_rgb
 from metacontroller.errors import UserError, last_line
 
-PALETTE = (
-    (0.12, 0.47, 0.75),
-    (0.96, 0.52, 0.09),
-    (0.20, 0.63, 0.28),
-    (0.84, 0.19, 0.19),
-    (0.56, 0.33, 0.75),
-    (0.57, 0.38, 0.29),
-    (0.91, 0.42, 0.75),
-    (0.93, 0.79, 0.23),
-)
-"""RGB of colors 0 to 7; later ones begin again, darker."""
-FLOOR, WALL, LINE = (0.93, 0.93, 0.91), (0.27, 0.28, 0.31), (0.72, 0.72, 0.70)
-BRIGHTNESS = 0.62
+FLOOR, WALL, LINE = (237, 237, 232), (69, 71, 79), (184, 184, 178)
+BRIGHTNESS = 0.62 / 255
 """Of the colors in the scene: its lights are bright."""
 GAP = 0.02
 """Between two cells, as a share of their side."""
 LINE_HEIGHT, TILE_HEIGHT, WALL_HEIGHT = 0.005, 0.01, 0.4
 """In meters; tiles lie on the floor, and a wall is only drawn: the ant can walk into it, which ends the episode."""
-
-
-def color_rgb(color: int) -> tuple[float, float, float]:
-    """RGB within 0..1 of a color."""
-    shade = 0.6 ** (color // len(PALETTE))
-    red, green, blue = PALETTE[color % len(PALETTE)]
-    return red * shade, green * shade, blue * shade
 
 
 class Painter:
@@ -85,7 +68,7 @@ class Painter:
         x, y = self.arena.center(torch.tensor(cell)).tolist()
         self._add_box((x, y), self.arena.cell_size * (0.5 - GAP / 2), WALL_HEIGHT if wall else TILE_HEIGHT, rgb)
 
-    def _add_box(self, place: tuple[float, float], half: float, height: float, rgb: tuple[float, ...]) -> None:
+    def _add_box(self, place: tuple[float, float], half: float, height: float, rgb: tuple[int, ...]) -> None:
         """A box on the floor, ``half`` of its side and ``height`` in meters."""
         geom = self.scene.geoms[self.scene.ngeom]
         mujoco.mjv_initGeom(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,16 +13,9 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.babyai import observation
-from metacontroller.domains.base import FREE, BatchedEnv, Domain, DomainSpec, Free, Split
-from metacontroller.domains.pinpad.tasks import (
-    A2_POST,
-    TABLE_A2,
-    Task,
-    check_tasks,
-    format_task,
-    parse_task,
-    transitions,
-)
+from metacontroller.domains.base import BatchedEnv, DomainSpec, Split
+from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, check_tasks, format_task, parse_task
+from metacontroller.domains.pinpad.worlds import StoredWorld
 from metacontroller.errors import UserError
 from metacontroller.ranges import (
     COUNT,
@@ -34,13 +26,12 @@ from metacontroller.ranges import (
     SHARE,
     Number,
     Whole,
+    check_choice,
     check_fields,
 )
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
-VALIDATION_EPISODES = 2048
-"""Demonstrations on disk for validation, at most."""
 MORE_OBJECTS = "add to domain.objects"
 MOST_WORDS = 2**12
 TOLD = "told:"
@@ -96,8 +87,7 @@ class BabyAIConfig:
 
     def __post_init__(self) -> None:
         observation.names_of(self.objects)
-        if self.view not in ("symbols", "rgb"):
-            raise UserError(f"view is {self.view!r}; expected 'symbols' or 'rgb'.")
+        check_choice("view", self.view, ("symbols", "rgb"))
         check_tasks([*self.tasks, self.post_task], len(self.objects), MORE_OBJECTS)
         if len(set(self.objects)) < len(self.objects):
             raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
@@ -112,13 +102,20 @@ class BabyAIConfig:
                 f"{format_task(longest)}."
             )
 
+    @property
+    def num_colors(self) -> int:
+        """Objects, which tasks number as those of other worlds number colors."""
+        return len(self.objects)
 
-class BabyAI(Domain):
+
+class BabyAI(StoredWorld):
     """A room with a few objects, to be picked up in the order of a mission, which may be hidden."""
 
     name = "babyai"
     modules = ("minigrid", "gymnasium")
     Config = BabyAIConfig
+    more_colors = MORE_OBJECTS
+    validation_episodes = 2048
     config: BabyAIConfig
 
     @property
@@ -130,44 +127,62 @@ class BabyAI(Domain):
         config, encoder = self.config, observation.encoder_options(self.config.mission_length, rgb=self.rgb)
         return DomainSpec(encoder, {"num_discrete": NUM_ACTIONS}, config.max_steps, config.objects)
 
+    def recipe(self, split: Split) -> Any:
+        """Each split has rooms of its own."""
+        first, config = split == "pretrain", self.config
+        return self._recipe(
+            config.tasks,
+            2 * config.dataset_seed + (not first),
+            epsilon=config.epsilon if first else config.discovery_epsilon,
+            validation=split == "validation",
+            workers=config.workers,
+        )
+
+    def _recipe(self, tasks: tuple[Task, ...], seed: int, **options: Any) -> Any:
+        config = self.config
+        return _minigrid().Recipe(
+            objects=tuple(observation.names_of(config.objects)),
+            tasks=tasks,
+            room_size=config.room_size,
+            max_steps=config.max_steps,
+            mission_length=config.mission_length,
+            seed=seed,
+            **options,
+        )
+
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
         """n episodes drawn from those on disk, with replacement; each split has a dataset of its own."""
-        store = _open(self.config, split)
-        device, easiest = generator.device, max(1, round(self.config.easiest * len(store)))
-        rows = torch.randint(easiest, (n,), generator=generator, device=device)
+        episodes = self.draw(split, n, generator, self.config.easiest)
         share = self.config.mission_share if split == "pretrain" else 0.0
-        shown = torch.rand(n, generator=generator, device=device) < share
-        return self._as_read(store.read(rows.cpu()).to(device), shown)
+        return self._as_read(episodes, torch.rand(n, generator=generator, device=generator.device) < share)
 
     def demonstrate(self, task: Any, n: int, generator: torch.Generator) -> Trajectories:
         """n new episodes of the bot without random moves; the mission is shown if the task is `Told`."""
-        told, colors = self._task(task)
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        minigrid = _minigrid()
-        made = minigrid.generate(_recipe(self.config, (colors,), 0.0, seed), n)
-        shown = torch.full((n,), told, device=generator.device)
+        made = _minigrid().generate(self._recipe((self.colors_of(task),), seed, epsilon=0.0), n)
+        shown = torch.full((n,), isinstance(task, Told), device=generator.device)
         return self._as_read(made.to(generator.device), shown)
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
     ) -> BatchedEnv:
         """n rooms, each its own. task: numbers of objects in order, or `Told` of them."""
-        told, colors = self._task(task)
+        tasks = [self.colors_of(task)] * n
         seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device)
-        return self._rooms([colors] * n, seeds, told, max_steps or self.config.max_steps)
+        return self._rooms(tasks, seeds, isinstance(task, Told), max_steps or self.config.max_steps)
 
     def restart(self, episodes: Trajectories) -> BatchedEnv:
         """The same rooms, with the tasks that the labels tell, and the mission where the episode shows it."""
         if episodes.subgoals is None or episodes.segments is None or episodes.seeds is None:
             raise UserError("the episodes carry no labels or no seeds; give demonstrations of this world.")
-        tasks = []
-        for subgoals, segments in zip(episodes.subgoals.tolist(), episodes.segments.tolist(), strict=True):
-            named = {segment: subgoal for subgoal, segment in zip(subgoals, segments, strict=True) if segment >= 0}
-            tasks.append(tuple(named[segment] for segment in sorted(named)))
+        pairs = zip(*(part.tolist() for part in self.tasks_done(episodes)), strict=True)
         words = episodes.states[:, 0, -self.config.mission_length :]
-        return self._rooms(tasks, episodes.seeds, (words > 0).any(1).tolist(), self.config.max_steps)
+        shown = (words > 0).any(1).tolist()
+        return self._rooms([task[:length] for task, length in pairs], episodes.seeds, shown, self.config.max_steps)
 
-    def _rooms(self, tasks: Sequence[Task], seeds: Tensor, told: bool | Sequence[bool], limit: int) -> BatchedEnv:
+    def _rooms(
+        self, tasks: Sequence[Sequence[int]], seeds: Tensor, shown: bool | Sequence[bool], limit: int
+    ) -> BatchedEnv:
         """A room for each task and seed (n,), on the device of the seeds."""
         minigrid, config = _minigrid(), self.config
         objects = observation.names_of(config.objects)
@@ -177,7 +192,7 @@ class BabyAI(Domain):
         return minigrid.RoomBatch(
             rooms,
             mission_length=config.mission_length,
-            show_mission=told,
+            show_mission=shown,
             tiles=minigrid.tiles() if self.rgb else None,
             device=seeds.device,
         )
@@ -189,31 +204,21 @@ class BabyAI(Domain):
         if self.rgb:
             drawn = observation.with_pictures(states.cpu().numpy(), _minigrid().tiles())
             states = torch.from_numpy(drawn).to(states.device)
-        return Trajectories(**{**vars(episodes), "states": states})
+        return replace(episodes, states=states)
 
-    def _task(self, task: Sequence[int] | Told | Free | None) -> tuple[bool, Task]:
-        """Whether the mission is shown, and the objects in order, () for `FREE`; UserError for unknown objects."""
-        if task is FREE:
-            return False, ()
-        told = isinstance(task, Told)
-        objects = self.config.post_task if task is None else tuple(task.task if told else task)  # type: ignore
-        check_tasks([objects], len(self.config.objects), MORE_OBJECTS)
-        if told and (words := words_of(objects)) > self.config.mission_length:
+    def colors_of(self, task: Any) -> Task:
+        """The objects of a task, in order; UserError too for one that is `Told` in more words than the model reads."""
+        objects = super().colors_of(task.task if isinstance(task, Told) else task)
+        if isinstance(task, Told) and (words := words_of(objects)) > self.config.mission_length:
             raise UserError(
                 f"task {format_task(objects)} is told in {words} words and the model reads "
                 f"{self.config.mission_length}; ask for a shorter one."
             )
-        return told, objects
+        return objects
 
     def augment(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """One of the eight symmetries of the room per row: it changes left, right and direction, but no object."""
         return observation.random_symmetry(states, generator, rgb=self.rgb)
-
-    def seen_transitions(self) -> Tensor:
-        seen = torch.eye(len(self.config.objects), dtype=torch.bool)
-        for first, second in transitions(self.config.tasks):
-            seen[first, second] = True
-        return seen
 
     def render(self, states: Tensor) -> Tensor:
         """The partial views, as minigrid draws them."""
@@ -227,38 +232,7 @@ class BabyAI(Domain):
         return Told(parse_task(text.removeprefix(TOLD))) if text.startswith(TOLD) else parse_task(text)
 
     def format_task(self, task: Any = None) -> str:
-        if task is FREE:
-            return "free"
-        told, objects = self._task(task)
-        return f"{TOLD if told else ''}{format_task(objects)}"
-
-
-def _recipe(config: BabyAIConfig, tasks: tuple[Task, ...], epsilon: float, seed: int) -> Any:
-    return _minigrid().Recipe(
-        objects=tuple(observation.names_of(config.objects)),
-        tasks=tasks,
-        room_size=config.room_size,
-        max_steps=config.max_steps,
-        epsilon=epsilon,
-        mission_length=config.mission_length,
-        seed=seed,
-    )
-
-
-def recipe_of(config: BabyAIConfig, split: Split) -> Any:
-    """The `Recipe` of the demonstrations of one split, each with rooms of its own."""
-    first = split == "pretrain"
-    epsilon = config.epsilon if first else config.discovery_epsilon
-    recipe = _recipe(config, config.tasks, epsilon, 2 * config.dataset_seed + (not first))
-    return replace(recipe, validation=split == "validation")
-
-
-@cache
-def _open(config: BabyAIConfig, split: Split) -> Any:
-    """The dataset of one split."""
-    recipe = recipe_of(config, split)
-    episodes = min(VALIDATION_EPISODES, config.episodes) if split == "validation" else config.episodes
-    return _minigrid().open_dataset(recipe, episodes, Path(config.dataset), config.workers, BabyAI(config).versions())
+        return f"{TOLD}{format_task(task.task)}" if isinstance(task, Told) else super().format_task(task)
 
 
 @cache

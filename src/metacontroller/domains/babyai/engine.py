@@ -9,11 +9,11 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import WorldObj
 
 from metacontroller.domains.babyai.batch import RoomBatch
-from metacontroller.domains.babyai.dataset import Recipe, generate, open_dataset
+from metacontroller.domains.babyai.dataset import Recipe, generate
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.babyai.observation import NUM_SYMBOLS, TILE, UNSEEN, VIEW, symbols_image
 
-__all__ = ["Recipe", "Room", "RoomBatch", "draw", "generate", "open_dataset", "tiles"]
+__all__ = ["Recipe", "Room", "RoomBatch", "draw", "generate", "tiles"]
 
 TILE_PIXELS = 16
 

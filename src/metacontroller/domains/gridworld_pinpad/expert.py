@@ -14,10 +14,12 @@ from torch import Tensor
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_table
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch
+from metacontroller.domains.pinpad.episodes import record
 from metacontroller.domains.pinpad.layouts import Layouts, check_layouts, feasible, object_lookup, sample_layouts
 from metacontroller.domains.pinpad.tasks import Task, check_tasks, pad_tasks, subgoal_chunks
 from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, PROBABILITY, check_choice, check_number
 
 TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the first moves of shortest paths, see `expert_trajectories`."""
@@ -53,72 +55,55 @@ def expert_trajectories(
         device: where to simulate; ignored when layouts are given, which stay where they are.
 
     Returns:
-        States are tokens, int64 (b, t + 1, o + 1): the cells of the objects and of the agent. Episodes end on success,
-        or at `config.max_steps`; t is the longest of them. Padding repeats the last state, with action 0 and
-        subgoal and segment -1. Elsewhere these are the index of the current subgoal in the vocabulary, and its position
-        in the task.
+        Episodes as of `record`: states are tokens, int64 (b, t + 1, o + 1), the cells of the objects and of the agent.
 
     Raises:
         UserError: for an invalid task, n, tie_break or epsilon, or for layouts that are infeasible or not n.
     """
-    _check_arguments(config, tasks, n, tie_break, epsilon, layouts)
+    check_tasks(tasks, config.num_colors)
+    check_number("n", n, COUNT)
+    check_choice("tie_break", tie_break, TIE_BREAKS)
+    check_number("epsilon", epsilon, PROBABILITY)
+    if subgoals:
+        _ = [subgoal_chunks(task, len(subgoals[0])) for task in tasks]  # raises for tasks of no whole subgoals
     if layouts is None:
         layouts = sample_layouts(config, n, generator, device)
+    else:
+        _check_feasible(config, layouts, n)
     device = layouts.agent.device
     padded, lengths = pad_tasks(tasks, device)
     chosen = torch.randint(len(tasks), (n,), generator=generator, device=device)
     batch = PinpadBatch(config, layouts, padded[chosen], lengths[chosen], subgoals=subgoals)
-    for task in tasks:
-        subgoal_chunks(task, batch.colors_per_subgoal)  # raises for tasks that are not made of whole subgoals
-    policy = _ExpertPolicy(batch, tie_break, epsilon, generator)
-    agents, actions, colors_done, ended = [batch.agent], [], [], []
-    while not bool((stopped := batch.terminated | batch.truncated).all()):
-        ended.append(stopped)
-        colors_done.append(batch.colors_done)
-        actions.append(policy.act().masked_fill(stopped, 0))
-        batch.step(actions[-1])
-        agents.append(batch.agent)
-    agent = torch.stack(agents, dim=1)[:, :, None]
-    objects = layouts.objects[:, None].expand(-1, agent.shape[1], -1)
-    padding = torch.stack(ended, dim=1)
-    segments = (torch.stack(colors_done, dim=1) // batch.colors_per_subgoal).masked_fill(padding, -1)
-    goals = batch.task_goals().gather(1, segments.clamp(min=0)).masked_fill(padding, -1)
-    return Trajectories(
-        states=torch.cat([objects, agent], dim=2),
-        actions=torch.stack(actions, dim=1),
-        lengths=batch.steps,
-        subgoals=goals,
-        segments=segments,
-    )
+    return record(batch, _ExpertPolicy(batch, tie_break, epsilon, generator).act)
 
 
 class _ExpertPolicy:
     """Chooses the expert's moves in a batch of grids from the distances to every color."""
 
     def __init__(self, batch: PinpadBatch, tie_break: str, epsilon: float, generator: torch.Generator | None) -> None:
-        config, device = batch.config, batch.agent.device
+        board, device = batch.board, batch.agent.device
         self.batch = batch
         self.random_ties = tie_break == "random"
         self.epsilon = epsilon
         self.generator = generator
-        colors = torch.arange(config.num_colors, device=device).expand(len(batch), -1)
-        self.distances = distance_fields(config, batch.layouts.objects, colors).flatten(1)
-        self.lookup = object_lookup(config, batch.layouts.objects)
-        self.moves = move_table(config.size, device).T.contiguous()
+        colors = torch.arange(board.num_colors, device=device).expand(len(batch), -1)
+        self.distances = distance_fields(board, batch.objects, colors).flatten(1)
+        self.lookup = object_lookup(board, batch.objects)
+        self.moves = move_table(board.size, device).T.contiguous()
         self.fixed_preference = torch.arange(NUM_ACTIONS, 0, -1, device=device) / NUM_ACTIONS
 
     def act(self) -> Tensor:
         """Return int64 (b,): one move per grid, arbitrary where the episode has ended."""
-        batch = self.batch
+        batch, board = self.batch, self.batch.board
         # Only grids that have ended have no next color (-1); any color will do there.
         target = batch.next_color().clamp(min=0)[:, None]
-        here, num_colors = batch.agent[:, None], batch.config.num_colors
+        here, num_colors = batch.agent[:, None], board.num_colors
         ahead = self.moves[batch.agent]
         objects = self.lookup.gather(1, ahead)
         ahead = torch.where(objects >= num_colors, here, ahead)
         # Cells of other colors have distances too, since paths may start there, but may not be entered.
         wrong = (objects >= 0) & (objects < num_colors) & (objects != target) & (ahead != here)
-        distance = self.distances.gather(1, target * batch.config.num_cells + ahead).masked_fill(wrong, UNREACHABLE)
+        distance = self.distances.gather(1, target * board.num_cells + ahead).masked_fill(wrong, UNREACHABLE)
         allowed = distance == distance.amin(dim=1, keepdim=True)
         if not self.random_ties and self.epsilon == 0:
             return (allowed * self.fixed_preference).argmax(dim=1)
@@ -133,25 +118,9 @@ class _ExpertPolicy:
         return torch.where(allowed, preference, -1.0).argmax(dim=1)
 
 
-def _check_arguments(
-    config: PinpadConfig,
-    tasks: Sequence[Sequence[int]],
-    n: int,
-    tie_break: str,
-    epsilon: float,
-    layouts: Layouts | None,
-) -> None:
-    check_tasks(tasks, config.num_colors)
-    if n < 1:
-        raise UserError(f"n is {n}: ask for at least one episode.")
-    if tie_break not in TIE_BREAKS:
-        raise UserError(f"tie_break is {tie_break!r}: choose one of {', '.join(TIE_BREAKS)}.")
-    if not 0.0 <= epsilon <= 1.0:
-        raise UserError(f"epsilon is {epsilon}: it is a probability, so choose it between 0 and 1.")
-    if layouts is None:
-        return
+def _check_feasible(config: PinpadConfig, layouts: Layouts, n: int) -> None:
     if len(layouts) != n:
-        raise UserError(f"{len(layouts)} layouts were given for {n} episodes: give one layout per episode.")
+        raise UserError(f"{len(layouts)} layouts were given for {n} episodes; give one layout per episode.")
     check_layouts(config, layouts)
     infeasible = (~feasible(config, layouts)).nonzero()
     if len(infeasible):

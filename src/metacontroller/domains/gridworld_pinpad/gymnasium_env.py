@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,45 +13,37 @@ from torch import Tensor
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, tokens_to_onehot
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch, check_actions
-from metacontroller.domains.pinpad.gymnasium import Episodes, PinpadEnv, PinpadVectorEnv, TaskSpec
+from metacontroller.domains.pinpad.gymnasium import EpisodeFactory, PinpadEnv, PinpadVectorEnv
 from metacontroller.domains.pinpad.layouts import sample_layouts
 from metacontroller.domains.pinpad.tasks import pad_tasks
 
 
-class _Grids(Episodes):
-    """Grids for the two environments."""
+class _Grids(EpisodeFactory):
+    Board = PinpadConfig
+    table = "A1"
+    board: PinpadConfig
 
-    def __init__(
-        self, config: PinpadConfig, tasks: TaskSpec | None, task: str | Sequence[int] | None, render_mode: str | None
-    ) -> None:
-        super().__init__(tasks, task, table="A1", num_colors=config.num_colors, render_mode=render_mode)
-        self.config = config
+    def __init__(self, *arguments: Any, **grid: Any) -> None:
+        super().__init__(*arguments, **grid)
         self.padded, self.lengths = pad_tasks(self.tasks)
-        self.observation_space = spaces.Box(0.0, 1.0, (config.observation_size,), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (self.board.observation_size,), np.float32)
         self.action_space = spaces.Discrete(NUM_ACTIONS)
 
     def begin(self, drawn: Tensor, generator: torch.Generator) -> PinpadBatch:
-        layouts = sample_layouts(self.config, len(drawn), generator)
-        return PinpadBatch(self.config, layouts, self.padded[drawn], self.lengths[drawn])
+        layouts = sample_layouts(self.board, len(drawn), generator)
+        return PinpadBatch(self.board, layouts, self.padded[drawn], self.lengths[drawn])
 
     def observe(self, batch: PinpadBatch) -> np.ndarray:
         """The paper's observation vectors, float32 (n, observation_size)."""
-        return tokens_to_onehot(self.config, batch.observe_tokens()).numpy()
-
-    def one_action(self, action: Any) -> Tensor:
-        return self.actions(np.asarray(action).reshape(1), 1)
+        return tokens_to_onehot(self.board, batch.observe_tokens()).numpy()
 
     def actions(self, actions: np.ndarray, n: int) -> Tensor:
-        chosen = torch.as_tensor(np.asarray(actions))
+        chosen = torch.as_tensor(actions)
         check_actions(chosen, n)
         return chosen.to(torch.int64)
 
-    def told(self, batch: PinpadBatch) -> tuple[Tensor, Tensor, Tensor]:
-        return batch.tasks, batch.colors_done, batch.next_color()
-
     def pictures(self, batch: PinpadBatch) -> list[np.ndarray]:
-        tokens = batch.observe_tokens().tolist()
-        return [render_rgb(self.config, row[:-1], row[-1]) for row in tokens]
+        return [render_rgb(self.board, row[:-1], row[-1]) for row in batch.observe_tokens().tolist()]
 
 
 class GridworldPinpadEnv(PinpadEnv):
@@ -86,20 +77,7 @@ class GridworldPinpadEnv(PinpadEnv):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8}  # noqa: RUF012
-
-    def __init__(
-        self,
-        *,
-        size: int = 7,
-        num_colors: int = 8,
-        num_walls: int = 4,
-        max_steps: int = 100,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        config = PinpadConfig(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps)
-        super().__init__(_Grids(config, tasks, task, render_mode))
+    Episodes = _Grids
 
 
 class GridworldPinpadVectorEnv(PinpadVectorEnv):
@@ -118,23 +96,5 @@ class GridworldPinpadVectorEnv(PinpadVectorEnv):
         size, num_colors, num_walls, max_steps, tasks, task, render_mode: see `GridworldPinpadEnv`.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        "render_modes": ["rgb_array"],
-        "render_fps": 8,
-        "autoreset_mode": AutoresetMode.NEXT_STEP,
-    }
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        size: int = 7,
-        num_colors: int = 8,
-        num_walls: int = 4,
-        max_steps: int = 100,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        config = PinpadConfig(size=size, num_colors=num_colors, num_walls=num_walls, max_steps=max_steps)
-        super().__init__(num_envs, _Grids(config, tasks, task, render_mode))
+    metadata: dict[str, Any] = {**GridworldPinpadEnv.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    Episodes = _Grids

@@ -22,13 +22,9 @@ class PinpadConfig(Board):
     surface, walker = "grid", "agent"
 
     size: int = 7
-    """G, cells along each side."""
     num_colors: int = 8
-    """O, colored cells, numbered from 0."""
     num_walls: int = 4
-    """W, wall cells."""
     max_steps: int = 100
-    """T, steps after which an episode is truncated."""
 
     @property
     def observation_size(self) -> int:

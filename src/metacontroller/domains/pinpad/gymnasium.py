@@ -1,10 +1,13 @@
-"""What the Gymnasium environments of the pinpad worlds have in common: one episode, or many that step together."""
+"""The Gymnasium environments of the pinpad worlds: one episode, or many that step together.
+
+A world defines an `EpisodeFactory`, and names it in a subclass of `PinpadEnv` and one of `PinpadVectorEnv`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -14,77 +17,66 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from metacontroller.domains.pinpad.tasks import Task, check_tasks, read_tasks
+from metacontroller.domains.pinpad.episodes import PinpadEpisodes
+from metacontroller.domains.pinpad.layouts import Board
+from metacontroller.domains.pinpad.tasks import check_tasks, read_tasks
 from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.errors import UserError
+from metacontroller.ranges import check_options
 
 TaskSpec = str | Iterable[str | Sequence[int]]
 
 
-class Episodes(ABC):
+class EpisodeFactory(ABC):
     """A world as its two environments use it: tasks, spaces, the start of episodes, what they show.
 
-    Batches are those of the world's simulator. UserError for unknown tasks, or for another render mode than
-    "rgb_array".
+    tasks: to sample from, by default those of ``table``; task: the one of every episode instead. board: fields of
+    ``Board``. UserError for unknown tasks and fields, and for another render mode than "rgb_array".
     """
 
+    Board: ClassVar[type[Board]]
+    table: ClassVar[str]
     observation_space: spaces.Space
     action_space: spaces.Space
 
     def __init__(
-        self,
-        tasks: TaskSpec | None,
-        task: str | Sequence[int] | None,
-        *,
-        table: str,
-        num_colors: int,
-        render_mode: str | None,
+        self, tasks: TaskSpec | None, task: str | Sequence[int] | None, render_mode: str | None, **board: Any
     ) -> None:
-        """tasks: to sample from, by default those of ``table``; task: the one of every episode instead."""
         if tasks is not None and task is not None:
             raise UserError(
                 "both tasks and task were given; give tasks to sample from, or the one task of every episode."
             )
         if render_mode not in (None, "rgb_array"):
             raise UserError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None.")
-        self.render_mode = render_mode
-        self.tasks: tuple[Task, ...] = (
-            read_tasks(table if tasks is None else tasks) if task is None else read_tasks([task])
-        )
-        check_tasks(self.tasks, num_colors)
+        check_options("the environment", board, self.Board)
+        self.render_mode, self.board = render_mode, self.Board(**board)
+        self.tasks = read_tasks((self.table if tasks is None else tasks) if task is None else [task])
+        check_tasks(self.tasks, self.board.num_colors)
 
     def start(self, n: int, random: np.random.Generator) -> Any:
         """n new episodes; all their randomness comes from the numpy generator."""
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         return self.begin(torch.randint(len(self.tasks), (n,), generator=generator), generator)
 
-    def render(self, batch: Any) -> list[np.ndarray] | None:
-        """A picture of each episode; None without a render mode. RuntimeError before the first episode."""
-        return None if self.render_mode is None else self.pictures(started(batch))
-
     @abstractmethod
-    def begin(self, drawn: Tensor, generator: torch.Generator) -> Any:
+    def begin(self, drawn: Tensor, generator: torch.Generator) -> PinpadEpisodes:
         """New episodes of the tasks with the numbers ``drawn`` (n,) int64."""
 
-    @abstractmethod
     def observe(self, batch: Any) -> np.ndarray:
         """The observations of all episodes."""
-
-    @abstractmethod
-    def one_action(self, action: Any) -> Tensor:
-        """The action of a single episode as a batch of one; UserError unless it is one."""
+        return batch.observation.numpy()
 
     @abstractmethod
     def actions(self, actions: np.ndarray, n: int) -> Tensor:
         """The actions of n episodes; UserError unless they are such."""
 
     @abstractmethod
-    def told(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Tasks (n, longest) padded with -1, colors visited so far (n,) and the next color (n,), all int64."""
-
-    @abstractmethod
     def pictures(self, batch: Any) -> list[np.ndarray]:
         """A picture of each episode, uint8 (height, width, 3)."""
+
+    def render(self, batch: Any) -> list[np.ndarray] | None:
+        """A picture of each episode; None without a render mode. RuntimeError before the first episode."""
+        return None if self.render_mode is None else self.pictures(started(batch))
 
 
 def started(batch: Any) -> Any:
@@ -95,12 +87,21 @@ def started(batch: Any) -> Any:
 
 
 class PinpadEnv(gymnasium.Env[np.ndarray, Any]):
-    """One episode at a time."""
+    """One episode at a time. Arguments: see `EpisodeFactory`, and that of the world."""
 
-    def __init__(self, episodes: Episodes) -> None:
-        self.render_mode = episodes.render_mode
-        self._episodes, self._batch = episodes, None
-        self.observation_space, self.action_space = episodes.observation_space, episodes.action_space
+    Episodes: ClassVar[type[EpisodeFactory]]
+
+    def __init__(
+        self,
+        *,
+        tasks: TaskSpec | None = None,
+        task: str | Sequence[int] | None = None,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.render_mode = render_mode
+        self._episodes, self._batch = self.Episodes(tasks, task, render_mode, **options), None
+        self.observation_space, self.action_space = self._episodes.observation_space, self._episodes.action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -112,8 +113,9 @@ class PinpadEnv(gymnasium.Env[np.ndarray, Any]):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Takes one action."""
-        batch = started(self._batch)
-        reward = float(batch.step(self._episodes.one_action(action)))
+        batch, action = started(self._batch), np.asarray(action)
+        one = action.reshape(1) if action.size == 1 else action[None]
+        reward = float(batch.step(self._episodes.actions(one, 1)))
         observation = self._episodes.observe(batch)[0]
         return observation, reward, bool(batch.terminated), bool(batch.truncated), self._info()
 
@@ -123,21 +125,34 @@ class PinpadEnv(gymnasium.Env[np.ndarray, Any]):
         return None if pictures is None else pictures[0]
 
     def _info(self) -> dict[str, Any]:
-        task, done, subgoal = self._episodes.told(self._batch)
-        colors = tuple(color for color in task[0].tolist() if color >= 0)
-        return {"task": colors, "colors_done": int(done), "subgoal": int(subgoal)}
+        batch = started(self._batch)
+        colors = tuple(batch.tasks[0, : int(batch.task_lengths)].tolist())
+        return {"task": colors, "colors_done": int(batch.colors_done), "subgoal": int(batch.next_color())}
 
 
 class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Many episodes that step together. A subclass declares autoreset ``NEXT_STEP`` in its metadata."""
+    """Many episodes that step together. A subclass declares autoreset ``NEXT_STEP`` in its metadata.
 
-    def __init__(self, num_envs: int, episodes: Episodes) -> None:
-        """UserError for fewer than one episode."""
+    UserError for fewer than one episode.
+    """
+
+    Episodes: ClassVar[type[EpisodeFactory]]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        tasks: TaskSpec | None = None,
+        task: str | Sequence[int] | None = None,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
         if num_envs < 1:
             raise UserError(f"num_envs is {num_envs}; ask for at least one.")
-        self.num_envs, self.render_mode = num_envs, episodes.render_mode
-        self._episodes, self._batch = episodes, None
-        self.single_observation_space, self.single_action_space = episodes.observation_space, episodes.action_space
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self._episodes, self._batch = self.Episodes(tasks, task, render_mode, **options), None
+        self.single_observation_space = self._episodes.observation_space
+        self.single_action_space = self._episodes.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -157,7 +172,7 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Takes one action a row; rows that had ended start a new episode instead."""
-        batch, chosen = started(self._batch), self._episodes.actions(actions, self.num_envs)
+        batch, chosen = started(self._batch), self._episodes.actions(np.asarray(actions), self.num_envs)
         ended = (batch.terminated | batch.truncated).nonzero().squeeze(1)
         rewards = batch.step(chosen)
         if len(ended):
@@ -171,7 +186,7 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return None if pictures is None else tuple(pictures)
 
     def _info(self, rows: np.ndarray | None = None) -> dict[str, Any]:
-        known = np.ones(self.num_envs, dtype=bool) if rows is None else rows
-        told = zip(("task", "colors_done", "subgoal"), self._episodes.told(self._batch), strict=True)
-        info: dict[str, Any] = {name: value.numpy() for name, value in told}
-        return info | {f"_{name}": known.copy() for name in list(info)}
+        known, batch = np.ones(self.num_envs, dtype=bool) if rows is None else rows, started(self._batch)
+        told = {"task": batch.tasks, "colors_done": batch.colors_done, "subgoal": batch.next_color()}
+        info: dict[str, Any] = {name: value.numpy() for name, value in told.items()}
+        return info | {f"_{name}": known.copy() for name in told}

@@ -30,13 +30,13 @@ class Board:
     walker: ClassVar[str] = "walker"
 
     size: int
-    """G, cells along each side."""
+    """G: cells along each side."""
     num_colors: int
-    """O, colored cells, numbered from 0."""
+    """O: colored cells, numbered from 0."""
     num_walls: int
-    """W, wall cells."""
+    """W: wall cells."""
     max_steps: int
-    """T, steps after which an episode is truncated."""
+    """T: steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
         check_fields(self, size=Whole(2, MOST_SIDE), num_colors=WIDTH, num_walls=Whole(0, MOST_WIDTH))
@@ -73,17 +73,9 @@ class Layouts:
     def __len__(self) -> int:
         return len(self.agent)
 
-    def index(self, rows: Tensor) -> Layouts:
-        """Return the layouts of the given rows (indices or a boolean mask)."""
-        return Layouts(self.objects[rows], self.agent[rows])
-
     def repeat(self, n: int) -> Layouts:
         """Return each layout n times in a row: a, a, b, b, …"""
         return Layouts(self.objects.repeat_interleave(n, dim=0), self.agent.repeat_interleave(n, dim=0))
-
-    def to(self, device: torch.device | str) -> Layouts:
-        """Return the same layouts on another device."""
-        return Layouts(self.objects.to(device), self.agent.to(device))
 
 
 def check_layouts(board: Board, layouts: Layouts) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import MOST_COUNT, Whole, check_number
+from metacontroller.ranges import COUNT, MOST_COUNT, Whole, check_number
 
 
 def parse_task(text: str) -> tuple[int, ...]:
@@ -40,21 +40,16 @@ Task = Annotated[
 """Colors to visit in order; a field of this type is written 0-1-2-3 on the command line."""
 
 
-def _parse_table(text: str) -> tuple[Task, ...]:
-    return tuple(parse_task(line) for line in text.split())
+_A1 = """
+0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7
+4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3
+"""
+_A2 = "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
 
-
-TABLE_A1: tuple[Task, ...] = _parse_table(
-    """
-    0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7
-    4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3
-    """
-)
+TABLE_A1: tuple[Task, ...] = tuple(map(parse_task, _A1.split()))
 """Pretraining tasks of the grid (table A1): 8 colors; the subgoals are the pairs 0-1, 2-3, 4-5 and 6-7."""
 
-TABLE_A2: tuple[Task, ...] = _parse_table(
-    "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
-)
+TABLE_A2: tuple[Task, ...] = tuple(map(parse_task, _A2.split()))
 """Pretraining tasks of the ant (table A2): 4 colors; each color is a subgoal."""
 
 A1_POST: Task = parse_task("0-1-2-3-4-5-6-7-0-1-2-3")
@@ -62,7 +57,6 @@ A1_POST: Task = parse_task("0-1-2-3-4-5-6-7-0-1-2-3")
 
 A2_POST: Task = parse_task("0-1-2-3")
 """Post-training task for `TABLE_A2`: none of its transitions occurs there."""
-
 
 TABLES = {"A1": TABLE_A1, "A2": TABLE_A2}
 
@@ -106,8 +100,7 @@ def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, 
 
     UserError if the length of the task is not a multiple of ``colors_per_subgoal``.
     """
-    if colors_per_subgoal < 1:
-        raise UserError(f"colors_per_subgoal is {colors_per_subgoal}: it must be at least 1.")
+    check_number("colors_per_subgoal", colors_per_subgoal, COUNT)
     if len(task) % colors_per_subgoal:
         raise UserError(
             f"task {format_task(task)} has {len(task)} colors, no multiple of colors_per_subgoal {colors_per_subgoal}: "
@@ -152,14 +145,14 @@ def transitions(tasks: Iterable[Sequence[int]]) -> set[tuple[int, int]]:
 def color_shifts(tasks: Iterable[Sequence[int]], num_colors: int) -> tuple[int, ...]:
     """Return the numbers k, 0 first, by which all colors can be counted on, c to c + k modulo num_colors, so that the
     tasks stay the same ones: 0, 1, 2 and 3 for `TABLE_A2`."""
-    held = sorted(map(tuple, tasks))
-    counted_on = [sorted(tuple((color + k) % num_colors for color in task) for task in held) for k in range(num_colors)]
-    return tuple(k for k, shifted in enumerate(counted_on) if shifted == held)
+    tasks = sorted(map(tuple, tasks))
+    shifted = [sorted(tuple((color + k) % num_colors for color in task) for task in tasks) for k in range(num_colors)]
+    return tuple(k for k in range(num_colors) if shifted[k] == tasks)
 
 
 def pad_tasks(tasks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Stack n tasks into int64 (n, longest), padded with -1, and return their lengths, int64 (n,)."""
     longest = max(len(task) for task in tasks)
     padded = [[*task, *[-1] * (longest - len(task))] for task in tasks]
-    lengths = [len(task) for task in tasks]
-    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+    lengths = torch.tensor([len(task) for task in tasks], device=device)
+    return torch.tensor(padded, dtype=torch.int64, device=device), lengths
