@@ -14,10 +14,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.datasets import Dataset, dataset_of, load_dataset, read_minari, space_meta
+from metacontroller.data.datasets import Dataset, dataset_of, load_dataset, space_meta
 from metacontroller.data.statistics import normalization, pixel_scale
-from metacontroller.data.store import Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.errors import UserError
 
 minari = pytest.importorskip("minari", reason="needs the extra data")
@@ -59,7 +59,7 @@ def test_episodes_of_any_lengths_are_padded() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "given no episode"),
+        ([], "no episode is given"),
         ([{"states": [[1.0]]}], "states and actions"),
         ([{"states": [[1.0], [1.0]], "actions": [1], "colour": [1]}], "colour"),
         ([{"states": [[1.0], [1.0]], "actions": [1, 2]}], "2 states and 2 actions"),
@@ -263,7 +263,7 @@ def test_minari_both_ways_is_exact(
     dataset = Dataset(Episodes.of(Trajectories.from_episodes(rows)), observations, actions)
     written = dataset.write_minari("own/test-v0", **local_minari)
     assert written.total_episodes == 3
-    back = read_minari("own/test-v0")
+    back = load_dataset("own/test-v0")
     assert (back.observation_space, back.action_space) == (observations, actions)
     for name, array in dataset.episodes.arrays.items():
         assert back.episodes.arrays[name].dtype == array.dtype
@@ -379,7 +379,7 @@ def test_a_file_of_metadata_is_measured_before_it_is_read(
     name = written([buffer()], local_minari)
     monkeypatch.setattr("metacontroller.storage.files.MAX_JSON_BYTES", 10)
     with pytest.raises(UserError, match=r"metadata\.json has \d+ bytes where at most 10 were expected"):
-        read_minari(name)
+        load_dataset(name)
 
 
 def test_images_are_written_without_loss_and_rewards_keep_their_type(local_minari: dict[str, Any]) -> None:
@@ -390,7 +390,7 @@ def test_images_are_written_without_loss_and_rewards_keep_their_type(local_minar
     assert (by_others.episodes.arrays["states"] != images).mean() > 0.5
     by_others.episodes.arrays["states"] = images
     by_others.write_minari("own/exact-v0", **local_minari)
-    back = read_minari("own/exact-v0").episodes.arrays
+    back = load_dataset("own/exact-v0").episodes.arrays
     np.testing.assert_array_equal(back["states"], images)
     assert back["rewards"].dtype == np.float32
 
@@ -409,7 +409,7 @@ def test_a_minari_dataset_that_cannot_be_read_is_named(
         path.write_bytes(content[:600])
     else:
         os.mkfifo(path)
-    for read in (read_minari, Trajectories.from_minari):
+    for read in (load_dataset, Trajectories.from_minari):
         with pytest.raises(UserError, match="own/cut-v0"):
             read("own/cut-v0")
 

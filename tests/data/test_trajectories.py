@@ -26,8 +26,7 @@ from torch import Tensor
 from metacontroller.data import Trajectories, TrajectoryStore, length_mask, length_sorted_batches
 from metacontroller.data import store as store_module
 from metacontroller.data.datasets import load_dataset
-from metacontroller.data.store import Episodes
-from metacontroller.data.trajectories import masked_mean, with_finite_padding
+from metacontroller.data.trajectories import Episodes, masked_mean, with_finite_padding
 from metacontroller.errors import UserError
 from metacontroller.storage.manifest import seal
 from metacontroller.storage.system_errors import refusal

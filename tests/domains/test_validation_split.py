@@ -21,7 +21,7 @@ from metacontroller.analysis.probing import Probes
 from metacontroller.analysis.steering import Steering
 from metacontroller.data.batching import EpisodeStream, apart
 from metacontroller.data.datasets import Dataset
-from metacontroller.data.store import Episodes as Store
+from metacontroller.data.trajectories import Episodes as Store
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.domain import AntPinpad
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig

@@ -127,12 +127,8 @@ MUTATIONS: list[Mutation] = [
         ("self.total / self.count.clamp_min(1)", "self.total / (self.count + 1)"),
         ("values.masked_fill(~mask, 0).sum()", "values.masked_fill(mask, 0).sum()"),
         ('beyond = ~length_mask(lengths + (name == "states")', "beyond = ~length_mask(lengths + (name == 'actions')"),
-    ),
-    *of(
-        "data/store.py",
-        "data/test_trajectories.py",
         ("np.minimum(offsets, lengths[:, None] - 1)]", "np.minimum(offsets, lengths[:, None])]"),
-        ("self.starts[index] + (index if extra else 0)", "self.starts[index] + (0 if extra else 0)"),
+        ('self.starts[episode] + episode * (name == "states")', "self.starts[episode] + 0 * episode"),
     ),
     *of(
         "domains/gridworld_pinpad/expert.py",
@@ -195,10 +191,10 @@ MUTATIONS: list[Mutation] = [
         ("(values >= space.low) & (values <= space.high)", "(values <= space.high)"),
     ),
     *of(
-        "domains/offline/domain.py",
-        "domains/test_validation_split.py data/test_held_out.py",
+        "data/splits.py",
+        "domains/test_validation_split.py data/test_splits.py",
         (
-            "np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)",
+            "np.setdiff1d(np.arange(len(self.dataset.episodes)), self.validation)",
             "np.arange(len(self.dataset.episodes))",
         ),
     ),

@@ -13,8 +13,7 @@ from gymnasium import spaces
 
 from metacontroller import cli
 from metacontroller.data.datasets import Dataset
-from metacontroller.data.store import Episodes
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.presets import preset

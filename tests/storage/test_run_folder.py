@@ -382,9 +382,7 @@ def test_pickle_is_refused_and_not_run(run: RunFolder, tmp_path: Path, write: An
 def test_safetensors_of_another_origin(run: RunFolder):
     run.path.mkdir()
     save_file({"w": torch.zeros(1)}, run.checkpoint_path("other"))
-    with pytest.raises(
-        ValueError, match="was not written by this library; name a file that a run"
-    ):
+    with pytest.raises(ValueError, match="was not written by this library; name a file that a run"):
         run.load_checkpoint("other")
 
 

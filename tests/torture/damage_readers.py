@@ -25,8 +25,8 @@ from damage_kinds import CANARY_MODULE, CANARY_SOURCE
 from metacontroller import MetaController
 from metacontroller.control.metacontroller import MetaController as Controlled
 from metacontroller.data import Trajectories, TrajectoryStore
-from metacontroller.data.datasets import Dataset, load_dataset, read_minari, space_meta
-from metacontroller.data.minari import write_minari
+from metacontroller.data.datasets import Dataset, load_dataset, space_meta
+from metacontroller.data.formats.minari import write_minari
 from metacontroller.domains.ant_pinpad.expert import Expert
 from metacontroller.phases.artefacts import load_artefact
 from metacontroller.phases.evolution import EvolutionConfig
@@ -138,7 +138,7 @@ def _expert(folder: Path) -> str:
 
 def _minari(folder: Path) -> str:
     os.environ["MINARI_DATASETS_PATH"] = str(folder / "minari")
-    return _of_dataset(read_minari(MINARI))
+    return _of_dataset(load_dataset(MINARI))
 
 
 NO_MANIFEST = "the folder has no manifest, as older releases wrote it"

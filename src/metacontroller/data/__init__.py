@@ -2,8 +2,8 @@
 
 from metacontroller.data.batching import length_sorted_batches
 from metacontroller.data.datasets import Dataset, load_dataset
-from metacontroller.data.store import Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories, length_mask
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Episodes, Trajectories, length_mask
 
 __all__ = [
     "Dataset",

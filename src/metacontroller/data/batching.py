@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import Trajectories, with_finite_padding
 from metacontroller.errors import UserError
-from metacontroller.ranges import ROWS, check_number, shown
+from metacontroller.ranges import Rows, check
 
 Generate = Callable[[int, torch.Generator], Trajectories]
 """A source of behaviour: ``generate(n, generator)`` returns n episodes, generated or sampled from a dataset."""
@@ -80,15 +80,14 @@ def length_sorted_batches(
     Yields ``len // batch_size`` batches. Episodes that do not fill a batch are left out; which ones is random at each
     call. UserError if there are fewer episodes than ``batch_size``.
     """
-    check_number("batch_size", batch_size, ROWS)
-    if not isinstance(trajectories, Trajectories):
-        raise UserError(f"trajectories are {shown(trajectories)}; expected Trajectories, as from_episodes makes them.")
+    check("batch_size", batch_size, Rows)
+    check("trajectories", trajectories, Trajectories)
     count = trajectories.batch // batch_size
     if count == 0:
         raise UserError(f"batch_size {batch_size} is larger than the {trajectories.batch} episodes at hand; lower it.")
     device = generator.device if generator is not None else torch.device("cpu")
-    kept = torch.randperm(trajectories.batch, generator=generator, device=device)[: count * batch_size]
+    rows = torch.randperm(trajectories.batch, generator=generator, device=device)[: count * batch_size]
     lengths = trajectories.lengths.to(device)
-    by_length = kept[torch.argsort(lengths[kept], stable=True)].view(count, batch_size)
+    by_length = rows[torch.argsort(lengths[rows], stable=True)].view(count, batch_size)
     for index in torch.randperm(count, generator=generator, device=device).tolist():
         yield trajectories.index(by_length[index].to(trajectories.lengths.device))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,21 +13,19 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from metacontroller.data.minari import (
-    minari_episodes,
-    minari_spaces,
-    minari_versions,
-    open_minari,
-    refusing_damage,
-    write_minari,
-)
+from metacontroller.data.formats import minari
 from metacontroller.data.spaces import action_shape, encoder_options, model_dtype, space_from_json, space_to_json
-from metacontroller.data.store import HEADER, Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories, checked_episodes
+from metacontroller.data.store import HEADER, TrajectoryStore
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.errors import UserError
-from metacontroller.ranges import shown
+from metacontroller.ranges import check, require, shown
 from metacontroller.storage.user_function import code_of_the_user, import_user_function
 from metacontroller.storage.versions import DATA, ENVIRONMENT
+
+FORMATS = (minari,)
+"""Modules of `data.formats`; the first that matches a name reads the dataset."""
+_ARRAY_OF = {"observation_space": "states", "action_space": "actions"}
+"""The array that holds values of a space."""
 
 
 @dataclass(frozen=True)
@@ -85,42 +81,28 @@ class Dataset:
         return TrajectoryStore.join(path, [self.episodes], self.meta())
 
     def write_minari(self, dataset_id: str, **options: Any) -> Any:
-        """As a Minari dataset, see `data.minari.write_minari`."""
-        rows = (self.episodes.read(np.array([row])) for row in range(len(self.episodes)))
-        unpadded = (next(row.episodes()) for row in rows)
-        return write_minari(dataset_id, unpadded, self.observation_space, self.action_space, **options)
+        """As a Minari dataset, see `data.formats.minari.write_minari`."""
+        return minari.write_minari(dataset_id, self.episodes, self.observation_space, self.action_space, **options)
 
 
 def space_meta(observation_space: spaces.Space, action_space: spaces.Space, env: str | None) -> dict[str, Any]:
     """The spaces as JSON, for the meta of a store."""
-    return {
-        "observation_space": space_to_json(observation_space),
-        "action_space": space_to_json(action_space),
-        "env": env,
-    }
-
-
-def spec_kwargs(spec: Any) -> str | None:
-    """The keywords with which an environment of a `gymnasium.envs.registration.EnvSpec` is made, as JSON; None where
-    they are not known, or are no JSON. How it is shown does not belong to them."""
-    with suppress(AttributeError, TypeError, ValueError):
-        return json.dumps({name: spec.kwargs[name] for name in sorted(spec.kwargs) if name != "render_mode"})
-    return None
+    observed, taken = space_to_json(observation_space), space_to_json(action_space)
+    return {"observation_space": observed, "action_space": taken, "env": env}
 
 
 def load_dataset(name: str) -> Dataset:
-    """A dataset by its ID: a folder of ours, a function as package.module:function, or a dataset of Minari's.
+    """A dataset by its ID: a folder of ours, a function as package.module:function, or one of `FORMATS`.
 
     The function takes no arguments and returns a `Dataset`, or `Trajectories`, whose spaces are then read from the
     data. UserError if there is no such dataset, for values that are not finite, and for a folder of which a file was
     changed: all of it is read once.
     """
-    if Path(name).is_dir():
-        dataset = dataset_of_store(TrajectoryStore(name).verify())
-    elif ":" in name:
-        dataset = _of_function(name)
-    else:
-        return read_minari(name)
+    form = next((form for form in FORMATS if form.matches(name)), None)
+    if form is not None:
+        source = form.read(name)
+        return Dataset(**{**source._asdict(), "episodes": Episodes.of_rows(source.episodes)})
+    dataset = dataset_of_store(TrajectoryStore(name).verify()) if Path(name).is_dir() else _of_function(name)
     try:
         dataset.episodes.refuse_not_finite()
     except UserError as error:
@@ -132,30 +114,11 @@ def _of_function(name: str) -> Dataset:
     make = import_user_function("dataset", name)
     with code_of_the_user("dataset", name):
         made = make()
-    if isinstance(made, Dataset):
-        _refuse_misfits(made.observation_space, made.action_space, made.episodes)
-        return made
     if isinstance(made, Trajectories):
         return dataset_of(Episodes.of(made), {})
-    raise UserError(f"dataset {name!r} returned a {type(made).__name__}; expected a Dataset or Trajectories.")
-
-
-def read_minari(name: Any) -> Dataset:
-    """A `minari.MinariDataset`, or the local one with that ID. UserError if it holds no steps, episodes that are not
-    sound (`checked_episodes`), or files that cannot be read; a number that was changed in them is not found: Minari
-    keeps no checksums."""
-    columns: dict[str, list[np.ndarray]] = {}
-    with refusing_damage(name):
-        dataset = open_minari(name)
-        for episode in checked_episodes(minari_episodes(dataset)):
-            for field, value in {**episode, "lengths": len(episode["actions"])}.items():
-                columns.setdefault(field, []).append(np.atleast_1d(np.asarray(value)))
-        if not columns:
-            raise UserError(f"the Minari dataset {dataset.spec.dataset_id} holds no steps; choose another.")
-        arrays = {field: np.concatenate(values) for field, values in columns.items()}
-        spec = dataset.spec.env_spec
-        made = {} if spec is None else {"env_kwargs": spec_kwargs(spec), "env_steps": spec.max_episode_steps}
-        return Dataset(Episodes(arrays), *minari_spaces(dataset), versions=minari_versions(dataset), **made)
+    if not isinstance(made, Dataset):
+        raise UserError(f"dataset {name!r} returned a {type(made).__name__}; expected a Dataset or Trajectories.")
+    return _fitting(made)
 
 
 def dataset_of_store(store: TrajectoryStore) -> Dataset:
@@ -168,56 +131,45 @@ def dataset_of_store(store: TrajectoryStore) -> Dataset:
 
 def dataset_of(episodes: Episodes, meta: Mapping[str, Any]) -> Dataset:
     """Episodes with the spaces that ``meta`` holds, or that the data show."""
-    if "observation_space" in meta:
-        observation_space, action_space = (space_from_json(meta.get(name)) for name in _FITTED)
-        _refuse_misfits(observation_space, action_space, episodes)
-        env = meta.get("env")
-        if not isinstance(env, str | None):
-            raise UserError(f"env of the dataset is {shown(env)}; expected the ID of an environment, or none.")
-        kwargs, steps = meta.get("env_kwargs"), meta.get("env_steps")
-        if not isinstance(kwargs, str | None) or not isinstance(steps, int | None):
-            raise UserError(f"the environment of the dataset was made with {shown(kwargs)} and {shown(steps)} steps.")
-        versions = meta.get("versions", {})
-        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
-            raise UserError(f"versions of the dataset are {shown(versions)}; expected texts by name.")
-        made = {"env_kwargs": kwargs, "env_steps": steps, "versions": versions}
-        return Dataset(episodes, observation_space, action_space, env, **made)
-    observed, taken = (_shown(name, episodes.arrays[name]) for name in ("states", "actions"))
-    return Dataset(episodes, observed, taken, stated=False)
+    if "observation_space" not in meta:
+        observed, taken = (_smallest_space(name, episodes.arrays[name]) for name in ("states", "actions"))
+        return Dataset(episodes, observed, taken, stated=False)
+    observed, taken = (space_from_json(meta.get(name)) for name in _ARRAY_OF)
+    made: dict[str, Any] = {name: meta.get(name) for name in ("env", "env_kwargs", "env_steps")}
+    for name, value in made.items():
+        check(f"{name} of the dataset", value, int | None if name == "env_steps" else str | None)
+    versions = meta.get("versions", {})
+    named = isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())
+    require(named, "versions of the dataset", versions, "texts by name")
+    return _fitting(Dataset(episodes, observed, taken, **made, versions=versions))
 
 
-_FITTED = {"observation_space": "states", "action_space": "actions"}
-"""Names in a store's meta, and the arrays that hold values of these spaces."""
-
-
-def _refuse_misfits(observation_space: spaces.Space, action_space: spaces.Space, episodes: Episodes) -> None:
-    """UserError unless states and actions are of these spaces."""
-    for name, space in zip(_FITTED, (observation_space, action_space), strict=True):
-        _refuse_misfit(name, space, episodes.arrays[_FITTED[name]])
-
-
-def _refuse_misfit(name: str, space: spaces.Space, array: np.ndarray) -> None:
-    """UserError unless a step of the array has as many entries as a value of the space has for a model, whole numbers
+def _fitting(dataset: Dataset) -> Dataset:
+    """The dataset; UserError unless a step has as many entries as a value of its space has for a model, whole numbers
     from 0 below that of its values where they are choices."""
-    options = encoder_options(space)
-    count = options.get("num_continuous") or math.prod(options.get("image") or [len(options.get("num_discrete", ()))])
-    if math.prod(array.shape[1:]) != count:
-        raise UserError(
-            f"{name} of the dataset is {shown(space)}, {count} numbers a step, and its {_FITTED[name]} have "
-            f"{math.prod(array.shape[1:])}; write the dataset again."
-        )
-    if "num_discrete" in options:
-        rows = array.reshape(len(array), -1)
-        low, high = rows.min(0), rows.max(0)
-        whole = array.dtype.kind in "biu" or not (rows % 1).any()
-        if not whole or (low < 0).any() or (high >= options["num_discrete"]).any():
+    for name, field_name in _ARRAY_OF.items():
+        space, array = getattr(dataset, name), dataset.episodes.arrays[field_name]
+        options, size = encoder_options(space), math.prod(array.shape[1:])
+        choices = options.get("num_discrete", ())
+        count = options.get("num_continuous") or math.prod(options.get("image") or [len(choices)])
+        if size != count:
             raise UserError(
-                f"{name} of the dataset is {shown(space)}, and its {_FITTED[name]} lie in {low.min()}..{high.max()}; "
-                f"expected whole numbers in 0..{max(options['num_discrete']) - 1}, counted from 0."
+                f"{name} of the dataset is {shown(space)}, {count} numbers a step, and its {field_name} have {size}; "
+                "write the dataset again."
             )
+        if choices:
+            rows = array.reshape(len(array), -1)
+            low, high = rows.min(0), rows.max(0)
+            fraction = array.dtype.kind == "f" and (rows % 1).any()
+            if fraction or (low < 0).any() or (high >= choices).any():
+                raise UserError(
+                    f"{name} of the dataset is {shown(space)}, and its {field_name} lie in {low.min()}..{high.max()}; "
+                    f"expected whole numbers in 0..{max(choices) - 1}, counted from 0."
+                )
+    return dataset
 
 
-def _shown(name: str, array: np.ndarray) -> spaces.Space:
+def _smallest_space(name: str, array: np.ndarray) -> spaces.Space:
     """The smallest space that holds an array's rows: of whole numbers from 0, of images, or of any numbers.
 
     Whole numbers in vectors of more than one entry are choices in actions, and numbers in states.

@@ -11,8 +11,10 @@ and an action (t,) or (t, k) int64, or (t, d) of a Box. Parts of a Dict or Tuple
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,38 +29,51 @@ MOST_ENTRIES = 2**24
 MIN_IMAGE_SIDE = 8
 """Of a uint8 Box with two axes, below which it is a vector."""
 
+CHOICES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
+def parts_of(space: spaces.Space) -> list[tuple[Any, spaces.Space]]:
+    """The parts of a Dict by name and of a Tuple by index, as their values are taken apart; none of other spaces."""
+    if isinstance(space, spaces.Dict):
+        return list(space.items())
+    return list(enumerate(space)) if isinstance(space, spaces.Tuple) else []
+
+
+def put_together(space: spaces.Space, parts: Mapping[Any, Any]) -> Any:
+    """A value of a Dict or Tuple from those of its parts."""
+    return dict(parts) if isinstance(space, spaces.Dict) else tuple(parts.values())
+
 
 def readable(space: spaces.Space) -> spaces.Space:
     """The space without the parts that hold text; UserError if a model can read none or not all of the rest."""
     kept = _without_text(space)
     if kept is None:
         raise UserError(f"the observation space {space} holds nothing but text; choose an environment with numbers.")
-    _check_parts(kept)
     return kept
 
 
 def without_text(space: spaces.Space, value: Any) -> Any:
     """One value, or several side by side, of ``space`` as one of ``readable(space)``."""
-    if isinstance(space, spaces.Dict):
-        return {key: without_text(part, value[key]) for key, part in space.items() if _without_text(part) is not None}
-    if isinstance(space, spaces.Tuple):
-        parts = [(part, entry) for part, entry in zip(space, value, strict=True) if _without_text(part) is not None]
-        return tuple(without_text(part, entry) for part, entry in parts)
-    return value
+    parts = parts_of(space)
+    if not parts:
+        return value
+    if isinstance(space, spaces.Tuple) and len(value) != len(parts):
+        raise ValueError(f"{len(value)} parts instead of {len(parts)}")
+    kept = {key: without_text(part, value[key]) for key, part in parts if _without_text(part) is not None}
+    return put_together(space, kept)
 
 
 def stack(space: spaces.Space, values: Sequence[Any]) -> Any:
     """Values of a readable space side by side, as `encode_observations` takes them."""
-    if isinstance(space, spaces.Dict):
-        return {key: stack(part, [value[key] for value in values]) for key, part in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(stack(part, [value[index] for value in values]) for index, part in enumerate(space))
-    return np.stack([np.asarray(value) for value in values])
+    parts = parts_of(space)
+    if not parts:
+        return np.stack([np.asarray(value) for value in values])
+    return put_together(space, {key: stack(part, [value[key] for value in values]) for key, part in parts})
 
 
 def encoder_options(space: spaces.Space) -> dict[str, Any]:
     """Options of the state encoder for a readable space, without statistics of normalisation."""
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    if isinstance(space, CHOICES):
         return {"num_discrete": choices(space)}
     if is_image(space):
         assert space.shape is not None
@@ -86,7 +101,7 @@ def model_dtype(space: spaces.Space) -> type[np.generic]:
     """The type in which a model reads observations of a readable space."""
     if is_image(space):
         return np.uint8
-    return np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) else np.float32
+    return np.int64 if isinstance(space, CHOICES) else np.float32
 
 
 def choices(space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) -> list[int]:
@@ -117,7 +132,7 @@ def encode_observations(space: spaces.Space, values: Any) -> np.ndarray:
     """Values of a readable space, t side by side, as one array; for Dict and Tuple a structure of such values."""
     if is_image(space):
         return np.asarray(values)
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    if isinstance(space, CHOICES):
         return _indices(space, values).reshape(len(values), -1)
     return _flatten(space, values)
 
@@ -126,7 +141,7 @@ def decode_observations(space: spaces.Space, array: np.ndarray) -> Any:
     """The inverse of `encode_observations`."""
     if is_image(space):
         return array
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    if isinstance(space, CHOICES):
         return _values(space, array)
     if isinstance(space, spaces.Box):
         return array.reshape(len(array), *space.shape)
@@ -174,10 +189,8 @@ def _values(space: Any, indices: np.ndarray) -> np.ndarray:
 
 def _flatten(space: spaces.Space, values: Any) -> np.ndarray:
     """`gymnasium.spaces.flatten` of t values at once; a Box keeps the type of its data."""
-    if isinstance(space, spaces.Dict):
-        return np.concatenate([_flatten(part, values[key]) for key, part in space.items()], 1)
-    if isinstance(space, spaces.Tuple):
-        return np.concatenate([_flatten(part, value) for part, value in zip(space, values, strict=True)], 1)
+    if parts := parts_of(space):
+        return np.concatenate([_flatten(part, values[key]) for key, part in parts], 1)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         indices = _indices(space, values).reshape(len(values), -1)
         blocks = [np.eye(n, dtype=space.dtype)[indices[:, i]] for i, n in enumerate(choices(space))]
@@ -186,12 +199,11 @@ def _flatten(space: spaces.Space, values: Any) -> np.ndarray:
 
 
 def _unflatten(space: spaces.Space, array: np.ndarray) -> Any:
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts = list(space.items()) if isinstance(space, spaces.Dict) else list(enumerate(space))
+    if parts := parts_of(space):
         ends = np.cumsum([spaces.flatdim(part) for _, part in parts])[:-1]
         blocks = np.split(array, ends, 1)
-        values = {key: _unflatten(part, block) for (key, part), block in zip(parts, blocks, strict=True)}
-        return values if isinstance(space, spaces.Dict) else tuple(values.values())
+        pairs = zip(parts, blocks, strict=True)
+        return put_together(space, {key: _unflatten(part, block) for (key, part), block in pairs})
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         blocks = np.split(array, np.cumsum(choices(space))[:-1], 1)
         return _values(space, np.stack([block.argmax(1) for block in blocks], 1))
@@ -199,26 +211,20 @@ def _unflatten(space: spaces.Space, array: np.ndarray) -> Any:
 
 
 def _without_text(space: spaces.Space) -> spaces.Space | None:
-    """None for text, and for spaces of other packages, which hold text as a rule."""
-    if isinstance(space, spaces.Dict):
-        parts = {key: kept for key, part in space.items() if (kept := _without_text(part)) is not None}
-        return spaces.Dict(parts) if parts else None
-    if isinstance(space, spaces.Tuple):
-        kept = [kept for part in space if (kept := _without_text(part)) is not None]
-        return spaces.Tuple(kept) if kept else None
-    is_text = isinstance(space, spaces.Text) or not type(space).__module__.startswith("gymnasium.")
-    return None if is_text else space
-
-
-def _check_parts(space: spaces.Space) -> None:
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        for part in space.values() if isinstance(space, spaces.Dict) else space:
-            _check_parts(part)
-    elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    """The space without text, and without spaces of other packages, which hold text as a rule; None where nothing is
+    left. UserError for spaces of Gymnasium's that a model cannot read."""
+    if parts := parts_of(space):
+        kept = {key: left for key, part in parts if (left := _without_text(part)) is not None}
+        made = spaces.Dict(kept) if isinstance(space, spaces.Dict) else spaces.Tuple(list(kept.values()))
+        return made if kept else None
+    if isinstance(space, spaces.Text) or not type(space).__module__.startswith("gymnasium."):
+        return None
+    if not isinstance(space, (spaces.Box, *CHOICES)):
         raise UserError(
             f"the observation space holds {space}; expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict and "
             "Tuple of those; wrap the environment or convert the data."
         )
+    return space
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -279,6 +285,14 @@ def _bounded(shape: list[int]) -> list[int]:
     if min(shape, default=1) < 0 or math.prod(shape) > MOST_ENTRIES:
         raise UserError(f"a space has the shape {shown(shape)}; expected at most {MOST_ENTRIES} entries.")
     return shape
+
+
+def spec_kwargs(spec: Any) -> str | None:
+    """The keywords with which an environment of a `gymnasium.envs.registration.EnvSpec` is made, as JSON; None where
+    they are not known, or are no JSON. How it is shown does not belong to them."""
+    with suppress(AttributeError, TypeError, ValueError):
+        return json.dumps({name: spec.kwargs[name] for name in sorted(spec.kwargs) if name != "render_mode"})
+    return None
 
 
 def _short(bound: np.ndarray) -> Any:

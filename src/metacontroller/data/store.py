@@ -1,4 +1,4 @@
-"""Episodes side by side without padding: in memory, or on disk and memory-mapped."""
+"""Episodes on disk, memory-mapped: a folder of plain arrays without padding."""
 
 from __future__ import annotations
 
@@ -18,20 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from metacontroller.data.trajectories import (
-    ENDINGS,
-    FINITE,
-    PADDING,
-    PER_EPISODE,
-    Trajectories,
-    length_mask,
-    refuse_not_finite,
-)
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.errors import UserError
-from metacontroller.ranges import Whole, check_number, shown
+from metacontroller.ranges import check, require, shown
 from metacontroller.storage.files import (
     check_regular,
     draft_folder,
@@ -51,8 +41,6 @@ REPLACED = ".replaced.json"
 """Names of files that a writer is about to bring or to remove, while it does."""
 HASHED_ON_OPEN = 64 * 2**20
 """Bytes of arrays up to which they are verified when a store is opened; more take a noticeable time."""
-PIECE = 65536
-"""Rows of an array that are read at once."""
 _OWN = ("format", "arrays", "files", "listed", SEAL)
 """What a header says beside what ``write`` was given."""
 _said: set[Path] = set()
@@ -64,74 +52,6 @@ _writing = threading.RLock()
 """Held by the thread that writes a store: the lock of a folder keeps other processes out, not other threads."""
 
 
-class Episodes:
-    """Episodes of any lengths. arrays: the fields of `Trajectories` by name, episode after episode without padding."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.arrays = dict(arrays)
-        self.lengths = np.asarray(self.arrays["lengths"])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-
-    @classmethod
-    def of(cls, trajectories: Trajectories) -> Episodes:
-        """The real steps of padded episodes."""
-        return cls(_real_steps(trajectories))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def digest(self) -> str:
-        """SHA-256 of all arrays, of the same content the same."""
-        digest = hashlib.sha256()
-        for name, array in sorted(self.arrays.items()):
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            for start in range(0, len(array), PIECE):
-                digest.update(np.ascontiguousarray(array[start : start + PIECE]).data)
-        return digest.hexdigest()
-
-    def refuse_not_finite(self) -> None:
-        """UserError if states, actions or rewards hold NaN or infinity; all of them are read."""
-        for name in sorted(FINITE & self.arrays.keys()):
-            starts = self.starts + (np.arange(len(self.starts)) if name == "states" else 0)
-
-            def place(row: int, starts: np.ndarray = starts) -> tuple[int, int]:
-                episode = int(np.searchsorted(starts, row, side="right")) - 1
-                return episode, row - int(starts[episode])
-
-            refuse_not_finite(name, self.arrays[name], place)
-
-    def read(
-        self, rows: np.ndarray | Tensor, *, longest: int | None = None, rng: np.random.Generator | None = None
-    ) -> Trajectories:
-        """The episodes with indices ``rows`` (b,), padded to the longest; UserError for indices out of range.
-
-        longest: of an episode of more steps only so many are read, from its start, or from a step that ``rng`` draws.
-        """
-        index = np.asarray(rows)
-        if index.ndim != 1 or not len(index) or not np.issubdtype(index.dtype, np.integer):
-            raise UserError(f"rows have shape {index.shape} and dtype {index.dtype}; expected a list of whole numbers.")
-        if index.min() < 0 or index.max() >= len(self):
-            raise UserError(
-                f"rows range over {index.min()}..{index.max()}; each must lie in 0..{len(self) - 1}, the episodes held."
-            )
-        check_number("longest", longest, Whole(none=True))
-        whole = self.lengths[index]
-        lengths = whole if longest is None else np.minimum(whole, longest)
-        skipped = np.zeros_like(whole) if rng is None else rng.integers(0, whole - lengths + 1)
-        values = {"lengths": torch.from_numpy(lengths.copy())}
-        for name, array in self.arrays.items():
-            if name == "lengths":
-                continue
-            if name in PER_EPISODE:
-                each = np.asarray(array)[index]  # a piece that stops before the end has not ended yet
-                values[name] = torch.from_numpy(each & (skipped + lengths == whole) if name in ENDINGS else each)
-                continue
-            extra = int(name == "states")
-            first = self.starts[index] + (index if extra else 0) + skipped
-            values[name] = torch.from_numpy(_gather_padded(array, first, lengths + extra, name))
-        return Trajectories(**values)
-
-
 class TrajectoryStore(Episodes):
     """Episodes on disk, memory-mapped: a folder of plain ``.npy`` arrays without padding and a ``store.json``.
 
@@ -141,8 +61,7 @@ class TrajectoryStore(Episodes):
     """
 
     def __init__(self, path: str | Path) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise UserError(f"path is {shown(path)}; expected the folder of a trajectory store.")
+        require(isinstance(path, (str, os.PathLike)), "path", path, "the folder of a trajectory store")
         self.path = Path(path)
         if not (self.path / HEADER).is_file():
             raise UserError(f"{self.path} is not a trajectory store: it has no store.json; write one with `write`.")
@@ -201,10 +120,7 @@ class TrajectoryStore(Episodes):
 
         meta: JSON values to keep beside them. UserError for a folder that is neither empty nor a store.
         """
-        if not isinstance(trajectories, Trajectories):
-            raise UserError(
-                f"trajectories are {shown(trajectories)}; expected Trajectories, as from_episodes makes them."
-            )
+        check("trajectories", trajectories, Trajectories)
         return TrajectoryStore.join(path, [Episodes.of(trajectories)], meta)
 
     @staticmethod
@@ -354,71 +270,45 @@ def _check_arrays(store: TrajectoryStore) -> None:
     lengths = store.lengths
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or lengths.min() < 1:
         raise UserError(f"{store.path} has lengths that are not whole numbers from 1; write the store again.")
-    steps = int(lengths.sum())
     for name, array in store.arrays.items():
-        expected = len(lengths) if name in PER_EPISODE else steps + len(lengths) * (name == "states")
+        expected = store.first_row(name, len(store))
         if len(array) != expected:
             raise UserError(f"{store.path} has {len(array)} {name} where {expected} were expected; write it again.")
 
 
-def _real_steps(trajectories: Trajectories) -> dict[str, np.ndarray]:
-    """The real steps of every array, episode after episode."""
-    lengths = trajectories.lengths.cpu()
-    steps, states = length_mask(lengths, trajectories.steps), length_mask(lengths + 1, trajectories.steps + 1)
-    arrays = {}
-    for field in fields(trajectories):
-        value = getattr(trajectories, field.name)
-        if value is not None:
-            mask = ... if field.name in PER_EPISODE else states if field.name == "states" else steps
-            arrays[field.name] = value.cpu()[mask].numpy()
-    return arrays
-
-
 def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most: int | None) -> dict[str, Any]:
     """Writes array after array, a part at a time; returns the header."""
-    kept, left = [], most
+    cuts: dict[str, list[np.ndarray]] = {name: [] for name in parts[0].arrays}
+    left = sum(map(len, parts)) if most is None else most
     for part in parts:
-        kept.append(len(part) if left is None else min(left, len(part)))
-        left = None if left is None else left - kept[-1]
-    whole: dict[str, list[np.ndarray]] = {}
-    for name in parts[0].arrays:
-        cuts = whole[name] = []
-        for part, count in zip(parts, kept, strict=True):
-            steps = part.starts[count]
-            cuts.append(part.arrays[name][: count if name in PER_EPISODE else steps + count * (name == "states")])
-    needed = sum(cut.nbytes for cuts in whole.values() for cut in cuts)
+        count = min(left, len(part))
+        left -= count
+        for name, pieces in cuts.items():
+            pieces.append(part.arrays[name][: part.first_row(name, count)])
+    needed = sum(piece.nbytes for pieces in cuts.values() for piece in pieces)
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed", str(folder.parent))
-    for name, cuts in whole.items():
-        _save_array(folder / f"{name}.npy", cuts)
-    names = list(whole)
+    for name, pieces in cuts.items():
+        _save_array(folder / f"{name}.npy", pieces)
+    names = list(cuts)
     listed = {name: file_digest(folder / f"{name}.npy") for name in names}
     kept_meta = {name: value for name, value in meta.items() if name not in _OWN}
     return {"format": STORE_FORMAT, "arrays": names, "listed": listed, **kept_meta}
 
 
-def _save_array(path: Path, cuts: list[np.ndarray]) -> None:
+def _save_array(path: Path, pieces: list[np.ndarray]) -> None:
     """One array of several, one after the other. Written, not mapped: where a disk is full that is an error, and a
     mapped page is the end of the process."""
-    shapes = {cut.shape[1:] for cut in cuts}
+    shapes = {piece.shape[1:] for piece in pieces}
     if len(shapes) > 1:
         raise UserError(f"the parts have {path.stem} of the shapes {sorted(shapes)}; expected one shape.")
-    dtype, shape = np.result_type(*(cut.dtype for cut in cuts)), (sum(map(len, cuts)), *shapes.pop())
+    dtype, shape = np.result_type(*(piece.dtype for piece in pieces)), (sum(map(len, pieces)), *shapes.pop())
     with path.open("wb") as file:
         descr = np.lib.format.dtype_to_descr(dtype)
         np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-        for cut in cuts:
-            rows = max(1, _PIECE // max(1, cut[:1].nbytes))
-            for start in range(0, len(cut), rows):
-                file.write(np.ascontiguousarray(cut[start : start + rows], dtype).data)
+        for piece in pieces:
+            rows = max(1, _PIECE // max(1, piece[:1].nbytes))
+            for start in range(0, len(piece), rows):
+                file.write(np.ascontiguousarray(piece[start : start + rows], dtype).data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:
-    """(b, longest, ...) rows of ``array``; states repeat their last entry in the padding, labels are -1, the rest 0."""
-    offsets = np.arange(lengths.max())
-    padded = array[first[:, None] + np.minimum(offsets, lengths[:, None] - 1)]
-    if name != "states":
-        padded[offsets >= lengths[:, None]] = PADDING.get(name, 0)
-    return padded

@@ -1,11 +1,13 @@
-"""Behaviour data: padded batches of episodes with lengths, and masks.
+"""Behaviour data: episodes as padded batches with lengths, or side by side without padding, and masks.
 
 Axes: b episodes, t steps. A sequence holds T actions and T + 1 states: ``o_1, a_1, ..., a_T, o_{T+1}`` (paper §1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -13,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metacontroller.data.minari import minari_episodes, open_minari, refusing_damage
+from metacontroller.data.formats import minari
 from metacontroller.errors import UserError
-from metacontroller.ranges import Rows, check, require, shown
-from metacontroller.tensors import check_lengths, check_rows, check_tensor
+from metacontroller.ranges import Count, Rows, check, require, shown
+from metacontroller.tensors import check_entries, check_lengths, check_rows, check_tensor
 
 ENDINGS = ("terminated", "truncated")
 PER_EPISODE = ("lengths", *ENDINGS, "seeds")
 """Fields with one entry an episode; the others have one a step, ``states`` one more."""
-
-FINITE = frozenset({"states", "actions", "rewards"})
+FINITE = ("actions", "rewards", "states")
 """Fields that may hold neither NaN nor infinity."""
-
 PADDING = {"subgoals": -1, "segments": -1}
 """What fills the steps beyond an episode's end, where that is not 0; states repeat their last entry."""
+PIECE = 65536
+"""Rows of an array that are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,10 @@ class Trajectories:
         """T, the padded number of actions."""
         return self.actions.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def mask(self) -> Tensor:
         """(b, T) bool: which actions are real."""
         return length_mask(self.lengths, self.steps)
@@ -85,18 +91,15 @@ class Trajectories:
         """The episodes with indices ``rows`` (m,), cut to the longest of them."""
         check_rows(rows, self.batch)
         steps = int(self.lengths[rows].max())
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         selected = {
             name: value[rows] if name in PER_EPISODE else value[rows, : steps + (name == "states")]
-            for name, value in values.items()
-            if value is not None
+            for name, value in self.tensors().items()
         }
         return replace(self, **selected)
 
     def to(self, device: torch.device | str) -> Trajectories:
         """The same episodes on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
     def sample(self, n: int, generator: torch.Generator) -> Trajectories:
         """n of the episodes, drawn with replacement, on the generator's device: a `data.batching.Generate`."""
@@ -114,117 +117,189 @@ class Trajectories:
         episodes that do not fit together, and for values that are not finite.
         """
         require(isinstance(episodes, Iterable), "episodes", episodes, "a list of mappings, one an episode")
-        return cls._of_rows(list(checked_episodes(enumerate(episodes))))
-
-    @classmethod
-    def _of_rows(cls, rows: list[dict[str, Tensor]]) -> Trajectories:
-        """Episodes that were checked, padded."""
-        if not rows:
-            raise UserError("from_episodes was given no episode; give at least one.")
-        lengths = torch.tensor([len(row["actions"]) for row in rows])
-        steps = int(lengths.max())
-        padded = {name: torch.stack([_padded(name, row[name], steps) for row in rows]) for name in rows[0]}
-        return cls(lengths=lengths, **padded)
+        return Episodes.of_rows(enumerate(episodes)).padded()
 
     @classmethod
     def from_minari(cls, dataset: Any) -> Trajectories:
-        """All episodes of a `minari.MinariDataset`, or of the local one with that ID; see `data.minari`."""
-        with refusing_damage(dataset):
-            return cls._of_rows(list(checked_episodes(minari_episodes(open_minari(dataset)))))
+        """All episodes of a `minari.MinariDataset`, or of the local one with that ID; see `data.formats.minari`."""
+        return Episodes.of_rows(minari.read(dataset).episodes).padded()
 
     def episodes(self) -> Iterator[dict[str, Tensor]]:
         """The episodes one by one, without padding, as ``from_episodes`` takes them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
-        held = {name: value for name, value in values.items() if value is not None}
-        for row, steps in enumerate(self.lengths.tolist()):
+        for episode in Episodes.of(self):
+            yield {name: torch.as_tensor(value) for name, value in episode.items()}
+
+
+class Episodes:
+    """Episodes of any lengths. arrays: the fields of `Trajectories` by name, episode after episode without padding."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.arrays = dict(arrays)
+        self.lengths = np.asarray(self.arrays["lengths"])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @classmethod
+    def of(cls, trajectories: Trajectories) -> Episodes:
+        """The real steps of padded episodes."""
+        lengths, arrays = trajectories.lengths.cpu(), {}
+        for name, value in trajectories.tensors().items():
+            if name not in PER_EPISODE:
+                value = value.cpu()[length_mask(lengths + (name == "states"), value.shape[1])]
+            arrays[name] = value.cpu().numpy()
+        return cls(arrays)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[tuple[int, Any]]) -> Episodes:
+        """Episodes one by one: each a mapping as `Trajectories.from_episodes` takes it, with the number by which errors
+        name it. UserError for one that is not sound by itself or does not look like the first, and for none."""
+        columns: dict[str, list[np.ndarray]] = defaultdict(list)
+        first: dict[str, np.ndarray] = {}
+        for number, row in rows:
+            episode = _as_arrays(row, number)
+            first = first or episode
+            _check_episode(episode, number, first)
+            for name, value in {**episode, "lengths": np.array(len(episode["actions"]))}.items():
+                columns[name].append(np.atleast_1d(value))
+        if not columns:
+            raise UserError("no episode is given; give at least one.")
+        return cls({name: np.concatenate(values) for name, values in columns.items()})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """The episodes one by one, as ``of_rows`` takes them."""
+        for episode in range(len(self)):
             yield {
-                name: value[row] if name in PER_EPISODE else value[row, : steps + (name == "states")]
-                for name, value in held.items()
+                name: array[episode] if name in PER_EPISODE else array[self.rows(name, episode)]
+                for name, array in self.arrays.items()
+                if name != "lengths"
             }
 
+    def first_row(self, name: str, episode: Any) -> Any:
+        """The row of an array with which an episode, or each of several, begins; number ``len(self)`` is the end."""
+        return episode if name in PER_EPISODE else self.starts[episode] + episode * (name == "states")
 
-def checked_episodes(episodes: Iterable[tuple[int, Any]]) -> Iterator[dict[str, Tensor]]:
-    """The episodes, each with the number by which errors name it, as tensors; UserError for one that is not sound by
-    itself or does not look like the first."""
-    known = {field.name for field in fields(Trajectories)} - {"lengths"}
-    first: dict[str, Tensor] = {}
-    for index, episode in episodes:
-        row = _as_tensors(episode, index)
-        first = first or row
-        _check_episode(row, index, first.keys(), known)
-        _check_alike(row, index, first)
-        for name in FINITE & row.keys():
-            refuse_not_finite(name, row[name].numpy(), lambda step, index=index: (index, step))
-        yield row
+    def rows(self, name: str, episode: int) -> slice:
+        """The rows of an array that are of an episode."""
+        return slice(self.first_row(name, episode), self.first_row(name, episode + 1))
+
+    def digest(self) -> str:
+        """SHA-256 of all arrays, of the same content the same."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.arrays.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            for start in range(0, len(array), PIECE):
+                digest.update(np.ascontiguousarray(array[start : start + PIECE]).data)
+        return digest.hexdigest()
+
+    def refuse_not_finite(self) -> None:
+        """UserError if states, actions or rewards hold NaN or infinity; all of them are read."""
+        for name in sorted({*FINITE} & self.arrays.keys()):
+            row = _first_not_finite(self.arrays[name])
+            if row is not None:
+                starts = self.first_row(name, np.arange(len(self) + 1))
+                episode = int(np.searchsorted(starts, row, side="right")) - 1
+                raise _not_finite(name, episode, row - int(starts[episode]))
+
+    def padded(self) -> Trajectories:
+        """All episodes."""
+        return self.read(np.arange(len(self)))
+
+    def read(
+        self, rows: np.ndarray | Tensor, *, longest: int | None = None, rng: np.random.Generator | None = None
+    ) -> Trajectories:
+        """The episodes with indices ``rows`` (b,), padded to the longest; UserError for indices out of range.
+
+        longest: of an episode of more steps only so many are read, from its start, or from a step that ``rng`` draws.
+        """
+        index = np.asarray(rows)
+        check_tensor("rows", torch.as_tensor(index), ("m",), int, "at least one index")
+        check_entries("rows", torch.as_tensor(index), 0, len(self) - 1, "the episodes at hand")
+        check("longest", longest, Count | None)
+        full = self.lengths[index]
+        lengths = full if longest is None else np.minimum(full, longest)
+        skipped = np.zeros_like(full) if rng is None else rng.integers(0, full - lengths + 1)
+        values = {"lengths": torch.from_numpy(lengths.copy())}
+        for name in self.arrays.keys() - {"lengths"}:
+            if name in PER_EPISODE:
+                value = np.asarray(self.arrays[name])[index]
+                if name in ENDINGS:
+                    value = value & (skipped + lengths == full)  # a piece that stops before the end has not ended yet
+            else:
+                first = self.first_row(name, index) + skipped
+                value = _gather_padded(self.arrays[name], first, lengths + (name == "states"), name)
+            values[name] = torch.from_numpy(value)
+        return Trajectories(**values)
 
 
-def refuse_not_finite(
-    name: str, array: np.ndarray, place: Callable[[int], tuple[int, int]], piece: int = 65536
-) -> None:
-    """UserError if the array (n, ...) holds NaN or infinity, which names episode and step. place: those of a row."""
-    if not np.issubdtype(array.dtype, np.floating):
-        return
-    for start in range(0, len(array), piece):
-        finite = np.isfinite(array[start : start + piece]).reshape(len(array[start : start + piece]), -1).all(1)
-        if not finite.all():
-            episode, step = place(start + int(np.argmin(finite)))
-            raise UserError(
-                f"episode {episode} has {name} that are NaN or infinite at step {step}, both counted from 0; mend or "
-                "leave out that episode."
-            )
+def _gather_padded(array: np.ndarray, first: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:
+    """(b, longest, ...) rows of ``array``; states repeat their last entry in the padding, labels are -1, the rest 0."""
+    offsets = np.arange(lengths.max())
+    padded = array[first[:, None] + np.minimum(offsets, lengths[:, None] - 1)]
+    if name != "states":
+        padded[offsets >= lengths[:, None]] = PADDING.get(name, 0)
+    return padded
 
 
-def _as_tensors(row: Any, index: int) -> dict[str, Tensor]:
-    """The fields of episode number ``index`` as tensors; UserError for what is no array of numbers."""
-    if not isinstance(row, Mapping):
-        raise UserError(f"episode {index} is {shown(row)}; expected a mapping of a field's name to an array.")
-    tensors = {}
+def _as_arrays(row: Any, number: int) -> dict[str, np.ndarray]:
+    """The fields of an episode as arrays; UserError for what is no array of numbers."""
+    require(isinstance(row, Mapping), f"episode {number}", row, "a mapping of a field's name to an array")
+    arrays = {}
     for name, value in row.items():
         try:
-            tensors[name] = torch.as_tensor(np.asarray(value))
+            arrays[name] = np.asarray(value)
+            torch.as_tensor(arrays[name])
         except (TypeError, ValueError) as error:
-            raise UserError(f"episode {index} has {name} {shown(value)}; expected an array of numbers.") from error
-    return tensors
+            raise UserError(f"episode {number} has {name} {shown(value)}; expected an array of numbers.") from error
+    return arrays
 
 
-def _check_alike(row: Mapping[str, Tensor], index: int, first: Mapping[str, Tensor]) -> None:
-    """UserError unless each step of an episode looks like a step of the first one."""
-    for name, value in row.items():
-        other = first[name]
-        if value.shape[1:] != other.shape[1:] or value.dtype != other.dtype:
-            raise UserError(
-                f"episode {index} has {name} of shape {tuple(value.shape)} and dtype {value.dtype} and episode 0 of "
-                f"shape {tuple(other.shape)} and dtype {other.dtype}; expected the same but for the steps."
-            )
-
-
-def _check_episode(row: Mapping[str, Tensor], index: int, names: Any, known: set[str]) -> None:
-    if not {"states", "actions"} <= row.keys() or not row.keys() <= known or row.keys() != names:
+def _check_episode(row: Mapping[str, np.ndarray], number: int, first: Mapping[str, np.ndarray]) -> None:
+    """UserError unless an episode is sound by itself, and each of its steps looks like a step of the first one."""
+    known = {field.name for field in fields(Trajectories)} - {"lengths"}
+    if not {"states", "actions"} <= row.keys() <= known or row.keys() != first.keys():
         raise UserError(
-            f"episode {index} has the fields {sorted(row)} and episode 0 {sorted(names)}; expected the same, with "
+            f"episode {number} has the fields {sorted(row)} and the first {sorted(first)}; expected the same, with "
             f"states and actions, of {', '.join(sorted(known))}."
         )
     for name, value in row.items():
-        if (value.dim() == 0) != (name in PER_EPISODE):
+        if (value.ndim == 0) != (name in PER_EPISODE):
             expected = "one value" if name in PER_EPISODE else "one entry a step"
-            raise UserError(f"episode {index} has {name} of shape {tuple(value.shape)}; expected {expected}.")
+            raise UserError(f"episode {number} has {name} of shape {value.shape}; expected {expected}.")
     steps = len(row["actions"])
     for name, value in row.items():
-        expected = steps + (name == "states")
-        if name not in PER_EPISODE and (steps == 0 or len(value) != expected):
+        if name not in PER_EPISODE and (steps == 0 or len(value) != steps + (name == "states")):
             raise UserError(
-                f"episode {index} has {len(value)} {name} and {steps} actions; expected at least one action, one state "
-                "more, and as many of the rest."
+                f"episode {number} has {len(value)} {name} and {steps} actions; expected at least one action, one "
+                "state more, and as many of the rest."
             )
+        if value.shape[1:] != first[name].shape[1:] or value.dtype != first[name].dtype:
+            raise UserError(
+                f"episode {number} has {name} of shape {value.shape} and dtype {value.dtype} and the first of shape "
+                f"{first[name].shape} and dtype {first[name].dtype}; expected the same but for the steps."
+            )
+        step = _first_not_finite(value) if name in FINITE else None
+        if step is not None:
+            raise _not_finite(name, number, step)
 
 
-def _padded(name: str, value: Tensor, steps: int) -> Tensor:
-    """The values of an episode for ``steps`` steps."""
-    if name in PER_EPISODE:
-        return value
-    missing = steps + (name == "states") - len(value)
-    last = value[-1:] if name == "states" else torch.full_like(value[:1], PADDING.get(name, 0))
-    return torch.cat([value, last.expand(missing, *value.shape[1:])])
+def _first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array (n, ...) that holds NaN or infinity."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return None
+    for start in range(0, len(array), PIECE):
+        finite = np.isfinite(array[start : start + PIECE]).all(tuple(range(1, array.ndim)))
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None
+
+
+def _not_finite(name: str, episode: int, step: int) -> UserError:
+    return UserError(
+        f"episode {episode} has {name} that are NaN or infinite at step {step}, both counted from 0; mend or leave out "
+        "that episode."
+    )
 
 
 def length_mask(lengths: Tensor, steps: int) -> Tensor:

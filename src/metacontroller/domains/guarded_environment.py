@@ -19,8 +19,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from metacontroller.data.datasets import spec_kwargs
-from metacontroller.data.spaces import action_options, readable
+from metacontroller.data.spaces import action_options, readable, spec_kwargs
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
 from metacontroller.errors import UserError, last_line
 from metacontroller.ranges import shown

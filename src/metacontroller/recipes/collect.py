@@ -25,8 +25,8 @@ import numpy as np
 from metacontroller.arguments import checked_kinds
 from metacontroller.data.datasets import space_meta
 from metacontroller.data.spaces import encode_actions, encode_observations, stack
-from metacontroller.data.store import Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.domains.border import Misfit, fitted
 from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError

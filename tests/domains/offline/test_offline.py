@@ -16,8 +16,7 @@ from gymnasium import spaces
 
 from metacontroller import cli
 from metacontroller.data.datasets import Dataset
-from metacontroller.data.store import Episodes
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.domains import guarded_environment
 from metacontroller.domains.base import FREE
 from metacontroller.domains.offline.domain import Offline, OfflineConfig
@@ -55,7 +54,7 @@ def folder(tmp_path: Path) -> str:
 
 def test_the_spec_is_read_from_the_data(folder: str) -> None:
     world = Offline(OfflineConfig(dataset=folder))
-    spec, seen = world.spec(), [row for row in range(3) if row not in world._held_out]
+    spec, seen = world.spec(), [row for row in range(3) if row not in world._split.validation]
     episodes = [episode["states"] for episode in trajectories().episodes()]
     states = np.concatenate([episodes[row] for row in seen])
     assert len(seen) == 2

@@ -9,21 +9,20 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from metacontroller.data.datasets import Dataset, load_dataset
-from metacontroller.data.held_out import held_out_rows, steps_trained_on
 from metacontroller.data.spaces import action_options, encoder_options
-from metacontroller.data.statistics import normalization, pixel_scale
+from metacontroller.data.splits import ValidationSplit
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain, DomainSpec, Split
-from metacontroller.domains.guarded_environment import environment_facts, environment_id, keywords
+from metacontroller.domains.guarded_environment import EnvironmentFacts, environment_facts, environment_id, keywords
 from metacontroller.domains.gymnasium_adapter import GymnasiumBatch, GymnasiumEnvironments
 from metacontroller.errors import UserError
-from metacontroller.ranges import MOST_PROCESSES, MOST_STEPS, Number, Whole, check_fields, shown
+from metacontroller.ranges import Number, ProcessesOr0, Steps, check_fields, shown
 from metacontroller.storage.versions import ENVIRONMENT, check_versions, record
 
 
@@ -37,26 +36,24 @@ class OfflineConfig:
     """Gymnasium ID of the environment; none: nothing can act, the rest works."""
     env_kwargs: str | None = None
     """Keywords with which it is made, a JSON object as text; none: those that its ID brings."""
-    max_steps: int | None = None
+    max_steps: Steps | None = None
     """Steps after which an episode is truncated; none: the environment's limit, or the longest episode of the data."""
     success_return: float | None = None
     """Where the environment's info says nothing of success: the return that counts as one; none: a positive reward at
     termination."""
-    workers: int = 0
+    workers: ProcessesOr0 = 0
     """Processes in which the environments step; 0: the one that trains."""
-    window: int = 128
+    window: Steps = 128
     """Of longer episodes only so many steps are read at once, from a step drawn at random; a model with attention acts
     by its last so many steps too."""
-    validation_share: float = 0.1
+    validation_share: Annotated[float, Number(0, 0.9, noun="share")] = 0.1
     """Share of the episodes on which nothing is trained, for validation: by episode, the same for all phases and seeds.
     0: none, and held-out figures are of episodes that were trained on."""
 
     def __post_init__(self) -> None:
         if self.dataset is not None and Path(self.dataset).is_dir():
             object.__setattr__(self, "dataset", str(Path(self.dataset).resolve()))  # read from other folders too
-        check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True), workers=Whole(0, MOST_PROCESSES))
-        check_fields(self, success_return=Number(none=True), window=Whole(most=MOST_STEPS))
-        check_fields(self, validation_share=Number(0, 0.9, noun="share"))
+        check_fields(self)
         if keywords(self.env_kwargs) and self.env is None:
             raise UserError(f"env_kwargs are {shown(self.env_kwargs)} and there is no env; name one.")
 
@@ -71,17 +68,17 @@ class Offline(Domain):
     @cached_property
     def dataset(self) -> Dataset:
         """The demonstrations; UserError without any, or if the environment's spaces are not those of the data."""
-        dataset = self._recorded
-        if self.config.env is None:
+        dataset, facts = self._recorded, self._facts
+        if facts is None:
             return dataset
-        _warn_of_another_world(dataset, self.config)
-        fitted = _fitted(dataset, self.config.env, self.config.env_kwargs)
-        check_versions(f"dataset {self.config.dataset}", dataset.record, self.versions())
+        _warn_of_another_world(dataset, self.config, facts)
+        fitted = _fitted(dataset, self.config.env, facts)
+        check_versions(f"dataset {self.config.dataset}", dataset.record, facts.versions)
         return fitted
 
     @property
-    def _recorded(self) -> Dataset:
-        """The demonstrations as they are, with the spaces that came with them; UserError without any."""
+    def _source(self) -> tuple[str, int]:
+        """The dataset's name, and when it was last written; UserError without any."""
         name = self.config.dataset
         if name is None:
             raise UserError("no dataset was named; start the run with --dataset ID.")
@@ -90,7 +87,22 @@ class Offline(Domain):
                 f"the dataset {name} is not there; if it was moved, name its place by: metacontroller discover RUN "
                 "--dataset PATH, with --resume where discovery has begun."
             )
-        return _load(name, _modified(name))
+        return name, _modified(name)
+
+    @property
+    def _recorded(self) -> Dataset:
+        """The demonstrations as they are, with the spaces that came with them; UserError without any."""
+        return _load(*self._source)
+
+    @cached_property
+    def _split(self) -> ValidationSplit:
+        return _split_of(*self._source, self.config.validation_share)
+
+    @property
+    def _facts(self) -> EnvironmentFacts | None:
+        """What the environment says of itself; None if the run has none."""
+        env, kwargs = self.config.env, self.config.env_kwargs
+        return None if env is None else environment_facts(env, kwargs)
 
     def acting_where_recorded(self) -> OfflineConfig:
         """This config with the environment of the data: its ID, keywords and time limit.
@@ -108,47 +120,35 @@ class Offline(Domain):
         return replace(self.config, env=env, env_kwargs=json.dumps(options) if options else None)
 
     def spec(self) -> DomainSpec:
-        dataset = self.dataset
-        observations, actions = encoder_options(dataset.observation_space), action_options(dataset.action_space)
-        options = _with_statistics(self.config, observations, actions)
-        return DomainSpec(*options, self._limit(), window=self.config.window)
+        encoder, action = encoder_options(self.dataset.observation_space), action_options(self.dataset.action_space)
+        scales = self._split.scales
+        encoder, action = encoder | scales.get("states", {}), action | scales.get("actions", {})
+        return DomainSpec(encoder, action, self._limit(), window=self.config.window)
 
     def versions(self) -> dict[str, str]:
         """The record of the environment in which the run acts, or else of the data."""
-        env, kwargs = self.config.env, self.config.env_kwargs
-        return self.data_versions() if env is None else environment_facts(env, kwargs).versions
+        facts = self._facts
+        return self.data_versions() if facts is None else facts.versions
 
     def data_versions(self) -> dict[str, str]:
         """The record of where the data were made, with their digest; of the environment, if they do not say."""
-        known = self._recorded.record
-        acting = {} if ENVIRONMENT in known or self.config.env is None else self.versions()
+        known, facts = self._recorded.record, self._facts
+        acting = {} if ENVIRONMENT in known or facts is None else facts.versions
         return {**record(None), **acting, **known}
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        """n episodes of the split, drawn with replacement; for validation of those that are trained on if none is held
-        out. Subgoals are left out: their names are not known."""
+        """n episodes of the split, drawn with replacement; for validation of those that are trained on if there are no
+        others. Subgoals are left out: their names are not known."""
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        rng, held_out = np.random.default_rng(int(seed)), self._held_out
-        rows = held_out if split == "validation" and len(held_out) else self._trained_on
-        chosen = rows[rng.integers(len(rows), size=n)]
-        episodes = self.dataset.read(chosen, longest=self.config.window, rng=rng)
-        kept = Trajectories(states=episodes.states, actions=episodes.actions, lengths=episodes.lengths)
-        return kept.to(generator.device)
-
-    @cached_property
-    def _held_out(self) -> np.ndarray:
-        """Indices of the episodes for validation."""
-        assert self.config.dataset is not None
-        return _held_out_of(self.config.dataset, _modified(self.config.dataset), self.config.validation_share)
-
-    @cached_property
-    def _trained_on(self) -> np.ndarray:
-        """Indices of all others."""
-        return np.setdiff1d(np.arange(len(self.dataset.episodes)), self._held_out)
+        rng, validation = np.random.default_rng(int(seed)), self._split.validation
+        rows = validation if split == "validation" and len(validation) else self._split.training
+        episodes = self.dataset.read(rows[rng.integers(len(rows), size=n)], longest=self.config.window, rng=rng)
+        unlabelled = Trajectories(states=episodes.states, actions=episodes.actions, lengths=episodes.lengths)
+        return unlabelled.to(generator.device)
 
     def validates(self, phase: Split) -> bool:
-        """Both phases, unless no episode is held out."""
-        return bool(len(self._held_out))
+        """Both phases, unless no episode is for validation."""
+        return bool(len(self._split.validation))
 
     def reset(
         self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
@@ -176,9 +176,8 @@ class Offline(Domain):
 
     def _limit(self) -> int:
         """The time limit of episodes."""
-        env, kwargs = self.config.env, self.config.env_kwargs
-        own = None if env is None else environment_facts(env, kwargs).max_steps
-        return self.config.max_steps or own or self.dataset.longest
+        facts = self._facts
+        return self.config.max_steps or (facts and facts.max_steps) or self.dataset.longest
 
 
 def _modified(name: str | None) -> int:
@@ -193,42 +192,16 @@ def _load(name: str, modified: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _scale(name: str, modified: int, share: float, field: str) -> dict[str, list[float]]:
-    """Mean and standard deviation of an array's vectors, or of the channels of its images, in what is trained on."""
-    dataset = _load(name, modified)
-    array, image = dataset.episodes.arrays[field], encoder_options(dataset.observation_space).get("image")
-    used = steps_trained_on(dataset.episodes, field, _held_out_of(name, modified, share))
-    if field == "states" and image is not None:
-        return pixel_scale(array, image, used)
-    return normalization(array, "observations" if field == "states" else field, used)
-
-
-@lru_cache(maxsize=4)
-def _held_out_of(name: str, modified: int, share: float) -> np.ndarray:
-    episodes = _load(name, modified).episodes
-    rows = held_out_rows(episodes, share)
-    if share and not len(rows):
+def _split_of(name: str, modified: int, share: float) -> ValidationSplit:
+    split = ValidationSplit(_load(name, modified), share)
+    if share and not len(split.validation):
         print(
-            f"dataset {name}: none of its {len(episodes)} episodes can be held out for validation, because there is "
-            "one only, or each occurs again and again; held-out figures are of episodes that were trained on.",
+            f"dataset {name}: none of its {len(split.training)} episodes can be held out for validation, because there "
+            "is one only, or each occurs again and again; held-out figures are of episodes that were trained on.",
             file=sys.stderr,
             flush=True,
         )
-    return rows
-
-
-def _with_statistics(
-    config: OfflineConfig, observations: dict[str, Any], actions: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of encoder and readout; vectors and images with their mean and standard deviation in the data."""
-    assert config.dataset is not None
-    source = (config.dataset, _modified(config.dataset), config.validation_share)
-    fields = {"states": observations, "actions": actions}
-    states, acts = (
-        {**options, **({} if "num_discrete" in options else _scale(*source, field))}
-        for field, options in fields.items()
-    )
-    return states, acts
+    return split
 
 
 def _known(env: str) -> str | None:
@@ -247,10 +220,8 @@ def _asking(data: Dataset) -> str:
     return shlex.quote(data.env) + more
 
 
-def _warn_of_another_world(data: Dataset, config: OfflineConfig) -> None:
+def _warn_of_another_world(data: Dataset, config: OfflineConfig, facts: EnvironmentFacts) -> None:
     """Warns if the environment of a run is made otherwise than that of its data, as far as that is known."""
-    assert config.env is not None
-    facts = environment_facts(config.env, config.env_kwargs)
     pairs = {"the keywords": (data.env_kwargs, facts.kwargs), "the time limit": (data.env_steps, facts.max_steps)}
     told = [f"{what} {was} and not {now}" for what, (was, now) in pairs.items() if was is not None and was != now]
     if told:
@@ -261,12 +232,11 @@ def _warn_of_another_world(data: Dataset, config: OfflineConfig) -> None:
         )
 
 
-def _fitted(dataset: Dataset, env: str, kwargs: str | None) -> Dataset:
+def _fitted(dataset: Dataset, env: str | None, facts: EnvironmentFacts) -> Dataset:
     """The data with the environment's spaces, whose bounds may differ; UserError if they do not fit.
 
     Spaces that did not come with the data may have seen too few choices.
     """
-    facts = environment_facts(env, kwargs)
     pairs = {
         "observations": (encoder_options(dataset.observation_space), encoder_options(facts.observation_space)),
         "actions": (action_options(dataset.action_space), action_options(facts.action_space)),
