@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metacontroller.data.store import Episodes, TrajectoryStore
-from metacontroller.data.trajectories import Trajectories
+from metacontroller.data.store import TrajectoryStore
+from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.domains.base import FREE, Domain, Free, Split
 from metacontroller.domains.pinpad.tasks import (
     Task,
