@@ -36,7 +36,7 @@ def test_the_phases_see_images(tmp_path: Path) -> None:
         8, dim_meta_controller=8, dim_latent=2, internal_sequence_embedder=BODY, action_proposer=BODY
     )
     model = make(norm_final_encoding=True, encoder_kwargs=BODY)
-    images, actions = torch.randint(256, (2, 3, 32, 32, 3), dtype=torch.uint8), torch.randint(4, (2, 3))
+    images, actions = torch.randint(256, (2, 3, 16, 16, 3), dtype=torch.uint8), torch.randint(4, (2, 3))
     losses, pixels = model(images, actions, episode_lens=lengths, return_visual_autoencoder_loss=True)
     (losses.state + losses.action + pixels).backward()
     seeing = [model.visual_encoder, model.visual_decoder, model.final_norm, model.attn]
@@ -69,7 +69,7 @@ def test_the_phases_see_images(tmp_path: Path) -> None:
 
 
 def test_features_that_are_predicted_get_no_gradient() -> None:
-    images = torch.rand(1, 3, 32, 32, 3, requires_grad=True)
+    images = torch.rand(1, 3, 16, 16, 3, requires_grad=True)
     make()(images, torch.zeros(1, 3, dtype=torch.long)).state.backward()
     assert images.grad is not None
     assert images.grad[:, :-1].abs().sum(dim=(2, 3, 4)).min() > 0
@@ -78,7 +78,7 @@ def test_features_that_are_predicted_get_no_gradient() -> None:
 
 def test_channels_may_come_first_and_wrong_images_are_named() -> None:
     model = make(is_channel_last=False)
-    images = torch.rand(1, 2, 3, 32, 32)
+    images = torch.rand(1, 2, 3, 16, 16)
     torch.testing.assert_close(model.visual_encode(images)[0][0], model.visual_encoder(images[0]))
     with pytest.raises(UserError, match=r"expected images \(batch, time, 3, height, width\)"):
         model(images.movedim(2, -1), torch.zeros(1, 2, dtype=torch.long))
@@ -93,7 +93,7 @@ def test_batch_norms_are_frozen_where_a_metacontroller_steers() -> None:
         8, dim_meta_controller=8, dim_latent=2, internal_sequence_embedder=BODY, action_proposer=BODY
     )
     model = make(use_layernorm=False)
-    images, actions = torch.rand(2, 3, 32, 32, 3), torch.randint(4, (2, 3))
+    images, actions = torch.rand(2, 3, 16, 16, 3), torch.randint(4, (2, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(images, actions, meta_controller=steering, discovery_phase=True, return_visual_autoencoder_loss=True)
     logits, _ = model(images[:1, :1], meta_controller=steering, return_cache=True)  # one image has no variance

@@ -95,16 +95,14 @@ def test_every_option_has_an_effect_and_its_names() -> None:
     }
     for width, continuous, lengths in ((8, False, None), (16, True, torch.tensor([6, 3]))):
         state, actions = batch(continuous)
-        for name, value in cases.items():
-            found = []
-            for options in ({}, {name: value}):
-                torch.manual_seed(0)
-                model = make(width, continuous, **options)
-                losses, output = model(state, actions, episode_lens=lengths)
-                assert output.latent_pred_entropy.shape == output.switch_beta.shape == (2, 6)
-                assert (output.quantile_indices is None) == (name != "switch_entropy_quantiles" or not options)
-                found.append([float(term.detach()) for term in losses] + output.latent_pred_entropy.flatten().tolist())
-            assert found[0] != found[1], name
+        found = {}
+        for name, options in {"": {}, **{name: {name: value} for name, value in cases.items()}}.items():
+            torch.manual_seed(0)
+            losses, output = make(width, continuous, **options)(state, actions, episode_lens=lengths)
+            assert output.latent_pred_entropy.shape == output.switch_beta.shape == (2, 6)
+            assert (output.quantile_indices is None) == (name != "switch_entropy_quantiles")
+            found[name] = [float(term.detach()) for term in losses] + output.latent_pred_entropy.flatten().tolist()
+        assert [name for name in cases if found[name] == found[""]] == []
 
 
 def test_switches_by_entropy_follow_only_where_asked() -> None:

@@ -6,46 +6,31 @@ why, is told by docs/from-metacontroller-pytorch.md. The module is importable as
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from metacontroller.control import losses as our_losses
 from metacontroller.control.losses import binary_entropy
 from metacontroller.control.losses import cross_entropy as tpo_loss
 from metacontroller.control.metacontroller import MetaController as OurMetaController
-from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, SequenceEmbedder
+from metacontroller.control.policy_losses import policy_losses
+from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, PooledBody, SequenceEmbedder
 from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
 from metacontroller.control.switching import regular_switches
+from metacontroller.data.trajectories import length_mask
 from metacontroller.ranges import check_options
-from metacontroller.variants.loss_weights import LossWeights
-from metacontroller.variants.proposers import (
-    BodyProposer,
-    GruProposer,
-    MinGruProposer,
-    MlpProposer,
-    ModuleProposer,
-    StepwisePolicy,
-    make_proposer,
-)
+from metacontroller.variants.latent_prediction import NextLatent
+from metacontroller.variants.loss_weights import LossScale, LossWeights
+from metacontroller.variants.proposers import ModuleProposer, StepwisePolicy, as_proposer, make_proposer
 
-from . import compat_losses
-from .compat_losses import GRPOOutput, extract_grpo_data, policy_loss, ratio_loss, tpo_target, z_score
-from .compat_names import OtherNames, body_options, other_names
-from .compat_parts import (
-    ActionProposerWrapper,
-    BidirectionalSequenceEmbedder,
-    CausalSequenceEmbedder,
-    LossNormalizer,
-    ResidualDynamics,
-)
+from .compat_names import OtherNames, body_options, on_device_of, other_names
 from .compat_transformer import BehavioralCloningLosses, DiscoveryLosses, Hiddens, Transformer, TransformerOutput
 from .sequential_action_selection import SequentialActionSelectionOutput, perform_sequential_action_selection
 from .transformer_for_symbolic_grid import TransformerForSymbolicGrid
 
 SequentialSelectionOutput = SequentialActionSelectionOutput
-OUR_PROPOSERS = (ModuleProposer, BodyProposer, GruProposer, MinGruProposer, MlpProposer)
 ATTENTION = {"depth": 2, "heads": 8, "attn_dim_head": 32}
-EMBEDDER_WIDTHS = ("dim_model", "dim_sequence", "dim")
 CALL_OPTIONS = {
     "switch_temperature": "switch_temperature",
     "hard_switch": "hard_switch",
@@ -82,6 +67,85 @@ def __getattr__(name: str) -> Any:
     from .metacontroller_with_binary_mapper import MetaControllerWithBinaryMapper  # which needs this module
 
     return MetaControllerWithBinaryMapper
+
+
+class GRPOOutput(NamedTuple):
+    """What internal RL stores of a step: (b, 1, n_e), (b, 1, n_z), (b, 1, entries), (b, 1)."""
+
+    state: Tensor
+    action: Tensor
+    log_prob: Tensor
+    switch_beta: Tensor
+
+
+def policy_loss(
+    meta_controller: OurMetaController,
+    state: Tensor,
+    old_log_probs: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    episode_lens: Tensor | None = None,
+    eps_clip: float | tuple[float, float] = 0.2,
+    switch_beta_frequency: int | None = None,
+    return_kl_loss: bool = False,
+    kl_loss_weight: float = 0.0,
+    use_tpo: bool = False,
+    tpo_eta: float = 1.0,
+    tpo_group_size: int | None = None,
+    per_entry: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The policy's loss on stored episodes, and if asked for the weighted KL; see our ``policy_losses``.
+
+    mask (b, t) or (b, t, 1): switches, every step if None. switch_beta_frequency: switches at regular steps instead.
+    """
+    batch, steps = state.shape[:2]
+    if switch_beta_frequency is not None:
+        mask = regular_switches(batch, steps, switch_beta_frequency)
+    advantages = advantages.flatten() if advantages.numel() == batch else advantages.view(batch, steps)
+    mask = mask[..., 0] if mask is not None and mask.dim() == 3 else mask
+    losses = policy_losses(
+        meta_controller,
+        *on_device_of(meta_controller, state, old_log_probs, actions, advantages, mask, episode_lens),
+        eps_clip=eps_clip,
+        objective="target" if use_tpo else "clipped",
+        eta=tpo_eta,
+        group=tpo_group_size,
+        per_entry=per_entry,
+    )
+    return (losses.surrogate, losses.kl * kl_loss_weight) if return_kl_loss else losses.surrogate
+
+
+def ratio_loss(
+    meta_controller: OurMetaController,
+    target_segment_len: float,
+    switch_beta: Tensor,
+    hard_switch_beta: Tensor | None = None,
+    episode_lens: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The ratio loss of given switching probabilities (b, t); hard switches are those at 0.5 and above if not given."""
+    steps = switch_beta.shape[1]
+    lengths = switch_beta.new_full((len(switch_beta),), steps) if episode_lens is None else episode_lens
+    beta, hard, lengths = on_device_of(meta_controller, switch_beta, hard_switch_beta, lengths)
+    return our_losses.ratio_loss(beta, length_mask(lengths, steps), target_segment_len, chunk=chunk_size, hard=hard)
+
+
+def extract_grpo_data(meta_controller: Any, transformer_output: Any) -> GRPOOutput:
+    """What internal RL stores of the step that left ``transformer_output``."""
+    output = transformer_output.prev_hiddens.meta_controller
+    log_prob = meta_controller.log_prob(output.action_dist, output.actions)
+    return GRPOOutput(output.input_residual_stream, output.actions, log_prob, output.switch_beta)
+
+
+def tpo_target(log_scores: Tensor, u: Tensor, eta: float = 1.0) -> Tensor:
+    """See `control.losses.policy_target`."""
+    return our_losses.policy_target(log_scores, u, eta)
+
+
+def z_score(t: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
+    """See `control.losses.z_score`."""
+    return our_losses.z_score(t, dim, eps)
 
 
 @other_names(CALL_OPTIONS | PARTS | {theirs: f"loss_weights.{ours}" for theirs, ours in LOSS_WEIGHTS.items()})
@@ -165,7 +229,8 @@ class MetaController(OtherNames, OurMetaController):
         options["pooled"] = given["pool_embedded_sequence"]
         if options["kind"] == "attention" and not given["bidirectional"]:
             options |= {"kind": "causal-attention", "pooled": False}
-        check_options("internal_sequence_embedder", options, SequenceEmbedder, given=EMBEDDER_WIDTHS)
+        widths = ("dim_model", "dim_sequence", "dim")
+        check_options("internal_sequence_embedder", options, SequenceEmbedder, given=widths)
         self.sequence_embedder = SequenceEmbedder(dim, dim_sequence, dim=dim, **options)
 
     # parts that may be replaced
@@ -219,8 +284,8 @@ class MetaController(OtherNames, OurMetaController):
 
     # internal RL
 
-    policy_loss = compat_losses.policy_loss  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-    ratio_loss = compat_losses.ratio_loss
+    policy_loss = policy_loss  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    ratio_loss = ratio_loss
 
     @property
     def replay_buffer_field_dict(self) -> dict[str, Any]:
@@ -255,8 +320,61 @@ class MetaController(OtherNames, OurMetaController):
         return super().log_prob(action_dist, sampled_latent_action)
 
 
-def as_proposer(module: nn.Module) -> nn.Module:
-    """A module as one of our proposers: one that is one as it is, others as they take a cache, a GRU its state."""
-    if isinstance(module, OUR_PROPOSERS):
-        return module
-    return ModuleProposer(module, "hx" if isinstance(module, nn.GRU) else "cache")
+class ActionProposerWrapper(OtherNames, ModuleProposer):
+    """Any module as an action proposer."""
+
+    def __init__(
+        self, module: nn.Module, cache_key: str = "cache", return_cache_key: str | None = "return_hiddens"
+    ) -> None:
+        super().__init__(module, cache_key, return_cache_key)
+        self.remember_arguments(locals())
+
+    def forward(self, x: Tensor, cache: Any = None, keep: bool = False) -> tuple[Tensor, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x (b, t, n), after the steps of ``cache`` -> (b, t, n), next cache."""
+        return super().forward(x, cache, keep)
+
+
+class BidirectionalSequenceEmbedder(OtherNames, PooledBody):
+    """Two-sided attention, by default its mean over real steps repeated; options: of a body."""
+
+    def __init__(self, dim: int, pool: bool = True, **options: Any) -> None:
+        super().__init__(dim, pooled=pool, **body_options(options, dim))
+        self.remember_arguments(locals())
+
+
+class CausalSequenceEmbedder(OtherNames, PooledBody):
+    """Causal attention; options: of a body."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, pooled=False, causal=True, **body_options(options, dim))
+        self.remember_arguments(locals())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **ignored: Any) -> Tensor:
+        """x (b, t, n) -> (b, t, n); padding comes last, so that no real step sees it."""
+        return super().forward(x)
+
+
+@other_names({"loss_scale": "scale"})
+class LossNormalizer(LossScale):
+    """Losses divided by their running root mean squares."""
+
+    def __init__(self, num_losses: int = 1, beta: float = 0.999, eps: float = 1e-6) -> None:
+        super().__init__(beta, eps, count=num_losses)
+
+    def forward(self, losses: Tensor, update_ema: bool | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """losses (num_losses,), or a scalar -> the same, scaled. update_ema: by default in training."""
+        return super().forward(losses, update_ema)
+
+
+class ResidualDynamics(nn.Module):
+    """The next latent from the next token's embedding and the latent now, in this order."""
+
+    def __init__(
+        self, dim: int, cond_dim: int | None = None, hidden_dim: int | None = None, num_layers: int = 3
+    ) -> None:
+        super().__init__()
+        self.net = NextLatent(dim, dim_action=cond_dim, hidden=hidden_dim, layers=num_layers)
+
+    def forward(self, next_token_embeds: Tensor, curr_latent: Tensor) -> Tensor:
+        """next_token_embeds (b, t, cond_dim), curr_latent (b, t, n) -> (b, t, n)."""
+        return self.net(curr_latent, next_token_embeds)

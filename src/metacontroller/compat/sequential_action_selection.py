@@ -35,19 +35,11 @@ def perform_sequential_action_selection(
     is_first_step: bool = True,
 ) -> SequentialActionSelectionOutput:
     """See `variants.switches`; hidden_init (1, b, h), latent_init (b, 1, n_z)."""
-    output = gru_gate(
-        gru,
-        to_beta,
-        torch.cat([residual_stream, meta_embeddings], -1),
-        sampled_latent_actions,
-        None if hidden_init is None else hidden_init[0],
-        latent_init[:, 0],
-        temperature=switch_temperature,
-        hard=hard_switch,
-        straight_through=hard_switch_straight_through,
-        fresh=is_first_step,
-    )
-    return SequentialActionSelectionOutput(output.gate, output.z, output.hidden[None])
+    inputs = torch.cat([residual_stream, meta_embeddings], -1)
+    hidden = None if hidden_init is None else hidden_init[0]
+    options = switch_temperature, hard_switch, hard_switch_straight_through, is_first_step
+    beta, z, hidden = gru_gate(gru, to_beta, inputs, sampled_latent_actions, hidden, latent_init[:, 0], *options)
+    return SequentialActionSelectionOutput(beta, z, hidden[None])
 
 
 pytorch_sequential_action_selection = perform_sequential_action_selection

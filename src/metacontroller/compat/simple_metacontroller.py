@@ -15,7 +15,6 @@ from metacontroller.ranges import check_choice
 from metacontroller.variants.latent_prediction import sigreg
 from metacontroller.variants.single_phase import SinglePhase, SinglePhaseCache
 
-from .compat_losses import z_score
 from .compat_names import (
     OtherNames,
     body_options,
@@ -26,6 +25,7 @@ from .compat_names import (
     renamed,
     states_as_entries,
 )
+from .metacontroller import z_score
 from .metacontroller_with_binary_mapper import LOG_TWO, BinaryMapper
 
 KEYWORDS = {
@@ -310,7 +310,7 @@ def policy_loss(
     mask (b, t) or (b, t, 1): decisions, every step if None. advantages (b,), or as mask.
     """
     batch, steps = state.shape[:2]
-    decided = torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask.bool().view(batch, steps)
+    decided = torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask.bool().reshape(batch, steps)
     if episode_lens is not None:
         decided = decided & length_mask(episode_lens, steps).to(decided.device)
     state, old_log_probs, actions, advantages, decided, *options = on_device_of(

@@ -134,3 +134,10 @@ def make_proposer(dim: int, kind: ProposerKind = "attention", **options: Any) ->
         body = AttentionBody if kind == "attention" else HawkBody
         return BodyProposer(body(dim, **{"depth": 1, **options}), dim)
     return {"gru": GruProposer, "mingru": MinGruProposer, "mlp": MlpProposer}[kind](dim, **options)
+
+
+def as_proposer(module: nn.Module) -> nn.Module:
+    """A module as a proposer: one of these as it is, others as they take a cache, a GRU its state."""
+    if isinstance(module, (BodyProposer, GruProposer, MinGruProposer, MlpProposer, ModuleProposer)):
+        return module
+    return ModuleProposer(module, "hx" if isinstance(module, nn.GRU) else "cache")

@@ -6,7 +6,6 @@ Axes: b batch, t steps, n_e residual, w width of queries and keys, k quantiles, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +123,6 @@ class EntropySwitch(nn.Module):
             self.running.lerp_(torch.quantile(values, shares), self.rate)
 
 
-class GruGateOutput(NamedTuple):
-    """z (b, t, n_z), gate (b, t): the weight of the proposal, hidden (b, h): after the last step."""
-
-    z: Tensor
-    gate: Tensor
-    hidden: Tensor
-
-
 def gru_gate(
     gru: nn.GRU,
     to_beta: nn.Linear,
@@ -139,25 +130,25 @@ def gru_gate(
     z_tilde: Tensor,
     hidden: Tensor | None,
     z: Tensor,
-    *,
     temperature: float = 1.0,
     hard: bool = False,
     straight_through: bool = False,
     fresh: bool = True,
-) -> GruGateOutput:
+) -> tuple[Tensor, Tensor, Tensor]:
     """For t = 1..T: hidden_t = gru((inputs_t, z_{t-1}), hidden_{t-1}), beta_t = sigmoid(to_beta(hidden_t) /
     temperature), z_t = beta_t z_tilde_t + (1 - beta_t) z_{t-1}.
 
     inputs (b, t, i), z_tilde (b, t, n_z); hidden (b, h) or None for zeros and z (b, n_z): before the first step. gru:
     one layer over i + n_z inputs. hard: beta is 1 above 0.5, else 0; straight_through: then its gradient is that of
-    beta. fresh: the first beta is 1. UserError for a temperature that is not positive, or another gru.
+    beta. fresh: the first beta is 1. Returns beta (b, t), z (b, t, n_z) and the last hidden. UserError for a
+    temperature that is not positive, or another gru.
     """
     check_number("temperature", temperature, POSITIVE)
     expected = inputs.shape[-1] + z.shape[-1]
     if (gru.input_size, gru.num_layers) != (expected, 1):
         raise UserError(f"the gru has {gru.input_size} inputs, {gru.num_layers} layers; expected {expected} and 1.")
     hidden = inputs.new_zeros(len(inputs), gru.hidden_size) if hidden is None else hidden
-    codes, gates = [], []
+    gates, codes = [], []
     for t in range(inputs.shape[1]):
         hidden = torch.gru_cell(torch.cat([inputs[:, t], z], -1), hidden, *gru.all_weights[0])
         beta = torch.sigmoid(to_beta(hidden)[:, 0] / temperature)
@@ -166,6 +157,6 @@ def gru_gate(
             switch = (beta > 0.5).to(beta.dtype)
             beta = beta + (switch - beta).detach() if straight_through else switch
         z = beta[:, None] * z_tilde[:, t] + (1 - beta[:, None]) * z
-        codes.append(z)
         gates.append(beta)
-    return GruGateOutput(torch.stack(codes, 1), torch.stack(gates, 1), hidden)
+        codes.append(z)
+    return torch.stack(gates, 1), torch.stack(codes, 1), hidden
