@@ -22,7 +22,7 @@ from metacontroller import __version__
 from metacontroller.errors import UserError
 from metacontroller.storage.system_errors import BROKEN_PIPE, Refusal, refusal
 from metacontroller.storage.user_function import trusting
-from metacontroller.training.interruption import Interrupted, listening, say, signal_name, starting
+from metacontroller.training.interruption import Interrupted, listening, say, starting
 
 
 class Command(NamedTuple):
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than a path or a table
 
     def farewell(number: int) -> None:
-        say(f"metacontroller: stopped by {signal_name(number)}; go on with: {resuming(words)}")
+        say(f"metacontroller: stopped by {signal.Signals(number).name}; go on with: {resuming(words)}")
 
     with listening(farewell), trusting(_given(words)), _warnings_as_sentences():
         try:

@@ -216,6 +216,6 @@ MUTATIONS: list[Mutation] = [
     *of(
         "storage/user_function.py",
         "storage/test_user_function.py",
-        ("found = _NAME.fullmatch(text)", "found = _NAME.match(text)"),
+        ("match = _NAME.fullmatch(text)", "match = _NAME.match(text)"),
     ),
 ]

@@ -332,7 +332,7 @@ def updated_weight(
     rng = torch.Generator()
     learner = Learner(module, list(module.parameters()), rng, lr=0.1, weight_decay=0.0, max_grad_norm=1.0)
     learner.processes = workers
-    returns = workers.gather_uneven(rollout.returns[rollout.decisions > 0])
+    returns = workers.gather(rollout.returns[rollout.decisions > 0])
     metrics = _learn(config, learner, rollout, returns, surrogate, rng)
     return module.weight.detach(), metrics
 

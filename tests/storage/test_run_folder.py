@@ -17,8 +17,6 @@ from metacontroller.errors import UserError
 from metacontroller.storage import run_folder
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.storage.training_state import (
-    generator_tensor,
-    load_generator,
     load_module,
     load_optimizer,
     module_tensors,
@@ -445,7 +443,7 @@ class Training:
         tensors = {
             **module_tensors("model", self.model),
             **optimizer_tensors("adam", self.optimizer),
-            "generator": generator_tensor(self.generator),
+            "generator": self.generator.get_state(),
         }
         run.save_checkpoint("toy", tensors, {"adam": optimizer_meta(self.optimizer)})
 
@@ -453,7 +451,7 @@ class Training:
         tensors, meta = run.load_checkpoint("toy")
         load_module(self.model, tensors, "model")
         load_optimizer(self.optimizer, tensors, meta["adam"], "adam")
-        load_generator(self.generator, tensors["generator"])
+        self.generator.set_state(tensors["generator"])
 
     def parameters(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]

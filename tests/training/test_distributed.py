@@ -122,12 +122,12 @@ from metacontroller.training.distributed import leave, processes
 
 workers = processes("cpu")
 gathered = workers.gather(torch.tensor([1.0, 2.0]) + 10 * workers.rank)
-assert gathered.tolist() == [[1.0, 2.0], [11.0, 12.0]], gathered
+assert [part.tolist() for part in gathered] == [[1.0, 2.0], [11.0, 12.0]], gathered
 counts = torch.tensor([3 + workers.rank])
 workers.all_reduce([counts])
-parts = workers.gather_uneven(torch.arange(1.0 + 2 * workers.rank))
+parts = workers.gather(torch.arange(1.0 + 2 * workers.rank))
 assert [part.tolist() for part in parts] == [[0.0], [0.0, 1.0, 2.0]], parts
-assert workers.gather_objects({"rank": workers.rank}) == [{"rank": 0}, {"rank": 1}]
+assert workers.gather({"rank": workers.rank}) == [{"rank": 0}, {"rank": 1}]
 assert counts.tolist() == [7], counts
 leave()
 assert not torch.distributed.is_initialized()

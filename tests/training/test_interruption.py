@@ -97,7 +97,6 @@ def test_an_interrupted_phase_leaves_a_checkpoint_and_resumes_as_if_it_had_not_s
 ) -> None:
     command = [word.format(run=whole / phase) for word in COMMANDS[phase]]
     with monkeypatch.context() as patch:
-        module = "metacontroller.phases.policy_gradient" if "rl" in phase else "metacontroller.training.loop"
         calls = iter(range(1, 99))
 
         def signalled() -> bool:
@@ -105,7 +104,7 @@ def test_an_interrupted_phase_leaves_a_checkpoint_and_resumes_as_if_it_had_not_s
                 os.kill(os.getpid(), signal.SIGTERM)
             return requested()
 
-        patch.setattr(f"{module}.requested", signalled)
+        patch.setattr("metacontroller.training.repeat.requested", signalled)
         assert cli.main(command) == 143
     told = capsys.readouterr().err
     assert told == f"metacontroller: stopped by SIGTERM; go on with: metacontroller {' '.join(command)} --resume\n"

@@ -186,9 +186,8 @@ def test_a_finished_phase_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_the_learning_rate_falls_to_zero_at_the_end() -> None:
     config = OptimizerConfig(steps=10, batch_size=1, lr=0.5, decay_steps=4)
-    rates = [config.lr_at(step) for step in range(10)]
-    assert rates == [0.5] * 7 + [0.375, 0.25, 0.125]
-    assert OptimizerConfig(steps=10, batch_size=1, lr=0.5).lr_at(9) == 0.5
+    assert [config.share_of_lr(step) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
+    assert OptimizerConfig(steps=10, batch_size=1, lr=0.5).share_of_lr(9) == 1.0
 
 
 @pytest.mark.parametrize(

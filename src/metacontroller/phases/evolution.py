@@ -27,11 +27,12 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import EVOLVED, save_artefacts
 from metacontroller.phases.policy_gradient import Reset
 from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
-from metacontroller.phases.updates import repeat
+from metacontroller.phases.updates import PlayedUpdates
 from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.divergence import check_returns
 from metacontroller.training.optimizer import Learner
+from metacontroller.training.repeat import repeat_updates
 
 PHASE = "evolution"
 
@@ -87,31 +88,26 @@ def evolution(
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
     policy = meta_controller.policy
     learner = Learner(policy, parameters, generator, lr=config.lr, weight_decay=0.0, max_grad_norm=math.inf)
-    method = _Evolution(config, learner, model, meta_controller, reset)
+    episodes = config.population * config.episodes
+    updates = _Evolution(PHASE, learner, episodes, quiet, config, model, meta_controller, reset)
     run.begin(PHASE, resume=resume)
     if resume:
         _refuse_other_settings(config, run)
     first = learner.restore(run, PHASE, config.generations)[0] if resume else 0
-    facts = {"settings": vars(config)}
-    updates, every = config.generations, config.checkpoint_every
-    repeat(PHASE, updates, every, learner, method, run, first=first, facts=facts, quiet=quiet)
+    updates.facts = {"settings": vars(config)}
+    repeat_updates(PHASE, updates, first, config.generations, config.checkpoint_every, run, quiet=quiet)
     save_artefacts(run, learner.processes, {EVOLVED: meta_controller})
     return meta_controller
 
 
 @dataclass
-class _Evolution:
-    """Generations of `evolution`, for `updates.repeat`."""
+class _Evolution(PlayedUpdates):
+    """Generations of `evolution`."""
 
     config: EvolutionConfig
-    learner: Learner
     model: SteerableModel
     meta_controller: MetaController
     reset: Reset
-
-    @property
-    def episodes(self) -> int:
-        return self.config.population * self.config.episodes
 
     def play(self) -> tuple[AbstractRollout, AbstractRollout]:
         config, generator, policy = self.config, self.learner.generator, self.meta_controller.policy
@@ -128,9 +124,6 @@ class _Evolution:
         if self.population.set_gradient(fitness):
             metrics["grad_norm"] = self.learner.optimizer_step(-fitness.mean())
         return metrics
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
 
 def _refuse_other_settings(config: EvolutionConfig, run: RunFolder) -> None:

@@ -15,12 +15,13 @@ from metacontroller.data.trajectories import masked_mean
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.phases.rollout import Rollout, joined
-from metacontroller.phases.updates import repeat
+from metacontroller.phases.updates import PlayedUpdates
 from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import check_returns
 from metacontroller.training.optimizer import Learner
+from metacontroller.training.repeat import repeat_updates
 
 Reset = Callable[[int, torch.Generator], BatchedEnv]
 """``reset(n, generator)`` starts n episodes; all their randomness comes from the generator."""
@@ -115,7 +116,7 @@ def reinforce(
     out worse episodes of former batches changes their length and not where they point. An episode that could not start
     says nothing about the policy: it is played and counted as lost, and its return has no part in what is learned.
 
-    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError: see `updates.repeat`.
+    UserError if the run holds a checkpoint of ``phase`` and ``resume`` is false; DivergedError: see `repeat_updates`.
     """
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(config.seed)
@@ -131,24 +132,18 @@ def reinforce(
     run.begin(phase, resume=resume)
     first, restored = learner.restore(run, phase, config.updates) if resume else (0, {})
     waiting = _waiting_here(restored, learner.processes, generator.device)
-    method = _PolicyGradient(config, learner, play, surrogate, waiting)
-    repeat(phase, config.updates, config.checkpoint_every, learner, method, run, first=first, quiet=quiet)
+    updates = _PolicyGradient(phase, learner, config.batch_size, quiet, config, play, surrogate, waiting)
+    repeat_updates(phase, updates, first, config.updates, config.checkpoint_every, run, quiet=quiet)
 
 
 @dataclass
-class _PolicyGradient:
-    """Updates of `reinforce`, for `updates.repeat`. waiting: this process's episodes that wait for one, fields of a
-    rollout by name."""
+class _PolicyGradient(PlayedUpdates):
+    """Updates of `reinforce`. waiting: this process's episodes that wait for one, fields of a rollout by name."""
 
     config: InternalRLConfig
-    learner: Learner
     play_episodes: Play
     surrogate: Surrogate
     waiting: dict[str, Tensor]
-
-    @property
-    def episodes(self) -> int:
-        return self.config.batch_size
 
     def play(self) -> tuple[Rollout, Rollout]:
         workers = self.learner.processes
@@ -157,7 +152,7 @@ class _PolicyGradient:
         return played, played.preceded_by(self.waiting) if self.waiting else played
 
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        returns = self.learner.processes.gather_uneven(rollout.returns[rollout.decisions > 0])
+        returns = self.learner.processes.gather(rollout.returns[rollout.decisions > 0])
         everyone = torch.cat(returns)
         check_returns(everyone)
         if int((everyone > everyone.mean()).sum()) >= self.config.min_better:
@@ -171,7 +166,7 @@ class _PolicyGradient:
     def tensors(self) -> dict[str, Tensor]:
         """What waits in all processes: ``kept.RANK.NAME``."""
         waiting = {name: value.cpu() for name, value in self.waiting.items()}
-        parts = self.learner.processes.gather_objects(waiting)
+        parts = self.learner.processes.gather(waiting)
         return {f"{WAITING}.{rank}.{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
 
 

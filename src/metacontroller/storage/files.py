@@ -67,20 +67,11 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def read_regular(folder: Path, path: Path, most: int) -> bytes | None:
-    """What a file of the folder holds; None unless it is a regular one there, of at most so many bytes.
-
-    No link is followed out of the folder, and no pipe is waited for.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        with open(inside(folder, path), "rb", opener=opener) as file:
-            status = os.fstat(file.fileno())
-            return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= most else None
-    except (UserError, OSError):
-        return None
+    """What a file of the folder holds; None unless it is a regular one there, of at most so many bytes."""
+    with suppress(UserError, OSError):
+        if check_regular(inside(folder, path)) <= most:
+            return path.read_bytes()
+    return None
 
 
 def file_digest(path: Path) -> dict[str, Any]:

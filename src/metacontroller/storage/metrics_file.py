@@ -10,10 +10,10 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from metacontroller.errors import UserError
-from metacontroller.storage.files import check_regular, parse_json
+from metacontroller.storage.files import MANIFEST, check_regular, parse_json
 
 LONGEST = 2**20
 """Bytes of a line."""
@@ -25,85 +25,78 @@ def read_lines(path: Path, listed: Mapping[str, Any] | None) -> list[dict[str, A
     listed: the size and SHA-256 of its first part, or None. UserError for a file that does not begin so, and for a line
     that is not valid or stands there twice.
     """
+    size, expected = (0, hashlib.sha256().hexdigest()) if listed is None else (listed["size"], listed["sha256"])
     if not path.exists():
         if listed is None:
             return []
-        raise UserError(f"{path} is not there any more, but {listed['size']} bytes were written; {_mend(path)}")
-    left, digest = 0 if listed is None else listed["size"], hashlib.sha256()
-    if check_regular(path) < left:
-        raise UserError(
-            f"{path} has less than the {left} bytes that were written: it was cut or swapped; {_mend(path)}"
-        )
-    kept: list[dict[str, Any]] = []
-    reached: dict[str, dict[str, Any]] = {}  # by phase: its last line
+        raise _refused(path, f"is not there any more, but {size} bytes were written")
+    if check_regular(path) < size:
+        raise _refused(path, f"has less than the {size} bytes that were written: it was cut or swapped")
+    lines: list[dict[str, Any]] = []
+    number, left, digest = 0, size, hashlib.sha256()
     with path.open("rb") as file:
-        number = 0
         while (text := file.readline(LONGEST)).endswith(b"\n"):
             number += 1
             digest.update(text[:left])
             left = max(0, left - len(text))
-            line = _parsed(path, number, text)
-            phase, step = line["phase"], line["step"]
-            if line.get("rewound"):
-                kept = [one for one in kept if one["phase"] != phase or one["step"] <= step]
-                reached = {one["phase"]: one for one in kept}
-                continue
-            before = reached.get(phase)
-            if before is not None and (step < before["step"] or line == before):
-                raise UserError(
-                    f"Line {number} of {path} has the step {step} of {phase} again; two commands have written here, or "
-                    "lines were copied: delete those that stand there twice."
-                )
-            kept.append(line)
-            reached[phase] = line
+            _add(lines, _parsed(path, number, text), f"Line {number} of {path}")
     if len(text) == LONGEST:
         raise _bad_line(path, number + 1)
-    if listed is not None and (left or digest.hexdigest() != listed["sha256"]):
-        raise UserError(f"{path} is not what was written (its SHA-256 differs): it was changed; {_mend(path)}")
-    return kept
+    if left or digest.hexdigest() != expected:
+        raise _refused(path, "is not what was written (its SHA-256 differs): it was changed")
+    return lines
 
 
 def drop_torn_line(path: Path) -> None:
     """Cuts the file after its last complete line, so that the next line does not continue an incomplete one."""
-    size = check_regular(path)
+    start = max(0, check_regular(path) - LONGEST)
     with path.open("rb") as file:
-        start = max(0, size - LONGEST)
         file.seek(start)
         tail = file.read(LONGEST)
-    if tail.endswith(b"\n") or not tail:
-        return
     end = tail.rfind(b"\n") + 1
-    if not end and start:
-        raise UserError(f"the last line of {path} has more than {LONGEST} bytes; {_mend(path)}")
-    os.truncate(path, start + end)
+    if tail and not end and start:
+        raise _refused(path, f"has more than {LONGEST} bytes", "the last line of ")
+    if end < len(tail):
+        os.truncate(path, start + end)
+
+
+def _add(lines: list[dict[str, Any]], line: dict[str, Any], place: str) -> None:
+    """Adds a line, or takes back those that it says; UserError where its phase was as far already."""
+    phase, step = line["phase"], line["step"]
+    if line.get("rewound"):
+        lines[:] = [one for one in lines if one["phase"] != phase or one["step"] <= step]
+        return
+    before = next((one for one in reversed(lines) if one["phase"] == phase), None)
+    if before is not None and (step < before["step"] or line == before):
+        raise UserError(
+            f"{place} has the step {step} of {phase} again; two commands have written here, or lines were copied: "
+            "delete those that stand there twice."
+        )
+    lines.append(line)
 
 
 def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    """A line with a phase, a step and otherwise numbers or null, or one that marks a rewind."""
     try:
-        parsed = parse_json(text)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not _is_metrics(parsed):
+        line = parse_json(text)
+        rest = {name: value for name, value in line.items() if name not in ("phase", "step")}
+        valid = isinstance(line["phase"], str) and type(line["step"]) is int
+    except (ValueError, RecursionError, AttributeError, KeyError):
+        raise _bad_line(path, number) from None
+    if "rewound" in rest:
+        valid = valid and len(rest) == 1 and rest["rewound"] is True
+    else:
+        valid = valid and all(value is None or type(value) in (int, float) for value in rest.values())
+    if not valid:
         raise _bad_line(path, number)
-    return {"phase": parsed["phase"], "step": parsed["step"], **parsed}
+    return {"phase": line["phase"], "step": line["step"], **rest}
 
 
 def _bad_line(path: Path, number: int) -> UserError:
-    return UserError(
-        f"Line {number} of {path} is not a JSON object with a phase and a step, and numbers; {_mend(path)}"
-    )
+    return _refused(path, "is not a JSON object with a phase and a step, and numbers", f"Line {number} of ")
 
 
-def _mend(path: Path) -> str:
-    others = path.parent / "manifest.json"
-    return f"copy it from where it was made, or move {others} and what is left of it away, and go on without."
-
-
-def _is_metrics(line: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a line has a phase, a step and otherwise numbers or null, or marks a rewind."""
-    if not isinstance(line, dict) or not isinstance(line.get("phase"), str) or type(line.get("step")) is not int:
-        return False
-    rest = {name: value for name, value in line.items() if name not in ("phase", "step")}
-    if "rewound" in rest:
-        return len(rest) == 1 and rest["rewound"] is True
-    return all(value is None or type(value) in (int, float) for value in rest.values())
+def _refused(path: Path, how: str, part: str = "") -> UserError:
+    manifest = path.parent / MANIFEST
+    mend = f"copy it from where it was made, or move {manifest} and what is left of it away, and go on without."
+    return UserError(f"{part}{path} {how}; {mend}")

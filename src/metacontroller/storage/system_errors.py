@@ -14,13 +14,11 @@ BROKEN_PIPE = 141
 _SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory")
 _ACCESS = {
-    errno.EACCES: "change its permissions, or choose another",
-    errno.EPERM: "change its permissions, or choose another",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or choose another"),
     errno.EROFS: "choose a place that can be written",
-    errno.EEXIST: "something is in the way: move it, or choose another",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "something is in the way: move it, or choose another"),
     errno.ENOTDIR: "a file is in the way where a folder was expected: move it, or choose another",
     errno.EISDIR: "a folder is in the way where a file was expected: move it, or choose another",
-    errno.ENOTEMPTY: "something is in the way: move it, or choose another",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "its links lead in a circle: put the file itself there",
     errno.EIO: "the disk fails: choose another",
@@ -44,10 +42,14 @@ def refusal(error: BaseException) -> Refusal | None:
         return Refusal("what read the output has ended", BROKEN_PIPE)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(str(error))):
         return Refusal("there is not enough memory; lower batch_size or the widths, or take fewer workers", NO_MEMORY)
-    number = _number(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if type(error).__name__ == "SafetensorError" and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
     if number is None:
         return None
-    where = _place(error)
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = "a file" if name is None else str(name)
+    where = where if len(where) <= 200 else f"{where[:197]}..."
     if number in _SPACE:
         return Refusal(f"no space is left for {where} ({os.strerror(number)}); free some, or choose another", NO_SPACE)
     if number == errno.ENOMEM:
@@ -55,18 +57,3 @@ def refusal(error: BaseException) -> Refusal | None:
     if number in _ACCESS:
         return Refusal(f"{where} cannot be used ({os.strerror(number)}); {_ACCESS[number]}", NO_ACCESS)
     return None
-
-
-def _number(error: BaseException) -> int | None:
-    """The system's number of an error, which safetensors' exceptions have in their text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return None if found is None else int(found[1])
-
-
-def _place(error: BaseException) -> str:
-    """The file that an error names, at most a line of it."""
-    names = [getattr(error, name, None) for name in ("filename2", "filename")]
-    name = next((str(found) for found in names if found is not None), "a file")
-    return name if len(name) <= 200 else f"{name[:197]}..."

@@ -56,9 +56,7 @@ def load_optimizer(
             _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
         state.setdefault(int(index), {})[name] = tensor
     if len({frozenset(values) for values in state.values()}) > 1:
-        raise UserError(
-            f"The checkpoint's optimizer state under {prefix!r} is not whole; take one that was saved before."
-        )
+        raise UserError(f"The checkpoint's optimizer state under {prefix!r} lacks tensors; take an older one.")
     if len(state) != meta["parameters_with_state"]:
         raise UserError(
             f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
@@ -67,19 +65,9 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def generator_tensor(generator: torch.Generator) -> Tensor:
-    """Return a random generator's state, a uint8 tensor."""
-    return generator.get_state()
-
-
-def load_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Restore a state from `generator_tensor`; RuntimeError if it is of a generator on another kind of device."""
-    generator.set_state(state.cpu())
-
-
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{prefix}."
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:

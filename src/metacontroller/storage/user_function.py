@@ -45,8 +45,8 @@ def code_name(text: Any) -> CodeName | None:
 
     Names are of ASCII letters, digits and underscores; an ID may have dots and dashes too.
     """
-    found = _NAME.fullmatch(text) if isinstance(text, str) else None
-    return None if found is None else CodeName(*found.groups())
+    match = _NAME.fullmatch(text) if isinstance(text, str) else None
+    return None if match is None else CodeName(*match.groups())
 
 
 @contextmanager
@@ -107,20 +107,15 @@ def _notes() -> Path:
 
 def _remembered(name: str, folder: Path) -> bool:
     """Whether a note allows it; a line that is no note, such as one that a kill has cut, says nothing."""
-    try:
+    lines: list[str] = []
+    with suppress(OSError):
         lines = _notes().read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    notes = [note for line in lines if (note := _note(line)) is not None]
-    return any(noted == name and folder.resolve().is_relative_to(where) for where, noted in notes)
-
-
-def _note(line: str) -> list[str] | None:
-    try:
-        note = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return note if isinstance(note, list) and [type(part) for part in note] == [str, str] else None
+    for line in lines:
+        with suppress(ValueError, RecursionError, TypeError):
+            where, noted = json.loads(line)
+            if noted == name and isinstance(where, str) and folder.resolve().is_relative_to(where):
+                return True
+    return False
 
 
 def import_user_module(what: str, name: str, form: str = "package.module:function") -> tuple[ModuleType, str]:
@@ -166,17 +161,15 @@ def _place(error: BaseException, name: str) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    inside = [frame.lineno for frame in frames if frame.filename == own]
-    if own is not None:
-        return f"{own}, line {inside[-1]}" if inside else own
-    return f"{frames[-1].filename}, line {frames[-1].lineno}"
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None) or frames[-1].filename
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f"{file}, line {lines[-1]}" if lines else file
 
 
 def import_user_function(what: str, name: str) -> Callable[..., Any]:
     """The function that ``name``, package.module:function, names; UserError if there is none."""
     module, function = import_user_module(what, name)
-    found = getattr(module, function, None)
-    if not callable(found):
+    value = getattr(module, function, None)
+    if not callable(value):
         raise UserError(f"{what} {name!r} is no function of {module.__name__}; write package.module:function.")
-    return found
+    return value

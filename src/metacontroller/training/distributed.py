@@ -15,23 +15,23 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, distributed
 
 from metacontroller.data.trajectories import Ratio
-from metacontroller.errors import UserError
+from metacontroller.ranges import require
 
 
 class Processes:
     """The processes that train together. rank: index of this one. count: their number, 1 without a launcher."""
 
     def __init__(self, device_type: str) -> None:
-        self.rank, self.count = 0, 1
+        self.rank, self.count, self.device = 0, 1, torch.device(device_type)
         if launched():
-            from accelerate import PartialState  # slow to import, so only where it is needed
-
-            self.state = PartialState(cpu=device_type == "cpu")
-            self.rank, self.count = self.state.process_index, self.state.num_processes
+            if device_type == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            if not distributed.is_initialized():
+                distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
+            self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
 
     @property
     def is_main(self) -> bool:
@@ -42,15 +42,13 @@ class Processes:
         """Indices of this process's rows of a batch, int64; None for all. UserError if there are too few rows."""
         if self.count == 1:
             return None
-        if batch < self.count:
-            raise UserError(f"batch_size is {batch}; expected at least {self.count}, one episode a process.")
+        require(batch >= self.count, "batch_size", batch, f"at least {self.count}, one episode a process")
         return torch.arange(self.rank, batch, self.count)
 
     def share(self, batch: int, minibatches: int) -> int:
         """Episodes of a batch that this process plays; UserError unless they divide into ``minibatches``."""
         shares = self.count * minibatches
-        if batch % shares:
-            raise UserError(f"batch_size is {batch}; expected a multiple of {shares}, processes times minibatches.")
+        require(batch % shares == 0, "batch_size", batch, f"a multiple of {shares}, processes times minibatches")
         return batch // self.count
 
     def own_generator(self, shared: torch.Generator) -> torch.Generator:
@@ -63,39 +61,24 @@ class Processes:
         seeds = torch.randint(2**62, (self.count,), generator=shared, device=shared.device)
         return torch.Generator(shared.device).manual_seed(int(seeds[self.rank]))
 
-    def gather(self, values: Tensor) -> Tensor:
-        """values (b,) of each process -> (count, b), the same in all processes."""
-        if self.count == 1:
-            return values[None]
-        from accelerate.utils import gather
-
-        return gather(values).view(self.count, -1)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def gather_uneven(self, values: Tensor) -> list[Tensor]:
-        """values (b,) of each process, where b may differ -> those of every process, the same in all processes."""
-        if self.count == 1:
-            return [values]
-        counts = self.gather(torch.tensor([len(values)], device=values.device)).view(-1)
-        gathered = self.gather(F.pad(values, (0, int(counts.max()) - len(values))))
-        return [row[:count] for row, count in zip(gathered, counts, strict=True)]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The value of each process, the same list in all processes."""
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, the same list in all of them; a tensor may differ in size, not in its device."""
         if self.count == 1:
             return [value]
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
+        values: list[Any] = [None] * self.count
+        if not isinstance(value, Tensor):
+            distributed.all_gather_object(values, value)
+            return values
+        distributed.all_gather_object(values, value.cpu())
+        return [part.to(value.device) for part in values]
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor, in place, by its sum over the processes; one exchange for all of them."""
         if self.count == 1 or not tensors:
             return
-        from accelerate.utils import reduce
-
-        total = reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), "sum")
-        sums = total.split([tensor.numel() for tensor in tensors])  # pyright: ignore[reportAttributeAccessIssue]
-        for tensor, value in zip(tensors, sums, strict=True):
+        total = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(total)
+        for tensor, value in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(value.view_as(tensor))
 
     def mean(self, ratio: Ratio) -> Tensor:
@@ -108,14 +91,14 @@ class Processes:
         """Whether the flag of any process is set; the same in all of them."""
         if self.count == 1:
             return flag
-        flags = torch.tensor([float(flag)], device=self.state.device)
+        flags = torch.tensor([float(flag)], device=self.device)
         self.all_reduce([flags])
         return bool(flags)
 
     def wait(self) -> None:
         """Waits until every process has called this."""
         if self.count > 1:
-            self.state.wait_for_everyone()
+            distributed.barrier()
 
 
 def launched() -> bool:
@@ -137,8 +120,8 @@ def leave(status: int = 0) -> None:
     """
     if not launched():
         return
-    if status == 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if status == 0 and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

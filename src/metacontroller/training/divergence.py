@@ -45,28 +45,26 @@ def diverged(
     run: RunFolder,
     phase: str,
     update: int,
-    found: NotFinite,
+    cause: NotFinite,
     module: nn.Module,
     batch: Mapping[str, Tensor],
     *,
     writes: bool = True,
     **facts: Any,
 ) -> DivergedError:
-    """The error to raise where update number ``update``, counted from 1, of a phase met ``found``.
+    """The error to raise where update number ``update``, counted from 1, of a phase met ``cause``.
 
     module: as it was before the update. batch: what the update learned from. facts: numbers for the JSON file. writes:
     whether this process leaves the two files.
     """
-    kept = "none yet"
-    if run.has_checkpoint(phase):
-        kept = f"{run.checkpoint_path(phase).name}, as it was"
+    last = f"{run.checkpoint_path(phase).name}, as it was" if run.has_checkpoint(phase) else "none yet"
     if writes:
         tensors = {**module_tensors("module", module), **{f"batch.{name}": value for name, value in batch.items()}}
         with replacing(run.within(f"{FOLDER}/{phase}.safetensors")) as draft:
             write_tensors(draft, tensors)
-        told = {"phase": phase, "update": update, "found": str(found), "checkpoint": kept, **facts}
-        write_text(run.within(f"{FOLDER}/{phase}.json"), json.dumps(strict_json(told), indent=2) + "\n")
+        content = {"phase": phase, "update": update, "found": str(cause), "checkpoint": last, **facts}
+        write_text(run.within(f"{FOLDER}/{phase}.json"), json.dumps(strict_json(content), indent=2) + "\n")
     return DivergedError(
-        f"{phase} diverged at update {update}: {found}; the last checkpoint is kept ({kept}), and "
+        f"{phase} diverged at update {update}: {cause}; the last checkpoint is kept ({last}), and "
         f"{run.path / FOLDER} holds the batch and the weights; start again with a lower learning rate or other data."
     )

@@ -137,11 +137,6 @@ def stop() -> None:
     _request.stop()
 
 
-def signal_name(number: int) -> str:
-    """Such as SIGTERM."""
-    return signal.Signals(number).name
-
-
 def say(line: str) -> None:
     """One line on standard error, if there still is one."""
     with suppress(OSError):

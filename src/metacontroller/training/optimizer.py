@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, Whole, check_fields
+from metacontroller.ranges import Count, CountOr0, NotNegative, Positive, Rows, check_fields, require
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.tensor_file import not_finite
 from metacontroller.storage.training_state import (
-    generator_tensor,
-    load_generator,
     load_module,
     load_optimizer,
     module_tensors,
@@ -37,35 +35,30 @@ class OptimizerConfig:
     UserError for values out of range.
     """
 
-    steps: int
+    steps: Count
     """Number of updates."""
-    batch_size: int
+    batch_size: Rows
     """Episodes per update."""
-    lr: float
+    lr: Positive
     """Learning rate."""
-    weight_decay: float = 0.03
+    weight_decay: NotNegative = 0.03
     """Decoupled weight decay of AdamW."""
-    decay_steps: int = 0
+    decay_steps: CountOr0 = 0
     """Updates at the end over which the learning rate falls linearly to zero; 0 keeps it constant (the paper)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm (our choice; the paper gives none)."""
-    log_every: int = 50
+    log_every: Count = 50
     """Updates from one line of metrics to the next."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Updates from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=COUNT, batch_size=ROWS, log_every=COUNT, checkpoint_every=COUNT)
-        check_fields(self, lr=POSITIVE, weight_decay=NOT_NEGATIVE, decay_steps=Whole(0), max_grad_norm=POSITIVE)
-        if not 0 <= self.decay_steps <= self.steps:
-            raise UserError(f"decay_steps is {self.decay_steps}; expected 0..{self.steps}, the number of steps.")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of update number ``step``, counted from 0."""
-        return self.share_of_lr(step) * self.lr
+        check_fields(self)
+        expected = f"0..{self.steps}, the number of steps"
+        require(self.decay_steps <= self.steps, "decay_steps", self.decay_steps, expected)
 
     def share_of_lr(self, step: int) -> float:
-        """That learning rate as a share of ``lr``."""
+        """Learning rate of update number ``step``, counted from 0, as a share of ``lr``."""
         return min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0
 
 
@@ -100,12 +93,16 @@ class Learner:
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "optimizer": torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
         }
-        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+        self.slices: list[tuple[nn.Parameter, list[nn.Parameter]]] = []  # with those that they share the memory of
         if by_muon:
+            if not hasattr(torch.optim, "Muon"):
+                needs = "no Muon; install 2.9 or later, or set 0"
+                raise UserError(f"muon_lr is {muon_lr}, and torch {torch.__version__} has {needs}.")
             flat = [value for value in matrices if value.dim() == 2]
             self.slices = [(value, list(map(nn.Parameter, value.data))) for value in matrices if value.dim() == 3]
-            parts = [part for _, some in self.slices for part in some]  # they share the memory of the whole
-            self.optimizers["muon"] = _muon([*flat, *parts], muon_lr, weight_decay)
+            flat += [part for _, slices in self.slices for part in slices]
+            options = {"lr": muon_lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers["muon"] = torch.optim.Muon(flat, **options)  # steps as long as AdamW's of the same lr
         self.lr = {"optimizer": lr, "muon": muon_lr}
         self.max_grad_norm = max_grad_norm
         self.processes = processes(parameters[0].device.type)
@@ -120,8 +117,13 @@ class Learner:
         """Forgets all gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        for whole, _ in self.slices:
-            whole.grad = None
+        for matrix, _ in self.slices:
+            matrix.grad = None
+
+    @property
+    def lr_now(self) -> float:
+        """AdamW's learning rate, scaled."""
+        return self.optimizers["optimizer"].param_groups[0]["lr"]
 
     def optimizer_step(self, loss: Tensor) -> Tensor:
         """All-reduces and clips the accumulated gradients, takes one optimizer step, resets them; returns their norm.
@@ -135,8 +137,9 @@ class Learner:
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {float(loss)}")
         norm = self._clip(gradients)
-        for whole, parts in self.slices:
-            for part, gradient in zip(parts, [None] * len(parts) if whole.grad is None else whole.grad, strict=True):
+        for matrix, slices in self.slices:
+            gradients = [None] * len(slices) if matrix.grad is None else matrix.grad
+            for part, gradient in zip(slices, gradients, strict=True):
                 part.grad = gradient
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -150,8 +153,7 @@ class Learner:
         except RuntimeError as error:
             if "non-finite" not in str(error):
                 raise
-        named = {name: value.grad for name, value in self.module.named_parameters() if value.grad is not None}
-        name = not_finite(named)
+        name = not_finite({key: value.grad for key, value in self.module.named_parameters() if value.grad is not None})
         if name is not None:
             raise NotFinite(f"the gradient of {name} is not finite")
         largest = max(gradient.abs().max() for gradient in gradients)  # finite: the sum of their squares overflows
@@ -175,11 +177,7 @@ class Learner:
         check_module(self.module)
         if not self.processes.is_main:
             return
-        tensors = {
-            **module_tensors("module", self.module),
-            "generator": generator_tensor(self.generator),
-            **(more or {}),
-        }
+        tensors = {**module_tensors("module", self.module), "generator": self.generator.get_state(), **(more or {})}
         meta: dict[str, Any] = {**(facts or {}), "step": step, **self._shared_by()}
         for name, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(name, optimizer)
@@ -205,7 +203,7 @@ class Learner:
             load_module(self.module, tensors, "module")
             for name, optimizer in self.optimizers.items():
                 load_optimizer(optimizer, tensors, meta[name], name)
-            load_generator(self.generator, tensors["generator"])
+            self.generator.set_state(tensors["generator"].cpu())
             step = int(meta["step"])
         except UserError as error:
             raise UserError(f"{run.checkpoint_path(phase)}: {error}") from error
@@ -227,10 +225,3 @@ class Learner:
 def _counted(counts: Mapping[str, int]) -> str:
     """Such as "2 processes and 1 thread"."""
     return " and ".join(f"{count} {name if count != 1 else _SINGULAR[name]}" for name, count in counts.items())
-
-
-def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Muon, with steps as long as AdamW's of the same learning rate. UserError if this torch has none."""
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"muon_lr is {lr}, and torch {torch.__version__} has no Muon; install 2.9 or later, or set 0.")
-    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

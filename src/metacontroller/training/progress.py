@@ -1,7 +1,5 @@
 """Progress of a long loop: a live bar on a terminal, an occasional line elsewhere, nothing when quiet.
 
-`announce` prints one line where there are no steps to count.
-
 with track(steps, "pretrain") as progress:
     for step in range(1, steps + 1):
         loss = ...
@@ -17,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 import rich.progress
@@ -31,28 +28,25 @@ def label_lines(label: str) -> None:
     _LABEL.set(f"{label}, ")
 
 
+def announce(text: str, quiet: bool = False) -> None:
+    """Write one line about the next piece of work to standard error; nothing if `quiet`."""
+    if not quiet:
+        print(f"{_LABEL.get()}{text}", file=sys.stderr, flush=True)
+
+
 def track(
     total: int, description: str, *, start: int = 0, quiet: bool = False, console: Console | None = None
 ) -> Progress:
     """Return a progress display: a bar on a terminal, plain lines elsewhere, none if `quiet`.
 
     A worker process writes plain lines on a terminal too: bars of several processes would overwrite each other.
-
     `start` is the step that a resumed loop continues from, so that the rate counts only new steps. Output goes to
     standard error unless a `console` is given, so that results printed to standard output stay clean.
     """
-    if quiet:
-        return Progress(total, description, start=start)
     console = console or Console(stderr=True)
     alone = multiprocessing.parent_process() is None
-    kind = BarProgress if console.is_terminal and alone else LineProgress
+    kind = Progress if quiet else BarProgress if console.is_terminal and alone else LineProgress
     return kind(total, description, start=start, console=console)
-
-
-def announce(text: str, quiet: bool = False) -> None:
-    """Write one line about the next piece of work to standard error; nothing if `quiet`."""
-    if not quiet:
-        print(f"{_LABEL.get()}{text}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -61,15 +55,23 @@ class Progress:
     Metrics may be one-element tensors: they are read only when shown, so that not every step synchronizes with a GPU.
     """
 
-    interval_s = float("inf")  # shortest time between two displays, seconds
+    interval_s = float("inf")
+    """Shortest time between two displays, seconds."""
 
-    def __init__(self, total: int, description: str, *, start: int = 0, clock: Callable[[], float] = time.monotonic):
-        self.total = total
-        self.description = description
-        self._start = start
-        self._step = start
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        *,
+        start: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.description = total, description
+        self._start = self._step = start
         self._metrics: dict[str, Any] = {}
         self._unshown = True  # whether an update has not been shown yet
+        self._console = console or Console(stderr=True)
         self._clock = clock
         self._began = self._shown = clock()
 
@@ -77,9 +79,7 @@ class Progress:
         self._began = self._shown = self._clock()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._unshown:
             self._show()
 
@@ -113,10 +113,6 @@ class LineProgress(Progress):
 
     interval_s = 10.0
 
-    def __init__(self, *args: Any, console: Console, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._console = console
-
     def _show(self) -> None:
         line = f"{_LABEL.get()}{self.description}: {self._step}/{self.total}  {self._measured()}"
         print(line, file=self._console.file, flush=True)
@@ -127,27 +123,22 @@ class BarProgress(Progress):
 
     interval_s = 0.25
 
-    def __init__(self, *args: Any, console: Console, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __enter__(self) -> Progress:
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
             rich.progress.TextColumn("{task.fields[measured]}"),
-            console=console,
+            console=self._console,
             refresh_per_second=4,
         )
         self._task = self._bar.add_task(self.description, total=self.total, completed=self._start, measured="")
-
-    def __enter__(self) -> Progress:
         self._bar.start()
         return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._bar.stop()
 
     def _show(self) -> None:

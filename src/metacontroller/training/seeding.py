@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from metacontroller.errors import UserError
-from metacontroller.ranges import Whole, check_choice
+from metacontroller.ranges import Whole, check_choice, require
 
 NOISE_BIT = 2**31
 """Makes the seed of a phase's noise differ from that of its episodes; the seeds of presets are all below it."""
@@ -28,6 +27,5 @@ MAX_SEED = 2**28 - 1
 def stream_seed(seed: int, stream: str) -> int:
     """Seed of one of `STREAMS`, different for every pair of seed and stream; UserError for a seed out of range."""
     check_choice("stream", stream, STREAMS)
-    if Whole(0).expected(seed) or seed > MAX_SEED:
-        raise UserError(f"seed is {seed}; expected 0..{MAX_SEED}.")
+    require(not Whole(0, MAX_SEED).expected(seed), "seed", seed, f"0..{MAX_SEED}")
     return seed * 8 + STREAMS.index(stream)

@@ -7,7 +7,6 @@ unless its own settings (``WANDB_MODE``) change that. metrics.jsonl remains the 
 from __future__ import annotations
 
 import atexit
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from metacontroller.errors import UserError
+from metacontroller.errors import import_extra
 from metacontroller.storage.run_folder import RunFolder
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
@@ -39,21 +38,21 @@ def track_with(run: RunFolder, tracker: Tracker | None, *, quiet: bool = False) 
 
 def _tensorboard(run: RunFolder, quiet: bool) -> Log:
     folder = run.within("tensorboard")
-    told = _told(run) if folder.exists() else {}
-    writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+    logged = _last_steps(run) if folder.exists() else {}
+    writer = import_extra("torch.utils.tensorboard", "track").SummaryWriter(str(folder))
 
     def log(phase: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(f"{phase}/{name}", value, step)
         writer.flush()
 
-    return _once(log, told)
+    return _once(log, logged)
 
 
 def _trackio(run: RunFolder, quiet: bool) -> Log:
     os.environ.setdefault("TRACKIO_DIR", str(run.within("trackio")))
-    told = _told(run) if Path(os.environ["TRACKIO_DIR"]).exists() else {}
-    trackio = _need("trackio", "trackio")
+    logged = _last_steps(run) if Path(os.environ["TRACKIO_DIR"]).exists() else {}
+    trackio = import_extra("trackio", "track")
     with redirect_stdout(StringIO()) if quiet else nullcontext():
         trackio.init(project="metacontroller", name=run.path.name, embed=False, resume="allow")
     if quiet:
@@ -63,7 +62,7 @@ def _trackio(run: RunFolder, quiet: bool) -> Log:
     def log(phase: str, step: int, values: Mapping[str, float]) -> None:
         trackio.log({f"{phase}/{name}": value for name, value in values.items()}, step)
 
-    return _once(log, told)
+    return _once(log, logged)
 
 
 def _finish(trackio: Any) -> None:
@@ -72,26 +71,25 @@ def _finish(trackio: Any) -> None:
         trackio.finish()
 
 
-def _told(run: RunFolder) -> dict[str, int]:
+def _last_steps(run: RunFolder) -> dict[str, int]:
     """By phase the last step that was ever logged, also after the checkpoint from which a killed run resumes."""
-    told: dict[str, int] = {}
-    lines = run.metrics_path.read_bytes().splitlines() if run.metrics_path.exists() else []
-    for text in lines:
+    steps: dict[str, int] = {}
+    for text in run.metrics_path.read_bytes().splitlines() if run.metrics_path.exists() else ():
         with suppress(ValueError, LookupError, TypeError):  # a torn line, which is no metrics yet
             line = json.loads(text)
             if "rewound" not in line:
-                told[line["phase"]] = max(line["step"], told.get(line["phase"], 0))
-    return told
+                steps[line["phase"]] = max(line["step"], steps.get(line["phase"], 0))
+    return steps
 
 
-def _once(log: Log, told: Mapping[str, int]) -> Log:
+def _once(log: Log, logged: Mapping[str, int]) -> Log:
     """The same without the steps that a tracker knows: a resumed run logs them once more, with the same values."""
-    return lambda phase, step, values: None if step <= told.get(phase, -1) else log(phase, step, values)
+    return lambda phase, step, values: None if step <= logged.get(phase, -1) else log(phase, step, values)
 
 
 def _wandb(run: RunFolder, quiet: bool) -> Log:
     path = run.within("wandb").parent  # where it makes a folder of that name
-    wandb = _need("wandb", "wandb")
+    wandb = import_extra("wandb", "track")
     path.mkdir(parents=True, exist_ok=True)
     if quiet:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -103,13 +101,3 @@ def _wandb(run: RunFolder, quiet: bool) -> Log:
         session.log({f"{phase}/step": step, **{f"{phase}/{name}": value for name, value in values.items()}})
 
     return log
-
-
-def _need(module: str, package: str) -> Any:
-    """Imports a module of the extra ``track``; UserError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{package} is not installed; install it by: pip install 'metacontroller-rl[track]'."
-        ) from error

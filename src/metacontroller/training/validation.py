@@ -43,17 +43,12 @@ class Validation:
     def compared(self, generate: Generate) -> tuple[str, bool]:
         """One line with the losses on as many episodes of ``generate``, which is trained on, and of validation; and
         whether they part, which they cannot where there are fewer than two different episodes of a kind."""
-        count = min(JUDGED, self.episodes.batch)
+        trained_on = self._drawn(generate, self.episodes.batch)
         with _judging(self.module):
-            held_out, trained_on = (
-                self._each(episodes) for episodes in (self.episodes, self._drawn(generate, self.episodes.batch))
-            )
-        (known, known_error), (other, other_error) = _mean(*trained_on), _mean(*held_out)
-        text = (
-            f"action loss {known:.4g} on {len(trained_on[0])} episodes of training, {other:.4g} on {len(held_out[0])}"
-        )
-        noise = STANDARD_ERRORS * (known_error**2 + other_error**2) ** 0.5
-        return f"{text} held out", count > 1 and other - known > noise + SHARE * abs(known) + NATS
+            (mean, error, count), (other, other_error, others) = map(self._mean, (trained_on, self.episodes))
+        noise = STANDARD_ERRORS * (error**2 + other_error**2) ** 0.5
+        text = f"action loss {mean:.4g} on {count} episodes of training, {other:.4g} on {others} held out"
+        return text, self.episodes.batch > 1 and other - mean > noise + SHARE * abs(mean) + NATS
 
     def _drawn(self, source: Generate, count: int) -> Trajectories:
         generator = noise_generator(self.seed, self.device)
@@ -62,18 +57,16 @@ class Validation:
     def _loss(self, episodes: Trajectories) -> float:
         return float(self.action_loss(episodes, noise_generator(self.seed, self.device)))
 
-    def _each(self, episodes: Trajectories) -> tuple[Tensor, Tensor]:
-        """The loss of each of the first different episodes, and its steps, both (n,) float64."""
+    def _mean(self, episodes: Trajectories) -> tuple[float, float, int]:
+        """Of the first different episodes: the mean over all steps from each one's mean, its standard error, which is
+        infinite for one episode, and their number."""
         rows = _different(episodes)[:JUDGED]
-        losses = [self._loss(episodes.index(row)) for row in rows.split(1)]
-        return torch.tensor(losses, dtype=torch.float64), episodes.lengths[rows].cpu().double()
-
-
-def _mean(losses: Tensor, steps: Tensor) -> tuple[float, float]:
-    """The mean over the steps of all episodes, from each one's mean, and its standard error; inf from one episode."""
-    mean = (losses * steps).sum() / steps.sum()
-    spread = ((losses - mean) * steps / steps.mean()).square().sum() / max(len(losses) - 1, 1)
-    return float(mean), float((spread / len(losses)).sqrt()) if len(losses) > 1 else float("inf")
+        losses = torch.tensor([self._loss(episodes.index(row)) for row in rows.split(1)], dtype=torch.float64)
+        steps = episodes.lengths[rows].cpu().double()
+        mean = (losses * steps).sum() / steps.sum()
+        spread = ((losses - mean) * steps / steps.mean()).square().sum() / max(len(losses) - 1, 1)
+        error = float((spread / len(losses)).sqrt()) if len(losses) > 1 else float("inf")
+        return float(mean), error, len(losses)
 
 
 def _different(episodes: Trajectories) -> Tensor:
