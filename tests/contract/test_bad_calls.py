@@ -166,7 +166,7 @@ RANGES = [
     ("grid", "reach", 0, "expected at least 1, or none"),
     ("grid", "epsilon", 2, "expected a probability between 0 and 1"),
     ("grid", "tie_break", "left", "expected one of"),
-    ("grid", "view", "above", "expected 'absolute' or 'egocentric'"),
+    ("grid", "view", "above", "expected one of 'absolute', 'egocentric'"),
     ("ant", "cell_size", 0.0, "expected a number of meters above 0"),
     ("ant", "threads", 2**11, "expected at most 1024"),
     ("babyai", "room_size", 4, "expected at least 5"),
@@ -190,7 +190,7 @@ ENTRIES = [
     ("internal_rl", "minibatches", 3, "batch_size 4 is not a multiple of minibatches 3"),
     ("grid", "tasks", (), "the list of tasks is empty: give at least one task"),
     ("grid", "tasks", ((0, 9),), "task 0-9 has unknown color 9: colors run from 0 to 7"),
-    ("grid", "tasks", ((0, 0.5),), "a color of a task is 0.5; expected a whole number"),
+    ("grid", "tasks", ((0, 0.5),), "tasks[0][1] is 0.5; expected a whole number"),
     ("grid", "tasks", ((0, 0),), "task 0-0 names color 0 twice in a row"),
     ("grid", "num_walls", 48, "has 49 cells, too few for 8 colors, 48 walls"),
 ]

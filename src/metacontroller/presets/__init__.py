@@ -9,14 +9,13 @@ one of that module, so that ``laptop`` means the same, or another module, whose 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from types import ModuleType
-from typing import Any
 
 from metacontroller.errors import UserError
+from metacontroller.ranges import require
 from metacontroller.recipes.config import ExperimentConfig, with_seed
 from metacontroller.recipes.variants import StudyConfig
 from metacontroller.storage.user_function import code_of_the_user, import_user_module
@@ -34,10 +33,11 @@ OWN_DATA = "offline"
 def preset(name: str) -> ExperimentConfig:
     """The config of a preset, with the seeds of its phases derived from its own; UserError if there is none of that
     name."""
-    if not isinstance(name, str):
-        raise UserError(f"preset is {name!r}; expected a name, such as {DEFAULT!r}.")
+    require(isinstance(name, str), "preset", name, f"a name, such as {DEFAULT!r}")
     module, function = _find(name)
-    chosen = _function(name, module, function)
+    chosen = getattr(module, "PRESETS", {}).get(function) or getattr(module, function, None)
+    if not callable(chosen):
+        raise UserError(f"preset {name!r} is no function of {module.__name__}; name one that takes no arguments.")
     try:
         signature(chosen).bind()
     except TypeError as error:
@@ -83,11 +83,3 @@ def _find(name: str) -> tuple[ModuleType, str]:
     raise UserError(
         f"preset {name!r} is unknown; known are {', '.join(preset_names())}, and package.module:function for your own."
     )
-
-
-def _function(name: str, module: ModuleType, function: str) -> Callable[[], Any]:
-    """The function of a preset that `_find` found."""
-    found = getattr(module, "PRESETS", {}).get(function) or getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"preset {name!r} is no function of {module.__name__}; name one that takes no arguments.")
-    return found

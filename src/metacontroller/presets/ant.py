@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from metacontroller.baselines.compile import CompileConfig
 from metacontroller.control.config import MetaControllerConfig
-from metacontroller.control.switching import GateConfig
 from metacontroller.domains.ant_pinpad.domain import UNTRAINED, AntPinpadConfig
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, transitions
 from metacontroller.models.config import ModelConfig
@@ -104,7 +103,7 @@ def laptop() -> ExperimentConfig:
 
 def short() -> ExperimentConfig:
     """The laptop preset with tasks of two colors and a post-training task of three: episodes are shorter, so that each
-    link of the chain can be looked at before the whole run. The plane is the same, and so is the expert."""
+    phase can be looked at before the whole run. The plane is the same, and so is the expert."""
     config = laptop()
     domain = replace(
         config.domain, tasks=tuple(sorted(transitions(TABLE_A2))), post_task=(0, 1, 2), max_steps=300, episodes=8000
@@ -114,18 +113,13 @@ def short() -> ExperimentConfig:
 
 
 def paper() -> ExperimentConfig:
-    """The paper's ant experiment; days on a GPU, with MuJoCo on the CPU beside it."""
-    rl = InternalRLConfig(
-        episodes=51_200 * 256,  # 51.2k updates; hyperparameters of internal RL
-        batch_size=256,  # the same table
-        lr=3e-5,  # the same table
-        weight_decay=0.0,  # our choice
-        update_epochs=1,  # our choice
-        eps_clip=0.2,  # our choice
-        delta=1e-3,  # C.5: about 1e-3
-        max_grad_norm=1.0,  # our choice
-    )
-    config = ExperimentConfig(
+    """The paper's ant experiment; days on a GPU, with MuJoCo on the CPU beside it. As the grid's, but for the values
+    here: those of the same tables for the ant, where nothing else is said."""
+    grid = gridworld.paper()
+    rl = replace(grid.internal_rl, episodes=51_200 * 256, batch_size=256)  # 51.2k updates
+    discovery = replace(grid.discover.optimizer, steps=32_000, batch_size=128, lr=3e-4)
+    config = replace(
+        grid,
         domain=AntPinpadConfig(
             size=4,  # G
             num_colors=4,  # O
@@ -140,60 +134,18 @@ def paper() -> ExperimentConfig:
             encoder="linear",  # the paper is silent
             symmetry_augmentation=False,  # not in the paper
         ),
-        # D.1: 8 blocks, controlled at mid-depth
-        model=ModelConfig(dim=256, lower_depth=4, upper_depth=4, heads=8, mlp_dim=512, body="hawk"),
-        meta_controller=MetaControllerConfig(
-            dim_latent=8,  # hyperparameters of discovery
-            dim_history=32,  # the same table
-            dim_sequence=32,  # the same table
-            encoder_hidden=64,  # the same table
-            decoder_hidden=32,  # the same table
-            switch_hidden=32,  # our choice
-            embedder_dim=64,  # our choice
-            embedder_depth=1,  # our choice
-            embedder_kind="hawk",  # eq. 13, D.1
-            rank=None,  # full, D.2
-            policy_hidden=256,  # C.5
-            policy_kind="hawk",  # C.5: an SSM of one layer
-            gate=GateConfig(mode="soft", threshold=0.5),  # C.6
+        model=replace(grid.model, lower_depth=4, upper_depth=4, heads=8, body="hawk"),  # D.1: 8 blocks
+        meta_controller=replace(grid.meta_controller, rank=None),  # full, D.2
+        pretrain=replace(
+            grid.pretrain,
+            optimizer=replace(grid.pretrain.optimizer, steps=204_800, batch_size=512),
+            state_loss_weight=10.0,
         ),
-        pretrain=PretrainConfig(
-            optimizer=OptimizerConfig(  # hyperparameters of pretraining
-                steps=204_800,
-                batch_size=512,
-                lr=3e-4,
-                weight_decay=0.03,
-                decay_steps=0,
-                max_grad_norm=1.0,  # our choice
-            ),
-            state_loss_weight=10.0,  # the same table
-            snapshots=(10_000, 50_000, 100_000),  # our choice
-        ),
-        discover=DiscoverConfig(
-            optimizer=OptimizerConfig(  # hyperparameters of discovery
-                steps=32_000,
-                batch_size=128,
-                lr=3e-4,
-                weight_decay=0.03,
-                decay_steps=0,
-                max_grad_norm=1.0,  # our choice
-            ),
-            alpha=0.17,  # our choice among those searched: 0, 0.05, 0.1, 0.17, 0.3, 0.5, 1
-            alpha_start=0.17,  # no warm-up: the paper is silent
-            state_loss_weight=10.0,  # eq. 3 has the lambda of pretraining
-        ),
-        compile=CompileConfig(  # hyperparameters of the baselines
-            optimizer=OptimizerConfig(steps=32_000, batch_size=128, lr=3e-4, weight_decay=0.03),
-            segments=4,
-            hidden=32,
-            prior_rate=10.0,
-            temperature=1.0,  # 0.5 or 1
-            alpha_code=0.1,  # our choice among those searched: 0.003 to 1
-            alpha_boundary=0.1,  # likewise
-        ),
+        discover=replace(grid.discover, optimizer=discovery, state_loss_weight=10.0),
+        compile=replace(grid.compile, optimizer=discovery),
         internal_rl=rl,
         raw_action_rl=rl,
-        evaluate=EvaluateConfig(episodes=4096, codes=64, layouts_per_code=64, walk_steps=250),  # our choice
+        evaluate=replace(grid.evaluate, layouts_per_code=64, walk_steps=250),  # our choice
     )
     return with_seed(config, 0)
 

@@ -66,6 +66,7 @@ def laptop() -> ExperimentConfig:
     """The paper's experiment on two cores: single-color subgoals (table A2) on a grid, with the paper's stochastic
     expert. All values are our choice; docs/log.md says what each was tried against."""
     rl = InternalRLConfig(episodes=100_000, batch_size=1024, lr=1e-3, update_epochs=4)
+    optimizer = OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800)
     config = ExperimentConfig(
         domain=GridworldPinpadConfig(
             size=7,
@@ -88,18 +89,14 @@ def laptop() -> ExperimentConfig:
             snapshots=(125, 250, 500, 1000),
         ),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
+            optimizer=optimizer,
             alpha=0.004,
             alpha_start=0.0,  # codes must mean something before they cost something
             alpha_warmup=(800, 1500),
             symmetry_augmentation=True,
         ),
         compile=CompileConfig(
-            optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=2e-3, decay_steps=800),
-            alpha_code=0.03,
-            alpha_boundary=0.03,
-            alpha_warmup=(800, 1500),
-            prior_rate=5.0,
+            optimizer=optimizer, alpha_code=0.03, alpha_boundary=0.03, alpha_warmup=(800, 1500), prior_rate=5.0
         ),
         internal_rl=rl,
         raw_action_rl=rl,
@@ -127,18 +124,43 @@ def quick() -> ExperimentConfig:
     return with_seed(replace(config, domain=domain, meta_controller=steering, internal_rl=rl, raw_action_rl=rl), 0)
 
 
+PAPER_RL = InternalRLConfig(
+    episodes=100_000 * 1024,  # 100k updates; hyperparameters of internal RL
+    batch_size=1024,  # the same table
+    lr=3e-5,  # the same table; 3e-6 to 3e-4 were searched
+    weight_decay=0.0,  # our choice
+    update_epochs=1,  # our choice
+    eps_clip=0.2,  # our choice
+    delta=1e-3,  # C.5: about 1e-3
+    max_grad_norm=1.0,  # our choice
+)
+PAPER_METACONTROLLER = MetaControllerConfig(
+    dim_latent=8,  # hyperparameters of discovery
+    dim_history=32,  # the same table
+    dim_sequence=32,  # the same table
+    encoder_hidden=64,  # the same table
+    decoder_hidden=32,  # the same table
+    switch_hidden=32,  # our choice
+    embedder_dim=64,  # our choice
+    embedder_depth=1,  # our choice
+    embedder_kind="hawk",  # eq. 13, D.1
+    rank=16,  # as the paper's supervised controllers on the grid
+    policy_hidden=256,  # C.5
+    policy_kind="hawk",  # C.5: an SSM of one layer
+    gate=GateConfig(mode="soft", threshold=0.5),  # C.6
+)
+PAPER_OPTIMIZER = OptimizerConfig(
+    steps=256_000,  # hyperparameters of pretraining
+    batch_size=1024,  # the same table
+    lr=3e-4,  # the same table
+    weight_decay=0.03,  # the same table, and those of discovery and of the baselines
+    decay_steps=0,  # the same tables
+    max_grad_norm=1.0,  # our choice
+)
+
+
 def paper() -> ExperimentConfig:
-    """The paper's grid experiment; days on a GPU."""
-    rl = InternalRLConfig(
-        episodes=100_000 * 1024,  # 100k updates; hyperparameters of internal RL
-        batch_size=1024,  # the same table
-        lr=3e-5,  # the same table; 3e-6 to 3e-4 were searched
-        weight_decay=0.0,  # our choice
-        update_epochs=1,  # our choice
-        eps_clip=0.2,  # our choice
-        delta=1e-3,  # C.5: about 1e-3
-        max_grad_norm=1.0,  # our choice
-    )
+    """The paper's grid experiment; days on a GPU. ``ant.paper`` is this, but for what its tables say otherwise."""
     config = ExperimentConfig(
         domain=GridworldPinpadConfig(
             size=7,  # G
@@ -155,48 +177,20 @@ def paper() -> ExperimentConfig:
         ),
         # D.1: 6 blocks, controlled at mid-depth
         model=ModelConfig(dim=256, lower_depth=3, upper_depth=3, heads=4, mlp_dim=512),
-        meta_controller=MetaControllerConfig(
-            dim_latent=8,  # hyperparameters of discovery
-            dim_history=32,  # the same table
-            dim_sequence=32,  # the same table
-            encoder_hidden=64,  # the same table
-            decoder_hidden=32,  # the same table
-            switch_hidden=32,  # our choice
-            embedder_dim=64,  # our choice
-            embedder_depth=1,  # our choice
-            embedder_kind="hawk",  # eq. 13, D.1
-            rank=16,  # as the paper's supervised controllers on the grid
-            policy_hidden=256,  # C.5
-            policy_kind="hawk",  # C.5: an SSM of one layer
-            gate=GateConfig(mode="soft", threshold=0.5),  # C.6
-        ),
+        meta_controller=PAPER_METACONTROLLER,
         pretrain=PretrainConfig(
-            optimizer=OptimizerConfig(  # hyperparameters of pretraining
-                steps=256_000,
-                batch_size=1024,
-                lr=3e-4,
-                weight_decay=0.03,
-                decay_steps=0,
-                max_grad_norm=1.0,  # our choice
-            ),
+            optimizer=PAPER_OPTIMIZER,
             state_loss_weight=0.01,  # 0 or 0.01
             snapshots=(10_000, 50_000, 100_000),  # our choice
         ),
         discover=DiscoverConfig(
-            optimizer=OptimizerConfig(  # hyperparameters of discovery
-                steps=64_000,
-                batch_size=512,
-                lr=1e-3,
-                weight_decay=0.03,
-                decay_steps=0,
-                max_grad_norm=1.0,  # our choice
-            ),
+            optimizer=replace(PAPER_OPTIMIZER, steps=64_000, batch_size=512, lr=1e-3),  # hyperparameters of discovery
             alpha=0.17,  # our choice among those searched: 0, 0.05, 0.1, 0.17, 0.3, 0.5, 1
             alpha_start=0.17,  # no warm-up: the paper is silent
             state_loss_weight=0.01,  # eq. 3 has the lambda of pretraining
         ),
         compile=CompileConfig(  # hyperparameters of the baselines
-            optimizer=OptimizerConfig(steps=32_000, batch_size=512, lr=1e-3, weight_decay=0.03),
+            optimizer=replace(PAPER_OPTIMIZER, steps=32_000, batch_size=512, lr=1e-3),
             segments=4,
             hidden=32,
             prior_rate=10.0,
@@ -204,8 +198,8 @@ def paper() -> ExperimentConfig:
             alpha_code=0.1,  # our choice among those searched: 0.003 to 1
             alpha_boundary=0.1,  # likewise
         ),
-        internal_rl=rl,
-        raw_action_rl=rl,
+        internal_rl=PAPER_RL,
+        raw_action_rl=PAPER_RL,
         evaluate=EvaluateConfig(episodes=4096, codes=64, layouts_per_code=256, walk_steps=56),  # our choice
     )
     return with_seed(config, 0)

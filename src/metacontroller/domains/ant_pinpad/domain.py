@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.ant_pinpad.dataset import NAME, Recipe, generate, versions
 from metacontroller.domains.ant_pinpad.expert import Expert
-from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena, Camera, direction_fields
+from metacontroller.domains.ant_pinpad.layouts import Arena, Camera, direction_fields
 from metacontroller.domains.ant_pinpad.observation import (
     NUM_ACTIONS,
     PROPRIOCEPTION,
@@ -31,7 +31,7 @@ from metacontroller.domains.base import DomainSpec, Free, Split
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, check_tasks, color_shifts, format_task
 from metacontroller.domains.pinpad.worlds import StoredWorld
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, MOST_PROCESSES, SEED, Whole, check_choice, check_fields
+from metacontroller.ranges import Count, ProcessesOr0, Seed
 from metacontroller.storage.versions import check_versions
 
 SHIPPED, UNTRAINED = "shipped", "untrained"
@@ -53,11 +53,11 @@ class AntPinpadConfig(Arena):
     """Who demonstrates: shipped, untrained (random weights), or a file that examples/ant_expert.py wrote."""
     only_successes: bool = True
     """Keep only demonstrations that succeed (our choice; the paper is silent)."""
-    episodes: int = 10_000
+    episodes: Count = 10_000
     """Demonstrations on disk for each of the two phases."""
     dataset: str = "datasets/ant"
     """Folder of the demonstrations on disk. They are made when they are first asked for."""
-    dataset_seed: int = 0
+    dataset_seed: Seed = 0
     """From which the demonstrations derive."""
     encoder: Literal["plane", "linear"] = "plane"
     """How models read an observation: plane reads cells off it by tables, see `PlaneEncoder` (our choice); linear is a
@@ -66,16 +66,13 @@ class AntPinpadConfig(Arena):
     """Draw demonstrations for training in turned worlds with other colors: sixteen times as many (our choice)."""
     camera: Camera = "above"
     """From where pictures are taken: above shows the whole plane, follow the ant."""
-    threads: int = 0
+    threads: ProcessesOr0 = 0
     """Threads of MuJoCo, which change no number; 0: one a core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tasks(self.tasks, self.num_colors)
         check_tasks([self.post_task], self.num_colors)
-        check_fields(self, episodes=COUNT, threads=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
-        check_choice("encoder", self.encoder, ("plane", "linear"))
-        check_choice("camera", self.camera, CAMERAS)
         if self.expert not in (SHIPPED, UNTRAINED) and Path(self.expert).is_file():
             object.__setattr__(self, "expert", str(Path(self.expert).resolve()))  # read from other folders too
 

@@ -10,12 +10,12 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from metacontroller.domains.ant_pinpad.layouts import CAMERAS, Arena
+from metacontroller.domains.ant_pinpad.layouts import Arena, Camera
 from metacontroller.domains.ant_pinpad.observation import NUM_ACTIONS, observation_size
 from metacontroller.domains.ant_pinpad.rendering import painter
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
 from metacontroller.domains.pinpad.gymnasium import EpisodeFactory, PinpadEnv, PinpadVectorEnv
-from metacontroller.ranges import check_choice
+from metacontroller.ranges import check
 
 LIMIT = 25.0
 """Of observations: MuJoCo gives up on numbers beyond 1e10, whose symlog is 23."""
@@ -30,7 +30,7 @@ class _Ants(EpisodeFactory):
 
     def __init__(self, *arguments: Any, camera: str = "above", threads: int = 0, **plane: Any) -> None:
         super().__init__(*arguments, **plane)
-        check_choice("camera", camera, CAMERAS)
+        check("camera", camera, Camera)
         self.camera, self.threads = camera, threads
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (observation_size(self.board),), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (NUM_ACTIONS,), np.float32)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from metacontroller.domains.pinpad.layouts import Board, object_lookup
+from metacontroller.domains.pinpad.layouts import Board, Side, object_lookup
 from metacontroller.domains.pinpad.ways import UNREACHABLE, entering_fields
-from metacontroller.ranges import Number, check_fields
+from metacontroller.ranges import Number, Steps, Width, WidthOr0
 
 UP, DOWN, LEFT, RIGHT = range(4)
 """Directions of the shortest ways, numbered as the grid world numbers its moves."""
@@ -27,7 +27,6 @@ COUNTERCLOCKWISE = (LEFT, RIGHT, DOWN, UP)
 
 Camera = Literal["above", "follow"]
 """From where pictures are taken: of the whole plane, or of the ant."""
-CAMERAS: tuple[str, ...] = get_args(Camera)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +36,15 @@ class Arena(Board):
 
     surface, walker = "plane", "ant"
 
-    size: int = 4
-    num_colors: int = 4
-    num_walls: int = 1
-    max_steps: int = 500
-    cell_size: float = 1.5
+    size: Side = 4
+    num_colors: Width = 4
+    num_walls: WidthOr0 = 1
+    max_steps: Steps = 500
+    cell_size: Annotated[float, Number(0, above=True, noun="number of meters")] = 1.5
     """Side of a cell in meters (our choice; the paper is silent)."""
-    start_yaw: float = math.pi
+    start_yaw: Annotated[float, Number(0, math.pi)] = math.pi
     """The largest yaw at the start to either side, in radians; pi is any, the paper's. The ant's four legs are alike:
     with pi / 4 it starts as with any yaw, but for which leg is called the first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self, cell_size=Number(0, above=True, noun="number of meters"), start_yaw=Number(0, math.pi))
 
     @property
     def half(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,23 +17,11 @@ from metacontroller.domains.base import BatchedEnv, DomainSpec, Split
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, check_tasks, format_task, parse_task
 from metacontroller.domains.pinpad.worlds import StoredWorld
 from metacontroller.errors import UserError
-from metacontroller.ranges import (
-    COUNT,
-    MOST_PROCESSES,
-    MOST_SIDE,
-    MOST_STEPS,
-    SEED,
-    SHARE,
-    Number,
-    Whole,
-    check_choice,
-    check_fields,
-)
+from metacontroller.ranges import MOST_SIDE, Count, Number, ProcessesOr0, Seed, Share, Steps, Whole, check_fields
 
 NUM_ACTIONS = 5
 """Left, right, forward, pick up, drop; as in the part that needs minigrid."""
 MORE_OBJECTS = "add to domain.objects"
-MOST_WORDS = 2**12
 TOLD = "told:"
 """Prefix of a task on the command line whose mission is shown."""
 
@@ -53,48 +41,44 @@ def words_of(task: Task) -> int:
 class BabyAIConfig:
     """The room, its tasks, the bot and what the model is told. UserError for values out of range."""
 
-    room_size: int = 8
+    room_size: Annotated[int, Whole(5, MOST_SIDE)] = 8
     """Cells along each side of the room, with its walls; BabyAI's are 8."""
     objects: tuple[str, ...] = ("red ball", "green key", "blue box", "yellow ball")
     """The objects in every room, each a color and a kind (key, ball or box)."""
     view: Literal["symbols", "rgb"] = "symbols"
     """What the agent sees of the cells before it: a symbol each, or a picture of 56 x 56 pixels."""
-    max_steps: int = 64
+    max_steps: Steps = 64
     """Steps after which an episode is truncated."""
     tasks: tuple[Task, ...] = TABLE_A2
     """Tasks of the demonstrations, each as the numbers of objects to pick up in order, such as 0-1-2."""
     post_task: Task = A2_POST
     """The post-training task, which reinforcement learning must solve; its mission is never shown."""
-    mission_length: int = 23
+    mission_length: Annotated[int, Whole(most=2**12)] = 23
     """Words of a mission that the model can be shown: as many as of four objects. That of the post-training task may
     have more."""
-    mission_share: float = 0.5
+    mission_share: Share = 0.5
     """Share of the episodes for pretraining in which the model is shown the mission; discovery never is."""
-    epsilon: float = 0.1
+    epsilon: Share = 0.1
     """Share of the bot's moves that are random, in demonstrations for pretraining."""
-    discovery_epsilon: float = 0.0
+    discovery_epsilon: Share = 0.0
     """The same in demonstrations for discovery."""
-    episodes: int = 20_000
+    episodes: Count = 20_000
     """Demonstrations on disk for each of the two phases."""
-    easiest: float = 1.0
+    easiest: Annotated[float, Number(0, 1, above=True, noun="share")] = 1.0
     """Share of them in use, the easiest first; an episode is as difficult as the bot's is long."""
     dataset: str = "datasets/babyai"
     """Folder of the demonstrations on disk. They are made when they are first asked for."""
-    dataset_seed: int = 0
+    dataset_seed: Seed = 0
     """From which the rooms of the demonstrations derive."""
-    workers: int = 0
+    workers: ProcessesOr0 = 0
     """Processes that make demonstrations; 0: one a core."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         observation.names_of(self.objects)
-        check_choice("view", self.view, ("symbols", "rgb"))
         check_tasks([*self.tasks, self.post_task], len(self.objects), MORE_OBJECTS)
         if len(set(self.objects)) < len(self.objects):
             raise UserError(f"objects are {', '.join(self.objects)}; expected no two alike.")
-        check_fields(self, room_size=Whole(5, MOST_SIDE), max_steps=Whole(most=MOST_STEPS), episodes=COUNT)
-        check_fields(self, workers=Whole(0, MOST_PROCESSES), dataset_seed=SEED)
-        check_fields(self, mission_share=SHARE, epsilon=SHARE, discovery_epsilon=SHARE)
-        check_fields(self, easiest=Number(0, 1, above=True, noun="share"), mission_length=Whole(most=MOST_WORDS))
         longest = max(self.tasks, key=len)
         if (words := words_of(longest)) > self.mission_length:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 from metacontroller.data.batching import apart
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import DomainSpec, Free, Split
-from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, TieBreak, expert_trajectories
+from metacontroller.domains.gridworld_pinpad.expert import TieBreak, expert_trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch, start_grids
 from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.domains.pinpad.tasks import A1_POST, TABLE_A1, Task, check_tasks, format_task, subgoal_vocabulary
 from metacontroller.domains.pinpad.worlds import TaskWorld
-from metacontroller.ranges import COUNT, MOST_SIDE, PROBABILITY, WIDTH, Whole, check_choice, check_fields, check_number
+from metacontroller.ranges import COUNT, MOST_SIDE, Probability, Whole, Width, check
 
 View = Literal["absolute", "egocentric"]
 
@@ -36,27 +36,23 @@ class GridworldPinpadConfig(PinpadConfig):
     """Tasks of the demonstrations, each as colors in order, such as 0-1-2."""
     post_task: Task = A1_POST
     """The post-training task, which reinforcement learning must solve."""
-    colors_per_subgoal: int = 2
+    colors_per_subgoal: Width = 2
     """Consecutive colors of a task that form one subgoal, the unit of labels and metrics."""
     tie_break: TieBreak = "random"
     """How experts choose among equally short paths: at random (the paper), or always in the same order."""
-    epsilon: float = 0.0
+    epsilon: Probability = 0.0
     """Share of the experts' moves that are random, in demonstrations for pretraining."""
-    discovery_epsilon: float = 0.0
+    discovery_epsilon: Probability = 0.0
     """The same in demonstrations for discovery."""
     view: View = "absolute"
     """What a model observes: the cell of each object (the paper), or its displacement from the agent."""
-    reach: int | None = None
+    reach: Annotated[int, Whole(most=MOST_SIDE)] | None = None
     """Cells beyond which an egocentric view shows only the direction; none: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tasks(self.tasks, self.num_colors)
         check_tasks([self.post_task], self.num_colors)
-        check_fields(self, epsilon=PROBABILITY, discovery_epsilon=PROBABILITY, colors_per_subgoal=WIDTH)
-        check_fields(self, reach=Whole(most=MOST_SIDE, none=True))
-        check_choice("tie_break", self.tie_break, TIE_BREAKS)
-        check_choice("view", self.view, get_args(View))
         _ = self.subgoals  # raises for tasks that are not made of whole subgoals
 
     @property
@@ -88,7 +84,7 @@ class GridworldPinpad(TaskWorld):
         return DomainSpec({"grid": grid}, {"num_discrete": NUM_ACTIONS}, config.max_steps, names)
 
     def demonstrations(self, split: Split, n: int, generator: torch.Generator) -> Trajectories:
-        check_choice("split", split, get_args(Split))
+        check("split", split, Split)
         if split == "validation":  # other grids than any phase draws; small grids are met again by chance
             generator = apart(generator)
         epsilon = self.config.epsilon if split == "pretrain" else self.config.discovery_epsilon
@@ -115,7 +111,7 @@ class GridworldPinpad(TaskWorld):
         Unlike in the paper, episodes without a task (`FREE`) do not end when a color is visited.
         """
         grid = self.config.grid if max_steps is None else replace(self.config.grid, max_steps=max_steps)
-        check_number("n", n, COUNT)
+        check("n", n, COUNT)
         return start_grids(grid, self.colors_of(task), n, generator, self.subgoals)
 
     def restart(self, episodes: Trajectories) -> PinpadBatch:

@@ -19,7 +19,7 @@ from metacontroller.domains.pinpad.layouts import Layouts, check_layouts, feasib
 from metacontroller.domains.pinpad.tasks import Task, check_tasks, pad_tasks, subgoal_chunks
 from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, PROBABILITY, check_choice, check_number
+from metacontroller.ranges import COUNT, PROBABILITY, check
 
 TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the first moves of shortest paths, see `expert_trajectories`."""
@@ -61,9 +61,9 @@ def expert_trajectories(
         UserError: for an invalid task, n, tie_break or epsilon, or for layouts that are infeasible or not n.
     """
     check_tasks(tasks, config.num_colors)
-    check_number("n", n, COUNT)
-    check_choice("tie_break", tie_break, TIE_BREAKS)
-    check_number("epsilon", epsilon, PROBABILITY)
+    check("n", n, COUNT)
+    check("tie_break", tie_break, TieBreak)
+    check("epsilon", epsilon, PROBABILITY)
     if subgoals:
         _ = [subgoal_chunks(task, len(subgoals[0])) for task in tasks]  # raises for tasks of no whole subgoals
     if layouts is None:

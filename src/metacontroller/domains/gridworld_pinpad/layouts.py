@@ -11,8 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from metacontroller.domains.pinpad.layouts import Board
+from metacontroller.domains.pinpad.layouts import Board, Side
 from metacontroller.errors import UserError
+from metacontroller.ranges import Steps, Width, WidthOr0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,10 @@ class PinpadConfig(Board):
 
     surface, walker = "grid", "agent"
 
-    size: int = 7
-    num_colors: int = 8
-    num_walls: int = 4
-    max_steps: int = 100
+    size: Side = 7
+    num_colors: Width = 8
+    num_walls: WidthOr0 = 4
+    max_steps: Steps = 100
 
     @property
     def observation_size(self) -> int:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import MOST_SIDE, MOST_STEPS, MOST_WIDTH, WIDTH, Whole, check_fields
+from metacontroller.ranges import MOST_SIDE, Steps, Whole, Width, WidthOr0, check_fields
 
 MAX_RESAMPLES = 1000
+
+Side = Annotated[int, Whole(2, MOST_SIDE)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +31,17 @@ class Board:
     surface: ClassVar[str] = "board"
     walker: ClassVar[str] = "walker"
 
-    size: int
+    size: Side
     """G: cells along each side."""
-    num_colors: int
+    num_colors: Width
     """O: colored cells, numbered from 0."""
-    num_walls: int
+    num_walls: WidthOr0
     """W: wall cells."""
-    max_steps: int
+    max_steps: Steps
     """T: steps after which an episode is truncated."""
 
     def __post_init__(self) -> None:
-        check_fields(self, size=Whole(2, MOST_SIDE), num_colors=WIDTH, num_walls=Whole(0, MOST_WIDTH))
-        check_fields(self, max_steps=Whole(most=MOST_STEPS))
+        check_fields(self)
         if self.num_objects + 1 > self.num_cells:
             raise UserError(
                 f"a {self.surface} of size {self.size} has {self.num_cells} cells, too few for {self.num_colors} "

@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, MOST_COUNT, Whole, check_number
+from metacontroller.ranges import COUNT, MOST_COUNT, Whole, check
 
 
 def parse_task(text: str) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int, remedy: str = "
         if len(task) == 0:
             raise UserError("an empty task has nothing to visit: give each task at least one color.")
         for color in task:
-            check_number("a color of a task", color, Whole(-MOST_COUNT))
+            check("a color of a task", color, Whole(-MOST_COUNT))
         unknown = [color for color in task if not 0 <= color < num_colors]
         if unknown:
             raise UserError(
@@ -100,7 +100,7 @@ def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, 
 
     UserError if the length of the task is not a multiple of ``colors_per_subgoal``.
     """
-    check_number("colors_per_subgoal", colors_per_subgoal, COUNT)
+    check("colors_per_subgoal", colors_per_subgoal, COUNT)
     if len(task) % colors_per_subgoal:
         raise UserError(
             f"task {format_task(task)} has {len(task)} colors, no multiple of colors_per_subgoal {colors_per_subgoal}: "
