@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from metacontroller.data.spaces import without_text
+from metacontroller.data.spaces import parts_of, put_together, without_text
 from metacontroller.ranges import shown
 
 
@@ -48,22 +48,20 @@ def one_number(reward: Any) -> float:
     return float(given.item())
 
 
-def observed(space: spaces.Space, kept: spaces.Space, observation: Any) -> Any:
-    """An observation of ``space`` without text: one of ``kept``, which is ``readable(space)``."""
+def observed(space: spaces.Space, readable_space: spaces.Space, observation: Any) -> Any:
+    """An observation of ``space`` without text: one of ``readable_space``, which is ``readable(space)``."""
     try:
-        found = without_text(space, observation)
+        numbers = without_text(space, observation)
     except (TypeError, ValueError, LookupError) as error:
         raise Misfit(f"the observation is {shown(observation)}; expected one of {shown(space)}") from error
-    return fitted(kept, found, "the observation")
+    return fitted(readable_space, numbers, "the observation")
 
 
 def fitted(space: spaces.Space, value: Any, what: str) -> Any:
     """A value of a readable space, or an action, in the type of the space; Misfit, which begins with ``what``, unless
     it is one."""
-    if isinstance(space, spaces.Dict):
-        return {key: fitted(part, value[key], f"{what}[{key!r}]") for key, part in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(fitted(part, value[index], f"{what}[{index}]") for index, part in enumerate(space))
+    if parts := parts_of(space):
+        return put_together(space, {key: fitted(part, value[key], f"{what}[{key!r}]") for key, part in parts})
     given = _array(value)
     if given is None:
         raise Misfit(f"{what} is {shown(value)}; expected one of {shown(space)}")

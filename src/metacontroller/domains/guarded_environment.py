@@ -8,7 +8,8 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import metadata
@@ -19,7 +20,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from metacontroller.data.spaces import action_options, readable, spec_kwargs
+from metacontroller.data.spaces import action_options, parts_of, put_together, readable, spec_kwargs
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
 from metacontroller.errors import UserError, last_line
 from metacontroller.ranges import shown
@@ -58,11 +59,7 @@ def environment_id(name: str) -> str:
     if reason is None:
         return name
     for module in [] if ":" in name else _modules_on_gymnasium(name):
-        with (
-            warnings.catch_warnings(),
-            suppress(Exception, SystemExit),
-        ):  # whatever a package does that is not asked for
-            warnings.simplefilter("ignore")
+        with _without_warnings(), suppress(Exception, SystemExit):  # whatever a package does that is not asked for
             importlib.import_module(module)
         if _unknown(name) is None:
             return f"{module}:{name}"
@@ -72,12 +69,18 @@ def environment_id(name: str) -> str:
     )
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _unknown(name: str) -> str | None:
     """What Gymnasium has against an ID; None if it knows it. A module that it names is imported: UserError if it
     cannot be."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages that are imported, and of old versions of environments
+        with _without_warnings():  # of packages that are imported, and of old versions of environments
             gymnasium.spec(import_user_module("env", name, "module:ID")[1] if ":" in name else name)
     except gymnasium.error.Error as error:
         return str(error).rstrip(".")
@@ -86,15 +89,14 @@ def _unknown(name: str) -> str | None:
 
 def _modules_on_gymnasium(name: str) -> list[str]:
     """Modules of the installed packages that need Gymnasium; first those whose name is part of the environment's."""
-    packages = []
+    packages = set()
     for distribution in metadata.distributions():
         package = distribution.metadata["Name"] or ""
-        needs = [need.partition(";") for need in distribution.requires or []]
-        if package != OWN_PACKAGE and any(
-            need.startswith("gymnasium") and "extra" not in mark for need, _, mark in needs
-        ):
-            packages.append(package.replace("-", "_"))
-    return sorted(set(packages), key=lambda package: (package.lower() not in name.lower(), package))
+        needs = (need.partition(";") for need in distribution.requires or [])
+        builds = any(need.startswith("gymnasium") and "extra" not in mark for need, _, mark in needs)
+        if builds and package != OWN_PACKAGE:
+            packages.add(package.replace("-", "_"))
+    return sorted(packages, key=lambda package: (package.lower() not in name.lower(), package))
 
 
 class EnvironmentFacts(NamedTuple):
@@ -141,8 +143,7 @@ def make_environment(name: str, kwargs: str | None = None) -> gymnasium.Env:
     """A new environment of that ID, kwargs: see `keywords`; UserError if it cannot be made."""
     options = keywords(kwargs)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_warnings():
             return gymnasium.make(environment_id(name), disable_env_checker=True, **options)
     except UserError:
         raise
@@ -158,18 +159,18 @@ def keywords(text: str | None) -> dict[str, Any]:
     from somebody else's file.
     """
     try:
-        given = json.loads(text or "{}")
+        options = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"env_kwargs are {shown(text)} ({error}); expected a JSON object.") from error
-    if not isinstance(given, dict):
+    if not isinstance(options, dict):
         raise UserError(f'env_kwargs are {shown(text)}; expected a JSON object, such as {{"is_slippery": false}}.')
-    named = next(code_in(given, _may_be_code), None)
+    named = next(code_in(options, _may_be_code), None)
     if named is not None:
         raise UserError(
             f"env_kwargs name {named}, a module that would be imported; register such an environment in a module of "
             "yours, and write module:ID."
         )
-    return given
+    return options
 
 
 def _may_be_code(value: Any) -> bool:
@@ -188,10 +189,8 @@ def _no_reset(name: str, error: BaseException) -> UserError:
 
 def _kind(space: spaces.Space) -> Any:
     """What all environments of one ID must have in common: everything but the bounds of a Box."""
-    if isinstance(space, spaces.Dict):
-        return {key: _kind(part) for key, part in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return [_kind(part) for part in space]
+    if parts := parts_of(space):
+        return put_together(space, {key: _kind(part) for key, part in parts})
     return (space.shape, space.dtype) if isinstance(space, spaces.Box) else space
 
 
@@ -202,10 +201,8 @@ def tell_lost(name: str, error: BaseException) -> None:
     LOST[name, kind] += 1
     count = LOST[name, kind]
     if str(count).strip("0") == "1":
-        misfit = isinstance(error, Misfit)
-        said = f": {error}" if misfit else f" raised {last_line(error)}"
+        said, way = (f": {error}", f"; {WAY_OUT}") if isinstance(error, Misfit) else (f" raised {last_line(error)}", "")
         ends = f"its episode ends here and is lost, {count:,} of {BEGUN[name]:,} by now"
-        way = f"; {WAY_OUT}" if misfit else ""
         print(f"metacontroller: {name}{said}; {ends}{way}.", file=sys.stderr, flush=True)
 
 
@@ -253,16 +250,12 @@ class GuardedEnvironment:
 
     def make(self) -> gymnasium.Env:
         """A new environment; UserError if its spaces differ in more than bounds from those of the first."""
-        env = make_environment(self.name, self.kwargs)
-        pairs = (
-            (readable(env.observation_space), self.facts.observation_space),
-            (env.action_space, self.facts.action_space),
-        )
-        for own, first in pairs:
-            if _kind(own) != _kind(first):
+        env, first = make_environment(self.name, self.kwargs), self.facts
+        for space, before in zip((readable(env.observation_space), env.action_space), first[:2], strict=True):
+            if _kind(space) != _kind(before):
                 raise UserError(
-                    f"env {self.name!r} has the space {shown(own)} where it had {shown(first)} when it was first made; "
-                    "it must be of one kind, whatever its bounds."
+                    f"env {self.name!r} has the space {shown(space)} where it had {shown(before)} when it was first "
+                    "made; it must be of one kind, whatever its bounds."
                 )
         return env
 
@@ -274,7 +267,7 @@ class Guard(gymnasium.Env):
     """An environment that can step beside others that have ended, and that outlives its own exceptions.
 
     Its observation is a Dict: "observation", without text and in the type of its space; "terminated", "truncated",
-    "success" and "lost". Once an episode has ended, and while ``held`` is set, it ignores actions, with reward 0. An
+    "success" and "lost". Once an episode has ended, and while ``paused`` is set, it ignores actions, with reward 0. An
     action of a Box is cut to the bounds of this very environment. ``options["max_steps"]`` of ``reset``: a time limit.
 
     An exception, sys.exit too, and whatever is not finite or not of its space (`domains.border`) end the episode as
@@ -290,7 +283,7 @@ class Guard(gymnasium.Env):
         self.action_space = maker.facts.action_space
         flags = {flag: spaces.Discrete(2) for flag in FLAGS}
         self.observation_space = spaces.Dict({"observation": maker.facts.observation_space, **flags})
-        self.flags, self.held = dict.fromkeys(FLAGS, False), False
+        self.flags, self.paused = dict.fromkeys(FLAGS, False), False
         self.last: Any = None
         """The observation as the environment gave it."""
         self.read: Any = None
@@ -316,7 +309,7 @@ class Guard(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Never ends for the vector environment: what has ended stands in the observation."""
-        if self.held or self.ended:
+        if self.paused or self.ended:
             return self.seen, 0.0, False, False, {}
         space = self.env.action_space
         try:

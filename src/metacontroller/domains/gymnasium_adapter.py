@@ -8,9 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -54,7 +53,7 @@ class Block(gymnasium.Env):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         actions, playing = action
         for env, plays in zip(self.envs.envs, playing, strict=True):
-            env.held = not plays  # pyright: ignore[reportAttributeAccessIssue]
+            env.paused = not plays  # pyright: ignore[reportAttributeAccessIssue]
         self.seen, reward, *_ = self.envs.step(actions)
         return {"reward": np.array(reward), **self.seen}, 0.0, False, False, {}
 
@@ -62,18 +61,11 @@ class Block(gymnasium.Env):
         self.envs.close()
 
 
-@dataclass(frozen=True)
-class MakeBlock:
-    """Makes a block in a worker process."""
-
-    maker: GuardedEnvironment
-    count: int
-    number: int
-
-    def __call__(self) -> Block:
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
-        return Block(self.maker, self.count, self.number)
+def make_worker_block(maker: GuardedEnvironment, count: int, number: int) -> Block:
+    """A block in a worker process."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent too, which ends its workers
+    return Block(maker, count, number)
 
 
 class EnvironmentRows:
@@ -85,17 +77,17 @@ class EnvironmentRows:
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
-        facts = maker.facts
-        self.observation_space, self.action_space = facts.observation_space, facts.action_space
-        self.dtype = model_dtype(facts.observation_space)
+        self.observation_space, self.action_space = maker.facts.observation_space, maker.facts.action_space
+        self.dtype = model_dtype(self.observation_space)
         self.workers, self.count = min(workers, count) if count > 1 else 0, count
         self.share = -(-count // max(self.workers, 1))  # the last worker may have a few more than are asked for
-        if not self.workers:
-            self.block = Block(maker, count)
-            return
-        blocks = [MakeBlock(maker, self.share, number) for number in range(self.workers)]
-        self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
-        weakref.finalize(self, self.envs.close, terminate=True)
+        self.envs: Any = None
+        if self.workers:
+            blocks = [partial(make_worker_block, maker, self.share, number) for number in range(self.workers)]
+            self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+            weakref.finalize(self, self.envs.close, terminate=True)
+        else:
+            self.envs = Block(maker, count)
 
     def reset(self, seed: int, max_steps: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Begins new episodes in ``rows`` (m,), by default in all; the first of them has that seed, the next the next
@@ -103,21 +95,16 @@ class EnvironmentRows:
         seeds = np.full(max(self.workers, 1) * self.share, -1)
         seeds[slice(None) if rows is None else rows] = seed + np.arange(len(seeds) if rows is None else len(rows))
         options = {"max_steps": max_steps, "seeds": seeds.reshape(-1, self.share)}
-        if not self.workers:
-            return self._joined(self.block.reset(options=options)[0])
-        with self._alive():
-            return self._joined(self.envs.reset(options=options)[0])
+        return self._joined(lambda: self.envs.reset(options=options))
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
         """rows (b,): those that play; the others hold still. actions (b, ...): theirs, of the environment."""
         total = max(self.workers, 1) * self.share
-        every, playing = np.repeat(actions[:1], total, 0), np.zeros(total, np.int8)
-        every[rows], playing[rows] = actions, 1
-        if not self.workers:
-            return self._joined(self.block.step((every, playing))[0])
-        every, playing = (values.reshape(self.workers, self.share, *values.shape[1:]) for values in (every, playing))
-        with self._alive():
-            return self._joined(self.envs.step((every, playing))[0])
+        taken, playing = np.repeat(actions[:1], total, 0), np.zeros(total, np.int8)
+        taken[rows], playing[rows] = actions, 1
+        if self.workers:
+            taken, playing = (array.reshape(self.workers, self.share, *array.shape[1:]) for array in (taken, playing))
+        return self._joined(lambda: self.envs.step((taken, playing)))
 
     def __getstate__(self) -> dict[str, Any]:
         if self.workers:
@@ -126,19 +113,15 @@ class EnvironmentRows:
             )
         return vars(self)
 
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        """UserError where a pipe to a worker process breaks."""
+    def _joined(self, call: Callable[[], Any]) -> dict[str, np.ndarray]:
+        """What a call of the environments returns, the worker processes' rows one after the other."""
         try:
-            yield
+            values = call()[0]
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             raise UserError(
                 "a process that steps environments has ended, killed or crashed by one of them; resume with --resume, "
                 f"or set domain.workers below {self.workers} if memory ran out."
             ) from error
-
-    def _joined(self, values: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The worker processes' rows one after the other."""
         if self.workers:
             values = _without_first_axis(values)
         encoded = {name: np.asarray(value)[: self.count] for name, value in values.items() if name != "observation"}
@@ -151,7 +134,7 @@ def _without_first_axis(values: Any) -> Any:
     if isinstance(values, dict):
         return {name: _without_first_axis(value) for name, value in values.items()}
     if isinstance(values, tuple):
-        return tuple(_without_first_axis(value) for value in values)
+        return tuple(map(_without_first_axis, values))
     return values.reshape(-1, *values.shape[2:])
 
 

@@ -25,13 +25,14 @@ import numpy as np
 from metacontroller.arguments import checked_kinds
 from metacontroller.data.datasets import space_meta
 from metacontroller.data.spaces import encode_actions, encode_observations, stack
-from metacontroller.data.store import TrajectoryStore
-from metacontroller.data.trajectories import Episodes, Trajectories
+from metacontroller.data.store import HEADER, TrajectoryStore
+from metacontroller.data.trajectories import Episodes
 from metacontroller.domains.border import Misfit, fitted
 from metacontroller.domains.guarded_environment import Guard, GuardedEnvironment, environment_facts, environment_id
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, MOST_STEPS, PROCESSES, Number, Whole, check_fields, check_number
+from metacontroller.ranges import Count, CountOr0, Processes, Steps, check_fields
 from metacontroller.recipes.jobs import in_processes
+from metacontroller.storage.config_file import from_plain
 from metacontroller.storage.files import left_behind, plain, read_json
 from metacontroller.storage.lock import locked
 from metacontroller.storage.manifest import check_seal, seal, write_text
@@ -56,33 +57,45 @@ Policy = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """What is asked for. UserError for values out of range."""
+    """The episodes that are asked for."""
 
     env: str
-    """Gymnasium ID."""
+    """Gymnasium ID; module:ID where importing a module of yours registers it."""
+    env_kwargs: str | None = None
+    """Keywords with which it is made, as JSON, such as '{"is_slippery": false}'."""
     policy: str
-    """package.module:function, a `Policy`."""
-    episodes: int
+    """Your function as package.module:function: it takes an observation and the environment, and returns an action."""
+    episodes: Count
     """Episodes to keep."""
     only_successes: bool = False
-    """Keep only episodes that succeed."""
+    """Keep episodes that succeed alone, as `evaluate` counts success."""
     success_return: float | None = None
-    """See `Guard`."""
-    env_kwargs: str | None = None
-    """Keywords with which it is made, a JSON object."""
-    max_steps: int | None = None
-    """Steps after which an episode is truncated; none: the environment's limit, or `MAX_STEPS`."""
-    seed: int = 0
-    """From which each episode's seed derives."""
+    """The return that counts as success where the environment's info does not say; a positive reward at termination
+    unless given."""
+    max_steps: Steps | None = None
+    """Steps after which an episode is truncated; the environment's own limit unless given."""
+    seed: CountOr0 = 0
+    """From which each episode's seed derives; the episodes do not depend on --workers."""
 
     def __post_init__(self) -> None:
-        check_fields(self, episodes=COUNT, success_return=Number(none=True), seed=Whole(0))
-        check_fields(self, max_steps=Whole(most=MOST_STEPS, none=True))
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part says of itself: how many episodes were played and lost to the environment, and of those that are
+    kept the return, success and length."""
+
+    played: int
+    lost: int
+    returns: tuple[float, ...]
+    success: tuple[bool, ...]
+    lengths: tuple[int, ...]
 
 
 @checked_kinds
 def collect(
-    config: CollectConfig, out: Path, *, workers: int = 1, resume: bool = False, quiet: bool = False
+    config: CollectConfig, out: Path, *, workers: Processes = 1, resume: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Plays the episodes and writes the dataset to ``out``.
 
@@ -92,14 +105,13 @@ def collect(
     UserError for a folder of something else, for one that is begun without ``resume``, and for a policy that hardly
     ever succeeds where only successes are kept.
     """
-    check_number("workers", workers, PROCESSES)
     import_user_function("policy", config.policy)
     if environment_facts(config.env, config.env_kwargs).max_steps is None and config.max_steps is None:
         said = f"{config.env} has no time limit: an episode may take {MAX_STEPS:,} steps; --max-steps sets another"
         announce(f"collect: {said}", quiet=quiet)
     with locked(out):
         _open(config, out, resume)
-        if not (out / "store.json").exists():
+        if not (out / HEADER).exists():
             jobs = [(config, out, rank, workers, quiet) for rank in range(workers)]
             if workers == 1:
                 _play_parts(*jobs[0])
@@ -113,8 +125,9 @@ def collect(
 
 
 def _open(config: CollectConfig, out: Path, resume: bool) -> None:
-    request, whole = out / "collect.json", out / "store.json"
-    if not whole.exists() and not any((out / "parts").glob("*.json")):  # nothing was played, or to the end of no part
+    """Writes down what is asked for; UserError unless the folder is new, or was begun so and is to be resumed."""
+    request, done = out / "collect.json", (out / HEADER).exists()
+    if not done and not any((out / "parts").glob("*.json")):  # nothing was played, or to the end of no part
         begun = (request.name, "parts")
         if out.is_dir() and any(path.name not in begun and not left_behind(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files of something else; choose another --out.")
@@ -122,32 +135,34 @@ def _open(config: CollectConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"{out} holds episodes; add --resume to go on there, or choose another --out.")
-    asked = (
-        TrajectoryStore(out).meta.get("asked") if whole.exists() else check_seal(request, read_json(request))
-    ) or {}
-    if plain(config) != {name: asked.get(name) for name in plain(config)}:  # options may be newer than the folder
-        raise UserError(f"{out} was started with other options, {asked}; repeat those, or choose another --out.")
+    before = TrajectoryStore(out).meta.get("asked") or {} if done else check_seal(request, read_json(request))
+    if plain(config) != {name: before.get(name) for name in plain(config)}:  # options may be newer than the folder
+        raise UserError(f"{out} was started with other options, {before}; repeat those, or choose another --out.")
 
 
 def _join(config: CollectConfig, out: Path) -> None:
     """Writes the first episodes of the parts as one dataset."""
-    parts = _needed(config, out)
-    kept = {name: [entry for part, _ in parts for entry in part[name]] for name in ("returns", "success", "lengths")}
-    found = len(kept["returns"])
-    returns, success, lengths = (np.array(values[: config.episodes]) for values in kept.values())
-    facts = environment_facts(config.env, config.env_kwargs)
-    played, lost = (sum(part[name] for part, _ in parts) for name in ("played", "lost"))
+    parts: list[Part] = []
+    paths = _finished(out)
+    while _kept(parts) < config.episodes:  # how many more were played depends on which of the workers was quicker
+        parts.append(_read_part(paths[len(parts)]))
+    returns, success, lengths = (
+        np.array([*itertools.chain(*columns)][: config.episodes])
+        for columns in zip(*((part.returns, part.success, part.lengths) for part in parts), strict=True)
+    )
+    played, lost = (sum(getattr(part, name) for part in parts) for name in ("played", "lost"))
     collected = {
         "kept": len(returns),
         "played": played,
         "lost": lost,
-        "unsolved": played - lost - found,
-        "surplus": found - len(returns),
+        "unsolved": played - lost - _kept(parts),
+        "surplus": _kept(parts) - len(returns),
         "steps": int(lengths.sum()),
         "success": float(success.mean()),
         "mean_return": float(returns.mean()),
         "return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))) if len(returns) > 1 else None,
     }
+    facts = environment_facts(config.env, config.env_kwargs)
     meta = {
         **space_meta(facts.observation_space, facts.action_space, environment_id(config.env)),
         "env_kwargs": facts.kwargs,
@@ -156,20 +171,12 @@ def _join(config: CollectConfig, out: Path) -> None:
         "asked": plain(config),
         "collected": collected,
     }
-    stores: list[Episodes] = [TrajectoryStore(folder) for part, folder in parts if part["lengths"]]
+    stores = [TrajectoryStore(path.with_suffix("")) for part, path in zip(parts, paths, strict=False) if part.lengths]
     TrajectoryStore.join(out, stores, meta, most=config.episodes, beside=("collect.json", "parts"))
 
 
-def _needed(config: CollectConfig, out: Path) -> list[tuple[dict[str, Any], Path]]:
-    """The first parts that hold enough, each with the folder of its episodes; how many more the workers have played
-    depends on which of them was quicker."""
-    parts, found = [], 0
-    for path in _finished(out):
-        parts.append((_read_part(path), path.with_suffix("")))
-        found += len(parts[-1][0]["lengths"])
-        if found >= config.episodes:
-            break
-    return parts
+def _kept(parts: list[Part]) -> int:
+    return sum(len(part.lengths) for part in parts)
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
@@ -189,26 +196,30 @@ def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet
             raise UserError(f"{error}; mend the policy.") from error
 
     size = math.ceil(config.episodes / math.ceil(config.episodes / PART))
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     with track(config.episodes, "collect", start=0, quiet=quiet or rank > 0) as progress:
         for index in itertools.count(rank, workers):
             parts += [_read_part(path) for path in _finished(out, len(parts))]  # each once
-            kept = sum(len(part["lengths"]) for part in parts)
-            progress.update(min(kept, config.episodes))
-            if kept >= config.episodes:
+            progress.update(min(_kept(parts), config.episodes))
+            if _kept(parts) >= config.episodes:
                 break
             if index * size > MOST_ATTEMPTS * (config.episodes + PART * workers):
-                played, lost = (sum(part[name] for part in parts) for name in ("played", "lost"))
-                way = f"mend the policy {config.policy}, state --success-return, or leave out --only-successes"
-                if 2 * lost > played:
-                    way = f"mend the environment {config.env}, which said why it lost them"
-                raise UserError(
-                    f"{kept} of {played} episodes were kept, {lost} were lost to the environment, and "
-                    f"{config.episodes} are asked for; {way}."
-                )
+                raise _hopeless(config, parts)
             if not _part(out, index).exists():
                 _play_part(config, env, answer, _part(out, index), range(index * size, (index + 1) * size))
     env.close()
+
+
+def _hopeless(config: CollectConfig, parts: list[Part]) -> UserError:
+    """What to mend where hardly any episode can be kept."""
+    played, lost = (sum(getattr(part, name) for part in parts) for name in ("played", "lost"))
+    way = f"mend the policy {config.policy}, state --success-return, or leave out --only-successes"
+    if 2 * lost > played:
+        way = f"mend the environment {config.env}, which said why it lost them"
+    return UserError(
+        f"{_kept(parts)} of {played} episodes were kept, {lost} were lost to the environment, and "
+        f"{config.episodes} are asked for; {way}."
+    )
 
 
 def _part(out: Path, index: int) -> Path:
@@ -216,15 +227,9 @@ def _part(out: Path, index: int) -> Path:
     return out / "parts" / f"part-{index:05}.json"
 
 
-def _read_part(path: Path) -> dict[str, Any]:
+def _read_part(path: Path) -> Part:
     """What a part says of itself; UserError for one that was changed."""
-    content = check_seal(path, read_json(path))
-    lists = [content.get(name) for name in ("returns", "success", "lengths")]
-    counts = [content.get(name) for name in ("played", "lost")]
-    whole = {*content} == {"played", "lost", "returns", "success", "lengths"}
-    if not whole or any(type(entry) is not list for entry in lists) or any(type(entry) is not int for entry in counts):
-        raise UserError(f"{path} is no report of a part; delete the folder and start again.")
-    return content
+    return from_plain(Part, check_seal(path, read_json(path)), str(path))
 
 
 def _finished(out: Path, first: int = 0) -> list[Path]:
@@ -236,19 +241,19 @@ def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, at
     """Plays some attempts and writes those that are kept."""
     limit = config.max_steps or MAX_STEPS
     played = [_play(env, policy, _seed(config.seed, attempt), limit) for attempt in attempts]
-    whole = [episode for episode in played if not episode["lost"]]
-    kept = [episode for episode in whole if episode["success"] or not config.only_successes]
-    if kept:
-        rows = ({name: episode[name] for name in FIELDS} for episode in kept)
-        TrajectoryStore.write(path.with_suffix(""), Trajectories.from_episodes(rows))
-    report = {
-        "played": len(played),
-        "lost": len(played) - len(whole),
-        "returns": [float(episode["rewards"].sum()) for episode in kept],
-        "success": [episode["success"] for episode in kept],
-        "lengths": [len(episode["rewards"]) for episode in kept],
-    }
-    write_text(path, json.dumps(seal(report)))
+    sound = [episode for episode in played if not episode["lost"]]
+    chosen = [episode for episode in sound if episode["success"] or not config.only_successes]
+    if chosen:
+        rows = ({name: episode[name] for name in FIELDS} for episode in chosen)
+        TrajectoryStore.join(path.with_suffix(""), [Episodes.of_rows(enumerate(rows))])
+    part = Part(
+        played=len(played),
+        lost=len(played) - len(sound),
+        returns=tuple(float(episode["rewards"].sum()) for episode in chosen),
+        success=tuple(episode["success"] for episode in chosen),
+        lengths=tuple(len(episode["rewards"]) for episode in chosen),
+    )
+    write_text(path, json.dumps(seal(plain(part))))
 
 
 def _play(env: Guard, policy: Policy, seed: int, max_steps: int) -> dict[str, Any]:
