@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metacontroller.analysis.code_content import code_meaning, code_subgoal_bits, two_subgoals, unseen_transition_share
+from metacontroller.analysis.code_content import (
+    Walks,
+    code_meaning,
+    code_subgoal_bits,
+    two_subgoals,
+    unseen_transition_share,
+)
 from metacontroller.analysis.injection import Injection, InjectionResult, injected_codes
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.registry import run_analysis
@@ -90,9 +96,8 @@ def test_walks_last_as_long_as_the_settings_say_or_half_of_the_longest_episode(
 def test_the_first_color_is_what_the_moves_lead_to() -> None:
     world = grid_world(2, 2, [(0, 1)])
     always_up = model_with_bias(world, [50.0, 0.0, 0.0, 0.0])
-    generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 400, "walk_steps": 8, "generator": generator}
-    meaning = code_subgoal_bits(always_up, build_meta_controller(debug()), world, **options)
+    walks = Walks(always_up, world, 8, torch.Generator().manual_seed(0))
+    meaning = code_subgoal_bits(walks, build_meta_controller(debug()), codes=2, layouts_per_code=400)
     # From the lower row, up enters either color or the empty cell, equally likely; from the upper row, nothing.
     expected = torch.tensor([2 / 3, 1 / 6, 1 / 6])
     torch.testing.assert_close(meaning.marginal, expected, atol=0.06, rtol=0)
@@ -110,10 +115,14 @@ UNIFORM = [0.0, 0.0, 0.0, 0.0]
     ],
 )
 def test_a_random_walk_takes_unseen_transitions_at_chance(tasks: list[tuple[int, ...]], expected: float) -> None:
-    world, generator = grid_world(3, 3, tasks), torch.Generator().manual_seed(0)
-    model = model_with_bias(world, UNIFORM)
-    share = unseen_transition_share(model, world, episodes=600, walk_steps=12, generator=generator)
+    world = grid_world(3, 3, tasks)
+    share = unseen_transition_share(aimless(world, 12), episodes=600)
     assert share == pytest.approx(expected, abs=0.07)
+
+
+def aimless(world: Domain, steps: int) -> Walks:
+    """Walks of a model that goes anywhere, however it is steered."""
+    return Walks(model_with_bias(world, UNIFORM), world, steps, torch.Generator().manual_seed(0))
 
 
 def untold(world: GridworldPinpad) -> GridworldPinpad:
@@ -128,22 +137,18 @@ def untold(world: GridworldPinpad) -> GridworldPinpad:
 
 @pytest.mark.parametrize("world", [grid_world(3, 2, [(0, 1, 0)]), untold(grid_world(3, 3, [(0, 1)]))])
 def test_unseen_transition_share_is_nan_when_everything_may_follow_or_nobody_knows(world: GridworldPinpad) -> None:
-    model, generator = model_with_bias(world, UNIFORM), torch.Generator().manual_seed(0)
-    assert math.isnan(unseen_transition_share(model, world, episodes=10, walk_steps=12, generator=generator))
+    assert math.isnan(unseen_transition_share(aimless(world, 12), episodes=10))
 
 
-def inject(world: Domain, model: SteerableModel, walks: int = 2000) -> InjectionResult:
+def inject(world: Domain, count: int = 2000) -> InjectionResult:
     """`injected_codes` of a metacontroller that has learned nothing."""
-    steering, generator = build_meta_controller(debug()), torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"walk_steps": 16, "generator": generator}
-    meaning = code_subgoal_bits(model, steering, world, codes=4, layouts_per_code=8, **options)
-    return injected_codes(model, steering, world, meaning, walks=walks, **options)
+    steering, walks = build_meta_controller(debug()), aimless(world, 16)
+    meaning = code_subgoal_bits(walks, steering, codes=4, layouts_per_code=8)
+    return injected_codes(walks, steering, meaning, count)
 
 
 def test_codes_that_change_nothing_are_reached_as_often_as_free_walks_reach_them() -> None:
-    world = grid_world(4, 3, [(0, 1)])
-    model = model_with_bias(world, UNIFORM)  # an aimless walk, however it is steered
-    injected = inject(world, model)
+    injected = inject(grid_world(4, 3, [(0, 1)]))
     assert 0.3 < injected.free < 0.5  # one of two others; some walks reach no second color
     for share in (injected.forced, injected.free_unseen, injected.forced_unseen):
         assert share == pytest.approx(injected.free, abs=0.05)
@@ -158,7 +163,7 @@ def test_codes_that_change_nothing_are_reached_as_often_as_free_walks_reach_them
     [grid_world(4, 3, [(a, b) for a in range(3) for b in range(3) if a != b]), untold(grid_world(4, 3, [(0, 1)]))],
 )
 def test_where_nothing_is_unseen_or_nobody_knows_the_rest_is_measured(world: GridworldPinpad) -> None:
-    injected = inject(world, model_with_bias(world, UNIFORM), walks=50)
+    injected = inject(world, 50)
     assert math.isnan(injected.free_unseen)
     assert math.isnan(injected.forced_unseen)
     assert 0 < injected.free < 1
@@ -193,7 +198,8 @@ def test_a_code_is_held_only_after_the_first_color() -> None:
 
     model.upper = watch  # type: ignore[method-assign]
     steering.steer = steer  # type: ignore[method-assign]
-    first, _ = two_subgoals(model, world, 64, 16, torch.Generator().manual_seed(0), (steering, code))
+    walks = Walks(model, world, 16, torch.Generator().manual_seed(0))
+    first, _ = two_subgoals(walks, 64, (steering, code))
     assert all(torch.equal(z, code.expand_as(z)) for z in seen)
     assert not acted[0].any()
     assert acted[-1].any()

@@ -11,7 +11,7 @@ import torch
 from metacontroller.analysis import gate_alignment as module
 from metacontroller.analysis.gate_alignment import Gate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.rate_distortion import rate_distortion, rate_distortion_of_segments
+from metacontroller.analysis.rate_distortion import rate_distortion
 from metacontroller.analysis.registry import run_analysis
 from metacontroller.baselines.compile import build_compile
 from metacontroller.control.discovery_losses import discover_episodes
@@ -19,7 +19,6 @@ from metacontroller.control.switching import GateConfig
 from metacontroller.metrics.switch_alignment import gate_alignment
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import build_meta_controller, load_run
-from metacontroller.recipes.run_phase import demonstrations
 
 Untrained = Callable[..., LoadedRun]
 
@@ -79,11 +78,11 @@ def test_switches_are_counted_at_the_gates_threshold(untrained: Untrained, thres
     assert gate.figures()["gate_recall"] == found
     assert gate.report()["recall"] == [found] * 3
     assert int(gate.switches().sum()) == (int(gate.episodes.lengths.sum()) if found else 16)
-    source = demonstrations(run.domain, "discover")
-    codes = rate_distortion(run.base, run.meta_controller, source, 16, 3)
+    codes = rate_distortion(run, 16, 3)
     encoder = run.domain.spec().encoder
     segmentation = build_compile(config.compile, run.base, encoder, config.meta_controller.dim_latent, 0)
-    segments = rate_distortion_of_segments(run.base, segmentation, run.meta_controller, source, 16, 3)
+    segmentation.save(run.folder.path / "compile.safetensors")
+    segments = rate_distortion(replace(run, segmented=True), 16, 3)
     assert codes["gate_recall"] == segments["gate_recall"] == found
 
 

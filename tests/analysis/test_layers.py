@@ -15,7 +15,7 @@ from torch import Tensor
 from metacontroller import Transformer
 from metacontroller.analysis import steering
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.probing import Probes, probe_layers
+from metacontroller.analysis.probing import LayerConfig, Probes, probe_layers
 from metacontroller.analysis.steering import Steering, SupervisedControllers, play_chained, steer_layers
 from metacontroller.cli import main
 from metacontroller.data.trajectories import Trajectories
@@ -64,8 +64,8 @@ def test_a_probe_finds_what_the_residual_holds_and_nothing_else() -> None:
         condition_on_actions=False,
     )
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    options: dict[str, Any] = {"subgoals": 3, "steps": 400, "batch_size": 64, "episodes": 3000, "seed": 0, "lr": 3e-2}
-    found = probe_layers(model, told, told, **options, quiet=True)
+    config = LayerConfig(steps=400, batch_size=64, episodes=3000, lr=3e-2)
+    found = probe_layers(model, (told, told), config, subgoals=3, seed=0, quiet=True)
     assert len(found.accuracy) == model.depth + 1 == 3
     for accuracy, at_start in zip(found.accuracy, found.at_start, strict=True):
         assert at_start == pytest.approx(1 / 3, abs=0.05)  # five standard deviations
@@ -142,8 +142,8 @@ def test_in_chained_play_actions_have_the_temperature_that_is_asked_for(monkeypa
 def test_labels_make_the_actions_likelier_and_the_model_stays() -> None:
     model = build_model(debug())
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    options: dict[str, Any] = {"batch_size": 32, "episodes": 40, "seed": 0, "lr": 1e-2, "quiet": True}
-    short, long = (steer_layers(model, source, source, WORLD, steps=steps, **options) for steps in (2, 120))
+    configs = (LayerConfig(steps=steps, batch_size=32, episodes=40, lr=1e-2) for steps in (2, 120))
+    short, long = (steer_layers(model, (source, source), WORLD, config, seed=0, quiet=True) for config in configs)
     assert len(long.success) == len(long.action_loss) == model.depth + 1
     assert all(later < earlier for earlier, later in zip(short.action_loss, long.action_loss, strict=True))
     assert all(0 <= share <= 1 for share in long.success)
@@ -158,9 +158,8 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
 
     model = build_model(debug())
     model.__class__ = Whole
-    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "quiet": True}
     with pytest.raises(ValueError, match="a Whole can be steered at one only; leave this analysis out"):
-        steer_layers(model, source, source, WORLD, **options)
+        steer_layers(model, (source, source), WORLD, LayerConfig(steps=1, batch_size=2, episodes=2), seed=0, quiet=True)
 
 
 def test_chained_play_counts_the_tasks_done() -> None:

@@ -100,9 +100,9 @@ def test_named_codes_are_the_means_over_switches_with_that_label(
     run, kept = untrained(), []
     run = replace(run, controller=replace(run.controller, action_temperature=0.5))
     monkeypatch.setattr(module, "play_chained", lambda model, *rest: kept.extend((rest[0], rest[-1])) or 0.25)
-    assert named_success(run, 64, 7) == 0.25
-    assert kept[1] == 0.5
     gate = held_out_gate(run, 64, 7)
+    assert named_success(run, gate, 7) == 0.25
+    assert kept[1] == 0.5
     residual = torch.randn(3, run.base.dim, generator=torch.Generator().manual_seed(0))
     assert gate.episodes.subgoals is not None
     for subgoal in range(len(run.subgoals)):

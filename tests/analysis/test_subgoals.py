@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from metacontroller.analysis import steering
-from metacontroller.analysis.code_content import code_subgoal_bits, unseen_transition_share
+from metacontroller.analysis.code_content import Walks, code_subgoal_bits, unseen_transition_share
 from metacontroller.analysis.injection import injected_codes
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.probing import Probes
+from metacontroller.analysis.probing import LayerConfig, Probes
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.domains.pinpad.layouts import sample_layouts
@@ -69,9 +68,9 @@ def test_a_supervised_controller_a_pair_is_trained_and_chained(monkeypatch: pyte
     monkeypatch.setattr(
         steering, "play_chained", lambda model, controllers, *rest: chained.append(len(controllers.read)) or 0.0
     )
-    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "episodes": 2, "seed": 0, "quiet": True}
     source = partial(WORLD.demonstrations, "discover")
-    steering.steer_layers(build_model(SMALL), source, source, WORLD, **options)
+    config = LayerConfig(steps=1, batch_size=2, episodes=2)
+    steering.steer_layers(build_model(SMALL), (source, source), WORLD, config, seed=0, quiet=True)
     assert chained == [4, 4, 4]
 
 
@@ -133,23 +132,23 @@ def share_that_reaches(pair: Sequence[int], walks: int, steps: int) -> float:
 
 def test_a_pair_is_reached_by_walks_that_visit_its_colors_one_after_the_other(aimless: SteerableModel) -> None:
     controller, steps = build_meta_controller(debug()), 4 * SIZE * 2
-    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 1000, "walk_steps": steps}
-    options["generator"] = torch.Generator().manual_seed(0)
-    meaning = code_subgoal_bits(aimless, controller, walked_world([(0, 1)]), **options)
+    walks = Walks(aimless, walked_world([(0, 1)]), steps, torch.Generator().manual_seed(0))
+    meaning = code_subgoal_bits(walks, controller, codes=2, layouts_per_code=1000)
     assert meaning.share.shape == (2, 2)
     assert float(meaning.marginal[1]) == pytest.approx(share_that_reaches((0, 1), 2000, steps), abs=0.05)
-    colors = code_subgoal_bits(aimless, controller, walked_world([(0, 1)], 1), **options)
+    walks = replace(walks, domain=walked_world([(0, 1)], 1))
+    colors = code_subgoal_bits(walks, controller, codes=2, layouts_per_code=1000)
     assert colors.share.shape == (2, 4)
 
 
 def test_walks_are_counted_by_transitions_between_pairs(aimless: SteerableModel) -> None:
     world = walked_world([(0, 1, 2, 0), (2, 0, 1, 2), (1, 2, 0, 1)])
-    options: dict[str, Any] = {"walk_steps": 4 * SIZE * 2, "generator": torch.Generator().manual_seed(0)}
-    share = unseen_transition_share(aimless, world, episodes=300, **options)
+    walks = Walks(aimless, world, 4 * SIZE * 2, torch.Generator().manual_seed(0))
+    share = unseen_transition_share(walks, episodes=300)
     assert 0 < share < 1
     controller = build_meta_controller(debug())
-    meaning = code_subgoal_bits(aimless, controller, world, codes=2, layouts_per_code=4, **options)
-    injected = injected_codes(aimless, controller, world, meaning, walks=300, **options)
+    meaning = code_subgoal_bits(walks, controller, codes=2, layouts_per_code=4)
+    injected = injected_codes(walks, controller, meaning, 300)
     assert injected.forced == pytest.approx(injected.free, abs=0.1)
     assert 0 < injected.free < 1
 

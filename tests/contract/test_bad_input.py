@@ -76,8 +76,8 @@ BATCHES = {
     "actions of other rows": (states(), actions(3, TIME), {}, "actions have shape (3, 5)"),
     "action too large": (states(), actions(last=4), {}, "actions range over 0..4; each must lie in 0..3"),
     "action below zero": (states(), actions(last=-1), {}, "actions range over -1..0"),
-    "float actions": (states(), actions().float(), {}, "dtype torch.float32; expected torch.int64 (2, 5)"),
-    "int32 actions": (states(), actions().int(), {}, "dtype torch.int32; expected torch.int64 (2, 5)"),
+    "float actions": (states(), actions().float(), {}, "dtype torch.float32; expected int64 (2, 5)"),
+    "int32 actions": (states(), actions().int(), {}, "dtype torch.int32; expected int64 (2, 5)"),
     "one-hot actions": (states(), actions(BATCH, TIME, 4), {}, "actions have shape (2, 5, 4)"),
     "length over the padding": (
         states(),
@@ -88,10 +88,15 @@ BATCHES = {
     "length zero": (states(), actions(), {"lens": [0, 5]}, "episode_lens range over 0..5"),
     "too few lengths": (states(), actions(), {"lens": [5]}, "episode_lens have shape (1,)"),
     "float lengths": (states(), actions(), {"lens": [5.0, 2.0]}, "dtype torch.float32; expected whole numbers (2,)"),
-    "float grid": (tokens().float(), actions(), {"kind": "grid"}, "dtype torch.float32; expected int64 (..., 4)"),
-    "grid of other objects": (tokens()[..., :3], actions(), {"kind": "grid"}, "grid state has shape (2, 5, 3)"),
-    "cell off the grid": (tokens(16), actions(), {"kind": "grid"}, "cells 0..16; each must lie in 0..15"),
-    "cell below zero": (tokens(-1), actions(), {"kind": "grid"}, "cells -1..0"),
+    "float grid": (tokens().float(), actions(), {"kind": "grid"}, "dtype torch.float32; expected int64 (2, 5, 4)"),
+    "grid of other objects": (tokens()[..., :3], actions(), {"kind": "grid"}, "state has shape (2, 5, 3)"),
+    "cell off the grid": (
+        tokens(16),
+        actions(),
+        {"kind": "grid"},
+        "[..., 3] ranges over 16..16; each must lie in 0..15",
+    ),
+    "cell below zero": (tokens(-1), actions(), {"kind": "grid"}, "state[..., 3] ranges over -1..-1"),
     "whole-number torques": (
         states(),
         torch.zeros(BATCH, TIME, ACTIONS).long(),
@@ -129,7 +134,7 @@ def test_good_batches_of_every_kind_are_taken() -> None:
 
 
 STEPS = {
-    "several steps": (states(), None, "state has shape (2, 5, 3); expected (batch, 1, ...)"),
+    "several steps": (states(), None, "state has shape (2, 5, 3); expected (batch, 1, entries"),
     "no rows": (states(0, 1), None, "state has shape (0, 1, 3)"),
     "no time axis": (states(BATCH), None, "state has shape (2, 3)"),
     "NaN": (torch.full((BATCH, 1, STATE), torch.nan), None, "state holds NaN"),
@@ -155,7 +160,9 @@ def test_steps_that_do_not_fit_the_cache() -> None:
 
 def test_calls_that_lack_something() -> None:
     refused("actions are missing", make_model(), states())
-    refused("meta_controller is missing", make_model(), states(), actions(), discovery_phase=True)
+    refused(
+        "meta_controller is None; expected a MetaController", make_model(), states(), actions(), discovery_phase=True
+    )
     steering = make_steering(dim_model=2 * WIDTH)
     refused(
         "expected (batch, time, 16)", make_model(), states(), actions(), meta_controller=steering, discovery_phase=True
@@ -208,13 +215,11 @@ def test_codes_and_residuals_of_other_widths() -> None:
         (
             {"state_embed_readout": {"num_discrete": 4}},
             "state_embed_readout is {'num_discrete': 4}; expected dict(num_continuous = ...) for vectors, "
-            "dict(num_discrete = [...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for "
-            "categories with a condition, "
-            "dict(image = [...]) for images, dict(picture = dict(...)) for images with categories beside them, "
-            "dict(grid = dict(...)) for grid tokens or dict(plane = dict(...)) for a walker on a plane of cells.",
+            "dict(num_discrete = [...]) for choices, both for choices and numbers, dict(image = [...]) for images, or "
+            "dict(KIND = dict(...)) for one of tokens, grid, plane, picture, symbolic_grid.",
         ),
         ({"state_embed_readout": {"num_continuous": 0}}, "num_continuous is 0"),
-        ({"state_embed_readout": {"grid": GRID | {"size": 1}}}, "the grid has size 1"),
+        ({"state_embed_readout": {"grid": GRID | {"size": 1}}}, "size is 1; expected at least 2"),
         ({"state_embed_readout": {"grid": GRID | {"view": "above"}}}, "view is 'above'"),
         ({"lower_body": {"depth": -1}}, "depth is -1"),
         ({"upper_body": {"depth": 1, "heads": 3}}, "dim 8 is not a multiple of heads 3"),

@@ -17,7 +17,7 @@ from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.environments.internal_env import InternalEnv
 from metacontroller.models.attention import AttentionBlock, AttentionBody
-from metacontroller.models.cache_store import AttentionStore
+from metacontroller.models.caches import AttentionStore
 from metacontroller.models.transformer import Transformer
 from metacontroller.phases.rollout import Actor, rollout_raw
 

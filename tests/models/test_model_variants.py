@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.models.condition import AdaptiveNorm
-from metacontroller.models.grid_encoder import SymbolicGridEncoder
+from metacontroller.models.blocks import Norm
+from metacontroller.models.encoders import SymbolicGridEncoder
 from metacontroller.models.transformer import Transformer, make_body
 from metacontroller.variants.latent_prediction import NextLatent
 from metacontroller.variants.loss_weights import LossScale
@@ -29,7 +29,7 @@ def randomize(module: Any) -> Any:
 
 
 def test_an_adaptive_norm_is_its_formula_row_by_row() -> None:
-    norm, x, condition = randomize(AdaptiveNorm(WIDTH, COND)), random(2, 4, WIDTH), random(2, COND).requires_grad_()
+    norm, x, condition = randomize(Norm(WIDTH, COND)), random(2, 4, WIDTH), random(2, COND).requires_grad_()
     weight, bias = norm.to_scale_and_shift.weight, norm.to_scale_and_shift.bias
     rows = []
     for b in range(2):
@@ -152,7 +152,7 @@ def test_a_symbolic_grid_is_embedded_cell_by_cell() -> None:
     expected = sum(part.log_softmax(-1)[int(target)] for part, target in zip(first, targets[0, 0], strict=True))
     torch.testing.assert_close(readout.log_prob(logits, targets)[0, 0], expected)
     encoder.check(grids)
-    for wrong, message in ((grids + 4, "out of range"), (grids[..., :1], "grid of cells")):
+    for wrong, message in ((grids + 4, "each must lie in"), (grids[..., :1], "grid of cells")):
         with pytest.raises(UserError, match=message):
             encoder.check(wrong)
     with pytest.raises(UserError, match="odd number"):

@@ -174,5 +174,5 @@ def test_the_precision_is_saved_and_checked(tmp_path: Path, monkeypatch: pytest.
         assert type(module).init_and_load(tmp_path / "module").precision == "auto"
     sizes: dict[str, Any] = {"dim": 8, "lower_depth": 1, "upper_depth": 1, "heads": 2, "mlp_dim": 8}
     for refuse in (lambda: ModelConfig(**sizes, precision="half"), lambda: check_precision("half")):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="precision is 'half'; expected 'float32', 'bfloat16' or 'auto'"):
+        with pytest.raises(ValueError, match="precision is 'half'; expected one of 'float32', 'bfloat16', 'auto'"):
             refuse()

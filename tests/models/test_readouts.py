@@ -173,9 +173,9 @@ def test_several_choices_are_checked_and_embedded() -> None:
     values = torch.tensor([[[2, 1]]])
     readout.check(values, (1, 1))
     torch.testing.assert_close(readout.embed(values)[0, 0], readout.embedding.weight[2] + readout.embedding.weight[4])
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(ValueError, match=r"actions\[\.\.\., 1\] ranges over 2\.\.2; each must lie in 0\.\.1"):
         readout.check(torch.tensor([[[2, 2]]]), (1, 1))
-    with pytest.raises(ValueError, match=r"expected torch.int64 \(1, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"expected int64 \(1, 1, 2\)"):
         readout.check(torch.tensor([[2]]), (1, 1))
 
 

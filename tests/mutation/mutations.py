@@ -102,7 +102,7 @@ MUTATIONS: list[Mutation] = [
         "models/readouts.py",
         "models/test_readouts.py",
         ("return -(log_prob.exp() * log_prob).sum(-1)", "return (log_prob.exp() * log_prob).sum(-1)"),
-        ("return -F.cross_entropy(logits.flatten", "return F.cross_entropy(logits.flatten"),
+        ("return -F.cross_entropy(params.flatten", "return F.cross_entropy(params.flatten"),
         ("(log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)", "(log_std + 0.5 * math.log(2 * math.pi)).sum(-1)"),
         ("return mean + log_std.exp() * noise", "return mean + log_std * noise"),
         (".square() - log_std - 0.5 * math.log", ".square() + log_std - 0.5 * math.log"),
@@ -111,7 +111,7 @@ MUTATIONS: list[Mutation] = [
         "models/attention.py",
         "models/test_attention.py",
         (".triu(keys - queries + 1)", ".triu(keys - queries + 2)"),
-        ("cache.length += steps", "cache.length += steps - 1"),
+        ("cache.length += x.shape[1]", "cache.length += x.shape[1] - 1"),
         ("first = capacity - keys  #", "first = capacity - keys + 1  #"),
     ),
     *of(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from metacontroller.analysis.code_content import code_subgoal_bits
+from metacontroller.analysis.code_content import Walks, code_subgoal_bits
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids
@@ -154,8 +154,8 @@ def test_codes_are_held_by_a_model_that_knows_its_past_actions(monkeypatch: pyte
         return embed(states, past_actions)
 
     monkeypatch.setattr(model, "embed", note)
-    options: dict[str, Any] = {"codes": 2, "layouts_per_code": 10, "walk_steps": 4 * GRID.size}
-    code_subgoal_bits(model, steering, WORLD, generator=torch.Generator().manual_seed(0), **options)
+    walks = Walks(model, WORLD, 4 * GRID.size, torch.Generator().manual_seed(0))
+    code_subgoal_bits(walks, steering, codes=2, layouts_per_code=10)
     assert known[0] == 0
     assert len(set(known)) > 2
 

@@ -1,4 +1,4 @@
-"""What codes mean: which subgoal a held code leads to, in bits (link 3 of the chain); what the unsteered model does.
+"""What codes mean: which subgoal a code that is kept in force leads to, in bits; what the unsteered model does.
 
 Walks are episodes without a task: they end by time alone, whatever is reached.
 
@@ -8,6 +8,7 @@ Axes: b episodes, c codes, n_z code, g subgoals, o outcomes: no subgoal reached,
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,16 @@ from metacontroller.phases.evaluate import MAX_BATCH, batch_sizes
 from metacontroller.phases.rollout import Actor
 
 
+@dataclass(frozen=True)
+class Walks:
+    """Who walks where. steps: within which a walk may reach a subgoal. generator: of layouts, codes and actions."""
+
+    model: SteerableModel
+    domain: Domain
+    steps: int
+    generator: torch.Generator
+
+
 class CodeMeaning(NamedTuple):
     """bits: mutual information between a code and the subgoal it reaches first. share (c, o): p(outcome | code).
     marginal (o,): p(outcome) over all codes. codes (c, n_z)."""
@@ -36,69 +47,35 @@ class CodeMeaning(NamedTuple):
 
 def code_meaning(run: LoadedRun, generator: torch.Generator) -> CodeMeaning:
     """`code_subgoal_bits` of a run, as much as its settings say."""
-    return code_subgoal_bits(
-        run.model,
-        run.meta_controller,
-        run.domain,
-        codes=run.settings.codes,
-        layouts_per_code=run.settings.layouts_per_code,
-        walk_steps=run.walk_steps,
-        generator=generator,
-    )
+    walks = Walks(run.model, run.domain, run.walk_steps, generator)
+    return code_subgoal_bits(walks, run.meta_controller, run.settings.codes, run.settings.layouts_per_code)
 
 
 @torch.no_grad()
 @weights_cast_once()
-def code_subgoal_bits(
-    model: SteerableModel,
-    meta_controller: MetaController,
-    domain: Domain,
-    *,
-    codes: int,
-    layouts_per_code: int,
-    walk_steps: int,
-    generator: torch.Generator,
-) -> CodeMeaning:
-    """Holds codes drawn from the prior from an episode's start, without switching, each in episodes of its own.
+def code_subgoal_bits(walks: Walks, meta_controller: MetaController, codes: int, layouts_per_code: int) -> CodeMeaning:
+    """Keeps codes drawn from the prior in force from an episode's start, each in episodes of different layouts.
 
-    The outcome is the subgoal reached first within ``walk_steps``, or none. UserError for a world without subgoals.
+    The outcome is the subgoal reached first within ``walks.steps``, or none. UserError for a world without subgoals.
     """
-    outcomes = _count_subgoals(domain) + 1
-    device = generator.device
-    noise = torch.randn(codes, meta_controller.codes.noise_dim, generator=generator, device=device)
+    outcomes, device = len(walks.domain.spec().subgoals) + 1, walks.generator.device
+    if outcomes == 1:
+        raise UserError(f"the world {walks.domain.name} names no subgoals to be reached; give one whose spec does.")
+    noise = torch.randn(codes, meta_controller.codes.noise_dim, generator=walks.generator, device=device)
     prior = meta_controller.codes.sample(meta_controller.codes.prior(noise, codes), noise=noise)
-    owner = torch.arange(codes, device=device).repeat_interleave(layouts_per_code)
-    reached = torch.cat(
-        [
-            _first_subgoal(model, meta_controller, prior[chunk], domain, walk_steps, generator)
-            for chunk in owner.split(MAX_BATCH)
-        ]
-    )
-    counts = torch.bincount(owner * outcomes + reached + 1, minlength=codes * outcomes).view(codes, outcomes)
+    code = torch.arange(codes, device=device).repeat_interleave(layouts_per_code)
+    reached = torch.cat([_first_subgoal(walks, meta_controller, prior[rows]) for rows in code.split(MAX_BATCH)])
+    counts = torch.bincount(code * outcomes + reached + 1, minlength=codes * outcomes).view(codes, outcomes)
     share = counts / layouts_per_code
     return CodeMeaning(mutual_information_bits(counts), share, share.mean(0), prior)
 
 
-def _count_subgoals(domain: Domain) -> int:
-    subgoals = len(domain.spec().subgoals)
-    if not subgoals:
-        raise UserError(f"the world {domain.name} names no subgoals to be reached; give one whose spec does.")
-    return subgoals
-
-
-def _first_subgoal(
-    model: SteerableModel,
-    meta_controller: MetaController,
-    code: Tensor,
-    domain: Domain,
-    walk_steps: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """(b,) int64: the subgoal that each held code (b, n_z) reaches first in an episode of its own, -1 if none."""
-    env = domain.reset(len(code), generator, task=FREE, max_steps=walk_steps)
+def _first_subgoal(walks: Walks, meta_controller: MetaController, code: Tensor) -> Tensor:
+    """(b,) int64: the subgoal that each code (b, n_z) reaches first in an episode, -1 if none."""
+    env = walks.domain.reset(len(code), walks.generator, task=FREE, max_steps=walks.steps)
     reached = torch.full((len(code),), -1, device=code.device)
     rows = torch.arange(len(code), device=code.device)
-    actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
+    actor = Actor(walks.model, env, walks.generator, temperature=meta_controller.action_temperature)
     while len(rows):
         actor.act(meta_controller.steer(actor.look(), code[rows]))
         reached[rows] = env.reached()
@@ -110,46 +87,38 @@ def _first_subgoal(
 
 @torch.no_grad()
 @weights_cast_once()
-def unseen_transition_share(
-    model: SteerableModel, domain: Domain, *, episodes: int, walk_steps: int, generator: torch.Generator
-) -> float:
-    """How often the unsteered model, walking freely, goes next to a subgoal that never follows in demonstrations.
+def unseen_transition_share(walks: Walks, episodes: int) -> float:
+    """How often the unsteered model goes next to a subgoal that never follows in demonstrations.
 
-    Of the walks whose first subgoal has such followers and that reach a second one within twice ``walk_steps``, the
+    Of the walks whose first subgoal has such followers and that reach a second one within twice ``walks.steps``, the
     share that reach one of them. A model that has learned nothing of transitions takes each other subgoal equally often
     (1/3 for each of four). nan if no walk counts, and where the world does not tell which transitions are seen.
     """
-    seen = domain.seen_transitions()
+    seen = walks.domain.seen_transitions()
     if seen is None:
         return math.nan
-    seen = seen.to(generator.device)
-    unseen_count, walks = 0, 0
-    for walks_now in batch_sizes(episodes):
-        first, second = two_subgoals(model, domain, walks_now, walk_steps, generator)
+    seen = seen.to(walks.generator.device)
+    unseen_count, total = 0, 0
+    for size in batch_sizes(episodes):
+        first, second = two_subgoals(walks, size)
         counted = (second >= 0) & ~seen.all(1)[first]
-        walks += int(counted.sum())
+        total += int(counted.sum())
         unseen_count += int((~seen[first, second] & counted).sum())
-    return unseen_count / walks if walks else math.nan
+    return unseen_count / total if total else math.nan
 
 
 def two_subgoals(
-    model: SteerableModel,
-    domain: Domain,
-    episodes: int,
-    walk_steps: int,
-    generator: torch.Generator,
-    hold: tuple[MetaController, Tensor] | None = None,
-    temperature: float = 1.0,
+    walks: Walks, episodes: int, hold: tuple[MetaController, Tensor] | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The first subgoal that each walk of at most twice ``walk_steps`` reaches and the next different one, (b,) int64,
+    """The first subgoal that each walk of at most twice ``walks.steps`` reaches and the next different one, (b,) int64,
     -1 where there was none.
 
     hold: a metacontroller and a code (n_z,) by which it steers once the first subgoal is reached. temperature: of the
     model's actions.
     """
-    env = domain.reset(episodes, generator, task=FREE, max_steps=2 * walk_steps)
+    env = walks.domain.reset(episodes, walks.generator, task=FREE, max_steps=2 * walks.steps)
     first, second = torch.full_like(env.steps, -1), torch.full_like(env.steps, -1)
-    actor = Actor(model, env, generator, temperature=temperature)
+    actor = Actor(walks.model, env, walks.generator, temperature=temperature)
     while not bool(((second >= 0) | env.terminated | env.truncated).all()):
         residual = actor.look()
         if hold is not None:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +19,15 @@ from torch import Tensor, nn
 
 from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.analysis.registry import Analysis, EpisodesConfig, Results, TableRows, analysis
 from metacontroller.analysis.video import drawn
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.metrics.switch_alignment import subgoal_changes
-from metacontroller.ranges import ROWS, check_fields
+from metacontroller.ranges import Rows
 from metacontroller.report.figures import gate_figure
 from metacontroller.training.progress import announce
-from metacontroller.training.seeding import stream_seed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAX_PICTURES = 400
 """Pictures of all episodes together; more steps than that are shown at every second, third, ... alone."""
@@ -47,14 +43,11 @@ class Episodes(Analysis):
     """Held-out episodes of experts with gate, codes and pictures, for the report's player (Fig. 6)."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(EpisodesConfig):
         """How much is shown."""
 
-        episodes: int = 8
+        episodes: Rows = 8
         """Held-out episodes."""
-
-        def __post_init__(self) -> None:
-            check_fields(self, episodes=ROWS)
 
     @torch.no_grad()
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
@@ -62,38 +55,32 @@ class Episodes(Analysis):
         entry a step: gate, code in the two main axes of all, subgoals (the true ones, by index), belief (the probe's, a
         share for each subgoal); changes, the steps at which a new subgoal begins, the first apart; frames, pictures as
         data URIs; and task, as text. What there is none of is None."""
-        gate = held_out_gate(run, config.episodes, stream_seed(run.seed, "analyse"))
+        gate = held_out_gate(run, config.episodes, run.analysis_seed)
         held_out, lengths, names = gate.episodes, gate.episodes.lengths.tolist(), run.subgoals
-        code = main_axes(gate.code, held_out.mask())
-        belief = _belief(run, held_out)
         changes = None if held_out.segments is None else subgoal_changes(held_out.segments, held_out.lengths)
         every = -(-sum(lengths) // MAX_PICTURES)
         frames = _frames(run.domain, held_out, every)
+        by_step = {"gate": gate.beta, "code": main_axes(gate.code, held_out.mask()), "belief": _belief(run, held_out)}
         episodes = []
         for row, length in enumerate(lengths):
             subgoals = None if held_out.subgoals is None else held_out.subgoals[row, :length].tolist()
-            episodes.append(
-                {
-                    "task": "" if subgoals is None else ARROW.join(names[subgoal] for subgoal, _ in groupby(subgoals)),
-                    "subgoals": subgoals,
-                    "changes": None if changes is None else changes[row].nonzero().flatten().tolist(),
-                    "gate": _rounded(gate.beta[row, :length]),
-                    "code": _rounded(code[row, :length]),
-                    "belief": None if belief is None else _rounded(belief[row, :length]),
-                    "frames": frames[row],
-                }
-            )
+            numbers = {
+                name: None if values is None else _rounded(values[row, :length]) for name, values in by_step.items()
+            }
+            task = "" if subgoals is None else ARROW.join(names[subgoal] for subgoal, _ in groupby(subgoals))
+            begun = None if changes is None else changes[row].nonzero().flatten().tolist()
+            episodes.append({"task": task, "subgoals": subgoals, "changes": begun, **numbers, "frames": frames[row]})
         return {"names": list(names), "every": every, "episodes": episodes}
 
-    def draw(self, results: Sequence[Results]) -> Figure:
+    def draw(self, results: Sequence[Results]) -> Any:
         return gate_figure(results[0])
 
-    def rows(self, results: Sequence[Results]) -> Rows:
-        return [
-            ("episodes", [len(result["episodes"]) for result in results]),
-            ("steps", [sum(len(episode["gate"]) for episode in result["episodes"]) for result in results]),
-            ("pictures", [sum(len(episode["frames"] or []) for episode in result["episodes"]) for result in results]),
-        ]
+    def rows(self, results: Sequence[Results]) -> TableRows:
+        episodes = [result["episodes"] for result in results]
+        counts = [("episodes", [len(each) for each in episodes])]
+        for name, part in (("steps", "gate"), ("pictures", "frames")):
+            counts.append((name, [sum(len(episode[part] or []) for episode in each) for each in episodes]))
+        return counts
 
 
 def main_axes(z: Tensor, mask: Tensor) -> Tensor:

@@ -6,27 +6,22 @@ Axes: b episodes, t steps, n_z code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.analysis.registry import Analysis, EpisodesConfig, Results, TableRows, analysis
 from metacontroller.baselines.compile import boundary_probability
 from metacontroller.control.discovery_losses import discover_episodes
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
 from metacontroller.metrics.switch_alignment import gate_alignment, gate_report
 from metacontroller.phases.evaluate import MAX_BATCH
-from metacontroller.ranges import ROWS, check_fields
 from metacontroller.report.analysis_figures import gate_histogram_figure
-from metacontroller.training.seeding import noise_generator, stream_seed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from metacontroller.training.seeding import noise_generator
 
 
 class HeldOutGate(NamedTuple):
@@ -41,28 +36,23 @@ class HeldOutGate(NamedTuple):
     threshold: float
     tolerance: int = 1
 
-    @property
-    def segments(self) -> Tensor:
-        """(b, t) int64 index of the subgoal in its task; UserError if the episodes carry none."""
-        if self.episodes.segments is None:
-            raise UserError("the episodes carry no segments; give a world whose demonstrations are labelled.")
-        return self.episodes.segments
-
     def figures(self) -> dict[str, float]:
         """gate_recall, gate_precision and gate_binary_fraction over all episodes together."""
-        alignment = gate_alignment(self.beta, self.segments, self.episodes.lengths, **self._counted())
-        return {name: float(value) for name, value in alignment.items()}
+        return {name: float(value) for name, value in self._judged(gate_alignment).items()}
 
     def report(self) -> dict[str, list[float]]:
         """`metrics.switch_alignment.gate_report` over all episodes together."""
-        return gate_report(self.beta, self.segments, self.episodes.lengths, **self._counted())
+        return self._judged(gate_report)
 
     def switches(self) -> Tensor:
         """(b, t) bool: real steps at which a code is taken."""
         return (self.beta >= self.threshold) & self.episodes.mask()
 
-    def _counted(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "tolerance": self.tolerance}
+    def _judged(self, measure: Any) -> dict[str, Any]:
+        segments, lengths = self.episodes.segments, self.episodes.lengths
+        if segments is None:
+            raise UserError("the episodes carry no segments; give a world whose demonstrations are labelled.")
+        return measure(self.beta, segments, lengths, threshold=self.threshold, tolerance=self.tolerance)
 
 
 def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
@@ -77,57 +67,44 @@ def held_out_gate(run: LoadedRun, episodes: int, seed: int) -> HeldOutGate:
 def gate_along(run: LoadedRun, held_out: Trajectories, seed: int) -> HeldOutGate:
     """The gate that acts in a run, along experts' episodes; seed: of the noise in codes.
 
-    It is read as in discovery, where proposals see the whole episode. After CompILE, codes and boundaries are its own,
-    the likeliest, and the gate is the causal one that learned to tell them from the past; the metacontroller's acausal
+    It is read as in discovery, where proposals see the whole episode. After CompILE, codes and boundaries are its
+    likeliest ones, and the gate is the causal one that learned to tell them from the past; the metacontroller's acausal
     encoder was never trained.
     """
     model, meta_controller, segmentation = run.model, run.meta_controller.eval(), run.segmentation
-    device = held_out.actions.device
-    noise = noise_generator(seed, device)
-    betas, codes, nats = [], [], []
-    for rows in torch.arange(held_out.batch, device=device).split(MAX_BATCH):
+    noise, parts = noise_generator(seed, held_out.actions.device), []
+    for rows in torch.arange(held_out.batch, device=held_out.actions.device).split(MAX_BATCH):
         batch = held_out.index(rows)
-        left = held_out.steps - batch.steps
         if segmentation is None:
             gate_noise = meta_controller.sample_noise(batch.batch, batch.steps, noise)
             output = discover_episodes(
                 meta_controller, model, batch.states, batch.actions, batch.lengths, noise=gate_noise
             )
-            beta, code = output.beta, output.z
-            kl = meta_controller.codes.kl_entries(output.distribution)
-            nats.append(F.pad(kl, (0, 0, 0, left)))
+            values = (output.beta, output.z, meta_controller.codes.kl_entries(output.distribution))
         else:
             code = segmentation(batch.states, batch.lengths).code_at()
-            beta = boundary_probability(meta_controller, model.residual(batch.states, batch.actions), code)
-        beta[:, 0] = 1.0  # the first step takes a code, whatever the gate says
-        betas.append(F.pad(beta, (0, left)))
-        codes.append(F.pad(code, (0, 0, 0, left)))
-    counted = meta_controller.gate_config.threshold, run.domain.gate_tolerance
-    return HeldOutGate(torch.cat(betas), torch.cat(codes), held_out, torch.cat(nats) if nats else None, *counted)
+            values = (boundary_probability(meta_controller, model.residual(batch.states, batch.actions), code), code)
+        values[0][:, 0] = 1.0  # the first step takes a code, whatever the gate says
+        left = held_out.steps - batch.steps
+        parts.append([F.pad(value, (*[0, 0] * (value.dim() - 2), 0, left)) for value in values])
+    beta, code, *nats = (torch.cat(part) for part in zip(*parts, strict=True))
+    threshold = meta_controller.gate_config.threshold
+    return HeldOutGate(beta, code, held_out, nats[0] if nats else None, threshold, run.domain.gate_tolerance)
 
 
 @analysis("gate", command="gate", figure="6, A3", file="gate_histogram")
 class Gate(Analysis):
     """The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3)."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """How much is judged."""
+    Config = EpisodesConfig
 
-        episodes: int = 2048
-        """Held-out episodes to judge by."""
+    def measure(self, run: LoadedRun, config: EpisodesConfig, *, quiet: bool = False) -> Results:
+        return {**held_out_gate(run, config.episodes, run.analysis_seed).report(), "episodes": config.episodes}
 
-        def __post_init__(self) -> None:
-            check_fields(self, episodes=ROWS)
-
-    def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
-        gate = held_out_gate(run, config.episodes, stream_seed(run.seed, "analyse"))
-        return {**gate.report(), "episodes": config.episodes}
-
-    def draw(self, results: Sequence[Results]) -> Figure:
+    def draw(self, results: Sequence[Results]) -> Any:
         return gate_histogram_figure(results)
 
-    def rows(self, results: Sequence[Results]) -> Rows:
+    def rows(self, results: Sequence[Results]) -> TableRows:
         return [
             (f"{name} within {tolerance} steps", [result[name][index] for result in results])
             for index, tolerance in enumerate(results[0]["tolerance"])

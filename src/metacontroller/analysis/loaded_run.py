@@ -26,6 +26,7 @@ from metacontroller.phases.artefacts import (
 from metacontroller.phases.evaluate import EvaluateConfig, Policy, evaluate
 from metacontroller.phases.pretrain import snapshot_path
 from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.seeding import stream_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,16 @@ class LoadedRun:
     def demonstrations(self, split: Split) -> Generate:
         """The source of one split's episodes."""
         return demonstrations(self.domain, split)
+
+    @property
+    def labelled_sources(self) -> tuple[Generate, Generate]:
+        """Those from which what needs labels learns, and by which it is judged."""
+        return self.demonstrations("discover"), self.demonstrations("validation")
+
+    @property
+    def analysis_seed(self) -> int:
+        """Of all analyses."""
+        return stream_seed(self.seed, "analyse")
 
     @property
     def subgoals(self) -> tuple[str, ...]:

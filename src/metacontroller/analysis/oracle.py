@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from metacontroller.analysis.gate_alignment import HeldOutGate, gate_along, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
+from metacontroller.analysis.registry import Analysis, EpisodesConfig, Results, TableRows, analysis
 from metacontroller.analysis.steering import play_chained, tells_goals
 from metacontroller.data.trajectories import Trajectories, length_mask
 from metacontroller.phases.rollout import Proposal, rollout_abstract
-from metacontroller.ranges import ROWS, check_fields
-from metacontroller.training.seeding import noise_generator, stream_seed
+from metacontroller.ranges import Rows
+from metacontroller.training.seeding import noise_generator
 
 USED_NATS = 0.1
 """A dimension of the code counts as used when it says at least this much, in nats a code."""
@@ -79,21 +79,18 @@ def oracle_success(run: LoadedRun, experts: Trajectories, seed: int) -> tuple[fl
 
 
 @torch.no_grad()
-def named_success(run: LoadedRun, episodes: int, seed: int) -> float:
+def named_success(run: LoadedRun, gate: HeldOutGate, seed: int) -> float:
     """Success on the post-training task when each step is steered by the mean code of the subgoal asked for, mean over
     the switches of held-out demonstrations. nan if some subgoal has no code. UserError as of `play_chained`."""
-    gate = held_out_gate(run, episodes, seed)
-    switch = gate.switches()
-    assert gate.episodes.subgoals is not None
-    code, named = gate.code[switch], gate.episodes.subgoals[switch]
-    mean = torch.stack([code[named == subgoal].mean(0) for subgoal in range(len(run.subgoals))])
+    code, labels = _labelled_codes(run, gate)
+    mean = torch.stack([code[labels["subgoal"] == subgoal].mean(0) for subgoal in range(len(run.subgoals))])
     if not bool(mean.isfinite().all()):
         return math.nan
     return play_chained(
         run.model.eval(),
         lambda residual, goal: run.meta_controller.steer(residual, mean[goal]),
         run.domain,
-        episodes,
+        gate.episodes.batch,
         seed,
         run.controller.action_temperature,
     )
@@ -119,15 +116,13 @@ def readable(learned: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor], seed
         return float((reader(others).argmax(-1) == answers).double().mean())
 
 
-def what_codes_say(run: LoadedRun, episodes: int, seed: int) -> Results:
+def what_codes_say(run: LoadedRun, gate: HeldOutGate, seed: int) -> Results:
     """Of the codes at the switches of held-out demonstrations: nats a code, by dimension and in all (None after
     CompILE), and what can be read from them, beside the share of the commonest answer. The reader learns from as many
     demonstrations of discovery."""
-    gate = held_out_gate(run, episodes, seed)
-    switch = gate.switches()
-    nats = None if gate.nats is None else gate.nats[switch].mean(0)
+    nats = None if gate.nats is None else gate.nats[gate.switches()].mean(0)
     code, labels = _labelled_codes(run, gate)
-    shown = run.demonstrations("discover")(episodes, torch.Generator().manual_seed(seed)).to(code.device)
+    shown = run.demonstrations("discover")(gate.episodes.batch, torch.Generator().manual_seed(seed)).to(code.device)
     known, known_labels = _labelled_codes(run, gate_along(run, shown, seed))
     return {
         "nats": None if nats is None else float(nats.sum()),
@@ -157,18 +152,14 @@ class Oracle(Analysis):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(EpisodesConfig):
         """How much is judged."""
 
-        episodes: int = 1024
+        episodes: Rows = 1024
         """Held-out episodes of each kind."""
 
-        def __post_init__(self) -> None:
-            check_fields(self, episodes=ROWS)
-
     def measure(self, run: LoadedRun, config: Config, *, quiet: bool = False) -> Results:
-        seed = stream_seed(run.seed, "analyse")
-        generator = noise_generator(seed, torch.device(run.device))
+        seed, generator = run.analysis_seed, noise_generator(run.analysis_seed, torch.device(run.device))
         results: Results = dict.fromkeys(("seen", "seen_subgoals", "unseen", "unseen_subgoals"))
         if run.domain.offers("demonstrate") and run.domain.offers("restart"):
             experts = {
@@ -177,11 +168,11 @@ class Oracle(Analysis):
             }
             for name, episodes in experts.items():
                 results[name], results[f"{name}_subgoals"] = oracle_success(run, episodes, seed)
-        told = tells_goals(run.domain, seed)
-        results["named"] = named_success(run, config.episodes, seed) if told else None
-        return {**results, **what_codes_say(run, config.episodes, seed), "episodes": config.episodes}
+        gate = held_out_gate(run, config.episodes, seed)
+        results["named"] = named_success(run, gate, seed) if tells_goals(run.domain, seed) else None
+        return {**results, **what_codes_say(run, gate, seed), "episodes": config.episodes}
 
-    def rows(self, results: Sequence[Results]) -> Rows:
+    def rows(self, results: Sequence[Results]) -> TableRows:
         rows = super().rows(results)
         for kind in ("readable", "commonest"):
             rows += [(f"{kind}: {name}", [result[kind].get(name) for result in results]) for name in results[0][kind]]

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.baselines.compile import LIKELY, CompILE, boundary_probability
 from metacontroller.control.discovery_losses import kl_loss, steered_losses
-from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.metrics.switch_alignment import binary_fraction, gate_alignment
-from metacontroller.models.protocol import SteerableModel
 from metacontroller.training.seeding import noise_generator
 
 ALIGNED_RECALL, ALIGNED_PRECISION = 0.9, 0.8
@@ -30,80 +28,59 @@ def is_aligned(results: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def rate_distortion(
-    model: SteerableModel,
-    meta_controller: MetaController,
-    generate: Generate,
-    episodes: int,
-    seed: int,
-    *,
-    gate_tolerance: int = 1,
-) -> dict[str, float | None]:
+def rate_distortion(run: LoadedRun, episodes: int, seed: int) -> dict[str, float | None]:
     """In held-out episodes: rate (KL of the proposals) and distortion (steered action loss), both in nats per step, and
-    the gate's recall, precision (None without labels), within ``gate_tolerance`` steps, and share of decided values.
-    Codes are sampled, the gate is without noise."""
-    held_out, generator = _held_out_episodes(model, generate, episodes, seed)
-    meta_controller.eval()
+    the gate's recall, precision (None without labels), within the world's tolerance, and share of decided values.
+    Codes are sampled, the gate is without noise.
+
+    After CompILE it is its codes with its likeliest boundaries, and the learned gate that acts; segment_recall and
+    segment_precision are those of the boundaries themselves.
+    """
+    meta_controller, generator = run.meta_controller.eval(), noise_generator(seed, torch.device(run.device))
+    held_out = run.demonstrations("validation")(episodes, generator).to(run.device)
+    if run.segmentation is not None:
+        return _of_segments(run, run.segmentation, held_out, generator)
     losses, output = steered_losses(
         meta_controller,
-        model,
+        run.model,
         held_out.states,
         held_out.actions,
         held_out.lengths,
         with_state_loss=False,
         noise=meta_controller.sample_noise(held_out.batch, held_out.steps, generator),
     )
-    rate = float(kl_loss(output))
-    alignment = _alignment(output.beta, held_out, meta_controller.gate_config.threshold, gate_tolerance)
-    return {"rate": rate, "distortion": float(losses.action), **alignment}
+    alignment = _alignment(run, output.beta, held_out, meta_controller.gate_config.threshold)
+    return {"rate": float(kl_loss(output)), "distortion": float(losses.action), **alignment}
 
 
-@torch.no_grad()
-def rate_distortion_of_segments(
-    model: SteerableModel,
-    segmentation: CompILE,
-    meta_controller: MetaController,
-    generate: Generate,
-    episodes: int,
-    seed: int,
-    *,
-    gate_tolerance: int = 1,
+def _of_segments(
+    run: LoadedRun, segmentation: CompILE, held_out: Trajectories, generator: torch.Generator
 ) -> dict[str, float | None]:
-    """The same of CompILE, with its likeliest boundaries; the gate is the learned one that acts. segment_recall and
-    segment_precision are those of the boundaries themselves."""
-    held_out, generator = _held_out_episodes(model, generate, episodes, seed)
+    """`rate_distortion` after CompILE."""
+    model, meta_controller = run.model, run.meta_controller
+    states, actions, lengths = held_out.states, held_out.actions, held_out.lengths
     noise = segmentation.segmenter.sample_noise(held_out.batch, held_out.steps, generator)
-    sampled = segmentation(
-        held_out.states, held_out.lengths, noise._replace(boundary=torch.full_like(noise.boundary, 0.5))
-    )
-    residual = model.residual(held_out.states, held_out.actions)
+    sampled = segmentation(states, lengths, noise._replace(boundary=torch.full_like(noise.boundary, 0.5)))
+    residual = model.residual(states, actions)
     steered = meta_controller.steer(residual, sampled.code_at())
-    losses = model.losses_under(steered, held_out.states, held_out.actions, held_out.lengths, with_state_loss=False)
-    likeliest = segmentation(held_out.states, held_out.lengths)
+    losses = model.losses_under(steered, states, actions, lengths, with_state_loss=False)
+    likeliest = segmentation(states, lengths)
     beta = boundary_probability(meta_controller, residual, likeliest.code_at())
-    segments = _alignment(likeliest.boundary_at(), held_out, LIKELY, gate_tolerance)
+    segments = _alignment(run, likeliest.boundary_at(), held_out, LIKELY)
     return {
-        "rate": float(sampled.code_kl.sum() / held_out.lengths.sum()),
+        "rate": float(sampled.code_kl.sum() / lengths.sum()),
         "distortion": float(losses.action),
-        **_alignment(beta, held_out, meta_controller.gate_config.threshold, gate_tolerance),
+        **_alignment(run, beta, held_out, meta_controller.gate_config.threshold),
         "segment_recall": segments["gate_recall"],
         "segment_precision": segments["gate_precision"],
     }
 
 
-def _held_out_episodes(
-    model: SteerableModel, generate: Generate, episodes: int, seed: int
-) -> tuple[Trajectories, torch.Generator]:
-    """Episodes of a source, which should be one for validation, and a source of noise."""
-    device = next(model.parameters()).device
-    generator = noise_generator(seed, device)
-    return generate(episodes, generator).to(device), generator
-
-
-def _alignment(beta: Tensor, held_out: Trajectories, threshold: float, tolerance: int) -> dict[str, float | None]:
+def _alignment(run: LoadedRun, beta: Tensor, held_out: Trajectories, threshold: float) -> dict[str, float | None]:
     """`gate_alignment`; without labels, recall and precision are None."""
     if held_out.segments is None:
         decided = float(binary_fraction(beta, held_out.lengths))
         return {"gate_recall": None, "gate_precision": None, "gate_binary_fraction": decided}
-    alignment = gate_alignment(beta, held_out.segments, held_out.lengths, threshold=threshold, tolerance=tolerance)
+    within = {"threshold": threshold, "tolerance": run.domain.gate_tolerance}
+    alignment = gate_alignment(beta, held_out.segments, held_out.lengths, **within)
     return {name: float(value) for name, value in alignment.items()}

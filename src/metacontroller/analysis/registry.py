@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -23,6 +24,7 @@ from metacontroller import analysis as package
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
+from metacontroller.ranges import Rows, check_fields
 from metacontroller.report.figures import save_figure
 from metacontroller.report.results import read_results
 from metacontroller.storage.run_folder import RunFolder
@@ -35,7 +37,7 @@ GROUP = "metacontroller.analyses"
 Results = dict[str, Any]
 """What an analysis leaves: numbers, strings, lists and objects, as JSON has them."""
 
-Rows = list[tuple[str, list[Any]]]
+TableRows = list[tuple[str, list[Any]]]
 """Lines of a table: a name, and a value for each run, None where there is none."""
 
 
@@ -61,10 +63,21 @@ class Analysis:
         """A figure of the results of one or several runs; None if there is nothing to draw."""
         return None
 
-    def rows(self, results: Sequence[Results]) -> Rows:
+    def rows(self, results: Sequence[Results]) -> TableRows:
         """Lines of a table of the results of one or several runs: here, of all that are single numbers."""
         numbers = [name for name, value in results[0].items() if isinstance(value, int | float | None)]
         return [(name, [result.get(name) for result in results]) for name in numbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodesConfig:
+    """How much is judged."""
+
+    episodes: Rows = 2048
+    """Held-out episodes to judge by."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 Kind = TypeVar("Kind", bound=type[Analysis])
@@ -118,9 +131,8 @@ def run_analysis(name: str, run: LoadedRun, config: Any = None, *, quiet: bool =
             f"{name} needs the subgoal of each step, and the demonstrations of {run.domain.name} carry none; give a "
             "world whose demonstrations are labelled."
         )
-    return run.folder.write_analysis(
-        name, chosen.measure(run, chosen.Config() if config is None else config, quiet=quiet)
-    )
+    config = chosen.Config() if config is None else config
+    return run.folder.write_analysis(name, chosen.measure(run, config, quiet=quiet))
 
 
 @checked_kinds

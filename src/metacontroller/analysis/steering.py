@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metacontroller.analysis.loaded_run import LoadedRun
-from metacontroller.analysis.probing import LayerConfig, labelled, layer_rows
-from metacontroller.analysis.registry import Analysis, Results, Rows, analysis
-from metacontroller.data.batching import EpisodeStream, Generate
+from metacontroller.analysis.probing import LayerConfig, labelled, layer_rows, trained_on_labels
+from metacontroller.analysis.registry import Analysis, Results, TableRows, analysis
+from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
@@ -27,10 +27,7 @@ from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import Actor, survivors
 from metacontroller.report.analysis_figures import steering_figure
 from metacontroller.training.progress import track
-from metacontroller.training.seeding import noise_generator, stream_seed
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from metacontroller.training.seeding import noise_generator
 
 
 class SupervisedControllers(nn.Module):
@@ -65,78 +62,50 @@ class SteeringResult(NamedTuple):
 
 def steer_layers(
     model: SteerableModel,
-    generate: Generate,
-    validation: Generate,
+    sources: tuple[Generate, Generate],
     domain: Domain,
+    config: LayerConfig,
     *,
-    steps: int,
-    batch_size: int,
-    episodes: int,
     seed: int,
     rank: int | None = 16,
-    lr: float = 1e-3,
     temperature: float = 1.0,
     controlled_only: bool = False,
     quiet: bool = False,
 ) -> SteeringResult:
-    """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of ``generate``; measures
-    the action loss on ``episodes`` of ``validation``, and plays the post-training task in as many.
+    """Trains a controller for each subgoal of ``domain`` at every layer, on labelled episodes of the first source;
+    measures the action loss on episodes of the second, and plays the post-training task in as many.
 
-    steps, batch_size, lr: of AdamW (the paper: 3.2k, 512, 1e-3). rank: of the controllers, None for full ones.
-    temperature: of the actions in play. controlled_only: at the controlled layer alone. The model is left as it is;
-    UserError for one that has to be split at every layer and cannot be.
+    rank: of the controllers, None for full ones. temperature: of the actions in play. controlled_only: at the
+    controlled layer alone. The paper's training: 3.2k steps, batches of 512, a learning rate of 1e-3. The model is left
+    as it is; UserError for one that has to be split at every layer and cannot be.
     """
     if not controlled_only and type(model).resplit is SteerableModel.resplit:
         raise UserError(
             f"steering trains controllers at every layer, but a {type(model).__name__} can be steered at one only; "
             "leave this analysis out."
         )
-    losses, successes = [], []
-    split = copy.deepcopy(model).eval()
-    subgoals = len(domain.spec().subgoals)
+    result, split, device = SteeringResult([], []), copy.deepcopy(model).eval(), next(model.parameters()).device
     layers: Sequence[int | None] = (None,) if controlled_only else range(model.depth + 1)
-    with track(steps * len(layers), "steer", quiet=quiet) as progress:
+
+    def make() -> SupervisedControllers:
+        return SupervisedControllers(len(domain.spec().subgoals), model.dim, rank)
+
+    def loss(controllers: SupervisedControllers, batch: Trajectories) -> Tensor:
+        return _steered_loss(split, controllers, batch)
+
+    with track(config.steps * len(layers), "steer", quiet=quiet) as progress:
         for index, layer in enumerate(layers):
             if layer is not None:
                 split.resplit(layer)
 
             def update(step: int, loss: float, index: int = index) -> None:
-                progress.update(index * steps + step, layer=index, loss=loss)
+                progress.update(index * config.steps + step, layer=index, loss=loss)
 
-            controllers = _train(split, generate, subgoals, rank, steps, batch_size, lr, seed, update)
-            judged_by = validation(episodes, noise_generator(seed, next(model.parameters()).device))
-            losses.append(_action_loss(split, controllers, judged_by, batch_size))
-            successes.append(play_chained(split, controllers, domain, episodes, seed, temperature))
-    return SteeringResult(losses, successes)
-
-
-def _train(
-    model: SteerableModel,
-    generate: Generate,
-    subgoals: int,
-    rank: int | None,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    update: Callable[[int, float], None],
-) -> SupervisedControllers:
-    """Controllers that make the labelled subgoal's actions likely."""
-    device = next(model.parameters()).device
-    stream = EpisodeStream(generate, batch_size, seed, device=device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        controllers = SupervisedControllers(subgoals, model.dim, rank).to(device)
-    optimizer = torch.optim.AdamW(controllers.parameters(), lr=lr, fused=True)
-    for step in range(1, steps + 1):
-        batch = stream.next()
-        loss = _steered_loss(model, controllers, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0 or step == steps:
-            update(step, float(loss.detach()))
-    return controllers
+            controllers = trained_on_labels(make, loss, sources[0], config, seed, device, update)
+            judged_by = sources[1](config.episodes, noise_generator(seed, device))
+            result.action_loss.append(_action_loss(split, controllers, judged_by, config.batch_size))
+            result.success.append(play_chained(split, controllers, domain, config.episodes, seed, temperature))
+    return result
 
 
 def _steered_loss(model: SteerableModel, controllers: SupervisedControllers, batch: Trajectories) -> Tensor:
@@ -209,14 +178,12 @@ class Steering(Analysis):
     Config = LayerConfig
 
     def measure(self, run: LoadedRun, config: LayerConfig, *, quiet: bool = False) -> Results:
-        seed = stream_seed(run.seed, "analyse")
-        sources = run.demonstrations("discover"), run.demonstrations("validation")
-        options = {**vars(config), **controllers_of(run)}
-        steered = steer_layers(run.base, *sources, run.domain, **options, seed=seed, quiet=quiet)
-        return {**steered._asdict(), "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
+        options = {**controllers_of(run), "seed": run.analysis_seed, "quiet": quiet}
+        steered = steer_layers(run.base, run.labelled_sources, run.domain, config, **options)
+        return {**steered._asdict(), **config.training()}
 
-    def draw(self, results: Sequence[Results]) -> Figure:
+    def draw(self, results: Sequence[Results]) -> Any:
         return steering_figure(results)
 
-    def rows(self, results: Sequence[Results]) -> Rows:
+    def rows(self, results: Sequence[Results]) -> TableRows:
         return layer_rows(results)

@@ -104,9 +104,9 @@ def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None,
         options: dict[str, Any] = {"duration": 1000 / rate, "loop": 0}
         if path.suffix == ".mp4":
             options = {"fps": rate, "macro_block_size": 2}
-        named = draft.with_suffix(path.suffix)
-        imageio.imwrite(named, even, **options)
-        named.replace(draft)
+        with_ending = draft.with_suffix(path.suffix)  # by which imageio chooses the format
+        imageio.imwrite(with_ending, even, **options)
+        with_ending.replace(draft)
 
 
 def _frames(run: LoadedRun, film: Film, every: int) -> list[np.ndarray]:
@@ -134,27 +134,28 @@ def gate_strip(beta: Tensor, switches: Tensor, step: int, width: int) -> np.ndar
 
 
 def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator) -> Film:
+    """One episode, noted by what stands in place of the environment's and the metacontroller's methods."""
     env = run.domain.reset(1, generator, task=task)
     states, step = [env.observation[0]], env.step
 
-    def remembered(actions: Tensor) -> Tensor:
+    def step_noted(actions: Tensor) -> Tensor:
         rewards = step(actions)
         states.append(env.observation[0])
         return rewards
 
-    env.step = remembered
+    env.step = step_noted
     if policy in ("base", "raw"):
         rollout_raw(run.base if policy == "base" else run.raw_model, env, generator)
         return Film(torch.stack(states), None)
     steering = run.steering(policy)
     beta, observe = [], steering.observe
 
-    def noted(residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-        found = observe(residual, state)
-        beta.append(found[0][0])
-        return found
+    def observe_noted(residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        observed = observe(residual, state)
+        beta.append(observed[0][0])
+        return observed
 
-    steering.observe = noted
+    steering.observe = observe_noted
     proposal = prior_proposal if policy == "prior" else policy_proposal
     try:
         rollout_abstract(run.model, steering, env, proposal(steering, generator), generator)

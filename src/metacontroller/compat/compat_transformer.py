@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from metacontroller.control.parameter_groups import trains_only
 from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
-from metacontroller.models.cache_store import check_unused
+from metacontroller.models.caches import check_unused
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, frozen
 from metacontroller.models.readouts import make_readout
 from metacontroller.models.transformer import Transformer as OurTransformer

@@ -102,7 +102,7 @@ class _MemberLinear(_Member):
 class _MemberNorm(_Member):
     """A layer norm, (m, 1, i) -> (m, 1, i)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: None = None) -> Tensor:
         norm: Any = self.layer
         scale, shift = (self.noise[name].of_rows(x, self.turn) for name in ("weight", "bias"))
         plain = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)

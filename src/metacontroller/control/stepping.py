@@ -18,7 +18,7 @@ from metacontroller.control.modules import SteeringModules
 from metacontroller.control.switching import GateConfig, mix_given, regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.cache_store import check_unused
+from metacontroller.models.caches import check_unused
 from metacontroller.ranges import shown
 
 

@@ -307,6 +307,11 @@ def length_mask(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
+def full_lengths(lengths: Tensor | None, values: Tensor) -> Tensor:
+    """``lengths`` (b,), or the number of steps of values (b, t, ...) for every row if there are none."""
+    return values.new_full(values.shape[:1], values.shape[1], dtype=torch.long) if lengths is None else lengths
+
+
 def with_finite_padding(trajectories: Trajectories) -> Trajectories:
     """The same episodes with zeros for what is not finite beyond their ends, where a product with a gradient of 0 would
     still be NaN. What is not finite within an episode stays, for others to meet."""

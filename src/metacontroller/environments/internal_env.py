@@ -213,7 +213,7 @@ def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:
     elif isinstance(readout, CategoricalReadout):
         options, expected = {"num_discrete": readout.num_discrete}, f"Discrete({readout.num_discrete})"
     else:
-        options, expected = {"num_discrete": list(readout.num_discrete)}, f"choices of {list(readout.num_discrete)}"
+        options, expected = {"num_discrete": list(readout.sizes)}, f"choices of {list(readout.sizes)}"
     if action_options(space) != options:
         raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
 

@@ -41,11 +41,9 @@ class _ChunkedLosses(torch.autograd.Function):
             with torch.enable_grad():
                 chunk = residual[rows].detach().requires_grad_()
                 losses = chunk_losses(chunk, rows).unbind()
-            kept = [index + 1 < len(losses) for index in range(len(losses))]
-            grads = [
-                torch.autograd.grad(loss, chunk, retain_graph=keep) for loss, keep in zip(losses, kept, strict=True)
-            ]
-            gradients.append([gradient for (gradient,) in grads])
+            again = [True] * (len(losses) - 1) + [False]  # whether another loss needs the graph
+            pairs = zip(losses, again, strict=True)
+            gradients.append([torch.autograd.grad(loss, chunk, retain_graph=keep)[0] for loss, keep in pairs])
             totals.append(torch.stack(losses).detach())
         ctx.save_for_backward(*(torch.cat(chunks) for chunks in zip(*gradients, strict=True)))
         return torch.stack(totals).sum(0)

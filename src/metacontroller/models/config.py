@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from metacontroller.errors import UserError
-from metacontroller.models.precision import Precision, check_precision
-from metacontroller.models.readouts import MIN_STD, MOST_MODES
+from metacontroller.models.precision import Precision
+from metacontroller.models.readouts import MOST_MODES, MinStd
 from metacontroller.models.transformer import Transformer
-from metacontroller.ranges import DEPTH, MOST_DEPTH, WIDTH, Whole, check_fields
+from metacontroller.ranges import Depth, DepthOr0, Whole, Width, check_fields
 
 GROUP = "metacontroller.models"
 
@@ -24,45 +24,42 @@ class ModelConfig:
     name: ClassVar[str] = "transformer"
     Model: ClassVar[type[Transformer]] = Transformer
 
-    dim: int
+    dim: Width
     """n_e: width of the residual stream."""
-    lower_depth: int
+    lower_depth: DepthOr0
     """Blocks below the controlled layer; with 0 that is the input embedding, l = 0."""
-    upper_depth: int
+    upper_depth: Depth
     """Blocks above the controlled layer."""
-    heads: int
+    heads: Width
     """Heads of attention, or of Hawk's gates."""
-    mlp_dim: int
+    mlp_dim: Width
     """Hidden units of each block's MLP."""
     body: Literal["attention", "hawk"] = "attention"
     """Kind of blocks: attention, or Hawk as wide as the residual (the paper's SSM)."""
-    action_modes: int = 1
+    action_modes: Annotated[int, Whole(1, MOST_MODES)] = 1
     """Gaussians in the mixture over continuous actions; 1, the paper's, cannot say 'to the left or to the right'."""
-    min_action_std: float | None = None
+    min_action_std: MinStd | None = None
     """Lower limit of the deviation of continuous actions; none: that of `GaussianReadout`."""
     precision: Precision = "auto"
     """Of its matrix products; auto: bfloat16 where the device is faster in it."""
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
-        check_fields(self, dim=WIDTH, lower_depth=Whole(0, MOST_DEPTH), upper_depth=DEPTH, heads=WIDTH, mlp_dim=WIDTH)
-        check_fields(self, action_modes=Whole(1, MOST_MODES), min_action_std=MIN_STD)
-        weights = (self.lower_depth + self.upper_depth) * self.dim * (4 * self.dim + 2 * self.mlp_dim)
+        check_fields(self)
+        blocks = self.lower_depth + self.upper_depth
+        weights = blocks * self.dim * (4 * self.dim + 2 * self.mlp_dim)
         if weights > MOST_WEIGHTS:
             raise UserError(
-                f"dim {self.dim}, mlp_dim {self.mlp_dim} and {self.lower_depth + self.upper_depth} blocks make about "
-                f"{weights:.1e} weights; expected at most {MOST_WEIGHTS:.1e}, which take 64 GiB; lower one of them."
+                f"dim {self.dim}, mlp_dim {self.mlp_dim} and {blocks} blocks make about {weights:.1e} weights; "
+                f"expected at most {MOST_WEIGHTS:.1e}, which take 64 GiB; lower one of them."
             )
         if self.dim % self.heads:
             raise UserError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them.")
-        if self.body not in ("attention", "hawk"):
-            raise UserError(f"body is {self.body!r}; expected 'attention' or 'hawk'.")
 
     def build(self, encoder: dict[str, Any], action: dict[str, Any]) -> Transformer:
         """A model with new weights. encoder, action: of a world's `DomainSpec`. UserError for a mixture of discrete
         actions."""
-        more = {"modes": self.action_modes} if self.action_modes > 1 else {}
-        more |= {"min_std": self.min_action_std} if self.min_action_std is not None else {}
+        options = {"modes": self.action_modes if self.action_modes > 1 else None, "min_std": self.min_action_std}
+        more = {name: value for name, value in options.items() if value is not None}
         if more and "num_continuous" not in action:
             raise UserError(
                 f"action_modes is {self.action_modes} and min_action_std {self.min_action_std}, but the world's "
@@ -81,10 +78,7 @@ class ModelConfig:
 
 
 def model_config_class(name: str) -> type[Any]:
-    """The config class of a model: ours, or that of an entry point of the group ``metacontroller.models``.
-
-    UserError for an unknown name.
-    """
+    """The config class of a model: ours, or that of an entry point of `GROUP`. UserError for an unknown name."""
     if name == ModelConfig.name:
         return ModelConfig
     for point in entry_points(group=GROUP, name=name):

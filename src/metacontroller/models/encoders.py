@@ -1,73 +1,61 @@
-"""State encoders: they map an observation to the first residual, and define the target of the state loss.
+"""Encoders of observations: vectors, grids and categories; images are in `image_encoders`.
 
-Axes: b batch, t steps, n model width. A grid's observation is given as tokens: the cell of each object, then the
-agent's.
+A new kind of observation is a class, and a line in `KINDS`.
+Axes: b batch, t steps, n model width, o objects, s side of a grid, k channels or categories, m numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
-from metacontroller.models.float_states import FloatStates, limited
-from metacontroller.models.grid_encoder import SymbolicGridEncoder
 from metacontroller.models.image_encoder import ImageEncoder
-from metacontroller.models.mixed_encoder import MixedEncoder
-from metacontroller.models.readouts import (
-    CategoricalReadout,
-    GaussianReadout,
-    MultiCategoricalReadout,
-    register_statistics,
-)
-from metacontroller.ranges import MOST_SIDE, ROWS, Whole, check_number, check_options, shown
+from metacontroller.models.readouts import MixedReadout
+from metacontroller.models.state_encoder import StateEncoder, limited
+from metacontroller.models.values import block_starts, register_statistics
+from metacontroller.ranges import MOST_SIDE, Count, DepthOr0, Rows, RowsOr0, Whole, check_options, require, shown
+
+Side = Annotated[int, Whole(most=MOST_SIDE)]
 
 NORMALIZED_LIMIT = 10.0
 """Of normalized entries of a vector: rare values of entries that hardly vary would drown all others."""
 
 
-class VectorEncoder(FloatStates, nn.Module):
-    """A linear map of a vector observation, which is cast to the weights' floating-point type, within ±1e9.
+class VectorEncoder(StateEncoder):
+    """A linear map of a vector, which is cast to the weights' floating-point type, within ±1e9.
 
-    mean, std (dim_state,): statistics of the data, by which the vector is normalized first, within ±10 (our choice).
+    mean, std (num_continuous,): of the data; by them the vector is normalized first, within ±10 (our choice).
     """
 
     mean: Tensor | None
     std: Tensor | None
 
+    @checked_kinds
     def __init__(
-        self, dim_state: int, dim: int, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+        self, num_continuous: Rows, dim: int, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        check_number("num_continuous", dim_state, ROWS)
-        self.dim_state = dim_state
-        self.statistics = {"mean": mean, "std": std}
-        register_statistics(self, dim_state, mean, std)
-        self.linear = nn.Linear(dim_state, dim)
+        self.shape = (num_continuous,)
+        self.predicted = {"num_continuous": num_continuous, "mean": mean, "std": std}
+        register_statistics(self, num_continuous, mean, std)
+        self.linear = nn.Linear(num_continuous, dim)
 
     def forward(self, states: Tensor) -> Tensor:
-        """states (b, t, dim_state) float -> (b, t, n)."""
-        self._check_shape(states)
+        self.check_shape(states)
         states = states.to(self.linear.weight.dtype)
         if self.mean is not None and self.std is not None:
             return self.linear(((states - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT))
         return self.linear(limited(states))
 
-    def state_readout(self, dim: int) -> GaussianReadout:
-        """The readout that predicts the next observation from a residual of width ``dim``."""
-        return GaussianReadout(dim, self.dim_state, mean=self.statistics["mean"], std=self.statistics["std"])
-
-    def _check_shape(self, states: Tensor) -> None:
-        if states.shape[-1] != self.dim_state or not states.is_floating_point():
-            raise UserError(
-                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; "
-                f"expected floating-point (..., {self.dim_state})."
-            )
+    def targets(self, states: Tensor) -> Tensor:
+        return limited(states)
 
 
 class PlaneEncoder(VectorEncoder):
@@ -75,22 +63,19 @@ class PlaneEncoder(VectorEncoder):
 
     A way is a matter of cells. Numbers say in which cell a thing lies too, but a network has to learn their steps, for
     which it takes ten times as many examples (docs/log.md, 94); this encoder reads them off (our choice). Each object
-    has a part of the width of its own, n / (o + 1) numbers, so that a linear map can hide one without another
+    has a part of the width to itself, n / (o + 1) numbers, so that a linear map can hide one without another
     (docs/log.md, 106).
-    Axes: o objects.
     dim_state: d. size: cells along each side. objects: o. The last 2 + 2 o + 2 numbers of an observation are the
     walker's x and y, with the plane as -1..1; from it to the middle of each object's cell, in the same unit; and its
     place in its cell, with the cell as -1..1. UserError for sizes that do not fit.
     """
 
-    def __init__(self, dim: int, *, dim_state: int, size: int, objects: int) -> None:
+    @checked_kinds
+    def __init__(self, dim: int, *, dim_state: Rows, size: Side, objects: Rows) -> None:
         super().__init__(dim_state, dim)
-        check_number("size", size, Whole(1, MOST_SIDE))
-        check_number("objects", objects, ROWS)
-        check_number("dim_state", dim_state, Whole(4 + 2 * objects))
+        require(dim_state >= 4 + 2 * objects, "dim_state", dim_state, f"at least {4 + 2 * objects}")
         part = dim // (objects + 1)
-        if not part:
-            raise UserError(f"dim is {dim}; expected at least {objects + 1}, one more than objects.")
+        require(part > 0, "dim", dim, f"at least {objects + 1}, one more than objects")
         self.size, self.objects = size, objects
         self.span = 2 * size - 1  # offsets of cells along one axis
         self.own = nn.Embedding(size**2, dim)
@@ -99,7 +84,6 @@ class PlaneEncoder(VectorEncoder):
         nn.init.normal_(self.others.weight, std=0.4)
 
     def forward(self, states: Tensor) -> Tensor:
-        """states (b, t, d) float -> (b, t, n)."""
         x = super().forward(states)
         own, others = self.cells(states)
         parts = self.others(others).flatten(-2)
@@ -108,21 +92,23 @@ class PlaneEncoder(VectorEncoder):
     def cells(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the tables: the walker's cell, int64 (b, t), and each object's as seen from there (b, t, o)."""
         place, relative, local = states[..., -4 - 2 * self.objects :].split([2, 2 * self.objects, 2], -1)
-        cell = self._whole((place + 1) * self.size / 2 - 0.5, self.size - 1)
+        cell = _rounded((place + 1) * self.size / 2 - 0.5, self.size - 1)
         offset = (relative.unflatten(-1, (self.objects, 2)) + local[..., None, :] / self.size) * self.size / 2
-        seen = self._whole(offset + self.size - 1, self.span - 1)
+        seen = _rounded(offset + self.size - 1, self.span - 1)
         each = torch.arange(self.objects, device=states.device) * self.span**2
         return cell[..., 0] * self.size + cell[..., 1], each + seen[..., 0] * self.span + seen[..., 1]
 
-    @staticmethod
-    def _whole(values: Tensor, most: int) -> Tensor:
-        """The nearest whole numbers within 0..most, int64; 0 for NaN."""
-        return values.nan_to_num().round().clamp(0, most).long()
+
+def _rounded(values: Tensor, most: int) -> Tensor:
+    """The nearest whole numbers within 0..most, int64; 0 for NaN."""
+    return values.nan_to_num().round().clamp(0, most).long()
 
 
-class GridEncoder(nn.Module):
+class GridEncoder(StateEncoder):
     """A linear map of a one-hot grid observation, computed as a sum of embedding lookups.
 
+    A state is given as tokens: the cell of each color, of each wall, then the agent's, (o + 1,) int64. The readout
+    predicts the agent's next cell, since objects do not move.
     view "absolute": the paper's one-hot, which object is in which cell, and the agent's cell (§4).
     view "egocentric": only each object's displacement from the agent, one-hot (one table per color, one for all walls),
     like the relative positions that the paper's ant observes (§4); our choice for small models, which need not learn
@@ -132,82 +118,53 @@ class GridEncoder(nn.Module):
     UserError for values out of range.
     """
 
+    dtype = torch.int64
+    contents = "the cell of each object, then the agent's"
     offsets: Tensor
     displacements: Tensor
 
+    @checked_kinds
     def __init__(
         self,
         dim: int,
         *,
-        size: int,
-        num_colors: int,
-        num_walls: int,
+        size: Annotated[int, Whole(2, MOST_SIDE)],
+        num_colors: Rows,
+        num_walls: RowsOr0,
         view: Literal["absolute", "egocentric"] = "absolute",
-        reach: int | None = None,
+        reach: Count | None = None,
     ) -> None:
         super().__init__()
-        if size < 2 or num_colors < 1 or num_walls < 0:
-            raise UserError(
-                f"the grid has size {size}, {num_colors} colors and {num_walls} walls; expected at least 2, 1 and 0."
-            )
-        if reach is not None and (view == "absolute" or reach < 1):
-            raise UserError(
-                f"reach is {reach} in the {view} view; expected None, or at least 1 in the egocentric view."
-            )
-        self.size, self.num_objects, self.view = size, num_colors + num_walls, view
+        require(reach is None or view == "egocentric", "reach", reach, "none in the absolute view")
+        self.size, self.view = size, view
         self.reach = size - 1 if reach is None else reach
+        objects = num_colors + num_walls
+        self.shape, self.sizes = (objects + 1,), (size**2,) * (objects + 1)
+        self.predicted = {"num_discrete": size**2}
         if view == "absolute":
-            entries, tables = size * size, list(range(self.num_objects))
-        elif view == "egocentric":
-            entries = (2 * self.reach + 1) ** 2
-            tables = [min(index, num_colors) for index in range(self.num_objects)]
+            entries, tables = size**2, list(range(objects + 1))  # the last one for the agent
         else:
-            raise UserError(f"view is {view!r}; expected 'absolute' or 'egocentric'.")
-        if view == "absolute":
-            tables.append(self.num_objects)  # one more table, for the agent
-        self.register_buffer("offsets", torch.tensor(tables) * entries, persistent=False)
-        if view == "egocentric":
+            entries, tables = (2 * self.reach + 1) ** 2, [min(index, num_colors) for index in range(objects)]
             self.register_buffer("displacements", self._displacements(), persistent=False)
+        self.register_buffer("offsets", torch.tensor(tables) * entries, persistent=False)
         self.table = nn.Parameter(torch.randn((max(tables) + 1) * entries, dim) * dim**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (b, t, num_colors + num_walls + 1) int64: cells of colors, walls, agent -> (b, t, n)."""
-        return F.embedding_bag(self.indices(tokens).flatten(0, -2), self.table, mode="sum").unflatten(
-            0, tokens.shape[:-1]
-        )
+    def forward(self, states: Tensor) -> Tensor:
+        return embedding_sum(self.table, self.indices(states))
 
-    def state_readout(self, dim: int) -> CategoricalReadout:
-        """The readout that predicts the agent's next cell from a residual of width ``dim``; objects do not move."""
-        return CategoricalReadout(dim, self.size**2)
-
-    def targets(self, tokens: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in tokens (b, t, objects + 1): the agent's cell, (b, t)."""
-        return tokens[..., -1]
+    def targets(self, states: Tensor) -> Tensor:
+        return states[..., -1]
 
     def from_observation(self, observation: Any) -> Tensor:
         """Converts the one-hot vector of one grid to tokens, without batch and time axes."""
         return onehot_to_tokens(self.size**2, torch.as_tensor(observation))
 
-    def check(self, tokens: Tensor) -> None:
-        """UserError unless the tokens are cells of the grid; synchronizes with the device."""
-        self._check_shape(tokens)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.size**2:
-            raise UserError(f"grid state names cells {low}..{high}; each must lie in 0..{self.size**2 - 1}.")
-
-    def _check_shape(self, tokens: Tensor) -> None:
-        if tokens.shape[-1] != self.num_objects + 1 or tokens.dtype != torch.int64:
-            raise UserError(
-                f"grid state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
-                f"(..., {self.num_objects + 1}): the cell of each object, then the agent's."
-            )
-
-    def indices(self, tokens: Tensor) -> Tensor:
-        """Rows of the table whose sum encodes each observation: tokens (b, t, objects + 1) -> (b, t, lookups)."""
-        self._check_shape(tokens)
+    def indices(self, states: Tensor) -> Tensor:
+        """Rows of the table whose sum encodes each observation: states (b, t, o + 1) -> (b, t, lookups)."""
+        self.check_shape(states)
         if self.view == "absolute":
-            return tokens + self.offsets
-        objects, agent = tokens[..., :-1], tokens[..., -1:]
+            return states + self.offsets
+        objects, agent = states[..., :-1], states[..., -1:]
         return self.displacements[objects * self.size**2 + agent] + self.offsets
 
     def _displacements(self) -> Tensor:
@@ -217,6 +174,11 @@ class GridEncoder(nn.Module):
         down = (objects // size - agent // size).clamp(-reach, reach) + reach
         right = (objects % size - agent % size).clamp(-reach, reach) + reach
         return (down * (2 * reach + 1) + right).flatten()
+
+
+def embedding_sum(table: Tensor, rows: Tensor) -> Tensor:
+    """The sum of the rows (..., m) int64 of a table (rows, n), (..., n)."""
+    return F.embedding_bag(rows.flatten(0, -2), table, mode="sum").unflatten(0, rows.shape[:-1])
 
 
 def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
@@ -233,7 +195,60 @@ def onehot_to_tokens(num_cells: int, vector: Tensor) -> Tensor:
     return tokens
 
 
-class TokenEncoder(nn.Module):
+class SymbolicGridEncoder(StateEncoder):
+    """Embeds each cell's channels, mixes cells by convolutions, and takes the mean over cells.
+
+    A state is (s, s, k) int64. sizes: categories of each channel, such as 11 types, 6 colors, 3 states. side: cells
+    along a side. The readout predicts every channel of every cell. UserError for sizes below 1, or an even kernel.
+    """
+
+    dtype = torch.int64
+    contents = "a grid of cells with channels"
+    offsets: Tensor
+
+    @checked_kinds
+    def __init__(
+        self, dim: int, *, sizes: Sequence[Rows] = (11, 6, 3), side: Side = 7, depth: DepthOr0 = 4, kernel: int = 3
+    ) -> None:
+        super().__init__()
+        require(len(sizes) > 0, "sizes", sizes, "at least one channel")
+        require(kernel % 2 == 1, "kernel", kernel, "an odd number of cells")
+        self.sizes, self.shape = tuple(sizes), (side, side, len(sizes))
+        self.predicted = {"num_discrete": self.sizes * side**2}
+        self.register_buffer("offsets", block_starts(sizes), persistent=False)
+        self.table = nn.Embedding(sum(sizes), dim)
+        nn.init.normal_(self.table.weight, std=dim**-0.5)
+        self.blocks = nn.ModuleList(GridBlock(dim, kernel=kernel) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.check_shape(states)
+        x = self.table(states + self.offsets).sum(-2).flatten(0, 1).permute(0, 3, 1, 2)  # (b t, n, s, s)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x.permute(0, 2, 3, 1)).mean((1, 2)).unflatten(0, states.shape[:2])
+
+    def targets(self, states: Tensor) -> Tensor:
+        """Cell by cell, (b, t, s² k)."""
+        return states.flatten(2)
+
+
+class GridBlock(nn.Module):
+    """A ConvNeXt block (arXiv 2201.03545, section 2): depthwise convolution, norm, MLP over channels, residual."""
+
+    def __init__(self, dim: int, *, kernel: int = 3, expansion: int = 4) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp_in, self.mlp_out = nn.Linear(dim, expansion * dim), nn.Linear(expansion * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (m, n, s, s) -> as x."""
+        mixed = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.mlp_out(F.gelu(self.mlp_in(mixed))).permute(0, 3, 1, 2)
+
+
+class TokenEncoder(StateEncoder):
     """A learned embedding of each entry of an observation of categories, and of the condition behind them; their sum.
 
     sizes: number of categories of each entry; an observation may be a number if there is one. condition: the same of
@@ -243,55 +258,64 @@ class TokenEncoder(nn.Module):
     condition. UserError for sizes below 1.
     """
 
+    dtype = torch.int64
     offsets: Tensor
-    limits: Tensor
 
-    def __init__(self, dim: int, *, sizes: Sequence[int], condition: Sequence[int] | None = None) -> None:
+    @checked_kinds
+    def __init__(self, dim: int, *, sizes: Sequence[Rows], condition: Sequence[Rows] | None = None) -> None:
         super().__init__()
-        self.sizes, self.condition_sizes = list(sizes), list(condition or [])
-        every = torch.tensor([*self.sizes, *self.condition_sizes])
-        if not self.sizes or int(every.min()) < 1:
-            raise UserError(f"sizes are {sizes} and condition {condition}; expected numbers of categories, at least 1.")
-        self.register_buffer("limits", every, persistent=False)
-        self.register_buffer("offsets", every.cumsum(0) - every, persistent=False)
-        self.table = nn.Parameter(torch.randn(int(every.sum()), dim) * dim**-0.5)
+        require(len(sizes) > 0, "sizes", sizes, "at least one entry")
+        self.sizes, self.predicted = (*sizes, *(condition or ())), {"num_discrete": tuple(sizes)}
+        self.shape = (len(self.sizes),)
+        self.contents = f"{len(sizes)} entries, then {len(self.sizes) - len(sizes)} of the condition"
+        self.register_buffer("offsets", block_starts(self.sizes), persistent=False)
+        self.table = nn.Parameter(torch.randn(sum(self.sizes), dim) * dim**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (b, t, entries + condition) int64 -> (b, t, n)."""
-        self._check_shape(tokens)
-        rows = (tokens + self.offsets).flatten(0, -2)
-        return F.embedding_bag(rows, self.table, mode="sum").unflatten(0, tokens.shape[:-1])
+    def forward(self, states: Tensor) -> Tensor:
+        self.check_shape(states)
+        return embedding_sum(self.table, states + self.offsets)
 
-    def state_readout(self, dim: int) -> MultiCategoricalReadout:
-        """The readout that predicts all entries of the next observation from a residual of width ``dim``."""
-        return MultiCategoricalReadout(dim, self.sizes)
-
-    def targets(self, tokens: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in tokens (b, t, entries + condition): the entries, (b, t, entries)."""
-        return tokens[..., : len(self.sizes)]
+    def targets(self, states: Tensor) -> Tensor:
+        return states[..., : len(self.predicted["num_discrete"])]
 
     def from_observation(self, observation: Any) -> Tensor:
-        """Converts one observation of an environment to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.int64).reshape(-1)
-
-    def check(self, tokens: Tensor) -> None:
-        """UserError unless the tokens are categories; synchronizes with the device."""
-        self._check_shape(tokens)
-        wrong = ((tokens < 0) | (tokens >= self.limits)).flatten(0, -2).any(0).nonzero()
-        if len(wrong):
-            entry = int(wrong[0])
-            raise UserError(f"entry {entry} of a state is out of range; expected 0..{int(self.limits[entry]) - 1}.")
-
-    def _check_shape(self, tokens: Tensor) -> None:
-        if tokens.shape[-1] != len(self.offsets) or tokens.dtype != torch.int64:
-            raise UserError(
-                f"state has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 "
-                f"(..., {len(self.offsets)}): {len(self.sizes)} entries, then {len(self.condition_sizes)} of the "
-                "condition."
-            )
+        return super().from_observation(observation).reshape(-1)
 
 
-class PictureEncoder(nn.Module):
+class MixedEncoder(StateEncoder):
+    """A learned embedding of each category and a linear map of the numbers; their sum.
+
+    A state is one vector of floats: k categories, then m numbers. sizes: values of each category. num_continuous: m.
+    UserError for values out of range.
+    """
+
+    offsets: Tensor
+
+    @checked_kinds
+    def __init__(self, dim: int, *, sizes: Sequence[Rows], num_continuous: Rows) -> None:
+        super().__init__()
+        self.sizes, self.shape = tuple(sizes), (len(sizes) + num_continuous,)
+        self.num_continuous = num_continuous
+        self.contents = f"{len(sizes)} categories, then {num_continuous} numbers"
+        self.register_buffer("offsets", block_starts(sizes), persistent=False)
+        self.table = nn.Embedding(sum(sizes), dim)
+        nn.init.normal_(self.table.weight, std=dim**-0.5)
+        self.linear = nn.Linear(num_continuous, dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.check_shape(states)
+        entries = len(self.sizes)
+        chosen = self.table(states[..., :entries].long() + self.offsets).sum(-2)
+        return chosen + self.linear(limited(states[..., entries:].to(self.linear.weight.dtype)))
+
+    def state_readout(self, dim: int) -> MixedReadout:
+        return MixedReadout(dim, self.sizes, self.num_continuous)
+
+    def targets(self, states: Tensor) -> Tensor:
+        return limited(states)
+
+
+class PictureEncoder(StateEncoder):
     """An image with an observation of categories and a condition beside it: the sum of their embeddings.
 
     A state is one vector of uint8: the image, flattened, then what a `TokenEncoder` reads. image: its shape, as of
@@ -299,95 +323,67 @@ class PictureEncoder(nn.Module):
     categories than uint8 counts.
     """
 
+    dtype = torch.uint8
+
     def __init__(
         self, dim: int, *, image: Sequence[int], sizes: Sequence[int], condition: Sequence[int] | None = None
     ) -> None:
         super().__init__()
         self.image, self.tokens = ImageEncoder(dim, image), TokenEncoder(dim, sizes=sizes, condition=condition)
-        most = int(self.tokens.limits.max())
-        if most > 256:
-            raise UserError(f"an entry beside the image has {most} categories; expected at most 256, as of uint8.")
-        self.pixels = math.prod(self.image.shape)
+        most = max(self.tokens.sizes)
+        require(most <= 256, "the number of categories of an entry beside the image", most, "at most 256, as of uint8")
+        self.pixels, entries = math.prod(self.image.shape), len(self.tokens.sizes)
+        self.shape = (self.pixels + entries,)
+        self.predicted = self.image.predicted
+        self.contents = f"an image of {' x '.join(map(str, image))}, flattened, and {entries} entries"
 
     def forward(self, states: Tensor) -> Tensor:
-        """states (b, t, pixels + entries + condition) uint8 -> (b, t, n)."""
         images, tokens = self._parts(states)
         return self.image(images) + self.tokens(tokens)
 
-    def state_readout(self, dim: int) -> GaussianReadout:
-        """The readout that predicts the next image, as of `ImageEncoder`."""
-        return self.image.state_readout(dim)
-
     def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, pixels + entries + condition)."""
         return self.image.targets(self._parts(states)[0])
 
-    def from_observation(self, observation: Any) -> Tensor:
-        """Converts one vector of uint8 to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.uint8)
-
     def check(self, states: Tensor) -> None:
-        """UserError unless the states have the right size and their categories are known; synchronizes."""
         self.tokens.check(self._parts(states)[1])
 
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, t, *image) uint8, and the rest (b, t, entries + condition) int64."""
-        size = self.pixels + len(self.tokens.limits)
-        if states.shape[-1] != size or states.dtype != torch.uint8:
-            raise UserError(
-                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected uint8 (b, t, {size}): an "
-                f"image of {' x '.join(map(str, self.image.shape))}, flattened, and {size - self.pixels} entries."
-            )
+        self.check_shape(states)
         return states[..., : self.pixels].unflatten(-1, self.image.shape), states[..., self.pixels :].long()
 
 
-Encoder = (
-    VectorEncoder
-    | PlaneEncoder
-    | TokenEncoder
-    | ImageEncoder
-    | PictureEncoder
-    | GridEncoder
-    | SymbolicGridEncoder
-    | MixedEncoder
-)
+KINDS: dict[str, type[StateEncoder]] = {
+    "tokens": TokenEncoder,
+    "grid": GridEncoder,
+    "plane": PlaneEncoder,
+    "picture": PictureEncoder,
+    "symbolic_grid": SymbolicGridEncoder,
+}
 
 
-def make_encoder(dim: int, options: dict[str, Any]) -> Encoder:
-    """The encoder for ``dict(num_continuous = ...)`` with ``mean`` and ``std`` if need be, ``dict(num_discrete =
-    [...])``, both of them without statistics, ``dict(tokens = dict(...))``, ``dict(image = [...])`` with ``mean`` and
-    ``std`` if need be, ``dict(picture = dict(...))``, ``dict(grid = dict(...))``, ``dict(plane = dict(dim_state =,
-    size =, objects =))`` or ``dict(symbolic_grid = dict(sizes =, side =, depth =, kernel =))``.
-
-    UserError for other options.
+def make_encoder(dim: int, options: dict[str, Any]) -> StateEncoder:
+    """The encoder for ``dict(num_continuous = ...)`` or ``dict(image = [...])``, both with ``mean`` and ``std`` if need
+    be, ``dict(num_discrete = [...])``, numbers and choices together without statistics, or ``dict(KIND = dict(...))``
+    with the options of one of `KINDS`. UserError for other options.
     """
-    kinds: dict[str, Any] = {
-        "grid": GridEncoder,
-        "plane": PlaneEncoder,
-        "tokens": TokenEncoder,
-        "picture": PictureEncoder,
-        "symbolic_grid": SymbolicGridEncoder,
-    }
-    given = shown(options)
-    if not isinstance(options, dict):
-        options = {}
-    name = next(iter(options), "")
-    if len(options) == 1 and name in kinds:
-        check_options(f"state_embed_readout[{name!r}]", options[name], kinds[name], given=("dim",))
-        return kinds[name](dim, **options[name])
-    if set(options) in ({"num_continuous"}, {"num_continuous", "mean", "std"}):
-        statistics = {name: options[name] for name in ("mean", "std") if name in options}
+    names = set(options) if isinstance(options, dict) else set()
+    kind = next(iter(options), "") if len(names) == 1 else ""
+    if kind in KINDS:
+        check_options(f"state_embed_readout[{kind!r}]", options[kind], KINDS[kind], given=("dim",))
+        return KINDS[kind](dim, **options[kind])
+    statistics = {name: options[name] for name in ("mean", "std") if name in names}
+    if names - {"mean", "std"} == {"num_continuous"}:
         return VectorEncoder(options["num_continuous"], dim, **statistics)
-    if set(options) == {"num_discrete"} and not isinstance(options["num_discrete"], int):
-        return TokenEncoder(dim, sizes=options["num_discrete"])
-    if set(options) == {"num_discrete", "num_continuous"} and not isinstance(options["num_discrete"], int):
-        return MixedEncoder(dim, sizes=options["num_discrete"], num_continuous=options["num_continuous"])
-    if set(options) in ({"image"}, {"image", "mean", "std"}):
-        return ImageEncoder(dim, options["image"], mean=options.get("mean"), std=options.get("std"))
+    if names - {"mean", "std"} == {"image"}:
+        return ImageEncoder(dim, options["image"], **statistics)
+    if "num_discrete" in names and not isinstance(options["num_discrete"], int):
+        if names == {"num_discrete"}:
+            return TokenEncoder(dim, sizes=options["num_discrete"])
+        if names == {"num_discrete", "num_continuous"}:
+            return MixedEncoder(dim, sizes=options["num_discrete"], num_continuous=options["num_continuous"])
     raise UserError(
-        f"state_embed_readout is {given}; expected dict(num_continuous = ...) for vectors, dict(num_discrete = "
-        "[...]) for choices, both for choices and numbers, dict(tokens = dict(...)) for categories with a condition, "
-        "dict(image = [...]) for images, "
-        "dict(picture = dict(...)) for images with categories beside them, dict(grid = dict(...)) for grid tokens or "
-        "dict(plane = dict(...)) for a walker on a plane of cells."
+        f"state_embed_readout is {shown(options)}; expected dict(num_continuous = ...) for vectors, "
+        "dict(num_discrete = [...]) for choices, both for choices and numbers, dict(image = [...]) for images, or "
+        f"dict(KIND = dict(...)) for one of {', '.join(KINDS)}."
     )

@@ -9,47 +9,22 @@ Axes: b batch, t steps, n model width, w recurrent width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
-from metacontroller.models.attention import variance_scaling_
-from metacontroller.models.condition import make_norm, normalized
-from metacontroller.ranges import MOST_DEPTH, MOST_WIDTH, WIDTH, Whole, check_number
+from metacontroller.models.blocks import Block, Body, Norm, variance_scaling_
+from metacontroller.models.caches import HawkCache, HawkStore
+from metacontroller.ranges import DepthOr0, Width
 
 TAPS = 4
 """Width of the convolution in steps, with the current one (Griffin, section 2.4)."""
 
 SHARPNESS = 8.0
 """c of the RG-LRU: a_t = a^(c r_t) (Griffin, eq. 3 and 4)."""
-
-
-@dataclass
-class HawkCache:
-    """What a stack carries from step to step, without gradient.
-
-    states: per block the recurrence's (b, w), float32. recent: per block the convolution's last inputs
-    (b, TAPS - 1, w). length: steps so far, the same for every row.
-    """
-
-    states: list[Tensor]
-    recent: list[Tensor]
-    length: int = 0
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What bodies that can go on from it have in common."""
-        return ("hawk", len(self.states), *(self.states[0].shape[1:] if self.states else ()))
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps only the rows with indices ``rows``, int64 (m,)."""
-        self.states = [state[rows] for state in self.states]
-        self.recent = [recent[rows] for recent in self.recent]
 
 
 class RGLRU(nn.Module):
@@ -81,26 +56,24 @@ class RGLRU(nn.Module):
             precise = torch.promote_types(x.dtype, torch.float32)
             recurrence, entry = torch.sigmoid(gates.to(precise)).chunk(2, -1)
             log_decay = -SHARPNESS * F.softplus(-self.decay_logit.to(precise)) * recurrence.flatten(-2)
-            kept = torch.sqrt(-torch.expm1(2 * log_decay) + 1e-12)  # its slope at 0 must be finite
-            drive = kept * entry.flatten(-2) * x.to(precise)
+            scale = torch.sqrt(-torch.expm1(2 * log_decay) + 1e-12)  # its slope at 0 must be finite
+            drive = scale * entry.flatten(-2) * x.to(precise)
             return linear_scan(log_decay.exp(), drive, state, backend=backend)
 
 
-class HawkBlock(nn.Module):
+class HawkBlock(Block):
     """x + recurrence(norm(x)), then x + mlp(norm(x)); MLP with ReLU."""
 
     def __init__(self, dim: int, *, width: int, heads: int, mlp_dim: int, dim_condition: int | None = None) -> None:
         super().__init__()
         self.width = width
-        self.recurrence_norm = make_norm(dim, dim_condition)
+        self.recurrence_norm = Norm(dim, dim_condition)
         self.to_branches = nn.Linear(dim, 2 * width)
         self.taps = nn.Parameter(torch.randn(TAPS, width) * (0.1 / TAPS) ** 0.5)
         self.tap_bias = nn.Parameter(torch.zeros(width))
         self.unit = RGLRU(width, heads=heads)
         self.to_out = nn.Linear(width, dim)
-        self.mlp_norm = make_norm(dim, dim_condition)
-        self.mlp_in = nn.Linear(dim, mlp_dim)
-        self.mlp_out = nn.Linear(mlp_dim, dim)
+        self._make_mlp(dim, mlp_dim, dim_condition)
         for linear in (self.to_branches, self.to_out, self.mlp_in, self.mlp_out):
             variance_scaling_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -114,48 +87,39 @@ class HawkBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, n), after state (b, w) and recent (b, TAPS - 1, w) if given -> (b, t, n), next state and recent.
         condition (b, c), if the block was made for one."""
-        passed, entering = self.to_branches(normalized(self.recurrence_norm, x, condition)).chunk(2, -1)
+        passed, entering = self.to_branches(self.recurrence_norm(x, condition)).chunk(2, -1)
         before = entering.new_zeros(entering.shape[0], TAPS - 1, self.width) if recent is None else recent
         window = torch.cat([before.to(entering.dtype), entering], 1)
         steps = x.shape[1]
         mixed = sum((self.taps[k] * window[:, k : k + steps] for k in range(TAPS)), self.tap_bias)
         hidden = self.unit(mixed, state)
         x = x + self.to_out(hidden.to(passed.dtype) * F.gelu(passed))
-        x = x + self.mlp_out(F.relu(self.mlp_in(normalized(self.mlp_norm, x, condition))))
-        return x, hidden[:, -1], window[:, -(TAPS - 1) :]
+        return self._add_mlp(x, condition), hidden[:, -1], window[:, -(TAPS - 1) :]
 
 
-class HawkBody(nn.Module):
-    """A causal stack of Hawk blocks, an alternative to `AttentionBody`. Depth 0 returns its input.
+class HawkBody(Body):
+    """A causal stack of Hawk blocks, an alternative to `AttentionBody`, which explains dim_condition and final_norm."""
 
-    dim_condition, final_norm: as of `AttentionBody`. UserError for sizes that do not fit.
-    """
-
+    @checked_kinds
     def __init__(
         self,
-        dim: int,
+        dim: Width,
         *,
-        depth: int,
-        width: int | None = None,
-        heads: int = 8,
-        mlp_dim: int | None = None,
-        dim_condition: int | None = None,
+        depth: DepthOr0,
+        width: Width | None = None,
+        heads: Width = 8,
+        mlp_dim: Width | None = None,
+        dim_condition: Width | None = None,
         final_norm: bool = False,
     ) -> None:
         super().__init__()
-        check_number("depth", depth, Whole(0, MOST_DEPTH))
-        check_number("dim", dim, WIDTH)
-        check_number("width", width, Whole(most=MOST_WIDTH, none=True))
-        check_number("heads", heads, WIDTH)
-        check_number("mlp_dim", mlp_dim, Whole(most=MOST_WIDTH, none=True))
         self.width = dim if width is None else width
         self.sizes = {"width": self.width, "heads": heads, "mlp_dim": mlp_dim or 2 * dim}
-        self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes, dim_condition=dim_condition) for _ in range(depth))
-        self.final_norm = make_norm(dim, dim_condition) if final_norm else None
         self.layout = ("hawk", depth, *((self.width,) if depth else ()))
+        self.blocks = nn.ModuleList(HawkBlock(dim, **self.sizes, dim_condition=dim_condition) for _ in range(depth))
+        self.final_norm = Norm(dim, dim_condition) if final_norm else None
 
     def forward(self, x: Tensor, cache: HawkCache | None = None, condition: Tensor | None = None) -> Tensor:
-        """x (b, t, n) -> (b, t, n); with a cache, x follows its steps. condition (b, c), if made for one."""
         for index, block in enumerate(self.blocks):
             if cache is None:
                 x, _, _ = block(x, condition=condition)
@@ -164,7 +128,7 @@ class HawkBody(nn.Module):
                 cache.states[index], cache.recent[index] = state.detach(), recent.detach()
         if cache is not None:
             cache.length += x.shape[1]
-        return x if self.final_norm is None else normalized(self.final_norm, x, condition)
+        return x if self.final_norm is None else self.final_norm(x, condition)
 
     def empty_cache(self, batch: int, capacity: int = 0) -> HawkCache:
         """The cache of ``batch`` rows before their first step; its size does not depend on ``capacity``."""
@@ -174,3 +138,6 @@ class HawkBody(nn.Module):
             states=[weight.new_zeros(batch, self.width, dtype=precise) for _ in self.blocks],
             recent=[weight.new_zeros(batch, TAPS - 1, self.width) for _ in self.blocks],
         )
+
+    def cache_store(self, batch: int, device: torch.device) -> HawkStore:
+        return HawkStore(self.empty_cache(batch))

@@ -6,16 +6,15 @@ Axes: b batch, t steps, m images, n model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.data.spaces import channel_axis
-from metacontroller.errors import UserError
-from metacontroller.models.readouts import GaussianReadout, register_statistics
-from metacontroller.ranges import WIDTH, shown
+from metacontroller.models.state_encoder import StateEncoder
+from metacontroller.models.values import register_statistics
+from metacontroller.ranges import WIDTH, require
 
 MAX_CHANNELS = 64
 MAX_SIDE = 8
@@ -24,15 +23,17 @@ MAX_IMAGES = 2048
 """Images that are read at once, so that memory does not grow with the batch where no gradient is asked for."""
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(StateEncoder):
     """A small convolutional network over uint8 images: convolutions of stride 2 until no side is longer than 8.
 
     shape: of one image, (height, width), (height, width, channels) or (channels, height, width); of its first and last
     axis the shorter one are the channels. mean, std (channels,): of the data, by which pixels are normalized: a grid of
-    a few small numbers is no picture, and would be all but black. Without them 0..255 becomes 0..1. UserError for other
-    shapes.
+    a few small numbers is no picture, and would be all but black. Without them 0..255 becomes 0..1. The readout
+    predicts the next image, averaged over a grid of at most 8 x 8 fields. UserError for other shapes.
     """
 
+    dtype = torch.uint8
+    contents = "images"
     mean: Tensor | None
     std: Tensor | None
 
@@ -45,14 +46,14 @@ class ImageEncoder(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(shape, str) or len(shape) not in (2, 3) or any(WIDTH.expected(side) for side in shape):
-            raise UserError(f"image is {shown(shape)}; expected (height, width), with channels first or last.")
+        fits = not isinstance(shape, str) and len(shape) in (2, 3) and not any(map(WIDTH.expected, shape))
+        require(fits, "image", shape, "(height, width), with channels first or last")
         self.shape = tuple(shape)
         self.channels_first = channel_axis(self.shape) == 0
         channels, *sides = self._channels_first(torch.zeros(self.shape)).shape
         register_statistics(self, channels, mean, std)
-        self.pooled = [min(side, MAX_SIDE) for side in sides]
-        self.pooled_size = channels * self.pooled[0] * self.pooled[1]
+        self.pooled = min(sides[0], MAX_SIDE), min(sides[1], MAX_SIDE)
+        self.predicted = {"num_continuous": channels * self.pooled[0] * self.pooled[1]}
         layers: list[nn.Module] = []
         width, stride = 16, 1 if max(sides) <= MAX_SIDE else 2
         while not layers or max(sides) > MAX_SIDE:
@@ -62,28 +63,15 @@ class ImageEncoder(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * sides[0] * sides[1], dim))
 
     def forward(self, states: Tensor) -> Tensor:
-        """states (b, t, *shape) uint8 -> (b, t, n)."""
-        self._check_shape(states)
+        self.check_shape(states)
         parts = states.flatten(0, 1).split(MAX_IMAGES)
         return torch.cat([self.body(self._scaled(part)) for part in parts]).unflatten(0, states.shape[:2])
 
-    def state_readout(self, dim: int) -> GaussianReadout:
-        """The readout that predicts the next image, averaged over a grid of at most 8 x 8 fields."""
-        return GaussianReadout(dim, self.pooled_size)
-
     def targets(self, states: Tensor) -> Tensor:
-        """The targets of ``state_readout`` in states (b, t, *shape): means of fields, scaled, side by side."""
-        size, parts = (self.pooled[0], self.pooled[1]), states.flatten(0, 1).split(MAX_IMAGES)
-        pooled = torch.cat([F.adaptive_avg_pool2d(self._scaled(part), size) for part in parts])
+        """Means of fields, scaled, side by side, (b, t, fields)."""
+        parts = states.flatten(0, 1).split(MAX_IMAGES)
+        pooled = torch.cat([F.adaptive_avg_pool2d(self._scaled(part), self.pooled) for part in parts])
         return pooled.flatten(1).unflatten(0, states.shape[:2])
-
-    def from_observation(self, observation: Any) -> Tensor:
-        """Converts one image to one state, without batch and time axes."""
-        return torch.as_tensor(observation, dtype=torch.uint8)
-
-    def check(self, states: Tensor) -> None:
-        """UserError unless the states are images of the right shape."""
-        self._check_shape(states)
 
     def _scaled(self, images: Tensor) -> Tensor:
         """(m, *shape) uint8 -> (m, channels, height, width), normalized, or from 0 to 1."""
@@ -96,10 +84,3 @@ class ImageEncoder(nn.Module):
         if len(self.shape) == 2:
             return images.unsqueeze(-3)
         return images if self.channels_first else images.movedim(-1, -3)
-
-    def _check_shape(self, states: Tensor) -> None:
-        if states.shape[2:] != self.shape or states.dtype != torch.uint8:
-            raise UserError(
-                f"state has shape {tuple(states.shape)} and dtype {states.dtype}; expected uint8 (b, t, "
-                f"{', '.join(map(str, self.shape))}): images."
-            )

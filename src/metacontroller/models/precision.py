@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metacontroller.errors import UserError
+from metacontroller.ranges import check
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
 
 def check_precision(precision: str) -> None:
     """UserError unless ``precision`` is a `Precision`."""
-    if precision not in get_args(Precision):
-        raise UserError(f"precision is {precision!r}; expected 'float32', 'bfloat16' or 'auto'.")
+    check("precision", precision, Precision)
 
 
 def products(precision: Precision, x: Tensor) -> AbstractContextManager[object]:
     """Context in which x and float32 weights are multiplied in a precision; the residual stream stays in float32.
 
     "float32" changes nothing, so that the caller's autocast stays in force. "auto" is "bfloat16" on a device that
-    prefers it, see `prefers_bfloat16`. It does not depend on the size of x, so that a row gives the same result in any
-    batch, and the log-probabilities that reinforcement learning compares come from the same arithmetic.
+    prefers it, whatever the size of x: a row gives the same result in any batch, and the log-probabilities that
+    reinforcement learning compares come from the same arithmetic.
     """
     kind = x.device.type
     if precision == "bfloat16" or (precision == "auto" and prefers_bfloat16(kind)):

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask, masked_mean
+from metacontroller.data.trajectories import full_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.chunked_losses import chunked_losses
-from metacontroller.models.encoders import Encoder
-from metacontroller.models.mixed_encoder import MixedReadout
 from metacontroller.models.readouts import Readout
+from metacontroller.models.state_encoder import StateEncoder
 from metacontroller.storage.module_file import Saveable
+from metacontroller.tensors import check_lengths, check_tensor
 
 
 class BehaviorCloningLosses(NamedTuple):
@@ -49,14 +49,13 @@ class SteerableModel(Saveable, nn.Module):
 
     A subclass sets ``dim`` (n_e), ``encoder``, ``action_readout`` and ``state_readout``, and defines ``depth``,
     ``embed``, ``lower``, ``upper``, ``empty_cache`` and ``residuals``; ``resplit``, ``cache_store`` and
-    ``limit_context`` are optional. It is a base class, not a protocol, because the losses are the same for all models
-    and are defined here.
+    ``limit_context`` are optional. The losses are the same for all models.
     """
 
     dim: int
-    encoder: Encoder
+    encoder: StateEncoder
     action_readout: Readout
-    state_readout: Readout | MixedReadout
+    state_readout: Readout
 
     @property
     def depth(self) -> int:
@@ -98,15 +97,15 @@ class SteerableModel(Saveable, nn.Module):
 
     def limit_context(self, steps: int) -> None:
         """From now on, whatever reads the past directly reads the last ``steps`` alone, the current one included, as in
-        training; kept with the weights. By default nothing: a recurrent model has its state."""
+        training; saved with the weights. By default nothing: a recurrent model has its state."""
 
     def cache_store(self, batch: int) -> Any:
         """Caches of ``batch`` episodes that do not step together, before their first steps.
 
         It has the attributes ``lower`` and ``upper``, each with methods ``take(rows)``, which returns a copy of rows
-        (m,) as the cache of one batch, with a method ``keep`` of its own; and ``put(rows, cache, at, steps)``, which
-        stores the batch's rows ``at`` (m,), taken ``steps`` steps ago, as ``rows`` (m,). Its method ``restart(rows)``
-        begins new episodes. UserError if the model has none.
+        (m,) as the cache of one batch; and ``put(rows, cache, at, steps)``, which stores the batch's rows ``at`` (m,),
+        taken ``steps`` steps ago, as ``rows`` (m,). Its method ``restart(rows)`` begins new episodes. UserError if the
+        model has none.
         """
         raise UserError(
             f"a {type(self).__name__} has no cache for episodes that do not step together; define cache_store() of it."
@@ -114,11 +113,12 @@ class SteerableModel(Saveable, nn.Module):
 
     # the same for all models
 
-    def matrices(self) -> list[nn.Parameter]:
-        """The weights of all linear layers between encoder and readouts: those that Muon may train."""
-        ends = (self.encoder, self.action_readout, self.state_readout)
-        outside = {id(value) for part in ends for value in part.parameters()}
-        return [value for value in linear_weights(self) if id(value) not in outside]
+    def residual(self, states: Tensor, actions: Tensor) -> Tensor:
+        """e_t at the controlled layer for whole episodes.
+
+        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
+        """
+        return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
 
     def behavior_cloning_loss(
         self,
@@ -135,30 +135,22 @@ class SteerableModel(Saveable, nn.Module):
         """
         if not checked:
             self.check_batch(states, actions, episode_lens)
-        residual = self.residual(states, actions)
-        return self.readout_losses(self.upper(residual), states, actions, episode_lens, with_state_loss)
-
-    def residual(self, states: Tensor, actions: Tensor) -> Tensor:
-        """e_t at the controlled layer for whole episodes.
-
-        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
-        """
-        return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
+        hidden = self.upper(self.residual(states, actions))
+        return self.readout_losses(hidden, states, actions, episode_lens, with_state_loss)
 
     def readout_losses(
         self, hidden: Tensor, states: Tensor, actions: Tensor, episode_lens: Tensor | None, with_state_loss: bool = True
     ) -> BehaviorCloningLosses:
         """Losses from the readouts' input hidden (b, T, n_e); the state loss is 0 unless ``with_state_loss``."""
-        batch, steps = actions.shape[:2]
-        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        steps, lengths = actions.shape[1], full_lengths(episode_lens, actions)
         mask = length_mask(lengths, steps)
         action_loss = -masked_mean(self.action_readout.log_prob(self.action_readout(hidden), actions), mask)
         if not with_state_loss:
             return BehaviorCloningLosses(action_loss.new_zeros(()), action_loss)
         targets = self.encoder.targets(states[:, 1 : steps + 1])
         known = targets.shape[1]
-        inside = mask[:, :known] if states.shape[1] > steps else length_mask(lengths - 1, known)
         log_prob = self.state_readout.log_prob(self.state_readout(hidden[:, :known]), targets)
+        inside = length_mask(_target_lengths(states, lengths, steps), known)
         return BehaviorCloningLosses(-masked_mean(log_prob, inside), action_loss)
 
     def losses_under(
@@ -174,9 +166,8 @@ class SteerableModel(Saveable, nn.Module):
 
         The model's weights get none: it is frozen.
         """
-        batch, steps = actions.shape[:2]
-        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
-        targets = lengths if states.shape[1] > steps else lengths - 1  # of the state loss
+        lengths = full_lengths(episode_lens, actions)
+        targets = _target_lengths(states, lengths, actions.shape[1])
 
         def chunk_losses(steered: Tensor, rows: slice) -> Tensor:
             hidden = self.upper(steered)
@@ -188,8 +179,7 @@ class SteerableModel(Saveable, nn.Module):
 
         with frozen(self):
             losses = chunked_losses(steered, chunk_losses)
-        state = losses[1] if with_state_loss else losses.new_zeros(())
-        return BehaviorCloningLosses(state, losses[0])
+        return BehaviorCloningLosses(losses[1] if with_state_loss else losses.new_zeros(()), losses[0])
 
     def state_entries(self, states: Tensor) -> int:
         """Numbers and choices of one state that the state loss predicts; states (b, t, ...)."""
@@ -203,12 +193,16 @@ class SteerableModel(Saveable, nn.Module):
         """
         return type(losses)(losses[0] / self.state_entries(states), *losses[1:])
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of all linear layers between encoder and readouts: those that Muon may train."""
+        ends = (self.encoder, self.action_readout, self.state_readout)
+        outside = {id(value) for part in ends for value in part.parameters()}
+        return [value for value in linear_weights(self) if id(value) not in outside]
+
     def check_batch(self, states: Tensor, actions: Tensor, episode_lens: Tensor | None) -> None:
         """UserError for wrong shapes, dtypes or lengths, NaN states, or actions out of range."""
-        check_tensor("state", states)
+        check_tensor("state", states, ("batch", "time", "entries", ...))
         check_tensor("actions", actions)
-        if states.dim() < 3 or 0 in states.shape:
-            raise UserError(f"state has shape {tuple(states.shape)}; expected a non-empty (batch, time, ...).")
         batch, steps = states.shape[:2]
         if actions.dim() < 2 or actions.shape[0] != batch or actions.shape[1] not in (steps, steps - 1):
             raise UserError(
@@ -218,6 +212,11 @@ class SteerableModel(Saveable, nn.Module):
         self.action_readout.check(actions, (batch, actions.shape[1]))
         check_lengths(episode_lens, batch, actions.shape[1])
         self.encoder.check(states)
+
+
+def _target_lengths(states: Tensor, lengths: Tensor, steps: int) -> Tensor:
+    """(b,) int64: of how many real steps the next state is there."""
+    return lengths if states.shape[1] > steps else lengths - 1
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from metacontroller.analysis.code_content import code_meaning, unseen_transition_share
+from metacontroller.analysis.code_content import Walks, code_meaning, unseen_transition_share
 from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
 from metacontroller.analysis.oracle import Oracle
-from metacontroller.analysis.probing import probe_layers
-from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion, rate_distortion_of_segments
+from metacontroller.analysis.probing import LayerConfig, probe_layers
+from metacontroller.analysis.rate_distortion import is_aligned, rate_distortion
 from metacontroller.analysis.steering import controllers_of, steer_layers, tells_goals
 from metacontroller.phases.evaluate import Policy
 from metacontroller.training.progress import announce
@@ -50,17 +50,16 @@ def links(run: LoadedRun, quiet: bool) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys((*names, "code_nats", "code_dimensions", "code_readable"))
     if not run.subgoals:
         return found
-    seed = stream_seed(run.seed, "analyse")
-    sources = run.demonstrations("discover"), run.demonstrations("validation")
     episodes = min(LINK_EPISODES, run.settings.episodes)
-    small = {"steps": run.settings.link_updates, "batch_size": 128, "lr": 3e-3, "episodes": episodes, "seed": seed}
+    config = LayerConfig(steps=run.settings.link_updates, episodes=episodes)
+    options: dict[str, Any] = {"seed": run.analysis_seed, "controlled_only": True, "quiet": True}
     announce("evaluate: linear probe of the subgoal", quiet)
-    probed = probe_layers(run.base, *sources, subgoals=len(run.subgoals), controlled_only=True, quiet=True, **small)
+    probed = probe_layers(run.base, run.labelled_sources, config, subgoals=len(run.subgoals), **options)
     found["probe_accuracy"] = probed.accuracy[0]
-    if tells_goals(run.domain, seed):
+    if tells_goals(run.domain, run.analysis_seed):
         announce("evaluate: supervised controllers", quiet)
-        options = {**small, **controllers_of(run)}
-        steered = steer_layers(run.base, *sources, run.domain, controlled_only=True, quiet=True, **options)
+        options |= controllers_of(run)
+        steered = steer_layers(run.base, run.labelled_sources, run.domain, config, **options)
         found["supervised_success"] = steered.success[0]
     announce("evaluate: codes of experts", quiet)
     oracle = Oracle().measure(run, Oracle.Config(episodes=episodes), quiet=True)
@@ -84,9 +83,7 @@ def measure(run: LoadedRun, quiet: bool) -> dict[str, Any]:
         meaning = code_meaning(run, generator)
         bits, share = meaning.bits, meaning.share.tolist()
         announce("evaluate: transitions that training never shows", quiet)
-        unseen = unseen_transition_share(
-            run.base, run.domain, episodes=episodes, walk_steps=run.walk_steps, generator=generator
-        )
+        unseen = unseen_transition_share(Walks(run.base, run.domain, run.walk_steps, generator), episodes)
 
     def success(policy: Policy) -> float:
         announce(f"evaluate: success of {policy}", quiet)
@@ -126,12 +123,7 @@ def _losses(run: LoadedRun) -> dict[str, float]:
 def measure_variant(run: LoadedRun, *, reinforced: bool) -> dict[str, Any]:
     """All measures of a study's variant. reinforced: whether it has been through internal RL."""
     episodes, seed = run.settings.episodes, stream_seed(run.seed, "evaluate")
-    model, controlled, tolerance = run.model, run.meta_controller, run.domain.gate_tolerance
-    drawn = (run.demonstrations("validation"), episodes, seed)
-    if run.segmentation is not None:
-        results = rate_distortion_of_segments(model, run.segmentation, controlled, *drawn, gate_tolerance=tolerance)
-    else:
-        results = rate_distortion(model, controlled, *drawn, gate_tolerance=tolerance)
+    results = rate_distortion(run, episodes, seed)
     aligned = is_aligned(results)
     if reinforced:
         results["internal_rl_success"] = run.evaluate("internal-rl", episodes=episodes, seed=seed)["success"]
