@@ -206,7 +206,7 @@ MUTATIONS: list[Mutation] = [
     *of(
         "data/statistics.py",
         "data/test_datasets.py data/test_spaces.py",
-        ("np.maximum(PRECISION * self.largest, np.finfo(np.float32).tiny)", "1e-6"),
+        ("np.maximum(PRECISION * largest, np.finfo(np.float32).tiny)", "1e-6"),
     ),
     *of(
         "phases/diagnostics.py",

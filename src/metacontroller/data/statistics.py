@@ -16,59 +16,34 @@ PRECISION = 2.0**-24
 """Of float32, in which models read: what deviates by less, as a share of the largest value, is constant to them."""
 
 
-class RunningStatistics:
-    """Mean and variance of rows (n, d) that come in pieces (Chan, Golub and LeVeque, 1983)."""
-
-    def __init__(self, size: int) -> None:
-        self.count = 0
-        self.mean, self.squares, self.largest = np.zeros(size), np.zeros(size), np.zeros(size)
-
-    def add(self, rows: np.ndarray) -> None:
-        """Rows (m, d) more."""
-        values = np.asarray(rows, dtype=np.float64)
-        count, mean = len(values), values.mean(0)
-        total, difference = self.count + count, mean - self.mean
-        self.squares += ((values - mean) ** 2).sum(0) + difference**2 * (self.count * count / total)
-        self.mean += difference * (count / total)
-        self.largest = np.maximum(self.largest, np.abs(values).max(0))
-        self.count = total
-
-    @property
-    def constant(self) -> np.ndarray:
-        """(d,) bool: which entries float32 cannot tell from constant ones."""
-        return self._deviation <= np.maximum(PRECISION * self.largest, np.finfo(np.float32).tiny)
-
-    @property
-    def std(self) -> np.ndarray:
-        """(d,): of the rows so far, 1 for constant entries."""
-        return np.where(self.constant, 1.0, self._deviation)
-
-    @property
-    def _deviation(self) -> np.ndarray:
-        return np.sqrt(self.squares / max(self.count, 1))
-
-
 def normalization(
     array: np.ndarray, what: str = "values", used: np.ndarray | None = None, piece: int = 65536
 ) -> dict[str, list[float]]:
-    """Mean and standard deviation of the rows of array (n, ...), flattened, as options of encoders and readouts.
+    """Mean and standard deviation of the rows of array (n, ...), flattened, as options of encoders and readouts; the
+    deviation of constant entries is 1 (Chan, Golub and LeVeque, 1983).
 
     what: what the rows are, for a line on standard error that names the entries that are constant. used (n,) bool:
     which rows count; all by default.
     """
-    statistics = RunningStatistics(math.prod(array.shape[1:]))
+    mean, squares, largest, count = *np.zeros((3, math.prod(array.shape[1:]))), 0
     for rows in _pieces(array, used, piece):
-        statistics.add(rows.reshape(len(rows), -1))
-    constant = np.flatnonzero(statistics.constant).tolist()
-    if constant:
-        named = ", ".join(map(str, constant[:SHOWN])) + ", ..." * (len(constant) > SHOWN)
+        values = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+        total, of_piece = count + len(values), values.mean(0)
+        squares += ((values - of_piece) ** 2).sum(0) + (of_piece - mean) ** 2 * (count * len(values) / total)
+        mean += (of_piece - mean) * (len(values) / total)
+        largest, count = np.maximum(largest, np.abs(values).max(0)), total
+    deviation = np.sqrt(squares / max(count, 1))
+    constant = deviation <= np.maximum(PRECISION * largest, np.finfo(np.float32).tiny)
+    if constant.any():
+        entries = np.flatnonzero(constant).tolist()
+        shown = ", ".join(map(str, entries[:SHOWN])) + ", ..." * (len(entries) > SHOWN)
         print(
-            f"metacontroller: {len(constant)} of {len(statistics.mean)} entries of the {what} are constant in the data "
-            f"and are not scaled: {named}.",
+            f"metacontroller: {len(entries)} of {len(mean)} entries of the {what} are constant in the data and are not "
+            f"scaled: {shown}.",
             file=sys.stderr,
             flush=True,
         )
-    return {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
+    return {"mean": mean.tolist(), "std": np.where(constant, 1.0, deviation).tolist()}
 
 
 def pixel_scale(

@@ -76,20 +76,34 @@ class TrajectoryStore(Episodes):
 
     def _load(self) -> None:
         self.meta = _read_header(self.path)
-        super().__init__({name: _open(self.path / file) for name, file in _array_files(self.meta).items()})
-        _check_arrays(self)
-        self._verified = "listed" not in self.meta
-        if not self._verified and _check_sizes(self.path, self.meta) <= HASHED_ON_OPEN:
+        self._files = {name: self.path / file for name, file in _array_files(self.meta).items()}
+        super().__init__({name: _open(file) for name, file in self._files.items()})
+        self._check_arrays()
+        listed = self.meta.get("listed", {})
+        for name, entry in listed.items():
+            check_size(self._files[name], self._files[name].stat().st_size, entry)
+        self._verified = not listed
+        if sum(entry["size"] for entry in listed.values()) <= HASHED_ON_OPEN:
             self.verify()
+
+    def _check_arrays(self) -> None:
+        """UserError unless the arrays fit together."""
+        lengths = self.lengths
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or lengths.min() < 1:
+            raise UserError(f"{self.path} has lengths that are not whole numbers from 1; write the store again.")
+        for name, array in self.arrays.items():
+            expected = self.first_row(name, len(self))
+            if len(array) != expected:
+                raise UserError(f"{self.path} has {len(array)} {name} where {expected} were expected; write it again.")
 
     def verify(self) -> TrajectoryStore:
         """This store, once all its files have been read and have the SHA-256 of what was written; UserError names one
         that was changed. Once is enough: a phase does so before it trains on a dataset."""
         if not self._verified:
-            for name, file in _array_files(self.meta).items():
-                if not (self.path / file).exists():
+            for name, file in self._files.items():
+                if not file.exists():
                     raise UserError(f"{self.path} was replaced by another store while it was open; open it again.")
-                check_file(self.path / file, self.meta["listed"][name])
+                check_file(file, self.meta["listed"][name])
         self._verified = True
         return self
 
@@ -174,15 +188,15 @@ def _exchange(draft: Path, header: dict[str, Any], target: Path) -> None:
 
     A file's name is used once, so that who has read a header finds the arrays that it lists, or none.
     """
-    old, new, first = _kept_files(target), {}, not (target / HEADER).exists()
+    old, new, first = _store_files(target), {}, not (target / HEADER).exists()
     for name in header["arrays"]:
-        plain = first and not (target / f"{name}.npy").exists()
-        new[name] = f"{name}.npy" if plain else f"{name}-{secrets.token_hex(8)}.npy"
+        free = first and not (target / f"{name}.npy").exists()
+        new[name] = f"{name}.npy" if free else f"{name}-{secrets.token_hex(8)}.npy"
     write_text(target / REPLACED, json.dumps({"files": [*old, *new.values()]}))
     for name, file in new.items():
         os.replace(draft / f"{name}.npy", target / file)
-    named = {} if first and all(file == f"{name}.npy" for name, file in new.items()) else {"files": new}
-    write_text(target / HEADER, json.dumps(seal({**header, **named})))
+    plain = all(file == f"{name}.npy" for name, file in new.items())
+    write_text(target / HEADER, json.dumps(seal(header if plain else {**header, "files": new})))
     _remove_replaced(target)
 
 
@@ -191,14 +205,14 @@ def _remove_replaced(target: Path) -> None:
     they are the user's."""
     if not (target / REPLACED).exists():
         return
-    kept, noted = _kept_files(target), read_json(target / REPLACED).get("files")
+    current, noted = _store_files(target), read_json(target / REPLACED).get("files")
     for file in noted if isinstance(noted, list) else ():
-        if file not in kept and _FILE.fullmatch(str(file)):
+        if file not in current and _FILE.fullmatch(str(file)):
             (target / file).unlink(missing_ok=True)
     (target / REPLACED).unlink()
 
 
-def _kept_files(target: Path) -> set[str]:
+def _store_files(target: Path) -> set[str]:
     """The files of the store in a folder; none where there is no store that can be read."""
     if not (target / HEADER).exists():
         return set()
@@ -225,25 +239,15 @@ def _read_header(folder: Path) -> dict[str, Any]:
         _said.add(folder)
         print(f"metacontroller: {folder} has format 1: it is read unchecked.", file=sys.stderr, flush=True)
     names: Any = meta.get("arrays")
-    files = meta.get("files", {})
+    files, listed = (meta.get(name, {}) for name in ("files", "listed"))
     known = {field.name for field in fields(Trajectories)}
     sound = isinstance(names, list) and {"states", "actions", "lengths"} <= set(map(str, names)) <= known
     if not sound or not isinstance(files, dict) or not all(_FILE.fullmatch(str(file)) for file in files.values()):
         raise UserError(f"{path} names arrays {shown(names)} in {shown(files)}; expected those of Trajectories.")
-    if meta["format"] == STORE_FORMAT and not _sound_list(meta.get("listed"), names):
-        raise UserError(f"{path} lists {shown(meta.get('listed'))}; expected the size and SHA-256 of every array.")
+    complete = isinstance(listed, dict) and listed.keys() == set(names) and all(map(is_file_digest, listed.values()))
+    if not complete and (meta["format"] == STORE_FORMAT or listed):
+        raise UserError(f"{path} lists {shown(listed)}; expected the size and SHA-256 of every array.")
     return meta
-
-
-def _sound_list(listed: Any, names: list[str]) -> bool:
-    return isinstance(listed, dict) and listed.keys() == set(names) and all(map(is_file_digest, listed.values()))
-
-
-def _check_sizes(folder: Path, meta: Mapping[str, Any]) -> int:
-    """The sum of the sizes of a store's files; UserError for one that is not of the size that was written."""
-    for name, file in _array_files(meta).items():
-        check_size(folder / file, check_regular(folder / file), meta["listed"][name])
-    return sum(entry["size"] for entry in meta["listed"].values())
 
 
 def _array_files(meta: Mapping[str, Any]) -> dict[str, str]:
@@ -265,17 +269,6 @@ def _open(path: Path) -> np.ndarray:
     return array
 
 
-def _check_arrays(store: TrajectoryStore) -> None:
-    """UserError unless the arrays fit together."""
-    lengths = store.lengths
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or lengths.min() < 1:
-        raise UserError(f"{store.path} has lengths that are not whole numbers from 1; write the store again.")
-    for name, array in store.arrays.items():
-        expected = store.first_row(name, len(store))
-        if len(array) != expected:
-            raise UserError(f"{store.path} has {len(array)} {name} where {expected} were expected; write it again.")
-
-
 def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most: int | None) -> dict[str, Any]:
     """Writes array after array, a part at a time; returns the header."""
     cuts: dict[str, list[np.ndarray]] = {name: [] for name in parts[0].arrays}
@@ -290,10 +283,9 @@ def _save_arrays(folder: Path, parts: list[Episodes], meta: dict[str, Any], most
         raise OSError(errno.ENOSPC, f"{needed} bytes are needed", str(folder.parent))
     for name, pieces in cuts.items():
         _save_array(folder / f"{name}.npy", pieces)
-    names = list(cuts)
-    listed = {name: file_digest(folder / f"{name}.npy") for name in names}
-    kept_meta = {name: value for name, value in meta.items() if name not in _OWN}
-    return {"format": STORE_FORMAT, "arrays": names, "listed": listed, **kept_meta}
+    listed = {name: file_digest(folder / f"{name}.npy") for name in cuts}
+    others = {name: value for name, value in meta.items() if name not in _OWN}
+    return {"format": STORE_FORMAT, "arrays": list(cuts), "listed": listed, **others}
 
 
 def _save_array(path: Path, pieces: list[np.ndarray]) -> None:
