@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.control.parameter_groups import trains_only
-from metacontroller.data.trajectories import length_mask
+from metacontroller.data.trajectories import full_lengths, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.caches import check_unused
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, frozen
@@ -235,8 +235,8 @@ class Transformer(OtherNames, OurTransformer):
         losses = self.readout_losses(hidden[:, :steps], state, actions, lengths, with_state)
         state_loss, action_loss = self.mean_over_entries(losses, state)
         if with_state and self.next_latent_loss_weight > 0:
-            real = torch.full((len(state),), states, device=hidden.device) if lengths is None else lengths
-            latent = self.next_latent.loss(hidden, self.next_latent_action.embed(actions), length_mask(real, states))
+            mask = length_mask(full_lengths(lengths, hidden), states)
+            latent = self.next_latent.loss(hidden, self.next_latent_action.embed(actions), mask)
             state_loss = state_loss + self.next_latent_loss_weight * latent
         if self.normalize_state_action_losses:
             state_loss = self.loss_scales[f"{phase}_state"](state_loss, update) if with_state else state_loss

@@ -18,7 +18,7 @@ from metacontroller.control.policy_losses import policy_losses
 from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, PooledBody, SequenceEmbedder
 from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
 from metacontroller.control.switching import regular_switches
-from metacontroller.data.trajectories import length_mask
+from metacontroller.data.trajectories import full_lengths, length_mask
 from metacontroller.ranges import check_options
 from metacontroller.variants.latent_prediction import NextLatent
 from metacontroller.variants.loss_weights import LossScale, LossWeights
@@ -126,7 +126,7 @@ def ratio_loss(
 ) -> Tensor:
     """The ratio loss of given switching probabilities (b, t); hard switches are those at 0.5 and above if not given."""
     steps = switch_beta.shape[1]
-    lengths = switch_beta.new_full((len(switch_beta),), steps) if episode_lens is None else episode_lens
+    lengths = full_lengths(episode_lens, switch_beta)
     beta, hard, lengths = on_device_of(meta_controller, switch_beta, hard_switch_beta, lengths)
     return our_losses.ratio_loss(beta, length_mask(lengths, steps), target_segment_len, chunk=chunk_size, hard=hard)
 

@@ -11,7 +11,7 @@ from .compat_transformer import Transformer
 
 
 class TransformerForSymbolicGrid(Transformer):
-    """States (b, t, side, side, channels) int64; see `models.grid_encoder`. options: of `Transformer`."""
+    """States (b, t, side, side, channels) int64; see `models.encoders`. options: of `Transformer`."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.data.trajectories import full_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
 from metacontroller.variants.resnet import ResNet, ResNetDecoder, pixel_losses
@@ -116,8 +116,7 @@ class TransformerWithResnet(Transformer):
         batch, steps = images.shape[:2]
         mean, log_variance = self.visual_decoder(feature_map.flatten(0, 1), images.shape[-2:])
         losses = pixel_losses(mean, log_variance, images.flatten(0, 1)).view(batch, steps)
-        real = torch.full((batch,), steps, device=images.device) if lengths is None else lengths
-        return masked_mean(losses, length_mask(real, steps))
+        return masked_mean(losses, length_mask(full_lengths(lengths, losses), steps))
 
     def _losses(self, phase: str, hidden: Tensor, state: Tensor, *others: Any) -> BehavioralCloningLosses:
         """The next state is a target alone: features that came to meet their prediction could all become one."""

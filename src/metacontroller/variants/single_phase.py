@@ -28,7 +28,7 @@ from metacontroller.control.codes import BinaryCodes
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.sequence_embedder import SequenceEmbedder
 from metacontroller.control.switching import mix_given
-from metacontroller.data.trajectories import length_mask, masked_mean
+from metacontroller.data.trajectories import full_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import ModelCache, Transformer, make_body
 from metacontroller.ranges import COUNT, SHARE, Number, check_number
@@ -271,9 +271,8 @@ class SinglePhase(Saveable, nn.Module):
         ``steer``. UserError for a batch that does not fit.
         """
         self.model.check_batch(states, actions, episode_lens)
-        batch, steps = actions.shape[:2]
-        lengths = actions.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
-        mask = length_mask(lengths, steps)
+        lengths = full_lengths(episode_lens, actions)
+        mask = length_mask(lengths, actions.shape[1])
         residual = self.model.residual(states, actions)
         steered, output = self.steer(residual, mask=mask, use_summary=use_summary, update=update)
         cloned = self.model.readout_losses(self.model.upper(steered), states, actions, lengths)
