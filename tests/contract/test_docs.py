@@ -108,7 +108,9 @@ def test_the_example_of_a_package_runs(tmp_path: Path) -> None:
     # in a process of its own, since what registers itself stays registered
     done = subprocess.run([sys.executable, "-c", script, *lines], **options)
     assert done.returncode == 0, done.stderr
-    assert RunFolder(tmp_path / "runs" / "corridor").read_analysis("action-entropy")["entropy"] > 0
+    run = RunFolder(tmp_path / "runs" / "corridor")
+    assert run.read_analysis("action-entropy")["entropy"] > 0
+    assert all(line["price"] > 0 for line in run.read_metrics("discover"))
     assert RunFolder(tmp_path / "runs" / "gru").read_config()["model"]["name"] == "gru"
 
 

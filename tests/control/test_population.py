@@ -68,9 +68,9 @@ def test_perturbations_have_their_rank_unit_variance_and_opposite_signs() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"members": 3}, "3 members; expected an even number"),
+        ({"members": 3}, "members is 3; expected an even number"),
         ({"scale": 0.0}, "scale is 0.0"),
-        ({"rank": 0}, "rank 0"),
+        ({"rank": 0}, "rank is 0; expected at least 1"),
         ({"policy": StepwisePolicy(make_proposer(DIM, "mlp"), DIM, 6)}, "reads every step"),
     ],
 )

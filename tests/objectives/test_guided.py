@@ -22,8 +22,10 @@ from metacontroller.domains.registry import domain_of
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.transformer import Transformer
 from metacontroller.objectives import guided
+from metacontroller.objectives.base import Setup
 from metacontroller.objectives.clips import draw_clips
-from metacontroller.objectives.guided import GATE_WEIGHT, Guide
+from metacontroller.objectives.guided import GATE_WEIGHT, Guided
+from metacontroller.objectives.steering import Steering
 from metacontroller.phases.discover import DiscoverConfig, discover
 from metacontroller.presets import ant, gridworld
 from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain
@@ -82,14 +84,20 @@ def learn(folder: Path, *parts: int, updates: int, generate: Any = source, **opt
     return steering.state_dict()
 
 
+def make_guide(steering: MetaController, model: SteerableModel) -> Guided:
+    """Four guided updates before eq. 3."""
+    config, setup = DiscoverConfig(optimizer=OPTIMIZER, guided_updates=4), Setup(model, steering, source)
+    return Guided(Steering(config, setup), config, setup._replace(positions=positions_of))
+
+
 def test_the_loss_is_that_of_its_equation() -> None:
     steering, model = make_steering(), make_model()
-    guide = Guide(steering, source, positions_of, augment=None, seed=0)
-    batch = source(5, torch.Generator().manual_seed(3))
-    extras = guide.extras(batch)
-    taught = guide.teacher_codes(extras)
+    guide, batch = make_guide(steering, model), source(5, torch.Generator().manual_seed(3))
+    extras = guide.prepare(batch, 0, torch.Generator().manual_seed(4))
+    taught, noise = guide.code_vectors(extras["fixed_point_codes"]), DiscoveryNoise(extras["code"], extras["gate"])
     with torch.no_grad():
-        output = discover_episodes(steering, model, *whole(batch), teacher_codes=taught)
+        losses, output = steered_losses(steering, model, *whole(batch), noise=noise, teacher_codes=taught)
+        loss, metrics = guide.loss(batch, 3, extras)
     assert torch.equal(output.z, taught)
     begin, every, gate, counts = 0.0, 0.0, 0.0, [0, 0, 0]
     for row in range(5):
@@ -108,34 +116,33 @@ def test_the_loss_is_that_of_its_equation() -> None:
                 gate, counts[2] = gate - float(torch.log(beta if begins else 1 - beta)), counts[2] + 1
     assert counts[0] > 7  # more than one code an episode
     expected = begin / counts[0] + every / counts[1] + GATE_WEIGHT * gate / counts[2]
-    assert float(guide.loss(batch, extras, output)) == pytest.approx(expected, rel=1e-4)
+    assert float(loss) == pytest.approx(float(losses.action) + expected, rel=1e-4)
+    assert metrics["action_loss"] == losses.action
+
+
+def test_after_the_last_guided_update_the_loss_is_that_of_the_objective_that_follows() -> None:
+    steering, model = make_steering(), make_model()
+    guide, batch = make_guide(steering, model), source(5, torch.Generator().manual_seed(3))
+    following = Steering(guide.config, guide.setup)
+    found = [
+        each.loss(batch, 4, each.prepare(batch, 4, torch.Generator().manual_seed(4))) for each in (guide, following)
+    ]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    found[0][0].backward()
+    assert all(value.grad is None and value.requires_grad for value in steering.switching.parameters())
 
 
 def test_the_losses_of_several_processes_add_up_to_that_of_one() -> None:
-    steering, model = make_steering(), make_model()
-    guide = Guide(steering, source, positions_of, augment=None, seed=0)
-    batch = source(6, torch.Generator().manual_seed(3))
-    extras = guide.extras(batch)
+    guide, batch = make_guide(make_steering(), make_model()), source(6, torch.Generator().manual_seed(3))
+    extras = guide.prepare(batch, 0, torch.Generator().manual_seed(4))
 
-    noise = steering.sample_noise(6, batch.steps)
-
+    @torch.no_grad()
     def loss(rows: list[int]) -> float:
-        kept = torch.tensor(rows)
-        own = replace(batch, **{name: value[kept] for name, value in vars(batch).items() if value is not None})
-        some = {name: value[kept] for name, value in extras.items()}
-        with torch.no_grad():
-            own_noise = DiscoveryNoise(noise.code[kept], noise.gate[kept])
-            output = discover_episodes(
-                steering,
-                model,
-                own.states,
-                own.actions,
-                own.lengths,
-                noise=own_noise,
-                teacher_codes=guide.teacher_codes(some),
-            )
-        share = float(own.lengths.sum() / batch.lengths.sum())
-        return share * float(guide.loss(own, some, output))
+        index = torch.tensor(rows)
+        some = replace(batch, **{name: value[index] for name, value in vars(batch).items() if value is not None})
+        share = float(some.lengths.sum() / batch.lengths.sum())
+        return share * float(guide.loss(some, 0, {name: value[index] for name, value in extras.items()})[0])
 
     assert loss([0, 1]) + loss([2, 3, 4, 5]) == pytest.approx(loss([0, 1, 2, 3, 4, 5]), rel=1e-5)
 
@@ -146,13 +153,12 @@ def decisions_of(episodes: Trajectories) -> Tensor:
 
 def test_the_loss_of_clips_is_that_of_steered_steps_under_the_code_of_the_first() -> None:
     steering, model = make_steering(), make_model()
-    guide = Guide(steering, source, positions_of, augment=None, seed=0)
-    batch = source(4, torch.Generator().manual_seed(3))
+    guide, batch = make_guide(steering, model), source(4, torch.Generator().manual_seed(3))
     drawn = draw_clips(source, decisions_of, 12, 3, torch.Generator().manual_seed(5))
     extras = guide.clip_extras(drawn, batch)
     total, count = 0.0, 0
     for number, (row, start) in enumerate(zip(drawn.rows.tolist(), drawn.starts.tolist(), strict=True)):
-        code = F.one_hot(guide.named(drawn.whole)[row, start], 4).float()
+        code = F.one_hot(guide.codes_of(drawn.episodes)[row, start], 4).float()
         clip = drawn.clips.index(torch.tensor([number]))
         with torch.no_grad():
             residual = model.residual(clip.states, clip.actions)
@@ -160,7 +166,7 @@ def test_the_loss_of_clips_is_that_of_steered_steps_under_the_code_of_the_first(
             log_prob = model.action_readout.log_prob(model.action_readout(model.upper(steered)), clip.actions)
         total -= float(log_prob[0, : int(clip.lengths)].sum())
         count += int(clip.lengths)
-    loss = guide.clip_loss(model, batch, extras)
+    loss = guide.clip_loss(batch, extras)
     assert float(loss.detach()) == pytest.approx(total / count, rel=1e-4)
     loss.backward()
     written: Any = steering.controller.write.grad
@@ -334,11 +340,12 @@ def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["forced", "fixed-frequency"])
 def test_a_gate_that_does_not_learn_is_not_asked(mode: Any) -> None:
     steering = make_steering(gate={"mode": mode})
-    guide = Guide(steering, source, positions_of, augment=None, seed=0)
-    batch = source(4, torch.Generator().manual_seed(3))
-    extras = guide.extras(batch)
-    output = discover_episodes(steering, make_model(), *whole(batch), teacher_codes=guide.teacher_codes(extras))
-    assert 0 < float(guide.loss(batch, extras, output).detach()) < 2 * 2 * 2  # two means of two bits of about log 2
+    guide, batch = make_guide(steering, make_model()), source(4, torch.Generator().manual_seed(3))
+    extras = guide.prepare(batch, 0, torch.Generator().manual_seed(4))
+    taught = guide.code_vectors(extras["fixed_point_codes"])
+    output = discover_episodes(steering, guide.setup.model, *whole(batch), teacher_codes=taught)
+    loss = float(guide.proposal_loss(batch, extras, output).detach())
+    assert 0 < loss < 2 * 2 * 2  # two means of two bits of about log 2
 
 
 def test_the_ant_names_all_of_an_observation_but_its_body() -> None:

@@ -156,6 +156,14 @@ def test_diagnostics_are_written_and_change_nothing_else(
     assert logged[0] == logged[1]
 
 
+def test_an_unknown_objective_is_refused(tmp_path: Path) -> None:
+    config, run = debug(), RunFolder(tmp_path)
+    parts = DiscoverConfig(optimizer=OPTIMIZER), build_model(config), build_meta_controller(config)
+    source = demonstrations(domain_of(config.domain), "discover")
+    with pytest.raises(ValueError, match="discovery 'other' is unknown; known are metacontroller"):
+        discover(*parts, source, run, objective="other", quiet=True)
+
+
 def test_discovery_does_not_look_at_the_labels(tmp_path: Path) -> None:
     with_labels, _ = learn(tmp_path / "with")
     without, lines = learn(tmp_path / "without", labels=False)

@@ -13,7 +13,7 @@ Axes: b batch, t steps, p positions of a boundary (0..t, the last is the end), i
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from metacontroller.control.losses import gaussian_kl
 from metacontroller.data.trajectories import length_mask
-from metacontroller.errors import UserError
 from metacontroller.models.readouts import sample_gaussian
+from metacontroller.ranges import Positive, Whole, check
 
 
 class SegmentNoise(NamedTuple):
@@ -76,10 +76,9 @@ class Segmenter(nn.Module):
         prior_rate: float = 10.0,
     ) -> None:
         super().__init__()
-        if segments < 2:
-            raise UserError(f"segments is {segments}; expected at least 2, else there is no boundary.")
-        if temperature <= 0 or prior_rate <= 0:
-            raise UserError(f"temperature is {temperature} and prior_rate {prior_rate}; expected numbers above 0.")
+        check("segments", segments, Whole(2))
+        check("temperature", temperature, Positive)
+        check("prior_rate", prior_rate, Positive)
         self.segments, self.dim_latent = segments, dim_latent
         self.temperature, self.prior_rate = temperature, prior_rate
         self.project_in = nn.Linear(dim_in, dim)
@@ -99,15 +98,14 @@ class Segmenter(nn.Module):
         x = torch.where((positions == lengths[:, None])[..., None], self.end, x)
         known = length_mask(lengths + 1, steps + 1)
         allowed = known & (positions > 0)
-        read_x = _project(self._cells[0], x)  # the same for every segment
+        read_x = _project(self.layers[0], x)  # the same for every segment
         reached = x.new_ones(x.shape[:2])  # prod_{j<i} P(b_j <= p)
-        boundaries, shares, distributions, log_q = [], [], [], None
+        boundaries, shares, distributions, logits = [], [], [], []
         for index in range(self.segments):
             encoded = self._encode(read_x, reached)
             if index + 1 < self.segments:
-                logits = self.boundary(encoded)[..., 0].masked_fill(~allowed, -torch.inf)
-                log_q = F.log_softmax(logits, -1) if log_q is None else log_q
-                boundary = self._sample_boundary(logits, None if noise is None else noise.boundary[:, index])
+                logits.append(self.boundary(encoded)[..., 0].masked_fill(~allowed, -torch.inf))
+                boundary = self._sample_boundary(logits[-1], None if noise is None else noise.boundary[:, index])
                 boundaries.append(boundary)
             else:
                 boundary = (positions == lengths[:, None]).to(x.dtype)
@@ -115,12 +113,11 @@ class Segmenter(nn.Module):
             shares.append((reached * (1 - over))[:, :-1])
             reached = reached * over
             distributions.append(self.code((boundary[:, 1:, None] * encoded[:, :-1]).sum(1)))
-        assert log_q is not None
         proposal = torch.stack(distributions, 1)
         mean, log_std = proposal.chunk(2, -1)
         code = mean if noise is None else sample_gaussian(proposal, noise=noise.code)
-        kl = gaussian_kl(mean, log_std).sum(1)
-        boundary_kl = self.segments * categorical_kl(log_q, poisson_log_prior(allowed, self.prior_rate, x.dtype))
+        kl, prior = gaussian_kl(mean, log_std).sum(1), poisson_log_prior(allowed, self.prior_rate, x.dtype)
+        boundary_kl = self.segments * categorical_kl(F.log_softmax(logits[0], -1), prior)
         return Segmentation(code, torch.stack(shares, 1), torch.stack(boundaries, 1), kl, boundary_kl)
 
     def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> SegmentNoise:
@@ -131,14 +128,11 @@ class Segmenter(nn.Module):
 
     def _encode(self, read_x: Tensor, mask: Tensor) -> Tensor:
         """The masked encoder: the first layer's input projections (b, p, 3 d), mask (b, p) -> (b, p, d)."""
-        encoded = _masked_gru(self._cells[0], read_x, mask)
-        for cell in self._cells[1:]:
+        first, *rest = self.layers
+        encoded = _masked_gru(first, read_x, mask)
+        for cell in rest:
             encoded = _masked_gru(cell, _project(cell, encoded), mask)
         return encoded
-
-    @property
-    def _cells(self) -> list[nn.GRUCell]:
-        return [layer for layer in self.layers if isinstance(layer, nn.GRUCell)]
 
     def _sample_boundary(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
         """A relaxed one-hot of the boundary's position (b, p); without noise the one-hot of the most likely."""
@@ -148,21 +142,20 @@ class Segmenter(nn.Module):
         return F.softmax((logits + gumbel) / self.temperature, -1)
 
 
-def _project(cell: nn.GRUCell, x: Tensor) -> Tensor:
+def _project(cell: Any, x: Tensor) -> Tensor:
     """The part of the cell's gates that depends on its inputs alone, (..., d) -> (..., 3 d)."""
     return F.linear(x, cell.weight_ih, cell.bias_ih)
 
 
-def _masked_gru(cell: nn.GRUCell, read_x: Tensor, mask: Tensor) -> Tensor:
+def _masked_gru(cell: Any, read_x: Tensor, mask: Tensor) -> Tensor:
     """The cell over projected inputs (b, p, 3 d) -> (b, p, d); mask (b, p) multiplies its state after each step."""
     state, outputs = read_x.new_zeros(len(read_x), cell.hidden_size), []
-    for x, kept in zip(read_x.unbind(1), mask.unbind(1), strict=True):
-        gates_x, new_x = x.split([2 * cell.hidden_size, cell.hidden_size], -1)
-        gates_h, new_h = F.linear(state, cell.weight_hh, cell.bias_hh).split_with_sizes(
-            [2 * cell.hidden_size, cell.hidden_size], -1
-        )
+    sizes = [2 * cell.hidden_size, cell.hidden_size]
+    for x, factor in zip(read_x.unbind(1), mask.unbind(1), strict=True):
+        gates_x, new_x = x.split(sizes, -1)
+        gates_h, new_h = F.linear(state, cell.weight_hh, cell.bias_hh).split(sizes, -1)
         reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, -1)
-        state = kept[:, None] * torch.lerp(torch.tanh(new_x + reset * new_h), state, update)
+        state = factor[:, None] * torch.lerp(torch.tanh(new_x + reset * new_h), state, update)
         outputs.append(state)
     return torch.stack(outputs, 1)
 

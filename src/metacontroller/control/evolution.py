@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.population import Perturbations
 from metacontroller.errors import DivergedError
-from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, Whole, check_number
+from metacontroller.ranges import Count, Positive
 from metacontroller.storage.tensor_file import not_finite
 
 
+@checked_kinds
 def evolve(
     policy: nn.Module,
     fitness: Callable[[], Any],
-    num_generations: int,
+    num_generations: Count,
     *,
-    noise_population_size: int = 30,
-    noise_scale: float = 1e-2,
-    noise_low_rank: int | None = None,
-    learning_rate: float = 1e-3,
+    noise_population_size: Count = 30,
+    noise_scale: Positive = 1e-2,
+    noise_low_rank: Count | None = None,
+    learning_rate: Positive = 1e-3,
 ) -> Tensor:
     """Trains ``policy`` in place towards a higher fitness.
 
@@ -34,11 +36,6 @@ def evolve(
     UserError for values out of range; DivergedError for a fitness or weights that are not finite. The policy is as it
     was before after any error.
     """
-    check_number("num_generations", num_generations, COUNT)
-    check_number("noise_population_size", noise_population_size, COUNT)
-    check_number("noise_scale", noise_scale, POSITIVE)
-    check_number("noise_low_rank", noise_low_rank, Whole(most=MOST_WIDTH, none=True))
-    check_number("learning_rate", learning_rate, POSITIVE)
     parameters = dict(policy.named_parameters())
     settings = {"momentum": 0.1, "nesterov": True, "weight_decay": 0.01 * noise_scale}
     optimizer = torch.optim.SGD(parameters.values(), lr=learning_rate / noise_scale, **settings)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from metacontroller.control.losses import trajectory_advantages
 from metacontroller.errors import UserError
+from metacontroller.ranges import Count, Positive, check, require
 
 
 @dataclass
@@ -34,53 +35,46 @@ class _Turn:
     scale: Tensor
 
 
-class LowRank:
-    """Perturbations A B^T / sqrt(r) of a matrix (o, i): left (p, o, r), right (p, i, r)."""
+class Noise:
+    """Perturbations of one parameter, for each pair: left itself, (p, ...), or of low rank, left (p, o, r) times right
+    (p, i, r) over sqrt(r)."""
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor | None = None) -> None:
         self.left, self.right, self.shrink = left, right, left.shape[-1] ** -0.5
 
-    def matrix(self, pair: int) -> Tensor:
-        """E of one pair, (o, i)."""
-        return self.left[pair] @ self.right[pair].T * self.shrink
+    @staticmethod
+    def draw(parameter: Tensor, pairs: int, rank: int | None, generator: torch.Generator | None) -> Noise:
+        """Standard normal, of this rank if the parameter is a matrix."""
+        options = {"generator": generator, "device": parameter.device, "dtype": parameter.dtype}
+        if rank is None or parameter.dim() != 2:
+            return Noise(torch.randn(pairs, *parameter.shape, **options))
+        left, right = (torch.randn(pairs, size, rank, **options) for size in parameter.shape)
+        return Noise(left, right)
+
+    def of_pair(self, pair: int) -> Tensor:
+        """E of one pair."""
+        left = self.left[pair]
+        return left if self.right is None else left @ self.right[pair].T * self.shrink
 
     def of_rows(self, x: Tensor, turn: _Turn) -> Tensor:
-        """x (m, i) -> (m, o): each row times the perturbation of its member."""
+        """(m, o): each row x (m, i) times the perturbation of its member, or that of a vector, whatever x is."""
+        if self.right is None:
+            return self.left[turn.pair] * turn.scale
         inner = torch.einsum("mi,mir->mr", x, self.right[turn.pair])
         return torch.einsum("mr,mor->mo", inner, self.left[turn.pair]) * (turn.scale * self.shrink)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sum over pairs of weights (p,) times E, (o, i): one product over pairs and columns together."""
+        """Sum over pairs of weights (p,) times E: one product over pairs and columns together."""
+        if self.right is None:
+            return (weights @ self.left.flatten(1)).view(self.left.shape[1:])
         left = (self.left * weights[:, None, None]).permute(1, 0, 2).flatten(1)
         return left @ self.right.permute(0, 2, 1).flatten(0, 1) * self.shrink
-
-
-class Dense:
-    """Perturbations of any parameter, values (p, ...); rows of a batch only know those of vectors."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def matrix(self, pair: int) -> Tensor:
-        """E of one pair."""
-        return self.values[pair]
-
-    def of_rows(self, x: Tensor, turn: _Turn) -> Tensor:
-        """(m, o): the perturbation of each row's member, whatever x is."""
-        return self.values[turn.pair] * turn.scale
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sum over pairs of weights (p,) times E."""
-        return (weights @ self.values.flatten(1)).view(self.values.shape[1:])
-
-
-Perturbation = LowRank | Dense
 
 
 class _Member(nn.Module):
     """A layer of the policy with the perturbations of its parameters by name, and whose turn it is."""
 
-    def __init__(self, layer: nn.Module, noise: dict[str, Perturbation], turn: _Turn) -> None:
+    def __init__(self, layer: nn.Module, noise: dict[str, Noise], turn: _Turn) -> None:
         super().__init__()
         self.layer, self.noise, self.turn = layer, noise, turn
 
@@ -138,23 +132,19 @@ class Perturbations:
         rank: int | None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if members < 2 or members % 2:
-            raise UserError(f"the population has {members} members; expected an even number, in pairs of + and -.")
-        if not scale > 0 or (rank is not None and rank < 1):
-            raise UserError(f"scale is {scale} and rank {rank}; expected a scale above 0 and a rank of at least 1.")
+        require(members >= 2 and members % 2 == 0, "members", members, "an even number, in pairs of + and -")
+        check("scale", scale, Positive)
+        check("rank", rank, Count | None)
         self.policy, self.members, self.scale = policy, members, scale
-        self.noise: dict[str, Perturbation] = {}
-        for name, value in policy.named_parameters():
-            if name in names:
-                options = {"generator": generator, "device": value.device, "dtype": value.dtype}
-                self.noise[name] = _noise(value.shape, members // 2, rank, options)
+        perturbed = {name: value for name, value in policy.named_parameters() if name in names}
+        self.noise = {name: Noise.draw(value, members // 2, rank, generator) for name, value in perturbed.items()}
 
     def weights(self, member: int) -> dict[str, Tensor]:
         """The parameters of one member's policy, by name: what a batch never forms."""
         sign = self.scale if member % 2 == 0 else -self.scale
         weights = {name: value.detach().clone() for name, value in self.policy.named_parameters()}
         for name, noise in self.noise.items():
-            weights[name] += sign * noise.matrix(member // 2)
+            weights[name] += sign * noise.of_pair(member // 2)
         return weights
 
     def gradient(self, scores: Tensor) -> dict[str, Tensor]:
@@ -195,18 +185,14 @@ class Population(Perturbations):
         if policy.every_step:
             raise UserError("this policy reads every step; a population acts with policies that read switches alone.")
         kinds = {nn.Linear: _MemberLinear, nn.LayerNorm: _MemberNorm, nn.GRU: _MemberGRU}
-        layers = {
-            name: (layer, member)
-            for name, layer in policy.named_modules()
-            for base, member in kinds.items()
-            if isinstance(layer, base)
-        }
-        names = {f"{name}.{key}" for name, (layer, _) in layers.items() for key, _ in layer.named_parameters()}
+        layers = {name: layer for name, layer in policy.named_modules() if isinstance(layer, tuple(kinds))}
+        names = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters()}
         super().__init__(policy, names, members, scale=scale, rank=rank, generator=generator)
         self.turn = _Turn(torch.zeros(0, dtype=torch.long), torch.zeros(0, 1))
         self.acting = copy.deepcopy(policy).requires_grad_(False)
-        for name, (layer, member) in layers.items():
+        for name, layer in layers.items():
             noise = {key: self.noise[f"{name}.{key}"] for key, _ in layer.named_parameters()}
+            member = next(member for kind, member in kinds.items() if isinstance(layer, kind))
             self.acting.set_submodule(name, member(layer, noise, self.turn))
 
     @torch.no_grad()
@@ -218,10 +204,3 @@ class Population(Perturbations):
         self.turn.pair = member // 2
         self.turn.scale = self.scale * (1 - 2 * (member % 2)).to(residual.dtype)[:, None]
         return self.acting(residual, state)
-
-
-def _noise(shape: torch.Size, pairs: int, rank: int | None, options: dict[str, Any]) -> Perturbation:
-    """Standard normal perturbations of a parameter, of low rank if it is a matrix."""
-    if rank is not None and len(shape) == 2:
-        return LowRank(torch.randn(pairs, shape[0], rank, **options), torch.randn(pairs, shape[1], rank, **options))
-    return Dense(torch.randn(pairs, *shape, **options))

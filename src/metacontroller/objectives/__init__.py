@@ -1,1 +1,1 @@
-"""What discovery minimises."""
+"""What discovery minimises: one file an objective, one interface (`objectives.base`)."""

@@ -1,8 +1,8 @@
 """Clips: a few steps of a demonstration each, which begin where its expert decides (our choice).
 
-Where an expert goes on as before for dozens of steps, and decides in one of them, nearly all of what a model reads
-teaches it to go on. A batch may have clips of further demonstrations beside it: they show many decisions at little
-cost, and without what went before, so that a model has to look where it is.
+Where an expert decides in one step of dozens, nearly all of what a model reads teaches it to go on. Clips of further
+demonstrations beside a batch show many decisions at little cost, and without what went before, so that a model has to
+look where it is.
 
 Axes: b episodes, t steps, c clips, k steps of a clip.
 """
@@ -26,11 +26,11 @@ Decisions = Callable[[Trajectories], Tensor]
 
 
 class Clips(NamedTuple):
-    """clips: c episodes of at most k steps. whole: the b episodes that they are from; rows, starts (c,) int64: which of
-    them, and at which step each begins."""
+    """clips: c episodes of at most k steps. episodes: the b that they are from; rows, starts (c,) int64: which of them,
+    and at which step each begins."""
 
     clips: Trajectories
-    whole: Trajectories
+    episodes: Trajectories
     rows: Tensor
     starts: Tensor
 
@@ -40,31 +40,33 @@ def draw_clips(generate: Generate, decisions: Decisions, count: int, steps: int,
 
     Each begins at a step drawn, with replacement, among the first one and the decisions of its episode.
     """
-    whole = generate(-(-count // CLIPS_OF_EACH), generator)
-    return cut_clips(whole, decisions(whole), count, steps, generator)
+    episodes = generate(-(-count // CLIPS_OF_EACH), generator)
+    return cut_clips(episodes, decisions(episodes), count, steps, generator)
 
 
-def cut_clips(whole: Trajectories, at: Tensor, count: int, steps: int, generator: torch.Generator) -> Clips:
+def cut_clips(episodes: Trajectories, at: Tensor, count: int, steps: int, generator: torch.Generator) -> Clips:
     """``count`` clips, `CLIPS_OF_EACH` of an episode, which begin at one of the steps ``at`` (b, t) bool or at the
     first."""
-    time = torch.arange(whole.steps, device=at.device)
-    begins = (at & (time <= whole.lengths[:, None] - steps)) | (time == 0)
+    time = torch.arange(episodes.steps, device=at.device)
+    begins = (at & (time <= episodes.lengths[:, None] - steps)) | (time == 0)
     starts = torch.multinomial(begins.float(), CLIPS_OF_EACH, replacement=True, generator=generator)
-    rows = torch.arange(whole.batch, device=at.device).repeat_interleave(CLIPS_OF_EACH)[:count]
+    rows = torch.arange(episodes.batch, device=at.device).repeat_interleave(CLIPS_OF_EACH)[:count]
     starts = starts.flatten()[:count]
     index = starts[:, None] + torch.arange(steps + 1, device=at.device)
     clips = Trajectories(
-        states=whole.states[rows[:, None], index.clamp(max=whole.states.shape[1] - 1)],
-        actions=whole.actions[rows[:, None], index[:, :-1].clamp(max=whole.steps - 1)],
-        lengths=(whole.lengths[rows] - starts).clamp(max=steps),
+        states=episodes.states[rows[:, None], index.clamp(max=episodes.states.shape[1] - 1)],
+        actions=episodes.actions[rows[:, None], index[:, :-1].clamp(max=episodes.steps - 1)],
+        lengths=(episodes.lengths[rows] - starts).clamp(max=steps),
     )
-    return Clips(clips, whole, rows, starts)
+    return Clips(clips, episodes, rows, starts)
+
+
+_FIELDS = ("states", "actions", "lengths")
 
 
 def clip_extras(drawn: Clips, batch: Trajectories) -> dict[str, Tensor]:
     """Clips as extras (b, ...) of a whole batch, the same number for each of its episodes, for `clips_of`."""
-    parts = {name: getattr(drawn.clips, name) for name in ("states", "actions", "lengths")}
-    extras = {f"clip_{name}": value.unflatten(0, (batch.batch, -1)) for name, value in parts.items()}
+    extras = {f"clip_{name}": getattr(drawn.clips, name).unflatten(0, (batch.batch, -1)) for name in _FIELDS}
     share = drawn.clips.lengths.sum() / batch.lengths.sum()
     return {**extras, "clip_share": share.expand(batch.batch)}
 
@@ -75,6 +77,5 @@ def clips_of(extras: dict[str, Tensor], batch: Trajectories) -> tuple[Trajectori
     `train` weights a process by its share of all real steps of the batch. With the factor, 1 in a single process, the
     sum over processes is the mean over all clips.
     """
-    parts = {name: extras[f"clip_{name}"].flatten(0, 1) for name in ("states", "actions", "lengths")}
-    clips = Trajectories(**parts)
+    clips = Trajectories(**{name: extras[f"clip_{name}"].flatten(0, 1) for name in _FIELDS})
     return clips, clips.lengths.sum() / batch.lengths.sum() / extras["clip_share"][0]

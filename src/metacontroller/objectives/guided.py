@@ -9,14 +9,15 @@ learns to propose that code, and the gate to switch where it changes:
          + -log q(z_t | e_1:T), mean over the steps where a code begins and over all  +  10 BCE(beta_t, code begins)
 
 The gate is asked with the histories of random steps, so that it learns to see that a code is over, and not which codes
-follow each other in demonstrations; the updates of eq. 3 after these leave it as it is, norm and history that it reads
+follow each other in demonstrations; the objective that follows leaves it as it is, norm and history that it reads
 included, which the encoder reads too: beta of given residuals and codes stays the same to the bit. With clips
 (`objectives.clips`) the first term of their steps is added, each steered by the code of its first step.
+
+Metrics: those of `objectives.steering`; the gate is that after the codes of fixed points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -25,23 +26,22 @@ from torch.nn import functional as F
 
 from metacontroller.control.core import DiscoveryOutput
 from metacontroller.control.discovery_losses import episode_residual
-from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.batching import Augment, Generate
+from metacontroller.control.parameter_groups import fixed_gate
 from metacontroller.data.trajectories import Trajectories, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.protocol import SteerableModel
-from metacontroller.objectives.clips import Clips, clip_extras, clips_of
+from metacontroller.metrics.switch_alignment import later_steps
+from metacontroller.objectives.base import Objective, Setup, mean_over, share_of
+from metacontroller.objectives.clips import Clips, clip_extras, clips_of, draw_clips
+from metacontroller.objectives.config import DiscoverConfig
 from metacontroller.objectives.fixed_points import FixedPoints
-from metacontroller.training.loop import BatchExtras
+from metacontroller.objectives.steering import metrics, noise_and_views, steer
+from metacontroller.training.loop import BatchExtras, Metrics
 from metacontroller.training.seeding import noise_generator
 
 EPISODES, VIEWS = 600, 4
 """Demonstrations to fit the maps to, and random symmetries of each, where the world has some."""
 GATE_WEIGHT = 10.0
 """Of the gate's cross-entropy: one step in some fifty decides over it."""
-
-Positions = Callable[[Tensor], Tensor]
-"""States (n, t, *obs) -> (n, t, p): where things are as seen from the agent, see `Domain.positions`."""
 
 
 def check_nameable(kind: str) -> None:
@@ -53,97 +53,91 @@ def check_nameable(kind: str) -> None:
         )
 
 
-class Guide:
-    """Names codes for a metacontroller of binary codes; UserError for another one."""
+class Guided:
+    """The first ``guided_updates`` of an objective that ``following`` goes on with (`Objective`).
 
-    def __init__(
-        self,
-        meta_controller: MetaController,
-        generate: Generate,
-        positions: Positions,
-        *,
-        augment: Augment | None,
-        seed: int,
-    ) -> None:
-        check_nameable(meta_controller.codes.kind)
-        self.meta_controller, self.generate, self.positions = meta_controller, generate, positions
-        self.augment, self.seed = augment, seed
+    UserError without positions, and for codes that cannot be named.
+    """
+
+    def __init__(self, following: Objective, config: DiscoverConfig, setup: Setup) -> None:
+        if setup.positions is None:
+            raise UserError(f"guided_updates is {config.guided_updates}, but no positions are given; expected 0.")
+        check_nameable(setup.meta_controller.codes.kind)
+        self.following, self.config, self.setup, self.positions = following, config, setup, setup.positions
+        self.module, self.parameters = following.module, following.parameters
+
+    def prepare(self, batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
+        if step >= self.config.guided_updates:
+            return self.following.prepare(batch, step, generator)
+        extras, codes = noise_and_views(self.setup, batch, generator), self.codes_of(batch)
+        begins, later = _begins(codes, batch.mask()), later_steps(batch.lengths, batch.steps)
+        for name, steps in (("begin_share", begins), ("later_share", later)):
+            extras[name] = share_of(steps, batch).expand(batch.batch)
+        extras["fixed_point_codes"] = codes
+        if self.config.clips and self.setup.decisions is not None:
+            count = self.config.clips * batch.batch
+            drawn = draw_clips(self.setup.generate, self.setup.decisions, count, self.config.clip_steps, generator)
+            extras |= self.clip_extras(drawn, batch)
+        return extras
+
+    def loss(self, batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, Metrics]:
+        if step >= self.config.guided_updates:
+            with fixed_gate(self.setup.meta_controller):  # it would open where nothing begins (log 112, 113)
+                return self.following.loss(batch, step, extras)
+        steered = steer(self.config, self.setup, batch, extras, self.code_vectors(extras["fixed_point_codes"]))
+        loss = steered.loss + self.proposal_loss(batch, extras, steered.output)
+        if self.config.clips:
+            loss = loss + self.clip_loss(batch, extras)
+        return loss, metrics(self.setup, batch, steered, self.config.alpha_at(step))
+
+    def proposal_loss(self, batch: Trajectories, extras: BatchExtras, output: DiscoveryOutput) -> Tensor:
+        """What encoder and gate lack to propose the codes that ``output`` holds, a scalar."""
+        mask, meta_controller = output.mask, self.setup.meta_controller
+        begins, later = _begins(extras["fixed_point_codes"], mask), later_steps(batch.lengths, batch.steps)
+        missing = -meta_controller.codes.log_prob(output.distribution, output.z).sum(-1)
+        loss = mean_over(missing, begins, batch, extras["begin_share"]) + masked_mean(missing, mask)
+        if meta_controller.gate_config.mode in ("forced", "fixed-frequency"):
+            return loss  # such a gate has nothing to learn
+        switch = F.binary_cross_entropy(output.beta, begins.to(output.beta), reduction="none")
+        return loss + GATE_WEIGHT * mean_over(switch, later, batch, extras["later_share"])
+
+    def clip_extras(self, drawn: Clips, batch: Trajectories) -> BatchExtras:
+        """Clips as extras of a whole batch, with the code of each, ``clip_codes``: that of its first step."""
+        codes = self.codes_of(drawn.episodes)[drawn.rows, drawn.starts]
+        return {**clip_extras(drawn, batch), "clip_codes": codes.unflatten(0, (batch.batch, -1))}
+
+    def clip_loss(self, batch: Trajectories, extras: BatchExtras) -> Tensor:
+        """Mean over the clips' steps of -log p(a_t | ..., z) under their codes, a scalar."""
+        model, (clips, factor) = self.setup.model, clips_of(extras, batch)
+        residual = episode_residual(model, clips.states[:, : clips.steps], clips.actions)
+        codes = self.code_vectors(extras["clip_codes"].flatten(0, 1))[:, None].expand(-1, clips.steps, -1)
+        steered = self.setup.meta_controller.steer(residual, codes)
+        losses = model.losses_under(steered, clips.states, clips.actions, clips.lengths, with_state_loss=False)
+        return factor * losses.action
 
     @cached_property
     def fixed_points(self) -> FixedPoints:
         """Fitted when first asked for: some seconds."""
-        generator = noise_generator(self.seed, torch.device("cpu"))
-        episodes = self.generate(EPISODES, generator)
+        generator = noise_generator(self.config.seed, torch.device("cpu"))
+        episodes, augment = self.setup.generate(EPISODES, generator), self.setup.augment
         views = [self.positions(episodes.states)]
-        if self.augment is not None:
-            views = [self.positions(self.augment(episodes.states, generator)) for _ in range(VIEWS)]
-        codes = self.meta_controller.codes.dim
+        if augment is not None:
+            views = [self.positions(augment(episodes.states, generator)) for _ in range(VIEWS)]
+        codes = self.setup.meta_controller.codes.dim
         return FixedPoints.fit(torch.stack(views), episodes.lengths, codes, generator)
 
-    def named(self, episodes: Trajectories) -> Tensor:
+    def codes_of(self, episodes: Trajectories) -> Tensor:
         """(b, t) int64: the code of each step."""
         states, lengths = episodes.states, episodes.lengths
         states = states if states.shape[1] > episodes.steps else F.pad(states, (0, 0, 0, 1))
         return self.fixed_points.codes(self.positions(states).cpu(), lengths.cpu()).to(lengths.device)
 
-    def extras(self, batch: Trajectories) -> BatchExtras:
-        """Of a whole batch: ``named`` (b, t) int64, each step's code, and two (b,) that are the same for all rows, the
-        shares of its real steps at which a code begins and which are not an episode's first."""
-        named = self.named(batch)
-        begins, later = _begins(named, batch.mask()), _later(batch.mask())
-        shares = {"begin_share": begins, "later_share": later}
-        return {"named": named} | {name: _share(of, batch).expand(batch.batch) for name, of in shares.items()}
-
-    def teacher_codes(self, extras: BatchExtras) -> Tensor:
-        """(b, t, n_z): the code of each step."""
-        return self._code(extras["named"])
-
-    def _code(self, named: Tensor) -> Tensor:
-        """(...) int64 -> (..., n_z)."""
-        return F.one_hot(named, self.meta_controller.codes.dim).to(self.meta_controller.policy.readout.weight)
-
-    def clip_extras(self, drawn: Clips, batch: Trajectories) -> BatchExtras:
-        """Clips as extras of a whole batch, with the code of each, ``clip_named``: that of its first step."""
-        named = self.named(drawn.whole)[drawn.rows, drawn.starts]
-        return {**clip_extras(drawn, batch), "clip_named": named.unflatten(0, (batch.batch, -1))}
-
-    def clip_loss(self, model: SteerableModel, batch: Trajectories, extras: BatchExtras) -> Tensor:
-        """Mean over the clips' steps of -log p(a_t | ..., z) under their codes, a scalar."""
-        clips, factor = clips_of(extras, batch)
-        residual = episode_residual(model, clips.states[:, : clips.steps], clips.actions)
-        code = self._code(extras["clip_named"].flatten(0, 1))[:, None].expand(-1, clips.steps, -1)
-        steered = self.meta_controller.steer(residual, code)
-        losses = model.losses_under(steered, clips.states, clips.actions, clips.lengths, with_state_loss=False)
-        return factor * losses.action
-
-    def loss(self, batch: Trajectories, extras: BatchExtras, output: DiscoveryOutput) -> Tensor:
-        """What encoder and gate lack to propose the codes that ``output`` holds, a scalar.
-
-        `train` weights a process by its share of all real steps. The means here are over some of them; factors, 1 in a
-        single process, make the sum over processes the mean over the whole batch.
-        """
-        mask, codes = output.mask, self.meta_controller.codes
-        begins, later = _begins(extras["named"], mask), _later(mask)
-        missing = -codes.log_prob(output.distribution, output.z).sum(-1)
-        first = masked_mean(missing, begins) * (_share(begins, batch) / extras["begin_share"][0])
-        loss = first + masked_mean(missing, mask)
-        if self.meta_controller.gate_config.mode in ("forced", "fixed-frequency"):
-            return loss  # such a gate has nothing to learn
-        switch = F.binary_cross_entropy(output.beta, begins.to(output.beta), reduction="none")
-        gate = masked_mean(switch, later) * (_share(later, batch) / extras["later_share"][0])
-        return loss + GATE_WEIGHT * gate
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        """Codes (...) int64 -> (..., n_z)."""
+        meta_controller = self.setup.meta_controller
+        return F.one_hot(codes, meta_controller.codes.dim).to(meta_controller.policy.readout.weight)
 
 
-def _begins(named: Tensor, mask: Tensor) -> Tensor:
+def _begins(codes: Tensor, mask: Tensor) -> Tensor:
     """(b, t) bool: real steps at which a code begins, the first of an episode too."""
-    return F.pad(named[:, 1:] != named[:, :-1], (1, 0), value=True) & mask
-
-
-def _later(mask: Tensor) -> Tensor:
-    """(b, t) bool: real steps that are not the first of their episode."""
-    return mask & (torch.arange(mask.shape[1], device=mask.device) > 0)
-
-
-def _share(steps: Tensor, batch: Trajectories) -> Tensor:
-    """Share of a batch's real steps that ``steps`` (b, t) bool marks, a scalar above 0."""
-    return (steps.sum() / batch.lengths.sum()).clamp_min(1e-9)
+    return F.pad(codes[:, 1:] != codes[:, :-1], (1, 0), value=True) & mask

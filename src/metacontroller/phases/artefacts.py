@@ -34,7 +34,7 @@ _MADE_BY = {
     EVOLVED: "evolve",
 }
 
-_said: set[Path] = set()
+_warned: set[Path] = set()
 """Files without a record, of which was warned."""
 
 
@@ -63,8 +63,8 @@ def load_artefact(kind: type, run: RunFolder, name: str, device: str) -> Any:
     if not path.exists():
         raise MissingFileError(f"{run.path} has no {path.name}; run `metacontroller {_MADE_BY[name]}` on it first.")
     module = kind.init_and_load(path)
-    if name == BASE_MODEL and run.versions and not module.versions and path not in _said:
-        _said.add(path)
+    if name == BASE_MODEL and run.versions and not module.versions and path not in _warned:
+        _warned.add(path)
         warnings.warn(
             f"{path} keeps no record of its world and versions, as older ones: they are not compared.", stacklevel=2
         )

@@ -8,9 +8,13 @@ import torch
 
 from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.metacontroller import MetaController
+from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.metrics.switch_alignment import binary_fraction, codes_taken
 from metacontroller.models.protocol import SteerableModel
+from metacontroller.objectives.config import DiscoverConfig
+from metacontroller.storage.run_folder import RunFolder
+from metacontroller.training.seeding import noise_generator
 
 MIN_CODES = 1.05
 """Mean codes per episode below which the gate counts as never opening."""
@@ -53,6 +57,19 @@ def measure(
         "base_loss": float(base.action),
         "left": left,
     }
+
+
+def write_diagnostics(
+    config: DiscoverConfig, model: SteerableModel, meta_controller: MetaController, validation: Generate, run: RunFolder
+) -> list[str]:
+    """Measures gate and codes on one validation batch, writes analyses/diagnostics.json and returns the warnings."""
+    device = next(model.parameters()).device
+    generator = noise_generator(config.seed, device)
+    batch = validation(config.optimizer.batch_size, generator).to(device)
+    measured = measure(model, meta_controller, batch, generator)
+    warnings = diagnose(**measured)
+    run.write_analysis("diagnostics", {**measured, "warnings": warnings})
+    return warnings
 
 
 def diagnose(

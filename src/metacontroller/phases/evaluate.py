@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from metacontroller.domains.base import Domain
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import policy_proposal, prior_proposal, rollout_abstract, rollout_raw
-from metacontroller.ranges import COUNT, MOST_STEPS, ROWS, Whole, check_choice, check_fields, check_number
+from metacontroller.ranges import Count, CountOr0, Rows, Steps, check_fields
 
 MAX_BATCH = 1024  # episodes at a time: bounds memory
 
@@ -28,21 +28,19 @@ that internal RL trained, or of the one that evolved."""
 class EvaluateConfig:
     """How much is measured at the end of a run. UserError for values out of range."""
 
-    episodes: int = 4096
+    episodes: Count = 4096
     """Held-out episodes for each success rate."""
-    codes: int = 64
+    codes: Rows = 64
     """Codes sampled from the prior, to measure which subgoal a fixed code leads to."""
-    layouts_per_code: int = 256
+    layouts_per_code: Rows = 256
     """Held-out episodes for each of those codes."""
-    walk_steps: int | None = None
+    walk_steps: Steps | None = None
     """Steps within which a fixed code may reach a subgoal, twice as many for two; none: half of the longest episode."""
-
-    link_updates: int = 1000
+    link_updates: Count = 1000
     """Updates of the linear probe and of the supervised controllers that a summary reports."""
 
     def __post_init__(self) -> None:
-        check_fields(self, episodes=COUNT, codes=ROWS, layouts_per_code=ROWS, link_updates=COUNT)
-        check_fields(self, walk_steps=Whole(most=MOST_STEPS, none=True))
+        check_fields(self)
 
 
 @checked_kinds
@@ -52,8 +50,8 @@ def evaluate(
     domain: Domain,
     policy: Policy,
     task: Any,
-    episodes: int,
-    seed: int,
+    episodes: Count,
+    seed: CountOr0,
 ) -> dict[str, Any]:
     """Plays ``episodes`` held-out episodes of a task and returns means over them.
 
@@ -64,41 +62,37 @@ def evaluate(
     Where an environment can raise, lost is the number of episodes that ended so, unsolved.
     UserError for ``episodes`` below 1 or a missing metacontroller.
     """
-    check_number("episodes", episodes, COUNT)
-    check_number("seed", seed, Whole(0))
-    check_choice("policy", policy, get_args(Policy))
-    if policy not in ("base", "raw") and meta_controller is None:
+    raw = policy in ("base", "raw")
+    if not raw and meta_controller is None:
         raise UserError(f"policy {policy!r} acts through a metacontroller; give one, or choose 'base' or 'raw'.")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
-    kept: dict[str, list[Tensor]] = {name: [] for name in ("success", "mean_return", "subgoals", "steps", "decisions")}
-    lost: dict[str, int] = {}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("success", "returns", "steps", "subgoals_done")}
+    columns |= {"lengths": [], "lost": []}
     for size in batch_sizes(episodes):
         env = domain.reset(size, generator, task=task)
-        if policy in ("base", "raw"):
+        if raw or meta_controller is None:
             rollout = rollout_raw(model, env, generator)
         else:
-            assert meta_controller is not None
             proposal = prior_proposal if policy == "prior" else policy_proposal
             rollout = rollout_abstract(model, meta_controller, env, proposal(meta_controller, generator), generator)
-            kept["decisions"].append(rollout.lengths)
-        kept["success"].append(rollout.success)
-        kept["mean_return"].append(rollout.returns)
-        kept["subgoals"].append(rollout.subgoals_done)
-        kept["steps"].append(rollout.steps)
-        if rollout.lost is not None:
-            lost["lost"] = lost.get("lost", 0) + int(rollout.lost.sum())
-    means = {name: float(torch.cat(values).double().mean()) if values else None for name, values in kept.items()}
-    success = means["success"] or 0.0
-    spread = float(torch.cat(kept["mean_return"]).double().std()) if episodes > 1 else None
+        for name, column in columns.items():
+            if (value := getattr(rollout, name, None)) is not None:
+                column.append(value)
+    played = {name: torch.cat(column).double() for name, column in columns.items() if column}
+    means = {name: float(column.mean()) for name, column in played.items()}
     return {
         "policy": policy,
         "task": domain.format_task(task),
         "episodes": episodes,
-        **means,
-        "success_se": math.sqrt(success * (1 - success) / episodes),
-        "return_se": None if spread is None else spread / math.sqrt(episodes),
-        **lost,
+        "success": means["success"],
+        "mean_return": means["returns"],
+        "subgoals": means["subgoals_done"],
+        "steps": means["steps"],
+        "decisions": means.get("lengths"),
+        "success_se": math.sqrt(means["success"] * (1 - means["success"]) / episodes),
+        "return_se": float(played["returns"].std()) / math.sqrt(episodes) if episodes > 1 else None,
+        **({"lost": int(played["lost"].sum())} if "lost" in played else {}),
     }
 
 

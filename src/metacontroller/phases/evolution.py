@@ -1,13 +1,12 @@
 """Internal RL without gradients: evolution of the policy, the whole population in one rollout (arXiv 2511.16652).
 
 As in `phases.internal_rl` the frozen model, gate and controller together with the task are the environment. A
-generation plays ``population`` perturbed policies side by side, ``episodes`` episodes each, in one batch
-(`control.population`). A member's fitness is the mean return of its episodes, and the fitness of the generation,
-normalised as advantages are (C.5), are the scores of the gradient's estimate, which AdamW follows. Codes and actions
-are sampled as in internal RL, so that what evolves is the policy that is evaluated.
+generation plays ``population`` perturbed policies side by side, ``episodes`` episodes each, in one batch. A member's
+fitness is the mean return of its episodes; AdamW follows the gradient that `control.population` estimates from it.
+Codes and actions are sampled as in internal RL, so that what evolves is the policy that is evaluated.
 
 Metrics: of the generation's episodes, see `phases.updates`; ``best`` and ``fitness_std``, the highest fitness and the
-standard deviation; ``grad_norm``, which a generation whose members are all equally fit, and teach nothing, has not.
+standard deviation; ``grad_norm``, unless all members are equally fit and teach nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from metacontroller.phases.artefacts import EVOLVED, save_artefacts
 from metacontroller.phases.policy_gradient import Reset
 from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
 from metacontroller.phases.updates import PlayedUpdates
-from metacontroller.ranges import COUNT, MOST_WIDTH, POSITIVE, ROWS, SEED, Whole, check_fields
+from metacontroller.ranges import Count, Positive, Rows, Seed, Width, check_fields, require
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.divergence import check_returns
 from metacontroller.training.optimizer import Learner
@@ -41,28 +40,26 @@ PHASE = "evolution"
 class EvolutionConfig:
     """Evolution of the policy. UserError for values out of range."""
 
-    generations: int = 100
+    generations: Count = 100
     """Updates of the policy."""
-    population: int = 256
+    population: Rows = 256
     """Members of a generation, an even number."""
-    episodes: int = 4
+    episodes: Rows = 4
     """Episodes of each member."""
-    scale: float = 0.1
+    scale: Positive = 0.1
     """Standard deviation of the perturbations."""
-    rank: int = 1
+    rank: Width = 1
     """Rank of the perturbations of matrices."""
-    lr: float = 1e-2
+    lr: Positive = 1e-2
     """Learning rate of AdamW."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Generations from one checkpoint to the next."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of perturbations, layouts, codes and actions."""
 
     def __post_init__(self) -> None:
-        check_fields(self, generations=COUNT, population=ROWS, episodes=ROWS, rank=Whole(most=MOST_WIDTH))
-        check_fields(self, checkpoint_every=COUNT, seed=SEED, scale=POSITIVE, lr=POSITIVE)
-        if self.population % 2:
-            raise UserError(f"population is {self.population}; expected an even number, in pairs of + and -.")
+        check_fields(self)
+        require(self.population % 2 == 0, "population", self.population, "an even number, in pairs of + and -")
 
 
 @checked_kinds

@@ -16,7 +16,7 @@ from metacontroller.domains.base import BatchedEnv
 from metacontroller.errors import UserError
 from metacontroller.phases.rollout import Rollout, joined
 from metacontroller.phases.updates import PlayedUpdates
-from metacontroller.ranges import COUNT, NOT_NEGATIVE, POSITIVE, ROWS, SEED, Number, check_fields
+from metacontroller.ranges import Count, NotNegative, Positive, Rows, Seed, check_fields, require
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import Processes
 from metacontroller.training.divergence import check_returns
@@ -42,46 +42,42 @@ MAX_CHUNK_DECISIONS = 8192  # decisions in one chunk of a minibatch, padding inc
 class InternalRLConfig:
     """Phase 3, and raw-action RL. UserError for values out of range."""
 
-    episodes: int
+    episodes: Count
     """Total number of episodes."""
-    batch_size: int = 1024
+    batch_size: Rows = 1024
     """Episodes per update."""
-    lr: float = 3e-5
+    lr: Positive = 3e-5
     """Learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay of AdamW."""
-    update_epochs: int = 1
+    update_epochs: Count = 1
     """Update epochs over each batch, at most."""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """The updates on a batch end when approx_kl is beyond this, in nats per decision; None: after all epochs."""
-    min_better: int = 1
+    min_better: Count = 1
     """An update waits until this many episodes have a return above the mean: those of batches with fewer are kept, and
     learned from with the next."""
-    minibatches: int = 1
+    minibatches: Rows = 1
     """Minibatches of a batch, one optimizer step each."""
-    eps_clip: float = 0.2
+    eps_clip: Positive = 0.2
     """epsilon of the clipped surrogate."""
-    entropy_weight: float = 0.0
+    entropy_weight: NotNegative = 0.0
     """Weight of the policy's mean entropy, in nats a decision, in what is maximised; the paper's is 0."""
-    delta: float = 1e-3
+    delta: NotNegative = 1e-3
     """Added to the standard deviation of returns (C.5: about 1e-3)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm (our choice; the paper gives none)."""
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     """Updates from one checkpoint to the next."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of layouts and actions; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        check_fields(self, episodes=COUNT, batch_size=ROWS, update_epochs=COUNT, minibatches=ROWS)
-        check_fields(self, checkpoint_every=COUNT, seed=SEED)
-        check_fields(self, lr=POSITIVE, weight_decay=NOT_NEGATIVE, max_grad_norm=POSITIVE, eps_clip=POSITIVE)
-        check_fields(self, entropy_weight=NOT_NEGATIVE, delta=NOT_NEGATIVE, target_kl=Number(0, above=True, none=True))
-        check_fields(self, min_better=COUNT)
-        if self.min_better > self.batch_size:
-            raise UserError(f"min_better is {self.min_better}; expected 1..{self.batch_size}, a batch's episodes.")
-        if self.batch_size % self.minibatches:
-            raise UserError(f"batch_size {self.batch_size} is not a multiple of minibatches {self.minibatches}.")
+        check_fields(self)
+        batch = self.batch_size
+        require(self.min_better <= batch, "min_better", self.min_better, f"1..{batch}, a batch's episodes")
+        if batch % self.minibatches:
+            raise UserError(f"batch_size {batch} is not a multiple of minibatches {self.minibatches}.")
 
     @property
     def updates(self) -> int:
@@ -128,27 +124,28 @@ def reinforce(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    learner.processes.share(config.batch_size, config.minibatches)  # refuses what does not divide
+    share = learner.processes.share(config.batch_size, config.minibatches)
     run.begin(phase, resume=resume)
     first, restored = learner.restore(run, phase, config.updates) if resume else (0, {})
     waiting = _waiting_here(restored, learner.processes, generator.device)
-    updates = _PolicyGradient(phase, learner, config.batch_size, quiet, config, play, surrogate, waiting)
+    updates = _PolicyGradient(phase, learner, config.batch_size, quiet, config, play, surrogate, share, waiting)
     repeat_updates(phase, updates, first, config.updates, config.checkpoint_every, run, quiet=quiet)
 
 
 @dataclass
 class _PolicyGradient(PlayedUpdates):
-    """Updates of `reinforce`. waiting: this process's episodes that wait for one, fields of a rollout by name."""
+    """Updates of `reinforce`. share: episodes of a batch that this process plays. waiting: those of its episodes that
+    wait for an update, fields of a rollout by name."""
 
     config: InternalRLConfig
     play_episodes: Play
     surrogate: Surrogate
+    share: int
     waiting: dict[str, Tensor]
 
     def play(self) -> tuple[Rollout, Rollout]:
-        workers = self.learner.processes
-        self.rng = workers.own_generator(self.learner.generator)
-        played = self.play_episodes(workers.share(self.config.batch_size, self.config.minibatches), self.rng)
+        self.rng = self.learner.processes.own_generator(self.learner.generator)
+        played = self.play_episodes(self.share, self.rng)
         return played, played.preceded_by(self.waiting) if self.waiting else played
 
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ from metacontroller.arguments import checked_kinds
 from metacontroller.data.batching import Generate
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.errors import UserError
-from metacontroller.models.protocol import SteerableModel
+from metacontroller.models.protocol import BehaviorCloningLosses, SteerableModel
 from metacontroller.models.readouts import emphasized_choices
 from metacontroller.objectives.clips import Decisions, clip_extras, clips_of, draw_clips
 from metacontroller.phases.artefacts import BASE_MODEL, save_artefacts
-from metacontroller.ranges import COUNT, MOST_ROWS, NOT_NEGATIVE, POSITIVE, SEED, Whole, check_each, check_fields
+from metacontroller.ranges import Count, NotNegative, Positive, RowsOr0, Seed, check_fields
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.distributed import processes
 from metacontroller.training.loop import BatchExtras, train
@@ -36,26 +36,24 @@ class PretrainConfig:
 
     optimizer: OptimizerConfig
     """How long and how fast."""
-    state_loss_weight: float = 0.0
+    state_loss_weight: NotNegative = 0.0
     """lambda, weight of the loss of the next observation."""
-    choice_weight: float = 1.0
+    choice_weight: Positive = 1.0
     """Weight, in the gradient, of the choice between the modes of a mixture over continuous actions (our choice)."""
-    muon_lr: float = 0.0
+    muon_lr: NotNegative = 0.0
     """Learning rate of Muon for the matrices of the blocks (our choice); 0: AdamW for all, as in the paper. It falls as
     the optimizer's does, and weight decay is the same."""
-    clips: int = 0
+    clips: RowsOr0 = 0
     """Clips beside each episode of a batch, which begin where experts decide, see `objectives.clips` (our choice)."""
-    clip_steps: int = 3
+    clip_steps: Count = 3
     """Steps of a clip."""
-    snapshots: tuple[int, ...] = ()
+    snapshots: tuple[Count, ...] = ()
     """Updates after which the model is saved, for analyses over training."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the episodes; a run derives it from its own seed."""
 
     def __post_init__(self) -> None:
-        check_fields(self, state_loss_weight=NOT_NEGATIVE, muon_lr=NOT_NEGATIVE, seed=SEED)
-        check_fields(self, choice_weight=POSITIVE, clips=Whole(0, MOST_ROWS), clip_steps=COUNT)
-        check_each("snapshots", self.snapshots, COUNT)
+        check_fields(self)
 
 
 @checked_kinds
@@ -72,41 +70,33 @@ def pretrain(
 ) -> SteerableModel:
     """Trains ``model`` in place on episodes from ``generate``.
 
-    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`) to the run. decisions: for
-    ``config.clips``, see `Domain.decisions`. validation: as of `training.loop.train`. UserError if decisions are
-    missing, and if the run holds a checkpoint of this phase and ``resume`` is false.
+    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`). decisions: for ``config.clips``, see
+    `Domain.decisions`. validation: as of `training.loop.train`. UserError if decisions are missing, and if the run
+    holds a checkpoint of this phase and ``resume`` is false.
     """
     if config.clips and decisions is None:
         raise UserError(f"clips is {config.clips}, but no decisions are given; expected 0.")
-    weight = config.state_loss_weight
-    workers = processes(next(model.parameters()).device.type)
+    weight, workers = config.state_loss_weight, processes(next(model.parameters()).device.type)
 
     def save_snapshot(step: int) -> None:
         if workers.is_main and step in config.snapshots:
-            path = snapshot_path(run, step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model.save(path)
+            snapshot_path(run, step).parent.mkdir(parents=True, exist_ok=True)
+            model.save(snapshot_path(run, step))
 
-    def loss_function(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = model.behavior_cloning_loss(
-            batch.states, batch.actions, batch.lengths, with_state_loss=weight > 0, checked=step > 0
-        )
-        loss = losses.action + weight * losses.state
-        metrics = {"action_loss": losses.action, **({"state_loss": losses.state} if weight > 0 else {})}
-        if config.clips:
-            clips, factor = clips_of(extras, batch)
-            losses = model.behavior_cloning_loss(
-                clips.states, clips.actions, clips.lengths, with_state_loss=weight > 0, checked=True
-            )
-            loss = loss + factor * (losses.action + weight * losses.state)
-            metrics["clip_loss"] = factor * losses.action
-        return loss, metrics
-
-    def sample_extras(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
+    def prepare(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
         if not config.clips or decisions is None:
             return {}
         drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)
         return clip_extras(drawn, batch)
+
+    def loss_of(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, losses = _imitation(model, batch, weight, checked=step > 0)
+        metrics = {"action_loss": losses.action, **({"state_loss": losses.state} if weight > 0 else {})}
+        if config.clips:
+            clips, factor = clips_of(extras, batch)
+            loss_of_clips, losses = _imitation(model, clips, weight, checked=True)
+            loss, metrics["clip_loss"] = loss + factor * loss_of_clips, factor * losses.action
+        return loss, metrics
 
     with emphasized_choices(model.action_readout, config.choice_weight):
         train(
@@ -115,12 +105,12 @@ def pretrain(
             model,
             list(model.parameters()),
             generate,
-            loss_function,
+            loss_of,
             run,
             seed=config.seed,
             matrices=model.matrices(),
             muon_lr=config.muon_lr,
-            sample_extras=sample_extras,
+            sample_extras=prepare,
             validation=validation,
             after=save_snapshot,
             resume=resume,
@@ -128,6 +118,15 @@ def pretrain(
         )
     save_artefacts(run, workers, {BASE_MODEL: model})
     return model
+
+
+def _imitation(
+    model: SteerableModel, episodes: Trajectories, weight: float, *, checked: bool
+) -> tuple[Tensor, BehaviorCloningLosses]:
+    """The loss of episodes, with the state loss at this weight, and its parts; checked: whether they have been."""
+    batch = episodes.states, episodes.actions, episodes.lengths
+    losses = model.behavior_cloning_loss(*batch, with_state_loss=weight > 0, checked=checked)
+    return losses.action + weight * losses.state, losses
 
 
 @checked_kinds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,10 +23,12 @@ from metacontroller.errors import UserError
 from metacontroller.models.config import model_config_class
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.objectives.guided import check_nameable
+from metacontroller.objectives.registry import OBJECTIVES, objective_names
 from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
+from metacontroller.ranges import check_choice
 from metacontroller.storage.config_file import from_plain
 from metacontroller.storage.files import left_behind
 from metacontroller.storage.run_folder import RunFolder
@@ -60,16 +62,16 @@ class ExperimentConfig:
     """The baseline of phase 3, reinforcement learning over raw actions."""
     evaluate: EvaluateConfig
     """Measures at the end."""
-    discovery: Literal["metacontroller", "compile"] = "metacontroller"
-    """What finds abstract actions: the metacontroller, or the baseline CompILE."""
+    discovery: str = "metacontroller"
+    """What finds abstract actions: the metacontroller, the baseline "compile" (CompILE), or an objective by name."""
     compile: CompileConfig = dataclasses.field(default_factory=short_compile)
     """The baseline CompILE, where it does the discovery."""
     seed: int = 0
     """From which all other seeds derive, see `with_seed`; on the command line --seed or --seeds."""
 
     def __post_init__(self) -> None:
-        if self.discovery not in ("metacontroller", "compile"):
-            raise UserError(f"discovery is {self.discovery!r}; expected 'metacontroller' or 'compile'.")
+        if self.discovery not in (*OBJECTIVES, "compile"):  # entry points take long to read
+            check_choice("discovery", self.discovery, ("compile", *objective_names()))
         if self.discovery == "compile" and self.meta_controller.code != "gaussian":
             raise UserError(
                 f"meta_controller.code is {self.meta_controller.code!r}; CompILE finds Gaussian codes, so expected "
@@ -122,10 +124,10 @@ def check_phases(config: ExperimentConfig) -> None:
     """
     domain, discovery = domain_of(config.domain), config.discover
     domain.spec()
-    guided = config.discovery == "metacontroller" and discovery.guided_updates > 0
+    guided = config.discovery != "compile" and discovery.guided_updates > 0
     if guided:
         check_nameable(config.meta_controller.code)
-    elif config.discovery == "metacontroller" and discovery.clips:
+    elif config.discovery != "compile" and discovery.clips:
         raise UserError(
             f"discover.clips is {discovery.clips}, but updates are not guided; expected 0, or discover.guided_updates "
             "above 0."

@@ -72,6 +72,7 @@ def run_discover(config: ExperimentConfig, run: RunFolder, *, resume: bool, quie
         options["positions"] = domain.positions
     if config.discover.clips:
         options["decisions"] = domain.decisions
+    options["objective"] = config.discovery
     return discover(config.discover, model, meta_controller, source, run, **options)
 
 
