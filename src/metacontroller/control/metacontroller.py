@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from metacontroller.control import core, discovery_losses, policy_losses
 from metacontroller.control.codes import bounded
 from metacontroller.control.core import DiscoveryNoise, DiscoveryOutput
-from metacontroller.control.evolution import evolve
 from metacontroller.control.parameter_groups import trains_only, without
 from metacontroller.control.policy import gru_step
 from metacontroller.control.policy_losses import PolicyLosses
+from metacontroller.control.population import evolve
 from metacontroller.control.stepping import SteeringSteps, StepState
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import DiscoveryLosses, SteerableModel
@@ -204,7 +204,7 @@ class MetaController(SteeringSteps):
     def evolve_policy(
         self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
     ) -> Tensor:
-        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
+        """Trains the policy by evolution strategies instead of gradients, see `control.population`.
 
         environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
         """

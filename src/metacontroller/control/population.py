@@ -1,4 +1,4 @@
-"""A population of perturbed policies, which may act in one batch, and its gradient (EGGROLL, arXiv 2511.16652).
+"""Evolution of a policy: perturbed members, which act in one batch or one after another (EGGROLL, arXiv 2511.16652).
 
 Member 2 j has the weights W + scale E_j, member 2 j + 1 the weights W - scale E_j. Of a matrix, E = A B^T / sqrt(r)
 with standard normal A and B of r columns; of a vector, E is standard normal itself. So
@@ -6,7 +6,7 @@ with standard normal A and B of r columns; of a vector, E is standard normal its
     (W + scale E) x = W x + scale A (B^T x) / sqrt(r)
 
 costs one product with W for all rows, whoever they belong to, and two of rank r for each row: in a batch no member's
-weights are ever formed. The gradient of the mean fitness is estimated by (1/n) sum_i s_i (+-E_i), with the scores s_i.
+weights are formed. The gradient of the mean fitness is estimated by (1/n) sum_i s_i (+-E_i), with the scores s_i.
 
 Axes: m rows of a batch, p pairs of members, i in, o out, r rank, n_e residual.
 """
@@ -14,7 +14,7 @@ Axes: m rows of a batch, p pairs of members, i in, o out, r rank, n_e residual.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metacontroller.arguments import checked_kinds
 from metacontroller.control.losses import trajectory_advantages
-from metacontroller.errors import UserError
+from metacontroller.errors import DivergedError, UserError
 from metacontroller.ranges import Count, Positive, check, require
+from metacontroller.storage.tensor_file import not_finite
 
 
 @dataclass
@@ -204,3 +206,66 @@ class Population(Perturbations):
         self.turn.pair = member // 2
         self.turn.scale = self.scale * (1 - 2 * (member % 2)).to(residual.dtype)[:, None]
         return self.acting(residual, state)
+
+
+@checked_kinds
+def evolve(
+    policy: nn.Module,
+    fitness: Callable[[], Any],
+    num_generations: Count,
+    *,
+    noise_population_size: Count = 30,
+    noise_scale: Positive = 1e-2,
+    noise_low_rank: Count | None = None,
+    learning_rate: Positive = 1e-3,
+) -> Tensor:
+    """Trains ``policy`` in place towards a higher fitness.
+
+    fitness() -> a number: plays with the policy, whose weights are then those of one member of the population. torch's
+    random numbers are the same for all members of a generation. noise_population_size: pairs of members. noise_scale,
+    noise_low_rank: of the perturbations, see `Perturbations`. learning_rate: of SGD with momentum 0.1 and weight
+    decay 0.01.
+    Returns the fitness of every member, (num_generations, pairs, 2): with the noise added and with it subtracted.
+    UserError for values out of range; DivergedError for a fitness or weights that are not finite. The policy is as it
+    was before after any error.
+    """
+    parameters = dict(policy.named_parameters())
+    settings = {"momentum": 0.1, "nesterov": True, "weight_decay": 0.01 * noise_scale}
+    optimizer = torch.optim.SGD(parameters.values(), lr=learning_rate / noise_scale, **settings)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    played: list[Tensor] = []
+    try:
+        for _ in range(num_generations):
+            members = 2 * noise_population_size
+            noise = Perturbations(policy, parameters, members, scale=noise_scale, rank=noise_low_rank)
+            weights = {name: value.detach().clone() for name, value in parameters.items()}
+            for member in range(members):
+                policy.load_state_dict(noise.weights(member), strict=False)
+                played.append(_checked(policy, fitness, len(played) + 1))
+                policy.load_state_dict(weights, strict=False)
+            torch.rand(())  # the next generation meets other random numbers
+            if noise.set_gradient(torch.stack(played[-members:]).to(next(policy.parameters()))):
+                optimizer.step()
+                optimizer.zero_grad()
+    except BaseException:
+        policy.load_state_dict(before)
+        raise
+    return torch.stack(played).view(num_generations, noise_population_size, 2)
+
+
+@torch.no_grad()
+def _checked(policy: nn.Module, fitness: Callable[[], Any], member: int) -> Tensor:
+    """The fitness of member number ``member``, a scalar; torch's random numbers are afterwards as before."""
+    name = not_finite(policy.state_dict())
+    problem = f"the parameter {name} is not finite"
+    if name is None:
+        devices = {value.device.index for value in policy.parameters() if value.device.type == "cuda"}
+        with torch.random.fork_rng(devices):
+            value = torch.as_tensor(fitness(), dtype=torch.float32).mean().cpu()
+        if bool(value.isfinite()):
+            return value
+        problem = f"the fitness is {float(value)}"
+    raise DivergedError(
+        f"evolution diverged at member {member}: {problem}; the policy is as it was before; mend the environment, or "
+        "lower noise_scale or learning_rate."
+    )
