@@ -300,9 +300,9 @@ def test_guided_and_free_updates_resume_exactly(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    optimizer = replace(OPTIMIZER, steps=60, batch_size=32)
+    optimizer = replace(OPTIMIZER, steps=40, batch_size=16)
     steering, run = make_steering(), RunFolder(tmp_path)
-    settings = DiscoverConfig(optimizer=optimizer, guided_updates=60)
+    settings = DiscoverConfig(optimizer=optimizer, guided_updates=40)
     discover(settings, make_model(), steering, source, run, positions=positions_of, quiet=True)
     lines = run.read_metrics("discover")
     assert lines[-1]["loss"] < lines[0]["loss"] - 1.0

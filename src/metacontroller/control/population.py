@@ -82,10 +82,10 @@ class _Member(nn.Module):
 
     def product(self, x: Tensor, weight: str, bias: str) -> Tensor:
         """x (m, i) times the weights of each row's member, (m, o)."""
-        out = F.linear(x, getattr(self.layer, weight), getattr(self.layer, bias)) + self.noise[weight].of_rows(
-            x, self.turn
-        )
-        return out + self.noise[bias].of_rows(x, self.turn) if bias in self.noise else out
+        out = F.linear(x, getattr(self.layer, weight), getattr(self.layer, bias))
+        for name in (name for name in (weight, bias) if name in self.noise):
+            out = out + self.noise[name].of_rows(x, self.turn)
+        return out
 
 
 class _MemberLinear(_Member):
@@ -176,13 +176,7 @@ class Population(Perturbations):
     """
 
     def __init__(
-        self,
-        policy: Any,
-        members: int,
-        *,
-        scale: float,
-        rank: int = 1,
-        generator: torch.Generator | None = None,
+        self, policy: Any, members: int, *, scale: float, rank: int = 1, generator: torch.Generator | None = None
     ) -> None:
         if policy.every_step:
             raise UserError("this policy reads every step; a population acts with policies that read switches alone.")

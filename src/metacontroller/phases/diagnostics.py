@@ -82,6 +82,7 @@ def diagnose(
     Limits and remedies are our choice, from docs/log.md; the paper has none.
     """
     failures = []
+    losses = f"the action loss is {steered_loss:.4f} nats per step with steering and {base_loss:.4f} without"
     if codes < MIN_CODES:
         failures.append(
             f"the gate never opens: {codes:.2f} codes an episode, expected at least {MIN_CODES}; train for longer, or "
@@ -99,14 +100,12 @@ def diagnose(
         )
     if steered_loss - base_loss >= MIN_GAIN:
         failures.append(
-            f"codes make the experts' actions less likely: the action loss is {steered_loss:.4f} nats per step with "
-            f"steering and {base_loss:.4f} without; train for longer, or lower the learning rate."
+            f"codes make the experts' actions less likely: {losses}; train for longer, or lower the learning rate."
         )
     elif not base_loss - steered_loss >= MIN_GAIN:  # in this form, NaN is reported too
         failures.append(
-            f"codes do not change the actions: the action loss is {steered_loss:.4f} nats per step with steering and "
-            f"{base_loss:.4f} without, expected at least {MIN_GAIN} less; train for longer, lower alpha, or steer "
-            "another layer."
+            f"codes do not change the actions: {losses}, expected at least {MIN_GAIN} less; train for longer, lower "
+            "alpha, or steer another layer."
         )
     if failures and left is not None and left < MIN_LEFT:
         return [

@@ -70,9 +70,8 @@ def pretrain(
 ) -> SteerableModel:
     """Trains ``model`` in place on episodes from ``generate``.
 
-    Writes ``base_model.safetensors`` and the snapshots (see `snapshot_path`). decisions: for ``config.clips``, see
-    `Domain.decisions`. validation: as of `training.loop.train`. UserError if decisions are missing, and if the run
-    holds a checkpoint of this phase and ``resume`` is false.
+    Writes ``base_model.safetensors`` and the snapshots (`snapshot_path`). decisions: see `Domain.decisions`, for clips.
+    validation: as of `train`. UserError without decisions, and if a checkpoint of this phase is there and not resumed.
     """
     if config.clips and decisions is None:
         raise UserError(f"clips is {config.clips}, but no decisions are given; expected 0.")
@@ -86,8 +85,8 @@ def pretrain(
     def prepare(batch: Trajectories, step: int, generator: torch.Generator) -> BatchExtras:
         if not config.clips or decisions is None:
             return {}
-        drawn = draw_clips(generate, decisions, config.clips * batch.batch, config.clip_steps, generator)
-        return clip_extras(drawn, batch)
+        count = config.clips * batch.batch
+        return clip_extras(draw_clips(generate, decisions, count, config.clip_steps, generator), batch)
 
     def loss_of(batch: Trajectories, step: int, extras: BatchExtras) -> tuple[Tensor, dict[str, Tensor]]:
         loss, losses = _imitation(model, batch, weight, checked=step > 0)
