@@ -275,11 +275,11 @@ def rollout_row(bench: Bench, config: ExperimentConfig) -> Row:
         actor, state = Actor(model, grids, generator), steering.initial_state(count)
         for _ in range(ROLLOUT_STEPS):
             residual = actor.look()
-            beta, history = steering.observe(residual, state)
+            beta, state = steering.observe(residual, state)
             distribution, policy = steering.policy(residual[:, None], state.policy)
             switch = beta >= steering.gate_config.threshold
             proposed = distribution[:, 0, : steering.dim_latent]
-            state = steering.integrate(state, history, switch, proposed)
+            state = steering.integrate(state, switch, proposed)
             state.policy = torch.where(switch[:, None], policy, state.policy)
             actor.act(steering.steer(residual, state.z))
 

@@ -58,10 +58,10 @@ def test_the_termination_rule_is_what_acts_step_by_step() -> None:
     beta = boundary_probability(acting, residual, held)
     state = acting.initial_state(3)
     for step in range(9):
-        seen, history = acting.observe(residual[:, step], state)
+        seen, state = acting.observe(residual[:, step], state)
         if step:
             assert torch.allclose(seen, beta[:, step], atol=1e-12)
-        state = acting.integrate(state, history, switch[:, step], code[:, step])
+        state = acting.integrate(state, switch[:, step], code[:, step])
     changed = residual.clone()
     changed[:, 5:] += torch.randn(3, 4, acting.dim_model)
     assert torch.equal(boundary_probability(acting, changed, held)[:, :5], beta[:, :5])

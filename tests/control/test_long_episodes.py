@@ -74,9 +74,9 @@ def _act(model: Transformer, steering: MetaController, states: Tensor, codes: Te
         seen = torch.stack([states[episode, step] for episode, step in at])[:, None]
         lower, upper = store.lower.take(rows), store.upper.take(rows)
         residual = model.lower(model.embed(seen, None), lower)[:, 0]
-        beta, history = steering.observe(residual, state)
+        beta, state = steering.observe(residual, state)
         switch = beta >= steering.gate_config.threshold
-        state = steering.integrate(state, history, switch, torch.stack([codes[episode, step] for episode, step in at]))
+        state = steering.integrate(state, switch, torch.stack([codes[episode, step] for episode, step in at]))
         shown = model.action_readout(model.upper(steering.steer(residual, state.z)[:, None], upper))
         store.lower.put(rows, lower, rows, 1)
         store.upper.put(rows, upper, rows, 1)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from metacontroller.control import codes as codes_module
-from metacontroller.control.core import DiscoveryOutput
+from metacontroller.control.core import DiscoveryOutput, SteeringState
 from metacontroller.control.discovery_losses import auxiliary_ratio_loss, kl_loss
 from metacontroller.control.losses import ratio_loss
-from metacontroller.control.metacontroller import ControlState, MetaController
+from metacontroller.control.metacontroller import MetaController
 from metacontroller.control.switching import GateConfig
 
 BATCH, TIME, WIDTH, CODE = 4, 8, 6, 3
@@ -177,9 +177,9 @@ def act_given(
         if t == drop:
             going = torch.tensor([3, 1])
             rows, state = rows[going], state.index(going)
-        beta, history = steering.observe(residual[rows, t], state)
+        beta, state = steering.observe(residual[rows, t], state)
         switch = beta >= steering.gate_config.threshold
-        state = steering.integrate(state, history, switch, z_tilde[rows, t])
+        state = steering.integrate(state, switch, z_tilde[rows, t])
         out.beta[rows, t], out.gate[rows, t], out.z[rows, t] = beta, switch.double(), state.z
         out.steered[rows, t] = steering.steer(residual[rows, t], state.z)
     return out, rows
@@ -203,7 +203,7 @@ def test_acting_equals_discovery_with_the_same_codes(
 
 def test_acting_holds_code_and_policy_state_while_the_gate_is_shut() -> None:
     steering, residual = make_steering("hard"), make_residual()
-    state: ControlState | None = None
+    state: SteeringState | None = None
     shut = opened = 0
     generator = torch.Generator().manual_seed(0)
     for t in range(TIME):

@@ -180,5 +180,5 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str) 
 
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # as for users, who get our own messages
-    with pytest.raises(ValueError, match="'sometimes'; expected one of soft"):
+    with pytest.raises(ValueError, match="'sometimes'; expected one of 'soft'"):
         GateConfig(mode="sometimes")  # pyright: ignore[reportArgumentType]

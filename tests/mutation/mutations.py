@@ -67,9 +67,9 @@ MUTATIONS: list[Mutation] = [
     ),
     *of(
         "control/switching.py",
-        f"{GATE} control/test_stepping.py",
-        ("return (held >= config.period)", "return (held > config.period)"),
-        ("device=fresh.device) % period == 0", "device=fresh.device) % period == 1"),
+        f"{GATE} control/test_core.py",
+        ("return (since >= config.period)", "return (since > config.period)"),
+        ("(steps % period == 0)", "(steps % period == 1)"),
         ("kept = (1 - beta)[..., None]", "kept = beta[..., None]"),
     ),
     *of(
@@ -86,15 +86,14 @@ MUTATIONS: list[Mutation] = [
         ('"...k,...ko->...o", hidden, products', '"...k,...ko->...o", hidden.abs() + 1, products'),
     ),
     *of(
-        "control/metacontroller.py",
-        "control/test_metacontroller.py",
-        ("held=torch.where(switch, 1, state.held + 1)", "held=torch.where(switch, 0, state.held + 1)"),
-        ("torch.where(state.started, beta, torch.ones_like(beta))", "beta"),
-        ("switch = beta >= self.gate_config.threshold", "switch = beta < self.gate_config.threshold"),
-    ),
-    *of(
         "control/core.py",
-        "control/test_stepping.py control/test_metacontroller.py",
+        "control/test_core.py control/test_module_calls.py control/test_metacontroller.py",
+        (
+            "torch.where(switch, 1, state.steps_since_switch + 1)",
+            "torch.where(switch, 0, state.steps_since_switch + 1)",
+        ),
+        ("beta.masked_fill(state.steps_since_switch[:, None] == 0, 1.0)", "beta"),
+        ("switch = weight[:, 0] >= gate.threshold", "switch = weight[:, 0] < gate.threshold"),
         ("return (residual + control(", "return (residual - control("),
         ("torch.cat([start[:, None], after[:, :-1]], 1), last[0]", "after, last[0]"),
     ),

@@ -250,8 +250,8 @@ def gate_along(parts: dict[str, Tensor], residual: Tensor, codes: Tensor) -> tup
         whole = boundary_probability(steering, residual, codes)
         state, steps = steering.initial_state(len(codes)), []
         for t in range(codes.shape[1]):
-            beta, history = steering.observe(residual[:, t], state)
-            state = steering.integrate(state, history, torch.ones(len(codes), dtype=torch.bool), codes[:, t])
+            beta, state = steering.observe(residual[:, t], state)
+            state = steering.integrate(state, torch.ones(len(codes), dtype=torch.bool), codes[:, t])
             steps.append(beta)
     return whole, torch.stack(steps, 1)
 

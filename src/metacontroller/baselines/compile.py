@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from metacontroller.arguments import checked_kinds
 from metacontroller.baselines.segmenter import Segmentation, Segmenter, SegmentNoise
-from metacontroller.control.core import read_residual
+from metacontroller.control.core import beta_along, read_residual
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.batching import Augment, Generate
 from metacontroller.data.trajectories import Ratio, Trajectories
@@ -116,9 +116,8 @@ def boundary_probability(meta_controller: MetaController, residual: Tensor, code
 
     The first step has no meaning: there a metacontroller always takes a new code.
     """
-    read, history, _ = read_residual(meta_controller, residual)
-    never = torch.zeros(code.shape[:2], dtype=torch.bool, device=code.device)
-    return meta_controller.switching.held(read, history, code, never).beta
+    reading = read_residual(meta_controller, residual)
+    return beta_along(meta_controller, reading.normed, reading.history, code)
 
 
 class Segmenting:

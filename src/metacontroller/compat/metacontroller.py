@@ -16,7 +16,7 @@ from metacontroller.control.losses import cross_entropy as tpo_loss
 from metacontroller.control.metacontroller import MetaController as OurMetaController
 from metacontroller.control.policy_losses import policy_losses
 from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, PooledBody, SequenceEmbedder
-from metacontroller.control.stepping import SteeringOutput as MetaControllerOutput
+from metacontroller.control.metacontroller import MetaControllerOutput
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import full_lengths, length_mask
 from metacontroller.ranges import check_options

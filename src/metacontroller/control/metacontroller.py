@@ -3,61 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metacontroller.control import core, discovery_losses, policy_losses
-from metacontroller.control.codes import bounded
-from metacontroller.control.core import DiscoveryNoise, DiscoveryOutput
-from metacontroller.control.parameter_groups import trains_only, without
-from metacontroller.control.policy import gru_step
-from metacontroller.control.policy_losses import PolicyLosses
+from metacontroller.control.core import DiscoveryNoise, DiscoveryOutput, SteeredSpan, SteeringState
 from metacontroller.control.population import evolve
-from metacontroller.control.stepping import SteeringSteps, StepState
+from metacontroller.control.losses import ratio_loss
+from metacontroller.control.modules import SteeringModules
+from metacontroller.control.parameter_groups import trains_only, without
+from metacontroller.control.policy_losses import PolicyLosses
+from metacontroller.control.switching import regular_switches
+from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import DiscoveryLosses, SteerableModel
-from metacontroller.ranges import Whole, check_number, shown
-
-
-@dataclass
-class ControlState:
-    """What the metacontroller carries from step to step while acting; one row per episode.
-
-    history (b, n_h): h_{t-1}. z (b, n_z): the current code. held (b,) int64: steps since the last switch. started (b,)
-    bool: false before the first step, which must take a new code. policy (b, s): the policy's recurrent state, which
-    advances only at switches.
-    """
-
-    history: Tensor
-    z: Tensor
-    held: Tensor
-    started: Tensor
-    policy: Tensor
-
-    def index(self, rows: Tensor) -> ControlState:
-        """The state of the episodes with indices ``rows`` (m,)."""
-        return ControlState(*(value[rows] for value in vars(self).values()))
+from metacontroller.ranges import shown
 
 
 class MetaControllerOutput(NamedTuple):
-    """One acting step.
+    """Of one acting step, or of a module call.
 
-    action_dist (b, 1, p): the policy's distribution, of Gaussian codes mean and log standard deviation. actions
-    (b, 1, n_z): the current code. switch_beta (b, 1). input_residual_stream (b, 1, n_e): what the policy read. state:
-    for the next step.
+    prev_hiddens, also ``state``: for the next call. input_residual_stream (b, t, n_e). action_dist (b, t, p): of the
+    encoder in discovery, else of the policy. actions (b, t, n_z): proposed at every step; of an acting step, the code
+    in force. switch_beta (b, t): the weight of the proposal; of an acting step, beta. kl_loss, ratio_loss: scalars,
+    weighted, 0 when acting; kl_loss_weight: of the KL. z (b, t, n_z): the integrated code.
     """
 
+    prev_hiddens: SteeringState
+    input_residual_stream: Tensor
     action_dist: Tensor
     actions: Tensor
     switch_beta: Tensor
-    input_residual_stream: Tensor
-    state: ControlState
+    kl_loss: Tensor
+    kl_loss_weight: float
+    ratio_loss: Tensor
+    z: Tensor
+
+    @property
+    def state(self) -> SteeringState:
+        return self.prev_hiddens
 
 
-class MetaController(SteeringSteps):
+class MetaController(SteeringModules):
     """The metacontroller (paper D.2).
 
     dim_model: n_e. dim_latent: n_z; with code "binary" the number of bits, and a code is a one-hot vector of
@@ -103,79 +92,115 @@ class MetaController(SteeringSteps):
 
     # phase 3: acting with abstract actions
 
-    def initial_state(self, batch: int) -> ControlState:
-        """The state before the first step of ``batch`` episodes."""
-        check_number("batch", batch, Whole(0))
-        weight = self.policy.readout.weight
-        return ControlState(
-            history=weight.new_zeros(batch, self.dim_history),
-            z=weight.new_zeros(batch, self.dim_latent),
-            held=torch.zeros(batch, dtype=torch.long, device=weight.device),
-            started=torch.zeros(batch, dtype=torch.bool, device=weight.device),
-            policy=self.policy.initial_state(batch),
-        )
+    def initial_state(self, batch: int) -> SteeringState:
+        """The state before the first step of ``batch`` episodes; UserError for a policy that reads every step."""
+        return core.initial_state(self, batch, self.policy.initial_state(batch))
 
-    def observe(self, residual: Tensor, state: ControlState) -> tuple[Tensor, Tensor]:
-        """Reads residual (b, n_e); returns beta (b,), 1 at an episode's first step, and the next history (b, n_h)."""
-        read = self.norm(self.own(residual))
-        beta = self.switching.probability(read, state.history, state.z, state.held)
-        beta = torch.where(state.started, beta, torch.ones_like(beta))
-        return beta, gru_step(self.history, read, state.history)
+    def observe(self, residual: Tensor, state: SteeringState) -> tuple[Tensor, SteeringState]:
+        """Reads residual (b, n_e); returns beta (b,), 1 at an episode's first step, and the state with the history."""
+        return core.observe(self, residual, state)
 
-    def integrate(self, state: ControlState, history: Tensor, switch: Tensor, proposed: Tensor) -> ControlState:
+    def integrate(self, state: SteeringState, switch: Tensor, proposed: Tensor) -> SteeringState:
         """The state after a step (eq. 17): where switch (b,) bool is true, the code becomes proposed (b, n_z)."""
-        return ControlState(
-            history=history,
-            z=torch.where(switch[:, None], proposed, state.z),
-            held=torch.where(switch, 1, state.held + 1),
-            started=torch.ones_like(state.started),
-            policy=state.policy,
-        )
+        return core.integrate(state, switch, proposed)
 
     def steer(self, residual: Tensor, z: Tensor) -> Tensor:
         """e + U e (eq. 11), in the type of the residual; where U is 0, e to the bit."""
         return core.steer(self, residual, z)
 
-    def act(self, residual: Tensor, state: Any = None, generator: torch.Generator | None = None) -> tuple[Tensor, Any]:
+    def act(
+        self, residual: Tensor, state: SteeringState | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, MetaControllerOutput]:
         """One acting step: residual (b, 1, n_e) -> steered residual (b, 1, n_e) and `MetaControllerOutput`.
 
-        The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but its state
-        and the code change only at switches. A policy that reads every step has a state of its own, and an output as of
-        a module call.
+        The switch is hard (beta >= threshold, C.6). The policy's distribution is returned at every step, but the code,
+        and the state of a policy that reads switches alone, change only at switches. Of a policy that reads every step
+        the output is as of a module call.
         """
         self.check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
-        self._check_state(state, StepState if self.policy.every_step else ControlState, len(residual))
-        if self.policy.every_step:
-            control, output = self._steer(
-                residual, state, core.gate_of_call(self, False, True, False), generator=generator
-            )
-            return residual + control, output
-        state = self.initial_state(len(residual)) if state is None else state
-        beta, history = self.observe(residual[:, 0], state)
-        switch = beta >= self.gate_config.threshold
-        distribution, advanced = self.policy(self.own(residual), state.policy)
-        proposed = bounded(self.codes.sample(distribution[:, 0], generator), self.code_bound)
-        next_state = self.integrate(state, history, switch, proposed)
-        next_state.policy = torch.where(switch[:, None], advanced, state.policy)
-        output = MetaControllerOutput(distribution, next_state.z[:, None], beta[:, None], residual, next_state)
-        return self.steer(residual, next_state.z[:, None]), output
+        state, gate = self._state(state, len(residual)), core.gate_of_call(self, False, True, False)
+        span = core.steer_span(self, residual, state, core.policy(self, generator), gate=gate)
+        output = self._output(residual, span, None)
+        if not self.policy.every_step:
+            output = output._replace(actions=span.z, switch_beta=span.beta)
+        return (residual + span.control).to(residual.dtype), output
 
-    def _check_state(self, state: Any, kind: type, batch: int) -> None:
-        """UserError unless a state, if there is one, is one of this metacontroller's for so many episodes."""
+    # any number of steps
+
+    def forward(
+        self,
+        residual_stream: Tensor,
+        cache: MetaControllerOutput | None = None,
+        discovery_phase: bool = False,
+        hard_switch: bool | None = None,
+        hard_switch_straight_through: bool | None = None,
+        ablate_switch_beta: Tensor | None = None,
+        switch_beta_frequency: int | None = None,
+        ablate_offset: int = 0,
+        temperature: float = 1.0,
+        episode_lens: Tensor | None = None,
+    ) -> tuple[Tensor, MetaControllerOutput]:
+        """The control U e (b, t, n_e) for residual_stream (b, t, n_e), and the output from which the next call goes on.
+
+        discovery_phase: codes of the encoder, which sees all steps of this call, and losses; else codes of the policy.
+        The gate is used as ``gate.mode`` says, as by `discover` and `act`. hard_switch: whether 1[beta >= threshold] or
+        beta mixes codes, for this call, where the gate is learned; its gradient passes straight through if
+        hard_switch_straight_through. ablate_switch_beta (b, t): given weights instead of the gate's.
+        switch_beta_frequency: a switch at the last of so many steps, counted from ablate_offset. temperature: of the
+        codes. episode_lens (b,): real steps, for the losses and the encoder. UserError for shapes that do not fit.
+        """
+        self.check_residual(residual_stream)
+        batch, steps = residual_stream.shape[:2]
+        if cache is not None and not hasattr(cache, "prev_hiddens"):
+            raise UserError(f"cache is {shown(cache)}; expected the output of the call before.")
+        state = self._state(None if cache is None else cache.prev_hiddens, batch)
+        gate = core.gate_of_call(self, discovery_phase, hard_switch, hard_switch_straight_through)
+        given = ablate_switch_beta
+        if switch_beta_frequency is not None:
+            given = regular_switches(batch, steps, switch_beta_frequency, ablate_offset)
+        if given is not None:
+            given = _given_weights(given, batch, steps).to(residual_stream)
+            given = given if gate.mode in ("soft", "gumbel-sigmoid") else (given >= gate.threshold).to(given.dtype)
+        lengths = residual_stream.new_full((batch,), steps, dtype=torch.long) if episode_lens is None else episode_lens
+        proposer = core.policy(self, temperature=temperature)
+        if discovery_phase:
+            proposer = core.encoder(self, residual_stream, lengths, temperature=temperature)
+        span = core.steer_span(self, residual_stream, state, proposer, gate=gate, given_gate=given)
+        output = self._output(residual_stream, span, lengths if discovery_phase else None)
+        return span.control.to(residual_stream.dtype), output
+
+    def _state(self, state: SteeringState | None, batch: int) -> SteeringState:
+        """The given state, or that of an episode's start; UserError unless it is one of this metacontroller's for so
+        many episodes."""
         if state is None:
-            return
-        if not isinstance(state, kind):
+            return core.initial_state(self, batch)
+        if not isinstance(state, SteeringState):
             raise UserError(f"the state is {shown(state)}; expected the one that the last step returned.")
-        found, own = (state.history.shape[-1], state.z.shape[-1]), (self.dim_history, self.dim_latent)
-        if found != own:
+        widths, expected = (state.history.shape[-1], state.z.shape[-1]), (self.dim_history, self.dim_latent)
+        if widths != expected:
             raise UserError(
-                f"the state is of another metacontroller: its histories and codes have the widths {found}; expected "
-                f"{own}."
+                f"the state is of another metacontroller: its histories and codes have the widths {widths}; expected "
+                f"{expected}."
             )
         if len(state.history) != batch:
             raise UserError(f"the state has {len(state.history)} episodes; expected {batch}, as the residual.")
+        return state
+
+    def _output(self, residual: Tensor, span: SteeredSpan, lengths: Tensor | None) -> MetaControllerOutput:
+        """What a call returns; lengths (b,): of episodes in discovery, where there are losses."""
+        kl_weight, kl, ratio = 0.0, span.z.new_zeros(()), span.z.new_zeros(())
+        if lengths is not None:
+            weights, mask = self.loss_weights, length_mask(lengths, residual.shape[1])
+            kl_weight = 1.0 if weights is None else weights.applied_kl
+            kl = masked_mean(self.codes.kl(span.distribution), mask) * kl_weight
+            ratio_weight = self.ratio_loss_weight if weights is None else weights.current_ratio
+            if ratio_weight != 0:
+                target, threshold = self.target_segment_length, self.gate_config.threshold
+                ratio = ratio_loss(span.beta, mask, target, threshold, self.ratio_chunk) * ratio_weight
+        read = (residual, span.distribution, span.proposed, span.gate)
+        return MetaControllerOutput(span.state, *read, kl, kl_weight, ratio, span.z)
 
     # internal RL
 
@@ -204,7 +229,7 @@ class MetaController(SteeringSteps):
     def evolve_policy(
         self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
     ) -> Tensor:
-        """Trains the policy by evolution strategies instead of gradients, see `control.population`.
+        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
 
         environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
         """
@@ -239,3 +264,11 @@ class MetaController(SteeringSteps):
             self.eval()
         self.policy.train()
         trains_only(self, self.internal_rl_parameters())
+
+
+def _given_weights(given: Tensor, batch: int, steps: int) -> Tensor:
+    """Given weights as (b, t); (b,) stands for one step. UserError for another shape."""
+    given = given[:, None] if given.dim() == 1 else given
+    if given.shape != (batch, steps):
+        raise UserError(f"ablate_switch_beta has shape {tuple(given.shape)}; expected {(batch, steps)}.")
+    return given

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metacontroller.errors import UserError
 from metacontroller.kernels.gate_scan import GateOutput, gate_scan
+from metacontroller.kernels.gate_scan_reference import GateOptions, gate_from_beta
 from metacontroller.kernels.linear_scan import linear_scan
-from metacontroller.ranges import COUNT, POSITIVE, Number, check_number
+from metacontroller.ranges import COUNT, POSITIVE, Number, check_choice, check_number
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
+
+
+ALL_OR_NOTHING = ("hard", "forced", "fixed-frequency")
+"""Modes whose weights are 0 or 1, and give no gradient to beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +39,7 @@ class GateConfig:
     """Steps from one switch to the next, for fixed-frequency."""
 
     def __post_init__(self) -> None:
-        modes = ("soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency")
-        if self.mode not in modes:
-            raise UserError(f"gate mode is {self.mode!r}; expected one of {', '.join(modes)}.")
+        check_choice("gate mode", self.mode, get_args(GateMode))
         check_number("gate threshold", self.threshold, Number(0, 1, above=True, below=True))
         check_number("gate temperature", self.temperature, POSITIVE)
         check_number("gate period", self.period, COUNT)
@@ -67,26 +69,24 @@ class SwitchingUnit(nn.Module):
         *,
         config: GateConfig | None = None,
         temperature: float | None = None,
-        steps_before: int = 0,
+        since: Tensor | None = None,
     ) -> GateOutput:
         """Integrates the proposals over time (eq. 16, 17).
 
         residual (b, t, n_e). history (b, t, n_h): h_{t-1}. z_tilde (b, t, n_z): proposals. fresh (b, t) bool: steps
         that must take a new code, such as the first of an episode. z_initial (b, n_z): code held before the first step.
-        uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid, sampled here if not given. Returns z (b, t, n_z), gate
-        (b, t), the weight of the proposal, and beta (b, t), the switching probability.
-        config, temperature: for this call; the temperature divides the logit in every mode. steps_before: of the
-        episode, before the first of these.
+        Returns z (b, t, n_z), gate (b, t), the weight of the proposal, and beta (b, t), the switching probability.
+        uniform, config, temperature: as of ``probability``. since (b,): steps since the last switch, at the first step;
+        0, of an episode's start, if not given.
         """
         config = self.config if config is None else config
         if config.mode in ("forced", "fixed-frequency"):
             period = 1 if config.mode == "forced" else config.period
-            due = torch.arange(steps_before, steps_before + fresh.shape[1], device=fresh.device) % period == 0
+            since = torch.zeros_like(fresh[:, 0], dtype=torch.long) if since is None else since
+            first = (period - since).clamp_min(0) * (since > 0)
+            steps = torch.arange(fresh.shape[1], device=fresh.device) - first[:, None]
+            due = (steps >= 0) & (steps % period == 0)
             return hold_between(z_tilde, fresh | due, z_initial)
-        noise = None
-        if config.mode == "gumbel-sigmoid" and self.training:
-            uniform = torch.rand(fresh.shape, device=residual.device) if uniform is None else uniform
-            noise = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(residual.dtype)
         return gate_scan(
             self.drive(torch.cat([residual, history], -1)),
             z_tilde,
@@ -95,38 +95,54 @@ class SwitchingUnit(nn.Module):
             self.out.bias[0],
             fresh=fresh,
             z_initial=z_initial,
-            noise=noise,
+            noise=self._noise(residual, config, uniform),
             temperature=self._temperature() if temperature is None else temperature,
             threshold=config.threshold if config.mode in ("hard", "straight-through") else None,
             straight_through=config.mode == "straight-through",
         )
 
-    def held(self, residual: Tensor, history: Tensor, z: Tensor, fresh: Tensor) -> GateOutput:
-        """Eq. 16 along given codes z (b, t, n_z), which are held instead of the proposals; arguments as of `forward`.
+    def probability(
+        self,
+        residual: Tensor,
+        history: Tensor,
+        z: Tensor,
+        since: Tensor,
+        uniform: Tensor | None = None,
+        *,
+        config: GateConfig | None = None,
+        temperature: float | None = None,
+    ) -> Tensor:
+        """Eq. 16 where the code before is known, as in acting; beta (...).
 
-        Returns z, and for both gate and beta how likely a switch is at each step, after the code of the one before.
+        residual (..., n_e). history (..., n_h): h_{t-1}. z (..., n_z): z_{t-1}. since (...): steps since the last
+        switch, which fixed-frequency asks for. config, temperature: for this call; the temperature divides the logit in
+        every mode. uniform (...): in training, noise in (0, 1) for the Gumbel-sigmoid, sampled here if not given.
         """
-        before = F.pad(z, (0, 0, 1, -1))
-        beta = self.probability(residual, history, before, torch.ones_like(before[..., 0]))
-        beta = beta.masked_fill(fresh, 1.0)
-        return GateOutput(z, beta, beta)
-
-    def probability(self, residual: Tensor, history: Tensor, z: Tensor, held: Tensor) -> Tensor:
-        """Eq. 16 where the code before is known, as in acting, without the Gumbel-sigmoid's noise.
-
-        residual (..., n_e). history (..., n_h): h_{t-1}. z (..., n_z): z_{t-1}. held (...): steps since the last
-        switch, which fixed-frequency asks for. Returns beta (...).
-        """
-        config = self.config
+        config = self.config if config is None else config
         if config.mode == "forced":
             return torch.ones_like(z[..., 0])
         if config.mode == "fixed-frequency":
-            return (held >= config.period).to(z.dtype)
+            return (since >= config.period).to(z.dtype)
         hidden = torch.relu(self.drive(torch.cat([residual, history], -1)) + self.code(z))
-        return torch.sigmoid(self.out(hidden)[..., 0] / self._temperature())
+        logit, noise = self.out(hidden)[..., 0], self._noise(residual, config, uniform)
+        logit = logit if noise is None else logit + noise
+        return torch.sigmoid(logit / (self._temperature() if temperature is None else temperature))
+
+    def _noise(self, residual: Tensor, config: GateConfig, uniform: Tensor | None) -> Tensor | None:
+        """Logistic noise (...) of the Gumbel-sigmoid in training."""
+        if config.mode != "gumbel-sigmoid" or not self.training:
+            return None
+        uniform = torch.rand(residual.shape[:-1], device=residual.device) if uniform is None else uniform
+        return torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(residual.dtype)
 
     def _temperature(self) -> float:
         return self.config.temperature if self.config.mode == "gumbel-sigmoid" else 1.0
+
+
+def weight_of(beta: Tensor, config: GateConfig) -> Tensor:
+    """The weight of the proposal from beta (...), as ``config.mode`` says."""
+    threshold = config.threshold if config.mode in ("hard", "straight-through") else None
+    return gate_from_beta(beta, GateOptions(1.0, threshold, config.mode == "straight-through"))
 
 
 def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor:

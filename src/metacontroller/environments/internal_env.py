@@ -13,7 +13,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.metacontroller import ControlState, MetaController
+from metacontroller.control.core import SteeringState
+from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.spaces import action_options, environment_actions, environment_states, readable
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
 from metacontroller.domains.guarded_environment import tell_lost
@@ -28,9 +29,8 @@ class _Episode:
     """A running episode between two abstract actions."""
 
     cache: Any
-    state: ControlState
-    residual: Tensor  # (1, n_e), of the last observation
-    history: Tensor  # (1, n_h), h_t after that observation
+    state: SteeringState  # which has read the last observation
+    residual: Tensor  # (1, n_e), of that observation
 
 
 class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -113,8 +113,8 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             residual = self._lower(cache, observation)
         except Misfit as error:
             raise UserError(f"env cannot be reset: {error}.") from error
-        _, history = self.meta_controller.observe(residual, state)
-        self._episode = _Episode(cache, state, residual, history)
+        _, state = self.meta_controller.observe(residual, state)
+        self._episode = _Episode(cache, state, residual)
         return _to_numpy(residual), {"steps": 0, "env_info": info}
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         switch = torch.ones(1, dtype=torch.bool, device=self._device)
         total, steps, report = 0.0, 0, {"env_info": {}}
         while True:
-            episode.state = self.meta_controller.integrate(episode.state, episode.history, switch, code)
+            episode.state = self.meta_controller.integrate(episode.state, switch, code)
             taken = self._act(episode)
             try:
                 observation, reward, terminated, truncated, info = stepped(self.env, self._env_action(taken))
@@ -136,7 +136,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 terminated, truncated, report = False, True, {**report, "lost": True}
                 break
             total, steps, report = total + reward, steps + 1, {"env_info": info}
-            beta, episode.history = self.meta_controller.observe(episode.residual, episode.state)
+            beta, episode.state = self.meta_controller.observe(episode.residual, episode.state)
             switch = beta >= self.meta_controller.gate_config.threshold
             if terminated or truncated or bool(switch):
                 break

@@ -22,7 +22,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.metacontroller import ControlState, MetaController
+from metacontroller.control.core import SteeringState
+from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv, Domain
 from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.environments.code_space import CodeSpace
@@ -44,19 +45,18 @@ class _ReplaceableEnv(BatchedEnv, Protocol):
 
 @dataclass
 class _Rows:
-    """Episodes between two abstract actions: residual (b, n_e) and next history (b, n_h) of the last observation."""
+    """Episodes between two abstract actions: residual (b, n_e) of the last observation, which the state has read."""
 
     env: _ReplaceableEnv
     caches: Any
-    state: ControlState
+    state: SteeringState
     residual: Tensor
-    history: Tensor
 
-    def put(self, rows: Tensor, state: ControlState, residual: Tensor, history: Tensor) -> None:
+    def put(self, rows: Tensor, state: SteeringState, residual: Tensor) -> None:
         """Writes what else there is of ``rows`` (m,) besides environment and caches."""
         for name, value in vars(state).items():
             getattr(self.state, name)[rows] = value
-        self.residual[rows], self.history[rows] = residual, history
+        self.residual[rows] = residual
 
 
 class _Batch:
@@ -69,7 +69,7 @@ class _Batch:
         self.rows = torch.arange(len(home.residual), device=home.residual.device)
         self.env = _taken(home.env, self.rows)
         self.lower, self.upper = home.caches.lower.take(self.rows), home.caches.upper.take(self.rows)
-        self.state, self.residual, self.history = home.state, home.residual, home.history
+        self.state, self.residual = home.state, home.residual
         self.taken = 0
 
     def put_back(self, home: _Rows, done: Tensor) -> None:
@@ -79,11 +79,10 @@ class _Batch:
         home.caches.lower.put(rows, self.lower, at, self.taken)
         home.caches.upper.put(rows, self.upper, at, self.taken)
         home.env.replace(rows, _taken(self.env, at))
-        home.put(rows, self.state.index(at), self.residual[at], self.history[at])
+        home.put(rows, self.state.index(at), self.residual[at])
         for part in (self.env.select, self.lower.keep, self.upper.keep):
             part(kept)
-        self.rows, self.state = self.rows[kept], self.state.index(kept)
-        self.residual, self.history = self.residual[kept], self.history[kept]
+        self.rows, self.state, self.residual = self.rows[kept], self.state.index(kept), self.residual[kept]
 
 
 class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -209,7 +208,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         steering, readout = self.meta_controller, self.model.action_readout
         batch, steps = _Batch(home), np.zeros(self.num_envs, np.int64)
         everywhere = torch.ones_like(batch.rows, dtype=torch.bool)
-        batch.state = steering.integrate(batch.state, batch.history, everywhere, codes)
+        batch.state = steering.integrate(batch.state, everywhere, codes)
         while True:
             steered = steering.steer(batch.residual, batch.state.z)
             params = readout(self.model.upper(steered[:, None], batch.upper))
@@ -218,7 +217,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             states = batch.env.observation[:, None]
             batch.residual = self.model.lower(self.model.embed(states, action), batch.lower)[:, 0]
             batch.taken += 1
-            beta, batch.history = steering.observe(batch.residual, batch.state)
+            beta, batch.state = steering.observe(batch.residual, batch.state)
             done = (beta >= steering.gate_config.threshold) | _ended(batch.env)
             if bool(done.any()):
                 steps[batch.rows[done].cpu().numpy()] = batch.taken
@@ -226,7 +225,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if not len(batch.rows):
                 return steps
             nowhere = torch.zeros_like(batch.rows, dtype=torch.bool)
-            batch.state = steering.integrate(batch.state, batch.history, nowhere, batch.state.z)
+            batch.state = steering.integrate(batch.state, nowhere, batch.state.z)
 
     def _begin(self) -> _Rows:
         """New episodes in every row, after their first observations."""
@@ -278,15 +277,15 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         home.caches.restart(rows)
         home.put(rows, *self._look(home.env, home.caches, rows))
 
-    def _look(self, env: _ReplaceableEnv, caches: Any, rows: Tensor) -> tuple[ControlState, Tensor, Tensor]:
-        """Reads the first observation of the episodes ``rows`` (m,): state, residual and history of `_Rows`."""
+    def _look(self, env: _ReplaceableEnv, caches: Any, rows: Tensor) -> tuple[SteeringState, Tensor]:
+        """Reads the first observation of the episodes ``rows`` (m,): state and residual of `_Rows`."""
         state, lower = self._initial_state(len(rows)), caches.lower.take(rows)
         residual = self.model.lower(self.model.embed(env.observation[rows][:, None]), lower)[:, 0]
         caches.lower.put(rows, lower, torch.arange(len(rows), device=rows.device), 1)
-        _, history = self.meta_controller.observe(residual, state)
-        return state, residual, history
+        _, state = self.meta_controller.observe(residual, state)
+        return state, residual
 
-    def _initial_state(self, n: int) -> ControlState:
+    def _initial_state(self, n: int) -> SteeringState:
         state = self.meta_controller.initial_state(n)
         state.policy = state.policy[:, :0]  # the policy does not act here
         return state

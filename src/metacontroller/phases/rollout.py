@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.arguments import checked_kinds
+from metacontroller.control.core import Proposal as CodeProposal
+from metacontroller.control.core import Proposer, Reading, gate_of_call, steer_span
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.models.precision import weights_cast_once
@@ -187,19 +189,25 @@ def rollout_abstract(
     rows = torch.arange(len(env), device=env.steps.device)
     alive = ~(env.terminated | env.truncated)
     actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
-    state = meta_controller.initial_state(len(env))
+    state, gate = meta_controller.initial_state(len(env)), gate_of_call(meta_controller, discovery=False, hard=True)
     decisions, outcome = _Decisions(rows), _Outcome(rows)
+
+    def ask(reading: Reading, policy: Tensor, switch: Tensor) -> CodeProposal:
+        """Codes and states of the policy in the rows that switch; the others keep theirs."""
+        chosen = (switch & alive).nonzero().squeeze(1)
+        read = reading.residual[chosen, 0]
+        code, log_prob, advanced = propose(read, policy[chosen], rows[chosen])
+        decisions.add(rows[chosen], read, code, log_prob)
+        codes = state.z.index_copy(0, chosen, code)
+        return CodeProposal(codes[:, None], None, policy.index_copy(0, chosen, advanced))
+
+    proposer = Proposer(ask, at_switches=True)
     while len(rows):
         residual = actor.look()
-        beta, history = meta_controller.observe(residual, state)
-        switch = (beta >= meta_controller.gate_config.threshold) & alive
-        chosen = switch.nonzero().squeeze(1)
-        read = meta_controller.own(residual[chosen])
-        code, log_prob, advanced = propose(read, state.policy[chosen], rows[chosen])
-        decisions.add(rows[chosen], read, code, log_prob)
-        state = meta_controller.integrate(state, history, switch, state.z.index_copy(0, chosen, code))
-        state.policy = state.policy.index_copy(0, chosen, advanced)
-        outcome.returns[rows] += actor.act(meta_controller.steer(residual, state.z))[0]
+        span = steer_span(meta_controller, residual[:, None], state, proposer, gate=gate)
+        state = span.state
+        steered = (residual + span.control[:, 0]).to(residual.dtype)
+        outcome.returns[rows] += actor.act(steered)[0]
         alive = ~(env.terminated | env.truncated)
         kept = survivors(alive)
         if len(kept) < KEEP_SHARE * len(rows):

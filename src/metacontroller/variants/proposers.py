@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import AttentionBody
+from metacontroller.models.cache_store import check_unused
 from metacontroller.models.hawk import HawkBody
 from metacontroller.ranges import check_choice
 
@@ -39,12 +40,16 @@ class StepwisePolicy(nn.Module):
         nn.init.zeros_(self.readout.bias)
 
     def forward(self, residual: Tensor, state: Any = None, *, keep: bool = False) -> tuple[Tensor, Any]:
-        """residual (b, t, n_e), which follows the steps of ``state`` -> distributions (b, t, p), next state.
+        """residual (b, t, n_e), which follows the steps of ``state`` -> distributions (b, t, p), next state, the
+        proposer's and the number of steps so far.
 
-        keep: whether the next state is needed; a state is used once, because a step may write into its buffers.
+        keep: whether the next state is needed. UserError for a state that was used before: a step may write into its
+        buffers.
         """
-        hidden, state = self.proposer(self.norm(residual), state, keep)
-        return self.readout(hidden), state
+        inner, steps = (None, 0) if state is None else state
+        check_unused(inner, steps)
+        hidden, inner = self.proposer(self.norm(residual), inner, keep)
+        return self.readout(hidden), (inner, steps + residual.shape[1])
 
     def initial_state(self, batch: int) -> Tensor:
         """UserError: rollouts carry the state of a policy that reads switches alone."""

@@ -60,7 +60,7 @@ def test_acting_in_pieces_is_acting_at_once(proposer: str | None) -> None:
         start += steps
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     assert cache is not None
-    assert cache.state.steps == TIME
+    torch.testing.assert_close(cache.state.steps_since_switch, output.state.steps_since_switch)
     torch.testing.assert_close(cache.state.z, output.state.z)
     if proposer is not None:  # what the policy says does not depend on the gate
         torch.testing.assert_close(steering.policy(residual)[0], output.action_dist)
@@ -89,54 +89,23 @@ GATES: list[Any] = [
     {"mode": "forced"},
     {"mode": "fixed-frequency", "period": 3},
 ]
-CODES: list[Any] = ["gaussian", "binary"]
 
 
-def call_in_parts(steering: MetaController, residual: Tensor, parts: tuple[int, ...], **options: Any) -> list[Tensor]:
-    """Control, codes, weights and distribution of calls that take so many steps each, seeded once."""
-    torch.manual_seed(7)
-    found, cache, start = [], None, 0
-    for steps in parts:
-        control, cache = steering(residual[:, start : start + steps], cache, **options)
-        found.append((control, cache.z, cache.switch_beta, cache.action_dist))
-        start += steps
-    return [torch.cat(values, 1) for values in zip(*found, strict=True)]
-
-
-@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate["mode"])
-def test_calls_in_discovery_use_the_gate_as_discover_does_in_any_number_of_steps(gate: Any, code: Any) -> None:
-    steering, residual = make_steering(gate=gate, code=code), random(BATCH, TIME, WIDTH)
+def test_a_call_in_discovery_uses_the_gate_as_discover_does(gate: Any) -> None:
+    steering, residual = make_steering(gate=gate), random(BATCH, TIME, WIDTH)
     torch.manual_seed(7)  # in training, so with the noise of the Gumbel-sigmoid
     expected = steering.discover(residual)
-    control, z, weight, distribution = call_in_parts(steering, residual, (TIME,), discovery_phase=True)
+    torch.manual_seed(7)
+    control, output = steering(residual, discovery_phase=True)
     torch.testing.assert_close(residual + control, expected.steered)
-    torch.testing.assert_close((z, weight, distribution), (expected.z, expected.gate, expected.distribution))
-    parameters = list(steering.switching.parameters()) + list(steering.encoder.parameters())
-    slopes = [
-        torch.autograd.grad(steered.square().sum(), parameters, allow_unused=True)
-        for steered in (residual + control, expected.steered)
-    ]
-    torch.testing.assert_close(*([slope for slope in some if slope is not None] for some in slopes))
-
-    steering.eval()
-    with torch.no_grad():  # the encoder shall see no step but its own and those before
-        steering.encoder[0].weight[:, -steering.sequence_embedder.project_out.out_features :] = 0.0
-    options = {"discovery_phase": True, "temperature": 0.0}
-    whole = call_in_parts(steering, residual, (TIME,), **options)
-    for parts in ((1,) * TIME, (2, 1, 4)):
-        torch.testing.assert_close(call_in_parts(steering, residual, parts, **options), whole)
-    if gate["mode"] == "fixed-frequency":
-        assert whole[2].tolist() == [[1, 0, 0, 1, 0, 0, 1]] * BATCH
-    if gate["mode"] == "forced":
-        assert bool((whole[2] == 1).all())
-    assert (set(whole[2].unique().tolist()) <= {0.0, 1.0}) == (gate["mode"] not in ("soft", "gumbel-sigmoid"))
+    values = (output.z, output.switch_beta, output.action_dist)
+    torch.testing.assert_close(values, (expected.z, expected.gate, expected.distribution))
 
 
-@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate["mode"])
-def test_calls_that_act_use_the_gate_as_act_does_in_any_number_of_steps(gate: Any, code: Any) -> None:
-    steering, residual = make_steering(gate=gate, code=code), random(BATCH, TIME, WIDTH)
+def test_a_call_that_acts_uses_the_gate_as_act_does_in_any_number_of_steps(gate: Any) -> None:
+    steering, residual = make_steering(gate=gate), random(BATCH, TIME, WIDTH)
     torch.manual_seed(7)
     state, steered, codes, switches = None, [], [], []
     for t in range(TIME):
@@ -145,14 +114,12 @@ def test_calls_that_act_use_the_gate_as_act_does_in_any_number_of_steps(gate: An
         steered.append(out)
         codes.append(acted.actions)
         switches.append(acted.switch_beta >= steering.gate_config.threshold)
-    for parts in ((TIME,), (1,) * TIME, (2, 1, 4)):
-        control, z, weight, _ = call_in_parts(steering, residual, parts)
-        torch.testing.assert_close(residual + control, torch.cat(steered, 1))
-        torch.testing.assert_close(z, torch.cat(codes, 1))
-        assert torch.equal(weight, torch.cat(switches, 1).double())
-    if gate["mode"] == "fixed-frequency":
-        assert weight.tolist() == [[1, 0, 0, 1, 0, 0, 1]] * BATCH
-    assert bool((weight == 1).all()) == (gate["mode"] == "forced")
+    torch.manual_seed(7)
+    control, output = steering(residual)
+    torch.testing.assert_close(residual + control, torch.cat(steered, 1))
+    torch.testing.assert_close(output.z, torch.cat(codes, 1))
+    assert torch.equal(output.switch_beta, torch.cat(switches, 1).double())
+    assert bool((output.switch_beta == 1).all()) == (gate["mode"] == "forced")
 
 
 def test_given_weights_mix_codes_step_by_step() -> None:
