@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from metacontroller.control.discovery_losses import auxiliary_ratio_loss, kl_loss
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.control.sequence_embedder import KINDS, LastState, SequenceEmbedder
+from metacontroller.control.sequence_embedder import KINDS, SequenceEmbedder
 from metacontroller.control.switching import mix_given, regular_switches
 from metacontroller.errors import UserError
 from metacontroller.variants.loss_weights import LossWeights
 from metacontroller.variants.proposers import MinGruProposer, StepwisePolicy, make_proposer
+from metacontroller.variants.sequence_embedders import LastState
 
 BATCH, TIME, WIDTH, CODE = 3, 7, 8, 2
 LENGTHS = torch.tensor([7, 4, 1])

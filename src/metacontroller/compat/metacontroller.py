@@ -14,15 +14,16 @@ from metacontroller.control import losses as our_losses
 from metacontroller.control.losses import binary_entropy
 from metacontroller.control.losses import cross_entropy as tpo_loss
 from metacontroller.control.metacontroller import MetaController as OurMetaController
-from metacontroller.control.policy_losses import policy_losses
-from metacontroller.control.sequence_embedder import LastState, ModuleEmbedder, PooledBody, SequenceEmbedder
 from metacontroller.control.metacontroller import MetaControllerOutput
+from metacontroller.control.policy_losses import policy_losses
+from metacontroller.control.sequence_embedder import SequenceEmbedder
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import full_lengths, length_mask
 from metacontroller.ranges import check_options
 from metacontroller.variants.latent_prediction import NextLatent
 from metacontroller.variants.loss_weights import LossScale, LossWeights
 from metacontroller.variants.proposers import ModuleProposer, StepwisePolicy, as_proposer, make_proposer
+from metacontroller.variants.sequence_embedders import LastState, ModuleEmbedder, PooledBody
 
 from .compat_names import OtherNames, body_options, on_device_of, other_names
 from .compat_transformer import BehavioralCloningLosses, DiscoveryLosses, Hiddens, Transformer, TransformerOutput

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from metacontroller.control.codes import bounded
 from metacontroller.control.modules import SteeringModules
 from metacontroller.control.policy import gru_step
-from metacontroller.control.switching import ALL_OR_NOTHING, GateConfig, at_random_steps, mix_given, weight_of
+from metacontroller.control.switching import ALL_OR_NOTHING, GateConfig, GateMode, at_random_steps, mix_given, weight_of
 from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import products
@@ -184,8 +185,8 @@ def _one_step(
         z = torch.where(switch[:, None], z_tilde, state.z)
     else:
         z = weight * z_tilde + (1 - weight) * state.z
-    after = _stepped(SteeringState(reading.last, z, state.steps_since_switch, proposal.state), switch)
-    return SteeredSpan(control(modules, residual, z[:, None]), z[:, None], weight, beta, *proposal[:2], after)
+    after, z = SteeringState(reading.last, z, _steps_since(state, switch), proposal.state), z[:, None]
+    return SteeredSpan(control(modules, residual, z), z, weight, beta, *proposal[:2], after)
 
 
 # the two halves of a step, for callers who are asked for the code between them
@@ -195,17 +196,18 @@ def observe(modules: SteeringModules, residual: Tensor, state: SteeringState) ->
     """Reads residual (b, n_e): beta (b,), 1 at an episode's first step, and the state with the history h_t."""
     reading = read_residual(modules, residual[:, None], state.history)
     beta = _step_beta(modules, reading, state, gate_of_call(modules, discovery=False, hard=True))
-    return beta[:, 0], replace(state, history=reading.last)
+    return beta[:, 0], SteeringState(reading.last, state.z, state.steps_since_switch, state.policy)
 
 
 def integrate(state: SteeringState, switch: Tensor, code: Tensor) -> SteeringState:
     """The state after the step that was observed (eq. 17): where switch (b,) bool is true, the code becomes ``code``
     (b, n_z)."""
-    return _stepped(replace(state, z=torch.where(switch[:, None], code, state.z)), switch)
+    z = torch.where(switch[:, None], code, state.z)
+    return SteeringState(state.history, z, _steps_since(state, switch), state.policy)
 
 
-def _stepped(state: SteeringState, switch: Tensor) -> SteeringState:
-    return replace(state, steps_since_switch=torch.where(switch, 1, state.steps_since_switch + 1))
+def _steps_since(state: SteeringState, switch: Tensor) -> Tensor:
+    return torch.where(switch, 1, state.steps_since_switch + 1)
 
 
 def _step_beta(
@@ -332,9 +334,14 @@ def gate_of_call(
     if straight_through is None:
         straight_through = modules.straight_through or config.mode == "straight-through"
     if hard:
-        return replace(config, mode="straight-through" if straight_through else "hard")
+        return _in_mode(config, "straight-through" if straight_through else "hard")
     noisy = discovery and config.mode == "gumbel-sigmoid"
-    return config if noisy else replace(config, mode="soft")
+    return config if noisy else _in_mode(config, "soft")
+
+
+@cache
+def _in_mode(config: GateConfig, mode: GateMode) -> GateConfig:
+    return replace(config, mode=mode)
 
 
 # discovery over whole episodes

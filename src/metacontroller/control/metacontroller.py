@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.control import core, discovery_losses, policy_losses
-from metacontroller.control.core import DiscoveryNoise, DiscoveryOutput, SteeredSpan, SteeringState
+from metacontroller.control.core import SteeredSpan, SteeringState
 from metacontroller.control.population import evolve
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.modules import SteeringModules
 from metacontroller.control.parameter_groups import trains_only, without
-from metacontroller.control.policy_losses import PolicyLosses
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.models.protocol import DiscoveryLosses, SteerableModel
 from metacontroller.ranges import shown
 
 
@@ -61,52 +59,21 @@ class MetaController(SteeringModules):
     UserError for values out of range.
     """
 
-    # phase 2: discovery
+    # what these compute is in the modules named; each takes the metacontroller as its first argument
 
-    def discover(
-        self,
-        residual: Tensor,
-        episode_lens: Tensor | None = None,
-        noise: DiscoveryNoise | None = None,
-        **options: Any,
-    ) -> DiscoveryOutput:
-        """Proposes, integrates and steers along residuals (b, t, n_e); arguments as of `core.discover`."""
-        return core.discover(self, residual, episode_lens, noise, **options)
-
-    def sample_noise(self, batch: int, steps: int, generator: torch.Generator | None = None) -> DiscoveryNoise:
-        """Noise for ``discover`` on ``batch`` episodes of ``steps`` steps."""
-        return core.sample_noise(self, batch, steps, generator)
-
-    def discovery_loss(
-        self,
-        model: SteerableModel,
-        states: Tensor,
-        actions: Tensor,
-        episode_lens: Tensor | None = None,
-        *,
-        with_state_loss: bool = True,
-    ) -> DiscoveryLosses:
-        """The losses of eq. 3; UserError for a batch that does not fit the model."""
-        batch = states, actions, episode_lens
-        return discovery_losses.discovery_loss(self, model, *batch, with_state_loss=with_state_loss)
-
-    # phase 3: acting with abstract actions
+    discover = core.discover
+    sample_noise = core.sample_noise
+    discovery_loss = discovery_losses.discovery_loss
+    observe = core.observe
+    integrate = staticmethod(core.integrate)
+    steer = core.steer
+    log_prob = policy_losses.log_prob
+    policy_loss = policy_losses.policy_loss
+    policy_losses = policy_losses.policy_losses
 
     def initial_state(self, batch: int) -> SteeringState:
         """The state before the first step of ``batch`` episodes; UserError for a policy that reads every step."""
         return core.initial_state(self, batch, self.policy.initial_state(batch))
-
-    def observe(self, residual: Tensor, state: SteeringState) -> tuple[Tensor, SteeringState]:
-        """Reads residual (b, n_e); returns beta (b,), 1 at an episode's first step, and the state with the history."""
-        return core.observe(self, residual, state)
-
-    def integrate(self, state: SteeringState, switch: Tensor, proposed: Tensor) -> SteeringState:
-        """The state after a step (eq. 17): where switch (b,) bool is true, the code becomes proposed (b, n_z)."""
-        return core.integrate(state, switch, proposed)
-
-    def steer(self, residual: Tensor, z: Tensor) -> Tensor:
-        """e + U e (eq. 11), in the type of the residual; where U is 0, e to the bit."""
-        return core.steer(self, residual, z)
 
     def act(
         self, residual: Tensor, state: SteeringState | None = None, generator: torch.Generator | None = None
@@ -202,34 +169,10 @@ class MetaController(SteeringModules):
         read = (residual, span.distribution, span.proposed, span.gate)
         return MetaControllerOutput(span.state, *read, kl, kl_weight, ratio, span.z)
 
-    # internal RL
-
-    def log_prob(self, action_dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-probability of each entry of the codes: (b, t, p), (b, t, n_z) -> (b, t, n_z), or a bit each."""
-        return policy_losses.log_prob(self, action_dist, actions)
-
-    def policy_loss(
-        self,
-        states: Tensor,
-        old_log_probs: Tensor,
-        actions: Tensor,
-        advantages: Tensor,
-        switch_betas: Tensor | None = None,
-        episode_lens: Tensor | None = None,
-        eps_clip: float | tuple[float, float] | None = None,
-    ) -> Tensor:
-        """PPO's clipped surrogate over the switches of stored episodes (C.5); see ``policy_losses``."""
-        stored = states, old_log_probs, actions, advantages, switch_betas, episode_lens
-        return policy_losses.policy_losses(self, *stored, eps_clip).surrogate
-
-    def policy_losses(self, *stored: Any, **options: Any) -> PolicyLosses:
-        """Surrogate and KL of the policy on stored episodes; arguments as of `policy_losses.policy_losses`."""
-        return policy_losses.policy_losses(self, *stored, **options)
-
     def evolve_policy(
         self, model: Any, num_generations: int, environment: Callable[[Any], Any], **options: Any
     ) -> Tensor:
-        """Trains the policy by evolution strategies instead of gradients, see `control.evolution`.
+        """Trains the policy by evolution strategies instead of gradients, see `control.population`.
 
         environment(model) -> fitness, a number: plays with the model, which holds this metacontroller.
         """

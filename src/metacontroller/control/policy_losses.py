@@ -5,7 +5,7 @@ Axes: b batch, t steps, n_e residual, n_z code, entries of a code's log-probabil
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -107,6 +107,11 @@ def policy_losses(
         )
         loss = target_policy_loss(scores, old_scores, advantages, eta=eta, group=group)
     return PolicyLosses(loss, masked_mean(modules.codes.kl(distribution), stored.mask))
+
+
+def policy_loss(modules: SteeringModules, *stored: Any, **options: Any) -> Tensor:
+    """PPO's clipped surrogate over the switches of stored episodes (C.5); arguments as of `policy_losses`."""
+    return policy_losses(modules, *stored, **options).surrogate
 
 
 def log_prob(modules: SteeringModules, action_dist: Tensor, actions: Tensor) -> Tensor:

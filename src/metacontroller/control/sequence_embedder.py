@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from metacontroller.errors import UserError
 from metacontroller.models.attention import AttentionBody
 from metacontroller.models.hawk import HawkBody
+from metacontroller.ranges import check_choice
 
 EmbedderKind = Literal["attention", "hawk", "causal-attention", "gru"]
-KINDS = ("attention", "hawk", "causal-attention", "gru")
+KINDS = get_args(EmbedderKind)
 
 
 class SequenceEmbedder(nn.Module):
@@ -36,8 +36,7 @@ class SequenceEmbedder(nn.Module):
         pooled: bool = True,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise UserError(f"the sequence embedder's kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+        check_choice("the sequence embedder's kind", kind, KINDS)
         self.kind, self.pooled = kind, pooled
         self.project_in = nn.Linear(dim_model, dim)
         if kind == "hawk":
@@ -66,63 +65,10 @@ class SequenceEmbedder(nn.Module):
         x = self.norm(self.body(x, mask=mask))
         if not self.pooled:
             return self.project_out(x)
-        return self.project_out(_mean_of_steps(x, mask))
+        return self.project_out(mean_of_steps(x, mask))
 
 
-class PooledBody(nn.Module):
-    """An attention body with a norm at its end, whose mean over real steps is repeated at each of them if ``pooled``.
-
-    causal, options: of `AttentionBody`.
-    """
-
-    def __init__(self, dim: int, *, pooled: bool, causal: bool = False, **options: Any) -> None:
-        super().__init__()
-        self.body, self.norm = AttentionBody(dim, causal=causal, **options), nn.LayerNorm(dim)
-        self.pooled = pooled
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, **ignored: Any) -> Tensor:
-        """x (b, t, n); mask (b, t) bool of real steps, all if None -> (b, t, n)."""
-        hidden = self.norm(self.body(x, mask=mask))
-        if not self.pooled:
-            return hidden
-        mean = hidden.mean(1) if mask is None else _mean_of_steps(hidden, mask)
-        return mean[:, None].expand_as(hidden)
-
-
-def _mean_of_steps(x: Tensor, mask: Tensor) -> Tensor:
+def mean_of_steps(x: Tensor, mask: Tensor) -> Tensor:
     """x (b, t, n), mask (b, t) bool of real steps -> their mean (b, n)."""
     weight = mask.to(x.dtype)[..., None]
     return (x * weight).sum(1) / weight.sum(1)
-
-
-class ModuleEmbedder(nn.Module):
-    """Any module as a sequence embedder: ``module(residual, mask=mask)`` -> (b, t, n), then a linear map to n_s."""
-
-    def __init__(self, module: nn.Module, dim: int, dim_sequence: int) -> None:
-        super().__init__()
-        self.body = module
-        self.project_out = nn.Linear(dim, dim_sequence)
-
-    def forward(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """residual (b, t, n_e), mask (b, t) bool of real steps -> (b, t, n_s)."""
-        return self.project_out(self.body(residual, mask=mask))
-
-
-class LastState(nn.Module):
-    """A GRU's last state at each episode's end, repeated: (b, t, n) -> (b, t, n), the same at every step.
-
-    options: of the GRU, such as num_layers.
-    """
-
-    def __init__(self, dim: int, **options: Any) -> None:
-        super().__init__()
-        self.gru = nn.GRU(dim, dim, batch_first=True, **options)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, episode_lens: Tensor | None = None) -> Tensor:
-        """x (b, t, n); mask (b, t) bool or episode_lens (b,) tell the real steps, all if neither is given."""
-        out, _ = self.gru(x)
-        steps = x.shape[1]
-        if episode_lens is None:
-            episode_lens = x.new_full((len(x),), steps) if mask is None else mask.sum(1)
-        last = (episode_lens.long() - 1)[:, None, None].expand(-1, 1, x.shape[-1])
-        return out.gather(1, last).expand(-1, steps, -1)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metacontroller.errors import UserError
-from metacontroller.kernels.gate_scan_cpu import gate_scan_in_place
+from metacontroller.kernels.gate_scan_cpu import InPlaceScan
 from metacontroller.kernels.gate_scan_reference import GateOptions, GateOutput, gate_from_beta, gate_scan_reference
 
 __all__ = ["BACKENDS", "GateOutput", "gate_scan"]
@@ -61,24 +62,23 @@ def gate_scan(
     float64; half precision is cast to float32, also under autocast. UserError for shapes, dtypes, devices or settings
     that do not fit.
     """
-    if z_initial is None:
-        z_initial = z_tilde.new_zeros(z_tilde.shape[0], z_tilde.shape[-1])
-    drive, z_tilde, w_code, w_out, b_out, z_initial = map(
-        _full_precision, (drive, z_tilde, w_code, w_out, b_out, z_initial)
-    )
+    z_initial = z_tilde.new_zeros(z_tilde.shape[0], z_tilde.shape[-1]) if z_initial is None else z_initial
+    inputs = map(_full_precision, (drive, z_tilde, w_code, w_out, b_out, z_initial))
+    drive, z_tilde, w_code, w_out, b_out, z_initial = inputs
     noise = None if noise is None else _full_precision(noise.detach())
     options = GateOptions(temperature, threshold, straight_through)
-    _check_tensors(drive, z_tilde, w_code, w_out, b_out, fresh, z_initial, noise)
+    given = {"z_tilde": z_tilde, "w_code": w_code, "w_out": w_out, "b_out": b_out, "z_initial": z_initial}
+    _check_tensors(drive, z_tilde, {**given, "fresh": fresh, **({} if noise is None else {"noise": noise})})
     _check_options(options)
-    backend = _choose_backend(backend, drive.device, drive.shape[1])
+    backend = _choose_backend(backend, drive.device)
     with torch.autocast(drive.device.type, enabled=False):
         if backend == "reference":
             return gate_scan_reference(drive, z_tilde, w_code, w_out, b_out, fresh, z_initial, noise, options)
         # bias, noise, temperature and forced switches are combined into one offset per step, outside the scan
         logit_offset = b_out.expand(fresh.shape) if noise is None else b_out + noise
         offset = (logit_offset / temperature).masked_fill(fresh, float("inf"))
-        scan = _triton_scan() if backend == "triton" else gate_scan_in_place
-        z, beta = scan(drive, z_tilde, w_code, w_out / temperature, offset, z_initial, options)
+        scan: Any = _triton_scan() if backend == "triton" else InPlaceScan
+        z, beta = scan.apply(drive, z_tilde, w_code, w_out / temperature, offset, z_initial, options)
         return GateOutput(z, gate_from_beta(beta, options), beta)
 
 
@@ -86,80 +86,50 @@ def _full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _triton_scan():
-    # imported on first use: Triton is only needed on a GPU
-    from metacontroller.kernels.gate_scan_triton import gate_scan_triton
+def _triton_scan() -> Any:
+    from metacontroller.kernels.gate_scan_triton import TritonScan  # Triton is only needed on a GPU
 
-    return gate_scan_triton
+    return TritonScan
 
 
-def _choose_backend(backend: str, device: torch.device, time: int) -> str:
+def _choose_backend(backend: str, device: torch.device) -> str:
     """Resolve "auto"; UserError for unknown names, and for Triton where it cannot run."""
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is unknown: use one of {', '.join(BACKENDS)}.")
+    has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        if device.type == "cuda" and _has_triton():
-            return "triton"
-        return "cpu" if time > 1 else "reference"  # the CPU path pays off only for several steps
-    if backend == "triton":
-        if not _has_triton():
-            raise UserError("backend='triton' needs the package triton, which is not installed: use backend='auto'.")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError(f"backend='triton' needs CUDA tensors but drive is on {device}: use backend='auto'.")
+        return "triton" if device.type == "cuda" and has_triton else "cpu"
+    if backend == "triton" and not has_triton:
+        raise UserError("backend='triton' needs the package triton, which is not installed: use backend='auto'.")
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"backend='triton' needs CUDA tensors but drive is on {device}: use backend='auto'.")
     return backend
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _check_tensors(
-    drive: Tensor,
-    z_tilde: Tensor,
-    w_code: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-    fresh: Tensor,
-    z_initial: Tensor,
-    noise: Tensor | None,
-) -> None:
+def _check_tensors(drive: Tensor, z_tilde: Tensor, others: dict[str, Tensor]) -> None:
     """UserError naming the first tensor whose shape, dtype or device does not fit drive (B, T, K)."""
-    if drive.ndim != 3 or 0 in drive.shape:
-        raise UserError(f"drive has shape {tuple(drive.shape)}: expected a non-empty (batch, time, hidden).")
-    if z_tilde.ndim != 3 or 0 in z_tilde.shape:
-        raise UserError(f"z_tilde has shape {tuple(z_tilde.shape)}: expected a non-empty (batch, time, code).")
+    for name, tensor, last in (("drive", drive, "hidden"), ("z_tilde", z_tilde, "code")):
+        if tensor.ndim != 3 or 0 in tensor.shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected a non-empty (batch, time, {last}).")
     if drive.dtype not in (torch.float32, torch.float64):
         raise UserError(f"drive has dtype {drive.dtype}: expected a floating dtype, so cast it with .float().")
-    batch, time, hidden = drive.shape
-    code = z_tilde.shape[2]
-    floats = [
-        ("z_tilde", z_tilde, (batch, time, code)),
-        ("w_code", w_code, (hidden, code)),
-        ("w_out", w_out, (hidden,)),
-        ("b_out", b_out, ()),
-        ("z_initial", z_initial, (batch, code)),
-    ]
-    if noise is not None:
-        floats.append(("noise", noise, (batch, time)))
-    for name, tensor, shape in floats:
-        _check_tensor(name, tensor, shape, drive.dtype, drive.device)
-    _check_tensor("fresh", fresh, (batch, time), torch.bool, drive.device)
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.shape != shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape} to fit drive and z_tilde.")
-    if tensor.dtype != dtype:
-        raise UserError(f"{name} has dtype {tensor.dtype}: expected {dtype}, so cast it with .to({dtype}).")
-    if tensor.device != device:
-        raise UserError(f"{name} is on {tensor.device}: expected {device} as for drive, so move it there.")
+    (batch, time, hidden), code = drive.shape, z_tilde.shape[2]
+    shapes = {"z_tilde": (batch, time, code), "w_code": (hidden, code), "w_out": (hidden,), "b_out": ()}
+    shapes |= {"z_initial": (batch, code)}
+    for name, tensor in others.items():
+        shape, dtype = shapes.get(name, (batch, time)), torch.bool if name == "fresh" else drive.dtype
+        if tensor.shape != shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}: expected {shape} to fit drive and z_tilde.")
+        if tensor.dtype != dtype:
+            raise UserError(f"{name} has dtype {tensor.dtype}: expected {dtype}, so cast it with .to({dtype}).")
+        if tensor.device != drive.device:
+            raise UserError(f"{name} is on {tensor.device}: expected {drive.device} as for drive, so move it there.")
 
 
 def _check_options(options: GateOptions) -> None:
     if not options.temperature > 0:
         raise UserError(f"temperature={options.temperature} is not allowed: it must be above 0.")
-    if options.threshold is None:
-        if options.straight_through:
-            raise UserError("straight_through=True with threshold=None is not allowed: set a threshold such as 0.5.")
-    elif not 0 <= options.threshold <= 1:
+    if options.threshold is None and options.straight_through:
+        raise UserError("straight_through=True with threshold=None is not allowed: set a threshold such as 0.5.")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise UserError(f"threshold={options.threshold} is not allowed: it must be in [0, 1], or None for a soft gate.")

@@ -16,35 +16,14 @@ from torch.autograd.function import once_differentiable
 from metacontroller.kernels.gate_scan_reference import GateOptions, gate_from_beta
 
 
-def gate_scan_in_place(
-    drive: Tensor,
-    z_tilde: Tensor,
-    w_code: Tensor,
-    w_out: Tensor,
-    offset: Tensor,
-    z_initial: Tensor,
-    options: GateOptions,
-) -> tuple[Tensor, Tensor]:
-    """Return z (B, T, Z) and beta (B, T) for logit_t = w_out @ hidden_t + offset_t, where offset has shape (B, T).
+class InPlaceScan(torch.autograd.Function):
+    """z (B, T, Z) and beta (B, T) for logit_t = w_out @ hidden_t + offset_t, where offset has shape (B, T).
 
     The temperature is already in `w_out` and `offset`; an infinite offset makes beta exactly 1 with no gradient.
     """
-    z, beta = _InPlaceScan.apply(drive, z_tilde, w_code, w_out, offset, z_initial, options)
-    return z, beta
 
-
-class _InPlaceScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        drive: Tensor,
-        z_tilde: Tensor,
-        w_code: Tensor,
-        w_out: Tensor,
-        offset: Tensor,
-        z_initial: Tensor,
-        options: GateOptions,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, drive, z_tilde, w_code, w_out, offset, z_initial, options) -> tuple[Tensor, Tensor]:
         batch, time, code_width = z_tilde.shape
         hidden = drive.clone(memory_format=torch.contiguous_format)
         beta = offset.T.clone(memory_format=torch.contiguous_format)  # (T, B)

@@ -18,33 +18,13 @@ from metacontroller.kernels.gate_scan_reference import GateOptions
 ROWS = 4  # rows of the batch in one program
 
 
-def gate_scan_triton(
-    drive: Tensor,
-    z_tilde: Tensor,
-    w_code: Tensor,
-    w_out: Tensor,
-    offset: Tensor,
-    z_initial: Tensor,
-    options: GateOptions,
-) -> tuple[Tensor, Tensor]:
-    """Return z (B, T, Z) and beta (B, T); arguments as in `gate_cpu.gate_scan_in_place`."""
-    inputs = (tensor.contiguous() for tensor in (drive, z_tilde, w_code, w_out, offset, z_initial))
-    z, beta = _TritonScan.apply(*inputs, options)
-    return z, beta
+class TritonScan(torch.autograd.Function):
+    """z (B, T, Z) and beta (B, T), as of `gate_scan_cpu.InPlaceScan`."""
 
-
-class _TritonScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        drive: Tensor,
-        z_tilde: Tensor,
-        w_code: Tensor,
-        w_out: Tensor,
-        offset: Tensor,
-        z_initial: Tensor,
-        options: GateOptions,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, *inputs) -> tuple[Tensor, Tensor]:
+        drive, z_tilde, w_code, w_out, offset, z_initial = (tensor.contiguous() for tensor in inputs[:-1])
+        options: GateOptions = inputs[-1]
         z, beta = torch.empty_like(z_tilde), torch.empty_like(offset)
         programs, settings = _launch_settings(drive, z_tilde, options)
         with torch.cuda.device_of(drive):  # Triton launches on the current device, which may be another
@@ -92,6 +72,35 @@ def _launch_settings(drive: Tensor, z_tilde: Tensor, options: GateOptions) -> tu
 
 
 @triton.jit
+def _places(
+    batch,
+    HIDDEN: tl.constexpr,
+    CODE: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Of this program: its rows, the hidden units, the axes of the code, and masks of rows, of rows and units, of rows
+    and axes, and of units and axes."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    unit = tl.arange(0, HIDDEN_BLOCK)
+    axis = tl.arange(0, CODE_BLOCK)
+    has_row = row < batch
+    has_unit = has_row[:, None] & (unit < HIDDEN)[None, :]
+    has_axis = has_row[:, None] & (axis < CODE)[None, :]
+    has_weight = (unit < HIDDEN)[:, None] & (axis < CODE)[None, :]
+    return row, unit, axis, has_row, has_unit, has_axis, has_weight
+
+
+@triton.jit
+def _gate(beta, THRESHOLD: tl.constexpr):
+    gate = beta
+    if THRESHOLD is not None:
+        gate = (beta >= THRESHOLD).to(beta.dtype)
+    return gate
+
+
+@triton.jit
 def _forward_kernel(
     drive_ptr,
     z_tilde_ptr,
@@ -110,14 +119,7 @@ def _forward_kernel(
     THRESHOLD: tl.constexpr,
     R: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    unit = tl.arange(0, HIDDEN_BLOCK)
-    axis = tl.arange(0, CODE_BLOCK)
-    has_row = row < batch
-    has_unit = has_row[:, None] & (unit < HIDDEN)[None, :]
-    has_axis = has_row[:, None] & (axis < CODE)[None, :]
-    has_weight = (unit < HIDDEN)[:, None] & (axis < CODE)[None, :]
-
+    row, unit, axis, has_row, has_unit, has_axis, has_weight = _places(batch, HIDDEN, CODE, HIDDEN_BLOCK, CODE_BLOCK, R)
     w_code = tl.load(w_code_ptr + unit[:, None] * CODE + axis[None, :], mask=has_weight, other=0.0)
     w_out = tl.load(w_out_ptr + unit, mask=unit < HIDDEN, other=0.0)
     z = tl.load(z_initial_ptr + row[:, None] * CODE + axis[None, :], mask=has_axis, other=0.0)
@@ -129,9 +131,7 @@ def _forward_kernel(
         hidden = drive + tl.sum(w_code[None, :, :] * z[:, None, :], axis=2)
         hidden = tl.where(hidden < 0, 0.0, hidden)
         beta = 1 / (1 + tl.exp(-(tl.sum(hidden * w_out[None, :], axis=1) + offset)))
-        gate = beta
-        if THRESHOLD is not None:
-            gate = (beta >= THRESHOLD).to(beta.dtype)
+        gate = _gate(beta, THRESHOLD)
         z = gate[:, None] * z_tilde + (1 - gate[:, None]) * z
         tl.store(z_ptr + step[:, None] * CODE + axis[None, :], z, mask=has_axis)
         tl.store(beta_ptr + step, beta, mask=has_row)
@@ -164,35 +164,22 @@ def _backward_kernel(
     R: tl.constexpr,
     GATE_LEARNS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program * R + tl.arange(0, R)
-    unit = tl.arange(0, HIDDEN_BLOCK)
-    axis = tl.arange(0, CODE_BLOCK)
-    has_row = row < batch
-    has_unit = has_row[:, None] & (unit < HIDDEN)[None, :]
-    has_axis = has_row[:, None] & (axis < CODE)[None, :]
-    has_weight = (unit < HIDDEN)[:, None] & (axis < CODE)[None, :]
-
+    row, unit, axis, has_row, has_unit, has_axis, has_weight = _places(batch, HIDDEN, CODE, HIDDEN_BLOCK, CODE_BLOCK, R)
     w_code = tl.load(w_code_ptr + unit[:, None] * CODE + axis[None, :], mask=has_weight, other=0.0)
     w_out = tl.load(w_out_ptr + unit, mask=unit < HIDDEN, other=0.0)
     z_initial = tl.load(z_initial_ptr + row[:, None] * CODE + axis[None, :], mask=has_axis, other=0.0)
-    carry = tl.zeros_like(z_initial)
-    grad_w_code = tl.zeros_like(w_code)
-    grad_w_out = tl.zeros_like(w_out)
+    carry, grad_w_code, grad_w_out = tl.zeros_like(z_initial), tl.zeros_like(w_code), tl.zeros_like(w_out)
     for back in range(time):
-        t = time - 1 - back
-        step = row * time + t
+        step = row * time + time - 1 - back
         drive = tl.load(drive_ptr + step[:, None] * HIDDEN + unit[None, :], mask=has_unit, other=0.0)
         z_tilde = tl.load(z_tilde_ptr + step[:, None] * CODE + axis[None, :], mask=has_axis, other=0.0)
-        before = (step - 1)[:, None] * CODE + axis[None, :]
         later = (step > row * time)[:, None]  # not the first step, so the code before it is in z
-        z = tl.where(later, tl.load(z_ptr + before, mask=has_axis & later, other=0.0), z_initial)
+        before = tl.load(z_ptr + (step - 1)[:, None] * CODE + axis[None, :], mask=has_axis & later, other=0.0)
+        z = tl.where(later, before, z_initial)
         beta = tl.load(beta_ptr + step, mask=has_row, other=0.0)
         grad_logit = tl.load(grad_beta_ptr + step, mask=has_row, other=0.0)
         total = carry + tl.load(grad_z_ptr + step[:, None] * CODE + axis[None, :], mask=has_axis, other=0.0)
-        gate = beta
-        if THRESHOLD is not None:
-            gate = (beta >= THRESHOLD).to(beta.dtype)
+        gate = _gate(beta, THRESHOLD)
         if GATE_LEARNS:
             grad_logit += tl.sum(total * (z_tilde - z), axis=1)
         grad_logit *= beta * (1 - beta)
@@ -205,6 +192,7 @@ def _backward_kernel(
         tl.store(grad_z_tilde_ptr + step[:, None] * CODE + axis[None, :], total * gate[:, None], mask=has_axis)
         tl.store(grad_offset_ptr + step, grad_logit, mask=has_row)
     tl.store(grad_z_initial_ptr + row[:, None] * CODE + axis[None, :], carry, mask=has_axis)
+    program = tl.program_id(0).to(tl.int64)
     tl.store(grad_w_out_ptr + program * HIDDEN + unit, grad_w_out, mask=unit < HIDDEN)
     weight = program * HIDDEN * CODE + unit[:, None] * CODE + axis[None, :]
     tl.store(grad_w_code_ptr + weight, grad_w_code, mask=has_weight)

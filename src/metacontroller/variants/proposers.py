@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from metacontroller.errors import UserError
 from metacontroller.kernels.linear_scan import linear_scan
 from metacontroller.models.attention import AttentionBody
-from metacontroller.models.cache_store import check_unused
+from metacontroller.models.caches import check_unused
 from metacontroller.models.hawk import HawkBody
 from metacontroller.ranges import check_choice
 
