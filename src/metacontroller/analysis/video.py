@@ -134,7 +134,7 @@ def gate_strip(beta: Tensor, switches: Tensor, step: int, width: int) -> np.ndar
 
 
 def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator) -> Film:
-    """One episode, noted by what stands in place of the environment's and the metacontroller's methods."""
+    """One episode, noted by what stands in place of the environment's step, and step by step of the rollout."""
     env = run.domain.reset(1, generator, task=task)
     states, step = [env.observation[0]], env.step
 
@@ -148,18 +148,9 @@ def _play(run: LoadedRun, policy: Policy, task: Any, generator: torch.Generator)
         rollout_raw(run.base if policy == "base" else run.raw_model, env, generator)
         return Film(torch.stack(states), None)
     steering = run.steering(policy)
-    beta, observe = [], steering.observe
-
-    def observe_noted(residual: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-        observed = observe(residual, state)
-        beta.append(observed[0][0])
-        return observed
-
-    steering.observe = observe_noted
+    beta: list[Tensor] = []
     proposal = prior_proposal if policy == "prior" else policy_proposal
-    try:
-        rollout_abstract(run.model, steering, env, proposal(steering, generator), generator)
-    finally:
-        del steering.observe
+    proposed = proposal(steering, generator)
+    rollout_abstract(run.model, steering, env, proposed, generator, watch=lambda span: beta.append(span.beta[0, 0]))
     gate = torch.stack(beta)
     return Film(torch.stack(states), (gate, gate >= steering.gate_config.threshold))

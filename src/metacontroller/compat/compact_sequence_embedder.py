@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metacontroller.control.sequence_embedder import LastState
+from metacontroller.variants.sequence_embedders import LastState
 
 from .compat_names import OtherNames
 

@@ -195,7 +195,7 @@ def _one_step(
 def observe(modules: SteeringModules, residual: Tensor, state: SteeringState) -> tuple[Tensor, SteeringState]:
     """Reads residual (b, n_e): beta (b,), 1 at an episode's first step, and the state with the history h_t."""
     reading = read_residual(modules, residual[:, None], state.history)
-    beta = _step_beta(modules, reading, state, gate_of_call(modules, discovery=False, hard=True))
+    beta = _step_beta(modules, reading, state, acting_gate(modules))
     return beta[:, 0], SteeringState(reading.last, state.z, state.steps_since_switch, state.policy)
 
 
@@ -337,6 +337,11 @@ def gate_of_call(
         return _in_mode(config, "straight-through" if straight_through else "hard")
     noisy = discovery and config.mode == "gumbel-sigmoid"
     return config if noisy else _in_mode(config, "soft")
+
+
+def acting_gate(modules: SteeringModules) -> GateConfig:
+    """The gate of acting: hard (C.6), and without noise."""
+    return gate_of_call(modules, discovery=False, hard=True, straight_through=False)
 
 
 @cache

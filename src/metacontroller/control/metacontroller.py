@@ -87,7 +87,7 @@ class MetaController(SteeringModules):
         self.check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
-        state, gate = self._state(state, len(residual)), core.gate_of_call(self, False, True, False)
+        state, gate = self._state(state, len(residual)), core.acting_gate(self)
         span = core.steer_span(self, residual, state, core.policy(self, generator), gate=gate)
         output = self._output(residual, span, None)
         if not self.policy.every_step:

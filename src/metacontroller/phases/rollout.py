@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from metacontroller.arguments import checked_kinds
 from metacontroller.control.core import Proposal as CodeProposal
-from metacontroller.control.core import Proposer, Reading, gate_of_call, steer_span
+from metacontroller.control.core import Proposer, Reading, SteeredSpan, acting_gate, steer_span
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.models.precision import weights_cast_once
@@ -181,15 +181,18 @@ def rollout_abstract(
     env: BatchedEnv,
     propose: Proposal,
     generator: torch.Generator | None = None,
+    *,
+    watch: Callable[[SteeredSpan], None] | None = None,
 ) -> AbstractRollout:
-    """Plays every episode to its end. A code is held until beta >= threshold; ``propose`` is called only then.
+    """Plays every episode to its end. A code steers until beta >= threshold; ``propose`` is called only then. watch: is
+    shown each step.
 
     An episode that could not start takes no decision: its observation is none of its own.
     """
     rows = torch.arange(len(env), device=env.steps.device)
     alive = ~(env.terminated | env.truncated)
     actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
-    state, gate = meta_controller.initial_state(len(env)), gate_of_call(meta_controller, discovery=False, hard=True)
+    state, gate = meta_controller.initial_state(len(env)), acting_gate(meta_controller)
     decisions, outcome = _Decisions(rows), _Outcome(rows)
 
     def ask(reading: Reading, policy: Tensor, switch: Tensor) -> CodeProposal:
@@ -206,6 +209,8 @@ def rollout_abstract(
         residual = actor.look()
         span = steer_span(meta_controller, residual[:, None], state, proposer, gate=gate)
         state = span.state
+        if watch is not None:
+            watch(span)
         steered = (residual + span.control[:, 0]).to(residual.dtype)
         outcome.returns[rows] += actor.act(steered)[0]
         alive = ~(env.terminated | env.truncated)
