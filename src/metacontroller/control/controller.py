@@ -5,6 +5,8 @@ Axes: i residual in, o residual out (both of size n_e), k hidden units plus one 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +41,7 @@ class Controller(nn.Module):
             raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
         check_number("depth of the controller", depth, DEPTH)
         self.dim_model, self.rank = dim_model, rank
-        self.code_to_hidden = nn.Linear(dim_latent, hidden) if hidden else None
+        self.code_to_hidden: Any = nn.Linear(dim_latent, hidden) if hidden else None
         self.deeper = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1)) if depth > 1 else None
         units, scale = (hidden or dim_latent) + 1, 0.1 * dim_model**-0.5
         if rank is None:

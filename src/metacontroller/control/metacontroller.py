@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from metacontroller.control import core, discovery_losses, policy_losses
 from metacontroller.control.core import SteeredSpan, SteeringState
-from metacontroller.control.population import evolve
 from metacontroller.control.losses import ratio_loss
 from metacontroller.control.modules import SteeringModules
 from metacontroller.control.parameter_groups import trains_only, without
+from metacontroller.control.population import evolve
 from metacontroller.control.switching import regular_switches
 from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
