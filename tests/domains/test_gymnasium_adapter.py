@@ -264,7 +264,7 @@ def test_environments_may_have_bounds_of_their_own() -> None:
     play(batch, *[[[-9.0]]] * 4)
     assert batch.lost.tolist() == [False] * 4
     assert batch.observation.flatten().tolist() == pytest.approx([-1 / made for made in (2, 3, 4, 5)])
-    maker = pickle.loads(pickle.dumps(batch.envs.envs.envs.env_fns[0]))  # noqa: S301
+    maker = pickle.loads(pickle.dumps(batch.envs.envs.envs[0].maker))  # noqa: S301
     environment_facts.cache_clear()
     assert maker.facts.action_space.low == -1  # as worker processes see it, whatever bounds their first one has
 

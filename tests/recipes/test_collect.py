@@ -232,7 +232,7 @@ def test_what_a_quicker_worker_played_besides_changes_nothing(tmp_path: Path, mo
     needed, join = 3, module._join
 
     def one_more(config: CollectConfig, out: Path) -> None:
-        env = module.GuardedEnvironment(config.env)()
+        env = module.Guard(module.GuardedEnvironment(config.env))
         attempts = range(45 * needed, 45 * (needed + 1))
         module._play_part(config, env, small_or_wrong, module._part(out, needed), attempts)
         join(config, out)

@@ -14,7 +14,14 @@ import torch
 from gymnasium import spaces
 
 from metacontroller.data.formats import minari
-from metacontroller.data.spaces import action_shape, encoder_options, model_dtype, space_from_json, space_to_json
+from metacontroller.data.spaces import (
+    action_shape,
+    encoder_options,
+    model_dtype,
+    model_shape,
+    space_from_json,
+    space_to_json,
+)
 from metacontroller.data.store import HEADER, TrajectoryStore
 from metacontroller.data.trajectories import Episodes, Trajectories
 from metacontroller.errors import UserError
@@ -64,12 +71,9 @@ class Dataset:
         types = {np.uint8: torch.uint8, np.int64: torch.int64, np.float32: torch.float32}
         states = episodes.states.to(types[model_dtype(self.observation_space)])  # type: ignore[index]
         actions = episodes.actions.to(torch.float32 if isinstance(self.action_space, spaces.Box) else torch.int64)
-        seen, taken = encoder_options(self.observation_space).get("image", (-1,)), action_shape(self.action_space)
-        return replace(
-            episodes,
-            states=states.reshape(*states.shape[:2], *seen),
-            actions=actions.reshape(*actions.shape[:2], *taken),
-        )
+        states = states.reshape(*states.shape[:2], *model_shape(self.observation_space))
+        actions = actions.reshape(*actions.shape[:2], *action_shape(self.action_space))
+        return replace(episodes, states=states, actions=actions)
 
     def meta(self) -> dict[str, Any]:
         """What a store keeps beside the episodes, for `dataset_of_store`."""
@@ -150,8 +154,7 @@ def _fitting(dataset: Dataset) -> Dataset:
     for name, field_name in _ARRAY_OF.items():
         space, array = getattr(dataset, name), dataset.episodes.arrays[field_name]
         options, size = encoder_options(space), math.prod(array.shape[1:])
-        choices = options.get("num_discrete", ())
-        count = options.get("num_continuous") or math.prod(options.get("image") or [len(choices)])
+        choices, count = options.get("num_discrete", ()), math.prod(model_shape(space))
         if size != count:
             raise UserError(
                 f"{name} of the dataset is {shown(space)}, {count} numbers a step, and its {field_name} have {size}; "

@@ -104,6 +104,12 @@ def model_dtype(space: spaces.Space) -> type[np.generic]:
     return np.int64 if isinstance(space, CHOICES) else np.float32
 
 
+def model_shape(space: spaces.Space) -> tuple[int, ...]:
+    """Shape of one observation of a readable space as a model reads it."""
+    options = encoder_options(space)
+    return tuple(options.get("image") or [options.get("num_continuous") or len(options.get("num_discrete", ()))])
+
+
 def choices(space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) -> list[int]:
     """Number of values of each choice, k in all."""
     if isinstance(space, spaces.Discrete):
@@ -172,10 +178,8 @@ def environment_actions(space: spaces.Space, values: np.ndarray) -> np.ndarray:
 
 
 def environment_states(space: spaces.Space, values: Sequence[Any]) -> np.ndarray:
-    """n observations of an environment, one beside the other, as a model reads them; text is left out."""
-    kept = readable(space)
-    encoded = encode_observations(kept, stack(kept, [without_text(space, value) for value in values]))
-    return encoded.astype(model_dtype(kept))
+    """n values of a readable space, one beside the other, as a model reads them."""
+    return encode_observations(space, stack(space, values)).astype(model_dtype(space))
 
 
 def _indices(space: Any, values: Any) -> np.ndarray:
@@ -233,18 +237,17 @@ def _without_text(space: spaces.Space) -> spaces.Space | None:
 def space_to_json(space: spaces.Space) -> dict[str, Any]:
     """A readable space as JSON, for `space_from_json`."""
     kind = type(space).__name__
-    if isinstance(space, spaces.Dict):
-        return {"type": kind, "spaces": {key: space_to_json(part) for key, part in space.items()}}
-    if isinstance(space, spaces.Tuple):
-        return {"type": kind, "spaces": [space_to_json(part) for part in space]}
+    if parts := parts_of(space):
+        written = put_together(space, {key: space_to_json(part) for key, part in parts})
+        return {"type": kind, "spaces": written if isinstance(space, spaces.Dict) else list(written)}
     if isinstance(space, spaces.Box):
         low, high = (_short(bound) for bound in (space.low, space.high))
         return {"type": kind, "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
     if isinstance(space, spaces.Discrete):
         return {"type": kind, "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        start, dtype = space.start.tolist(), str(space.dtype)
-        return {"type": kind, "nvec": space.nvec.tolist(), "start": start, "dtype": dtype}
+        nvec, start = space.nvec.tolist(), space.start.tolist()
+        return {"type": kind, "nvec": nvec, "start": start, "dtype": str(space.dtype)}
     assert isinstance(space, spaces.MultiBinary)
     return {"type": kind, "n": list(space.shape)}
 

@@ -162,7 +162,8 @@ class Episodes:
                 columns[name].append(np.atleast_1d(value))
         if not columns:
             raise UserError("no episode is given; give at least one.")
-        return cls({name: np.concatenate(values) for name, values in columns.items()})
+        names = [field.name for field in fields(Trajectories) if field.name in columns]
+        return cls({name: np.concatenate(columns[name]) for name in names})
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -259,16 +259,13 @@ class GuardedEnvironment:
                 )
         return env
 
-    def __call__(self) -> Guard:
-        return Guard(self)
 
-
-class Guard(gymnasium.Env):
+class Guard:
     """An environment that can step beside others that have ended, and that outlives its own exceptions.
 
-    Its observation is a Dict: "observation", without text and in the type of its space; "terminated", "truncated",
-    "success" and "lost". Once an episode has ended, and while ``paused`` is set, it ignores actions, with reward 0. An
-    action of a Box is cut to the bounds of this very environment. ``options["max_steps"]`` of ``reset``: a time limit.
+    last: the observation as the environment gave it; read: the same without text, in the type of its space; flags: how
+    the episode stands. Once it has ended it ignores actions, with reward 0. An action of a Box is cut to the bounds of
+    this very environment.
 
     An exception, sys.exit too, and whatever is not finite or not of its space (`domains.border`) end the episode as
     truncated and lost; the next ``reset`` makes a new environment. UserError if the first ``reset`` fails so.
@@ -280,37 +277,31 @@ class Guard(gymnasium.Env):
     def __init__(self, maker: GuardedEnvironment) -> None:
         self.maker = maker
         self._renew()
-        self.action_space = maker.facts.action_space
-        flags = {flag: spaces.Discrete(2) for flag in FLAGS}
-        self.observation_space = spaces.Dict({"observation": maker.facts.observation_space, **flags})
-        self.flags, self.paused = dict.fromkeys(FLAGS, False), False
+        self.flags = dict.fromkeys(FLAGS, False)
         self.last: Any = None
-        """The observation as the environment gave it."""
         self.read: Any = None
-        """The same without text, in the type of its space."""
         self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, 0, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, seed: int, max_steps: int) -> None:
+        """Begins an episode that is truncated after so many steps."""
         if self.flags["lost"]:
             with suppress(Exception, SystemExit):  # it may be broken
                 self.env.close()
             self._renew()
         BEGUN[self.maker.name] += 1
         self.flags = dict.fromkeys(FLAGS, False)
-        self.returned, self.steps, self.reported = 0.0, 0, False
-        self.max_steps = (options or {}).get("max_steps") or sys.maxsize
+        self.returned, self.steps, self.max_steps, self.reported = 0.0, 0, max_steps, False
         try:
             self._see(began(self.env, seed=seed)[0])
         except (Exception, SystemExit) as error:
             if self.read is None:
                 raise _no_reset(self.maker.name, error) from error
             self._lose(error)
-        return self._observed(), {}
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Never ends for the vector environment: what has ended stands in the observation."""
-        if self.paused or self.ended:
-            return self.seen, 0.0, False, False, {}
+    def step(self, action: Any) -> float:
+        """Takes an action and returns the reward."""
+        if self.ended:
+            return 0.0
         space = self.env.action_space
         try:
             if isinstance(space, spaces.Box):
@@ -319,14 +310,14 @@ class Guard(gymnasium.Env):
             self._see(observation)
         except (Exception, SystemExit) as error:
             self._lose(error)
-            return self._observed(), 0.0, False, False, {}
+            return 0.0
         self.returned, self.steps = self.returned + reward, self.steps + 1
         truncated = (truncated or self.steps >= self.max_steps) and not terminated
         self.flags |= {"terminated": terminated, "truncated": truncated}
         self.flags["success"] = self._success(info, reward)
         if self.ended and not self.reported and self.maker.success_return is None:
             tell_doubtful_success(self.maker.name, self.flags["success"], self.steps, self.returned, reward)
-        return self._observed(), reward, False, False, {}
+        return reward
 
     @property
     def ended(self) -> bool:
@@ -359,7 +350,3 @@ class Guard(gymnasium.Env):
         if self.maker.success_return is not None:
             return self.returned >= self.maker.success_return
         return self.flags["terminated"] and reward > 0
-
-    def _observed(self) -> dict[str, Any]:
-        self.seen = {"observation": self.read, **{name: np.int64(flag) for name, flag in self.flags.items()}}
-        return self.seen

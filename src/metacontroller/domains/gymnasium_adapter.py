@@ -16,11 +16,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from metacontroller.data.spaces import encode_observations, environment_actions, model_dtype
-from metacontroller.domains.guarded_environment import FLAGS, GuardedEnvironment, environment_id
+from metacontroller.data.spaces import environment_actions, environment_states, model_dtype, model_shape
+from metacontroller.domains.guarded_environment import FLAGS, Guard, GuardedEnvironment, environment_id
 from metacontroller.errors import UserError
 
 ROW_TENSORS = ("observation", "steps", "subgoals_done", *FLAGS)
@@ -28,37 +29,41 @@ ROW_TENSORS = ("observation", "steps", "subgoals_done", *FLAGS)
 
 
 class Block(gymnasium.Env):
-    """m environments that step together in one process, as one for Gymnasium's worker processes.
+    """m guarded environments that step together in one process, as one for Gymnasium's worker processes.
 
-    Its observation is theirs side by side, with "reward" (m,) beside it. An action is theirs, and which of them play it
-    (m,); the others hold still. ``options`` of ``reset``: "max_steps", and "seeds" int64 (blocks, m), of which it reads
-    the row ``number``: episodes with a seed of -1 go on.
+    Its observation is a Dict: "observation" (m, ...), theirs as a model reads them, "reward" (m,), and the flags (m,).
+    An action is theirs, and which of them play it (m,); the others hold still. ``options`` of ``reset``: "max_steps",
+    and "seeds" int64 (blocks, m), of which it reads the row ``number``: episodes with a seed of -1 go on.
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, number: int = 0) -> None:
-        self.number = number
-        self.envs = SyncVectorEnv([maker] * count, copy=False, autoreset_mode=AutoresetMode.DISABLED)
-        self.action_space = spaces.Tuple((self.envs.action_space, spaces.MultiBinary(count)))
-        reward = spaces.Box(-np.inf, np.inf, (count,), np.float64)
-        self.observation_space = spaces.Dict({"reward": reward, **self.envs.observation_space})  # type: ignore[arg-type]
+        self.envs, self.number = [Guard(maker) for _ in range(count)], number
+        self.space = maker.facts.observation_space
+        self.action_space = spaces.Tuple((batch_space(maker.facts.action_space, count), spaces.MultiBinary(count)))
+        parts: dict[str, spaces.Space] = dict.fromkeys(FLAGS, spaces.MultiBinary(count))
+        parts["reward"] = spaces.Box(-np.inf, np.inf, (count,), np.float64)
+        parts["observation"] = spaces.Box(0, 1, (count, *model_shape(self.space)), model_dtype(self.space))  # type: ignore
+        self.observation_space = spaces.Dict(parts)  # Gymnasium looks at shapes and types, not at bounds
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         assert options is not None
-        seeds = options["seeds"][self.number]
-        if (seeds >= 0).any():
-            chosen = {"max_steps": options["max_steps"], "reset_mask": seeds >= 0}
-            self.seen, _ = self.envs.reset(seed=seeds.tolist(), options=chosen)
-        return {"reward": np.zeros(self.envs.num_envs), **self.seen}, {}
+        for env, env_seed in zip(self.envs, options["seeds"][self.number].tolist(), strict=True):
+            if env_seed >= 0:
+                env.reset(env_seed, options["max_steps"])
+        return self._observed([0.0] * len(self.envs)), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        actions, playing = action
-        for env, plays in zip(self.envs.envs, playing, strict=True):
-            env.paused = not plays  # pyright: ignore[reportAttributeAccessIssue]
-        self.seen, reward, *_ = self.envs.step(actions)
-        return {"reward": np.array(reward), **self.seen}, 0.0, False, False, {}
+        rewards = [env.step(own) if plays else 0.0 for env, own, plays in zip(self.envs, *action, strict=True)]
+        return self._observed(rewards), 0.0, False, False, {}
+
+    def _observed(self, rewards: list[float]) -> dict[str, np.ndarray]:
+        seen = environment_states(self.space, [env.read for env in self.envs])
+        flags = {name: np.array([env.flags[name] for env in self.envs]) for name in FLAGS}
+        return {"observation": seen, "reward": np.array(rewards), **flags}
 
     def close(self) -> None:
-        self.envs.close()
+        for env in self.envs:
+            env.close()
 
 
 def make_worker_block(maker: GuardedEnvironment, count: int, number: int) -> Block:
@@ -71,23 +76,22 @@ def make_worker_block(maker: GuardedEnvironment, count: int, number: int) -> Blo
 class EnvironmentRows:
     """n guarded environments, in this process or shared out among worker processes.
 
-    reset and step return "observation" (n, ...) as `data.spaces` encodes it, "reward" (n,) and the flags (n,).
+    reset and step return what a `Block` observes, of all n.
     The number of processes does not change what an environment does. One environment alone steps in this process.
     UserError if a process ends, which no exception of an environment does. They can be pickled in this process only.
     """
 
     def __init__(self, maker: GuardedEnvironment, count: int, workers: int) -> None:
-        self.observation_space, self.action_space = maker.facts.observation_space, maker.facts.action_space
-        self.dtype = model_dtype(self.observation_space)
+        self.action_space = maker.facts.action_space
         self.workers, self.count = min(workers, count) if count > 1 else 0, count
         self.share = -(-count // max(self.workers, 1))  # the last worker may have a few more than are asked for
-        self.envs: Any = None
-        if self.workers:
-            blocks = [partial(make_worker_block, maker, self.share, number) for number in range(self.workers)]
-            self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
-            weakref.finalize(self, self.envs.close, terminate=True)
-        else:
-            self.envs = Block(maker, count)
+        if not self.workers:
+            self.envs: Any = Block(maker, count)
+            weakref.finalize(self, self.envs.close)
+            return
+        blocks = [partial(make_worker_block, maker, self.share, number) for number in range(self.workers)]
+        self.envs = AsyncVectorEnv(blocks, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+        weakref.finalize(self, self.envs.close, terminate=True)
 
     def reset(self, seed: int, max_steps: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Begins new episodes in ``rows`` (m,), by default in all; the first of them has that seed, the next the next
@@ -123,19 +127,8 @@ class EnvironmentRows:
                 f"or set domain.workers below {self.workers} if memory ran out."
             ) from error
         if self.workers:
-            values = _without_first_axis(values)
-        encoded = {name: np.asarray(value)[: self.count] for name, value in values.items() if name != "observation"}
-        observation = encode_observations(self.observation_space, values["observation"])[: self.count]
-        return {"observation": observation.astype(self.dtype), **encoded}
-
-
-def _without_first_axis(values: Any) -> Any:
-    """Arrays (workers, share, ...) in a structure of Dict and Tuple -> (workers x share, ...)."""
-    if isinstance(values, dict):
-        return {name: _without_first_axis(value) for name, value in values.items()}
-    if isinstance(values, tuple):
-        return tuple(map(_without_first_axis, values))
-    return values.reshape(-1, *values.shape[2:])
+            values = {name: value.reshape(-1, *value.shape[2:]) for name, value in values.items()}
+        return {name: value[: self.count] for name, value in values.items()}
 
 
 class GymnasiumBatch:

@@ -61,8 +61,6 @@ class CollectConfig:
 
     env: str
     """Gymnasium ID; module:ID where importing a module of yours registers it."""
-    env_kwargs: str | None = None
-    """Keywords with which it is made, as JSON, such as '{"is_slippery": false}'."""
     policy: str
     """Your function as package.module:function: it takes an observation and the environment, and returns an action."""
     episodes: Count
@@ -72,6 +70,8 @@ class CollectConfig:
     success_return: float | None = None
     """The return that counts as success where the environment's info does not say; a positive reward at termination
     unless given."""
+    env_kwargs: str | None = None
+    """Keywords with which the environment is made, as JSON, such as '{"is_slippery": false}'."""
     max_steps: Steps | None = None
     """Steps after which an episode is truncated; the environment's own limit unless given."""
     seed: CountOr0 = 0
@@ -185,7 +185,7 @@ def _kept(parts: list[Part]) -> int:
 def _play_parts(config: CollectConfig, out: Path, rank: int, workers: int, quiet: bool) -> None:
     """One worker's parts: every so many, until all workers together have kept enough."""
     policy = import_user_function("policy", config.policy)
-    env = GuardedEnvironment(environment_id(config.env), config.success_return, config.env_kwargs)()
+    env = Guard(GuardedEnvironment(environment_id(config.env), config.success_return, config.env_kwargs))
 
     def answer(observation: Any, environment: Any) -> Any:
         with code_of_the_user("policy", config.policy):
@@ -258,20 +258,20 @@ def _play_part(config: CollectConfig, env: Guard, policy: Policy, path: Path, at
 
 def _play(env: Guard, policy: Policy, seed: int, max_steps: int) -> dict[str, Any]:
     """One episode: success and lost, and unless it is lost the fields of `Trajectories`."""
-    env.reset(seed=seed, options={"max_steps": max_steps})
+    env.reset(seed, max_steps)
     env.env.action_space.seed(seed)  # of this very environment, which is new where the last one raised
     observations, actions, rewards = [deepcopy(env.read)], [], []  # environments may write into what they returned
     while not env.ended:
         action = policy(env.last, env.env)
-        rewards.append(env.step(action)[1])
+        rewards.append(env.step(action))
         observations.append(deepcopy(env.read))
         actions.append(action)
     if env.flags["lost"]:
         return {**env.flags}
-    seen = env.maker.facts.observation_space
+    seen, taken = env.maker.facts[:2]
     return {
         "states": encode_observations(seen, stack(seen, observations)),
-        "actions": encode_actions(env.action_space, actions),
+        "actions": encode_actions(taken, actions),
         "rewards": np.array(rewards),
         **env.flags,
     }
