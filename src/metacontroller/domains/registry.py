@@ -19,16 +19,15 @@ from metacontroller.errors import UserError
 GROUP = "metacontroller.domains"
 
 
+@cache
+def _own_names() -> list[str]:
+    """Worlds of this package."""
+    return sorted(path.parent.name.replace("_", "-") for path in Path(domains.__path__[0]).glob("*/domain.py"))
+
+
 def domain_names() -> list[str]:
     """All names of worlds."""
     return sorted({*_own_names(), *(point.name for point in entry_points(group=GROUP))})
-
-
-@cache
-def _own_names() -> frozenset[str]:
-    """Those of this package."""
-    folders = (path.parent.name for path in Path(domains.__path__[0]).glob("*/domain.py"))
-    return frozenset(name.replace("_", "-") for name in folders)
 
 
 def domain_class(name: str) -> type[Domain]:
@@ -47,7 +46,7 @@ def domain_class(name: str) -> type[Domain]:
 def domain_of(config: Any) -> Domain:
     """The world of a config; UserError if no world has this type of config."""
     for names in (_own_names, domain_names):  # entry points take long to read
-        for kind in map(domain_class, sorted(names())):
+        for kind in map(domain_class, names()):
             if kind.Config is type(config):
                 return kind(config)
     raise UserError(

@@ -43,7 +43,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run.read_config()["domain"]["name"] == "babyai"
     assert run.read_analysis("gate")["episodes"] > 0
     assert all(run.read_analysis("oracle")[name] is not None for name in ("seen", "unseen", "named"))
-    assert len(list(Path("datasets/babyai").iterdir())) == 2  # one a phase, shared by all commands
+    assert len(list(Path("datasets/babyai").iterdir())) == 3  # one a split, shared by all commands
 
 
 @pytest.mark.parametrize("name", ["babyai-debug", "babyai-laptop"])

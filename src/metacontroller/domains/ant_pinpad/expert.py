@@ -160,29 +160,24 @@ class Expert(nn.Module):
             raise UserError(f"{path} is not a complete safetensors file ({error}); write it again.") from None
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise UserError(f"{path} holds no expert of format {FORMAT}; name one that examples/ant_expert.py wrote.")
-        expert = cls._of_shapes(tensors, header)
-        if expert is None or header.get("sha256", expert._seal(header)) != expert._seal(header):
-            raise UserError(f"{path} is not what was written (other weights, shapes or SHA-256); write it again.")
+        try:
+            expert = cls._of(tensors, **header)
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError):
+            raise UserError(
+                f"{path} is not what was written (other weights, shapes or SHA-256); write it again."
+            ) from None
         return expert, header["about"]
 
     @classmethod
-    def _of_shapes(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Expert | None:
-        """The expert with these weights; None unless they are finite floats of the shapes that the header says."""
-        features: Any = header.get("features")
-        hidden, about = header.get("hidden"), header.get("about")
-        if not isinstance(about, dict) or not isinstance(hidden, list):
-            return None
-        whole = all(type(width) is int and 0 < width <= 2**20 for width in [features, *hidden])
-        if not whole or len(hidden) > len(tensors):
-            return None
-        with torch.device("meta"):  # the shapes alone
-            expected = {name: (value.shape, value.dtype) for name, value in cls(features, hidden).state_dict().items()}
-        if {name: (value.shape, value.dtype) for name, value in tensors.items()} != expected:
-            return None
-        if not all(bool(value.isfinite().all()) for value in tensors.values()):
-            return None
-        expert = cls(features, hidden)
-        expert.load_state_dict(tensors)
+    def _of(cls, tensors: dict[str, Tensor], *, features: int, hidden: list[int], **rest: Any) -> Expert:
+        """The expert that a file holds; an error of any kind unless its header says what the weights are."""
+        with torch.device("meta"):  # the shapes alone: the weights are those of the file
+            expert = cls(features, hidden[: len(tensors)])
+        expert.load_state_dict(tensors, assign=True)
+        seal = expert._seal({"features": features, "hidden": hidden, **rest})
+        sound = all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in tensors.values())
+        if not sound or not isinstance(rest["about"], dict) or rest.get("sha256", seal) != seal:
+            raise ValueError(seal)
         return expert
 
     def _seal(self, header: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class _Ants(EpisodeFactory):
     table = "A2"
     board: Arena
 
-    def __init__(self, *arguments: Any, camera: str = "above", threads: int = 0, **plane: Any) -> None:
-        super().__init__(*arguments, **plane)
+    def __init__(self, *, camera: str = "above", threads: int = 0, **options: Any) -> None:
+        super().__init__(**options)
         check("camera", camera, Camera)
         self.camera, self.threads = camera, threads
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (observation_size(self.board),), np.float32)

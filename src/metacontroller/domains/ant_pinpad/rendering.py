@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -96,13 +97,11 @@ def painter(arena: Arena, pixels: int = 224) -> Painter:
 @cache
 def can_draw() -> bool:
     """Whether this machine has an OpenGL to draw with."""
-    try:
-        context, surface = _canvas(8)
-    except UserError:
-        return False
-    surface.free()
-    context.free()
-    return True
+    with suppress(UserError):
+        for canvas in reversed(_canvas(8)):
+            canvas.free()
+        return True
+    return False
 
 
 def _camera(arena: Arena, name: str) -> Any:

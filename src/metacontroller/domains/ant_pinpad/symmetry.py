@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.domains.ant_pinpad.layouts import Arena
-from metacontroller.domains.ant_pinpad.observation import (
-    ORIENTATION,
-    PROPRIOCEPTION,
-    VELOCITY,
-    parts_of,
-    symlog,
-)
+from metacontroller.domains.ant_pinpad.observation import ORIENTATION, PROPRIOCEPTION, VELOCITY, parts_of, symlog
 
 LEGS = 4
 ANKLE_SIGNS = (1.0, -1.0, -1.0, 1.0)
@@ -82,9 +76,8 @@ def _quarter_turns(size: int) -> tuple[list[list[int]], list[list[int]]]:
             signs[to + 1] = int(ANKLE_SIGNS[leg] * ANKLE_SIGNS[leg - 1])
     orders, all_signs = [list(range(size))], [[1] * size]
     for _ in range(3):
-        former, before = orders[-1], all_signs[-1]
-        all_signs.append([sign * before[source] for sign, source in zip(signs, order, strict=True)])
-        orders.append([former[source] for source in order])
+        all_signs.append([sign * all_signs[-1][source] for sign, source in zip(signs, order, strict=True)])
+        orders.append([orders[-1][source] for source in order])
     return orders, all_signs
 
 
@@ -92,12 +85,11 @@ def shift_colors(arena: Arena, states: Tensor, shift: Tensor) -> Tensor:
     """The same worlds with each color counted on by ``shift`` (b,), modulo their number. states (b, t,
     observation_size) -> the same shape."""
     colors = torch.arange(arena.num_colors, device=states.device)
-    before, seen, after = states.split([PROPRIOCEPTION + 2, 2 * arena.num_objects, 2], -1)
-    things = seen.unflatten(-1, (-1, 2))
-    source = (colors - shift[:, None]) % arena.num_colors
-    shown = things[..., : arena.num_colors, :].gather(2, source[:, None, :, None].expand(*states.shape[:2], -1, 2))
-    things = torch.cat([shown, things[..., arena.num_colors :, :]], -2)
-    return torch.cat([before, things.flatten(-2), after], -1)
+    sizes = [PROPRIOCEPTION + 2, 2 * arena.num_colors, 2 * arena.num_walls + 2]
+    before, seen, after = states.split(sizes, -1)
+    source = ((colors - shift[:, None]) % arena.num_colors)[:, None, :, None].expand(*states.shape[:2], -1, 2)
+    shown = seen.unflatten(-1, (-1, 2)).gather(2, source)
+    return torch.cat([before, shown.flatten(-2), after], -1)
 
 
 def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
@@ -115,11 +107,9 @@ def turn_body(proprioception: Tensor, quarter: Tensor) -> Tensor:
 def turn_legs(joints: Tensor, quarter: Tensor) -> Tensor:
     """Values of hips and ankles (b, 8), legs in order, with the legs counted from another one."""
     signs = joints.new_tensor(ANKLE_SIGNS)
-    legs = joints.unflatten(1, (LEGS, 2))
-    legs = torch.stack([legs[..., 0], legs[..., 1] * signs], -1)
+    hips, ankles = joints.unflatten(1, (LEGS, 2)).unbind(-1)
     order = (torch.arange(LEGS, device=joints.device) + quarter[:, None]) % LEGS
-    legs = legs.gather(1, order[..., None].expand_as(legs))
-    return torch.stack([legs[..., 0], legs[..., 1] * signs], -1).flatten(1)
+    return torch.stack([hips.gather(1, order), (ankles * signs).gather(1, order) * signs], -1).flatten(1)
 
 
 def turn_torques(torques: Tensor, quarter: Tensor) -> Tensor:

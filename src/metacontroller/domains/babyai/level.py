@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from minigrid.core.roomgrid import RoomGrid
@@ -18,7 +19,7 @@ class ThenInstr(BeforeInstr):
     first, which a strict instruction takes for a failure; here each step is judged once.
     """
 
-    def __init__(self, first: ActionInstr, rest: Instr) -> None:
+    def __init__(self, first: Instr, rest: Instr) -> None:
         self.instr_a, self.instr_b, self.strict = first, rest, False
 
     def verify(self, action: int) -> str:
@@ -40,14 +41,8 @@ class FreeInstr(ActionInstr):
 
 def sequence(objects: Sequence[tuple[str, str]], task: Sequence[int]) -> Instr:
     """The instruction to pick up the objects of a task in order; picking up another one fails."""
-    if not len(task):
-        return FreeInstr()
-    instruction: Instr | None = None
-    for index in reversed(task):
-        part = PickupInstr(ObjDesc(*objects[index]), strict=True)
-        instruction = part if instruction is None else ThenInstr(part, instruction)
-    assert instruction is not None
-    return instruction
+    parts: list[Instr] = [PickupInstr(ObjDesc(*objects[index]), strict=True) for index in task]
+    return reduce(lambda rest, first: ThenInstr(first, rest), reversed(parts)) if parts else FreeInstr()
 
 
 class Room(RoomGridLevel):

@@ -126,9 +126,8 @@ def with_pictures(observations: np.ndarray, tiles: np.ndarray) -> np.ndarray:
     """Observations of symbols (..., VIEW_CELLS + 1 + words) with pictures in their place, (..., pixels + 1 + words)
     uint8."""
     drawn = pictures(observations[..., :VIEW_CELLS], tiles)
-    return np.concatenate(
-        [drawn.reshape(*drawn.shape[:-3], PIXELS), observations[..., VIEW_CELLS:].astype(np.uint8)], -1
-    )
+    flat = drawn.reshape(*drawn.shape[:-3], PIXELS)
+    return np.concatenate([flat, observations[..., VIEW_CELLS:].astype(np.uint8)], -1)
 
 
 def random_symmetry(states: Tensor, generator: torch.Generator, *, rgb: bool = False) -> Tensor:

@@ -23,8 +23,8 @@ class _Grids(EpisodeFactory):
     table = "A1"
     board: PinpadConfig
 
-    def __init__(self, *arguments: Any, **grid: Any) -> None:
-        super().__init__(*arguments, **grid)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.padded, self.lengths = pad_tasks(self.tasks)
         self.observation_space = spaces.Box(0.0, 1.0, (self.board.observation_size,), np.float32)
         self.action_space = spaces.Discrete(NUM_ACTIONS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -22,7 +22,7 @@ from metacontroller.domains.pinpad.layouts import Board
 from metacontroller.domains.pinpad.tasks import check_tasks, read_tasks
 from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.errors import UserError
-from metacontroller.ranges import check_options
+from metacontroller.ranges import COUNT, check, check_options
 
 TaskSpec = str | Iterable[str | Sequence[int]]
 
@@ -40,14 +40,18 @@ class EpisodeFactory(ABC):
     action_space: spaces.Space
 
     def __init__(
-        self, tasks: TaskSpec | None, task: str | Sequence[int] | None, render_mode: str | None, **board: Any
+        self,
+        *,
+        tasks: TaskSpec | None = None,
+        task: str | Sequence[int] | None = None,
+        render_mode: str | None = None,
+        **board: Any,
     ) -> None:
         if tasks is not None and task is not None:
             raise UserError(
                 "both tasks and task were given; give tasks to sample from, or the one task of every episode."
             )
-        if render_mode not in (None, "rgb_array"):
-            raise UserError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None.")
+        check("render_mode", render_mode, Literal["rgb_array"] | None)
         check_options("the environment", board, self.Board)
         self.render_mode, self.board = render_mode, self.Board(**board)
         self.tasks = read_tasks((self.table if tasks is None else tasks) if task is None else [task])
@@ -87,20 +91,13 @@ def started(batch: Any) -> Any:
 
 
 class PinpadEnv(gymnasium.Env[np.ndarray, Any]):
-    """One episode at a time. Arguments: see `EpisodeFactory`, and that of the world."""
+    """One episode at a time. options: of the world's `EpisodeFactory`."""
 
     Episodes: ClassVar[type[EpisodeFactory]]
 
-    def __init__(
-        self,
-        *,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-        **options: Any,
-    ) -> None:
-        self.render_mode = render_mode
-        self._episodes, self._batch = self.Episodes(tasks, task, render_mode, **options), None
+    def __init__(self, **options: Any) -> None:
+        self._episodes, self._batch = self.Episodes(**options), None
+        self.render_mode = self._episodes.render_mode
         self.observation_space, self.action_space = self._episodes.observation_space, self._episodes.action_space
 
     def reset(
@@ -131,26 +128,14 @@ class PinpadEnv(gymnasium.Env[np.ndarray, Any]):
 
 
 class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Many episodes that step together. A subclass declares autoreset ``NEXT_STEP`` in its metadata.
-
-    UserError for fewer than one episode.
-    """
+    """Many episodes that step together. A subclass declares autoreset ``NEXT_STEP`` in its metadata."""
 
     Episodes: ClassVar[type[EpisodeFactory]]
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        tasks: TaskSpec | None = None,
-        task: str | Sequence[int] | None = None,
-        render_mode: str | None = None,
-        **options: Any,
-    ) -> None:
-        if num_envs < 1:
-            raise UserError(f"num_envs is {num_envs}; ask for at least one.")
-        self.num_envs, self.render_mode = num_envs, render_mode
-        self._episodes, self._batch = self.Episodes(tasks, task, render_mode, **options), None
+    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+        check("num_envs", num_envs, COUNT)
+        self._episodes, self._batch = self.Episodes(**options), None
+        self.num_envs, self.render_mode = num_envs, self._episodes.render_mode
         self.single_observation_space = self._episodes.observation_space
         self.single_action_space = self._episodes.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -112,10 +112,9 @@ def sweeps(size: int) -> list[tuple[Line, Line]]:
 
     Following them in order sweeps the square down, up, right and left.
     """
-    everything = slice(None)
     rows: list[tuple[Line, Line]] = [((i,), (i - 1,)) for i in range(1, size)]
     rows += [((i,), (i + 1,)) for i in range(size - 2, -1, -1)]
-    return rows + [((everything, *here), (everything, *neighbor)) for here, neighbor in rows]
+    return rows + [((slice(None), *here), (slice(None), *neighbor)) for here, neighbor in rows]
 
 
 def feasible(board: Board, layouts: Layouts) -> Tensor:
@@ -148,21 +147,18 @@ def sample_layouts(
     """
     if device is None:
         device = "cpu" if generator is None else generator.device
-    layouts = _sample_any_layouts(board, n, generator, device)
-    bad = (~feasible(board, layouts)).nonzero().squeeze(1)
-    for _ in range(MAX_RESAMPLES):
-        if len(bad) == 0:
-            return layouts
-        again = _sample_any_layouts(board, len(bad), generator, device)
-        layouts.objects[bad], layouts.agent[bad] = again.objects, again.agent
-        bad = bad[~feasible(board, again)]
+
+    def draw(count: int) -> Tensor:
+        keys = torch.rand((count, board.num_cells), generator=generator, device=device)
+        return keys.topk(board.num_objects + 1, dim=1).indices
+
+    cells, bad = draw(n), torch.arange(n, device=device)
+    for _ in range(MAX_RESAMPLES + 1):
+        bad = bad[~feasible(board, Layouts(cells[bad, :-1], cells[bad, -1]))]
+        if not len(bad):
+            return Layouts(cells[:, :-1].contiguous(), cells[:, -1].contiguous())
+        cells[bad] = draw(len(bad))
     raise UserError(
         f"no feasible layout was found in {MAX_RESAMPLES} tries for size {board.size}, {board.num_colors} colors and "
-        f"{board.num_walls} walls: raise size or take fewer colors or walls."
+        f"{board.num_walls} walls; raise size or take fewer colors or walls."
     )
-
-
-def _sample_any_layouts(board: Board, n: int, generator: torch.Generator | None, device: torch.device | str) -> Layouts:
-    keys = torch.rand((n, board.num_cells), generator=generator, device=device)
-    cells = keys.topk(board.num_objects + 1, dim=1).indices
-    return Layouts(cells[:, :-1].contiguous(), cells[:, -1].contiguous())

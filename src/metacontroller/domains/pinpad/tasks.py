@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, MOST_COUNT, Whole, check
+from metacontroller.ranges import COUNT, check
 
 
 def parse_task(text: str) -> tuple[int, ...]:
@@ -80,19 +80,18 @@ def check_tasks(tasks: Iterable[Sequence[int]], num_colors: int, remedy: str = "
         if len(task) == 0:
             raise UserError("an empty task has nothing to visit: give each task at least one color.")
         for color in task:
-            check("a color of a task", color, Whole(-MOST_COUNT))
-        unknown = [color for color in task if not 0 <= color < num_colors]
-        if unknown:
-            raise UserError(
-                f"task {format_task(task)} has unknown color {unknown[0]}: colors run from 0 to {num_colors - 1}, "
-                f"so change the task or {remedy}."
-            )
-        repeats = [a for a, b in pairwise(task) if a == b]
-        if repeats:
-            raise UserError(
-                f"task {format_task(task)} names color {repeats[0]} twice in a row: a visit is a move onto the color "
-                "from elsewhere, so put another color between."
-            )
+            check("a color of a task", color, int)
+            if not 0 <= color < num_colors:
+                raise UserError(
+                    f"task {format_task(task)} has unknown color {color}: colors run from 0 to {num_colors - 1}, "
+                    f"so change the task or {remedy}."
+                )
+        for color, following in pairwise(task):
+            if color == following:
+                raise UserError(
+                    f"task {format_task(task)} names color {color} twice in a row: a visit is a move onto the color "
+                    "from elsewhere, so put another color between."
+                )
 
 
 def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, ...]:
