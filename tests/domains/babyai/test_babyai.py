@@ -49,6 +49,12 @@ def small(tmp_path: Path, **changes: Any) -> BabyAIConfig:
     return BabyAIConfig(**{**options, **changes})
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for demonstrations that several tests read."""
+    return tmp_path_factory.mktemp("babyai")
+
+
 def random_state(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -132,9 +138,9 @@ def test_pictures_are_minigrids() -> None:
     assert batch.observation.dtype == torch.uint8
 
 
-def test_a_world_of_pictures_says_what_one_of_symbols_does(tmp_path: Path) -> None:
+def test_a_world_of_pictures_says_what_one_of_symbols_does(shared: Path) -> None:
     config = preset("babyai-debug")
-    worlds = {view: BabyAI(small(tmp_path, view=view)) for view in ("symbols", "rgb")}
+    worlds = {view: BabyAI(small(shared, view=view)) for view in ("symbols", "rgb")}
     episodes = {view: world.demonstrations("pretrain", 6, random_state()) for view, world in worlds.items()}
     symbols, seen = episodes["symbols"].states, episodes["rgb"].states
     assert torch.equal(seen[..., observation.PIXELS :].long(), symbols[..., observation.VIEW_CELLS :])
@@ -310,8 +316,8 @@ def test_demonstrations_do_not_depend_on_the_number_of_processes(tmp_path: Path,
 # -- the world --------------------------------------------------------------------------------------------------------
 
 
-def test_the_mission_is_shown_in_a_share_of_pretraining_and_never_later(tmp_path: Path) -> None:
-    world = BabyAI(small(tmp_path, mission_share=0.5))
+def test_the_mission_is_shown_in_a_share_of_pretraining_and_never_later(shared: Path) -> None:
+    world = BabyAI(small(shared, mission_share=0.5))
     first, random = observation.VIEW_CELLS + 1, random_state()
     shown = world.demonstrations("pretrain", 400, random).states[:, :, first:]
     share = (shown[:, 0, 0] > 0).float().mean()
@@ -340,9 +346,9 @@ def test_demonstrations_come_from_disk_the_same_for_every_run(tmp_path: Path, mo
         world.demonstrations("discover", 2, random_state())
 
 
-def test_demonstrations_can_be_played_anew(tmp_path: Path) -> None:
+def test_demonstrations_can_be_played_anew(shared: Path) -> None:
     for view in ("symbols", "rgb"):
-        world = BabyAI(small(tmp_path, view=view))
+        world = BabyAI(small(shared, view=view))
         made = [world.demonstrations("pretrain", 12, random_state()), world.demonstrate(None, 3, random_state())]
         for episodes in made:
             env = world.restart(episodes)
@@ -367,9 +373,9 @@ def test_a_mission_longer_than_the_model_reads_is_played_and_never_shown(tmp_pat
         world.reset(2, random_state(), task=Told((0, 1, 2, 0, 1)))
 
 
-def test_the_easiest_episodes_are_the_shortest(tmp_path: Path) -> None:
-    every = BabyAI(small(tmp_path)).demonstrations("discover", 300, random_state())
-    easy = BabyAI(small(tmp_path, easiest=0.25)).demonstrations("discover", 300, random_state())
+def test_the_easiest_episodes_are_the_shortest(shared: Path) -> None:
+    every = BabyAI(small(shared)).demonstrations("discover", 300, random_state())
+    easy = BabyAI(small(shared, easiest=0.25)).demonstrations("discover", 300, random_state())
     assert int(easy.lengths.max()) < int(every.lengths.max())
     assert int(easy.lengths.min()) == int(every.lengths.min())
 

@@ -179,6 +179,7 @@ def test_recent_visits_follow_their_grid_and_leave_with_it(picture):
 
 def test_a_subgoal_that_is_not_in_the_vocabulary_has_no_index(picture):
     batch = paired(picture, (0, 3, 2, 3))
+    assert batch.task_goals().tolist() == [[-1, 1, -1]]
     assert batch.goal().tolist() == [-1]
     play(batch, [RIGHT, DOWN])
     assert (batch.goal().tolist(), batch.reached().tolist(), batch.subgoals_done.tolist()) == ([1], [-1], [1])

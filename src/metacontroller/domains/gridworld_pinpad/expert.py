@@ -6,6 +6,7 @@ Axes: b grid of the batch, t time, o object, a action.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -74,7 +75,10 @@ def expert_trajectories(
     padded, lengths = pad_tasks(tasks, device)
     chosen = torch.randint(len(tasks), (n,), generator=generator, device=device)
     batch = PinpadBatch(config, layouts, padded[chosen], lengths[chosen], subgoals=subgoals)
-    return record(batch, _ExpertPolicy(batch, tie_break, epsilon, generator).act)
+    policy = _ExpertPolicy(batch, tie_break, epsilon, generator)
+    walks = record(batch, policy.act, look=lambda: batch.agent[:, None])  # the objects stay: put beside them at the end
+    objects = batch.objects[:, None].expand(-1, walks.steps + 1, -1)
+    return replace(walks, states=torch.cat([objects, walks.states], dim=2))
 
 
 class _ExpertPolicy:

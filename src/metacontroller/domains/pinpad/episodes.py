@@ -90,7 +90,7 @@ class PinpadEpisodes(BatchedEnv):
     @property
     def subgoals_done(self) -> Tensor:
         """int64 (b,): number of whole subgoals of the task done so far."""
-        return self.colors_done // self.colors_per_subgoal
+        return self.colors_done if self._of_colors else self.colors_done // self.colors_per_subgoal
 
     def next_color(self) -> Tensor:
         """int64 (b,): the color to visit next, -1 once the task is done and without one."""
@@ -103,9 +103,11 @@ class PinpadEpisodes(BatchedEnv):
         """
         if self._of_colors:
             return self.next_color()
-        chunks = self._padded.unflatten(1, (-1, self.colors_per_subgoal))
-        rows = torch.arange(len(self), device=chunks.device)
-        return self._index_of(chunks[rows, self.subgoals_done])
+        return self.task_goals().gather(1, self.subgoals_done[:, None]).squeeze(1)
+
+    def task_goals(self) -> Tensor:
+        """int64 (b, l / u + 1): index of each subgoal of the task, -1 for none, as at the end."""
+        return self._index_of(self._padded.unflatten(1, (-1, self.colors_per_subgoal)))
 
     def visited_color(self) -> Tensor:
         """int64 (b,): the color visited by the last step, part of the task or not, else -1."""
@@ -121,8 +123,8 @@ class PinpadEpisodes(BatchedEnv):
         return self._index_of(torch.cat([self._recent, self._visited[:, None]], 1))
 
     def _index_of(self, chunks: Tensor) -> Tensor:
-        """Index in the vocabulary of chunks of colors (b, u), -1 where they are not in it."""
-        equal = (chunks[:, None] == self._vocabulary).all(-1)
+        """Index in the vocabulary of chunks of colors (..., u), -1 where they are not in it."""
+        equal = (chunks[..., None, :] == self._vocabulary).all(-1)
         return torch.where(equal.any(-1), equal.to(torch.uint8).argmax(-1), -1)
 
     def visit(self, colors: Tensor, running: Tensor, failed: Tensor | None = None) -> Tensor:
@@ -164,28 +166,30 @@ class PinpadEpisodes(BatchedEnv):
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(other, name)))
 
 
-def record(env: PinpadEpisodes, act: Callable[[], Tensor]) -> Trajectories:
+def record(env: PinpadEpisodes, act: Callable[[], Tensor], look: Callable[[], Tensor] | None = None) -> Trajectories:
     """Plays every episode to its end. act: returns the next actions, (b,) or (b, a); ended episodes ignore theirs.
+    look: returns the states, (b, ...), by default observations.
 
     t is the longest episode. The padding repeats the last state, with action 0 and subgoal and segment -1. Elsewhere
     these are the current subgoal's index in the vocabulary, and its position in the task.
     """
-    states, actions, subgoals, segments, ended = [env.observation], [], [], [], []
+    look = look or (lambda: env.observation)
+    states, actions, segments, ended = [look()], [], [], []
     while not bool((stopped := env.terminated | env.truncated).all()):
         ended.append(stopped)
-        subgoals.append(env.goal())
         segments.append(env.subgoals_done)
         chosen = act()
         actions.append(chosen.masked_fill(stopped.view(-1, *[1] * (chosen.dim() - 1)), 0))
         env.step(actions[-1])
-        states.append(env.observation)
+        states.append(look())
     padding = torch.stack(ended, 1)
+    done = torch.stack(segments, 1)
     return Trajectories(
         states=torch.stack(states, 1),
         actions=torch.stack(actions, 1),
         lengths=env.steps,
-        subgoals=torch.stack(subgoals, 1).masked_fill(padding, -1),
-        segments=torch.stack(segments, 1).masked_fill(padding, -1),
+        subgoals=env.task_goals().gather(1, done).masked_fill(padding, -1),
+        segments=done.masked_fill(padding, -1),
     )
 
 
