@@ -28,7 +28,7 @@ from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig
 from metacontroller.domains.base import demonstrations
 from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, GridworldPinpadConfig
 from metacontroller.domains.offline.domain import Offline, OfflineConfig
-from metacontroller.phases import discover as discover_module
+from metacontroller.phases import diagnostics
 from metacontroller.presets import preset
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes import measure
@@ -223,9 +223,9 @@ def test_discovery_is_diagnosed_on_episodes_that_neither_it_nor_its_guide_saw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Trajectories] = []
-    measured = discover_module.measure
+    measured = diagnostics.measure
     monkeypatch.setattr(
-        discover_module,
+        diagnostics,
         "measure",
         lambda model, steering, batch, rng: kept.append(batch) or measured(model, steering, batch, rng),
     )
