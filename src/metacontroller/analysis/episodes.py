@@ -109,22 +109,17 @@ def _rounded(values: Tensor) -> Any:
     return (values.double() * 1e4).round().div(1e4).tolist()
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def _frames(domain: Domain, batch: Trajectories, every: int) -> Sequence[list[str] | None]:
     """Every so many states of each episode as data URIs, small enough together; None without pictures."""
-    nothing = [None] * len(batch.states)
-    if not domain.offers("render"):
-        return nothing
+    pictures: list[np.ndarray] = []
     try:
-        pictures = [
-            drawn(domain, states[: length + 1 : every])
-            for states, length in zip(batch.states, batch.lengths.tolist(), strict=True)
-        ]
+        if domain.offers("render"):
+            episodes = zip(batch.states, batch.lengths.tolist(), strict=True)
+            pictures = [drawn(domain, states[: length + 1 : every]) for states, length in episodes]
     except UserError as error:
         announce(f"episodes: no pictures: {error}")
-        return nothing
+    if not pictures:
+        return [None] * batch.batch
     files: list[list[bytes]] = []
     for shrink in range(1, 33):
         files = [[png(picture[::shrink, ::shrink]) for picture in episode] for episode in pictures]

@@ -1,14 +1,7 @@
 """Analyses by name: what a command, a study and a report loop over.
 
-An analysis is a class in a module of this package, or of another that an entry point of the group
-``metacontroller.analyses`` names:
-
-    @analysis("probes", command="probe", figure="3, A1")
-    class Probes(Analysis):
-        @dataclass(frozen=True, kw_only=True)
-        class Config: ...
-
-        def measure(self, run, config, *, quiet=False): ...
+An analysis is a subclass of `Analysis` under the decorator `analysis`, in a module of this package, or of another that
+an entry point of the group ``metacontroller.analyses`` names.
 """
 
 from __future__ import annotations
@@ -127,10 +120,9 @@ def run_analysis(name: str, run: LoadedRun, config: Any = None, *, quiet: bool =
         raise UserError(f"analysis {name!r} is unknown; known are {', '.join(known)}.")
     chosen = known[name]
     if chosen.needs_labels and not run.subgoals:
-        raise UserError(
-            f"{name} needs the subgoal of each step, and the demonstrations of {run.domain.name} carry none; give a "
-            "world whose demonstrations are labelled."
-        )
+        world = run.domain.name
+        needed = f"{name} needs the subgoal of each step, and the demonstrations of {world} carry none"
+        raise UserError(f"{needed}; give a world whose demonstrations are labelled.")
     config = chosen.Config() if config is None else config
     return run.folder.write_analysis(name, chosen.measure(run, config, quiet=quiet))
 

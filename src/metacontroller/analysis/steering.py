@@ -1,7 +1,7 @@
 """Supervised controllers: one linear controller a subgoal, trained with true labels at a layer (Fig. 4).
 
-If they reach their subgoals in held-out episodes, chained in an order that training never showed, then the residual at
-that layer can be steered linearly: what discovery must find without labels is there to be found.
+Where they reach their subgoals, chained in an order that training never showed, the residual can be steered linearly:
+what discovery must find without labels is there to be found.
 
 Axes: b rows, t steps, i residual in, o residual out (both n_e), g subgoals, r rank.
 """

@@ -32,15 +32,14 @@ END_SECONDS = 1.0
 
 
 class Film(NamedTuple):
-    """What one episode showed, states (t + 1, *obs), and what its gate did: beta (t,) and switches (t,) bool, or None
-    where nothing steers."""
+    """What an episode showed, states (t + 1, *obs), and its gate: beta, switches (t,); None where nothing steers."""
 
     states: Tensor
     gate: tuple[Tensor, Tensor] | None
 
 
 def check_video(run: LoadedRun, path: Path) -> None:
-    """Raises UserError, before anything is played, where no video can be written."""
+    """UserError, before anything is played, where no video can be written."""
     if path.suffix not in FORMATS:
         raise UserError(f"video {path} has the ending {path.suffix!r}; expected one of {', '.join(FORMATS)}.")
     if missing := _missing(path.suffix):
@@ -85,7 +84,7 @@ def _check_ffmpeg() -> None:
 
 @checked_kinds
 def write_video(run: LoadedRun, policy: Policy, path: Path, *, task: Any = None, episodes: int = 4, seed: int) -> None:
-    """Films ``episodes`` held-out episodes of a policy, one after the other; replaced only when the video is whole.
+    """Films ``episodes`` held-out episodes of a policy, one after the other, into a file that is complete or as before.
 
     Below the pictures is the gate so far, in a new color for each abstract action. task: as of `Domain.reset`. seed: of
     layouts, codes and actions. The ending of ``path`` chooses MP4 or GIF.

@@ -19,7 +19,7 @@ from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbed
 from metacontroller.control.switching import GateConfig, SwitchingUnit
 from metacontroller.data.trajectories import check_tensor
 from metacontroller.errors import UserError
-from metacontroller.models.other_keywords import own_keywords
+from metacontroller.models.other_keywords import explains_other_keywords
 from metacontroller.models.precision import Precision
 from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, WIDTH, Number, check_number, check_options
 from metacontroller.storage.module_file import Saveable
@@ -53,7 +53,7 @@ class SteeringModules(Saveable, nn.Module):
     sequence_embedder: Any
     encoder: Any
 
-    @own_keywords
+    @explains_other_keywords
     def __init__(
         self,
         dim_model: int,

@@ -160,7 +160,7 @@ class HawkStore:
         return cache
 
     def put(self, rows: Tensor, cache: HawkCache, at: Tensor, steps: int) -> None:
-        """Stores the batch's rows ``at`` (m,) as the store's ``rows`` (m,)."""
+        """Stores the batch's rows ``at`` (m,), taken ``steps`` steps ago, as the store's ``rows`` (m,)."""
         buffers = [*cache.states, *cache.recent]
         for target, buffer in zip([*self.rows.states, *self.rows.recent], buffers, strict=True):
             target[rows] = buffer[at].to(target.dtype)
@@ -181,20 +181,20 @@ def _longer(buffers: list[Tensor], steps: int) -> list[Tensor]:
 
 @dataclass
 class ModelCache:
-    """The caches of both bodies, as the phases use them."""
+    """The caches of both bodies. A model may have others, with the same method."""
 
     lower: Any
     upper: Any
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps only the rows with indices ``rows``, int64 (m,), in place."""
+        """Keeps only the episodes with indices ``rows``, int64 (m,), in place."""
         self.lower.keep(rows)
         self.upper.keep(rows)
 
 
 @dataclass
 class ModelStore:
-    """The stores of both bodies, as the phases use them."""
+    """The stores of both bodies. A model may have others, with the methods ``take`` and ``put`` of `HawkStore`."""
 
     lower: Any
     upper: Any

@@ -14,7 +14,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def own_keywords(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def explains_other_keywords(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """A method that answers a keyword of the other library's method of the same name by saying where that is."""
     known = signature(function).parameters
 

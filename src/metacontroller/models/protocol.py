@@ -78,9 +78,9 @@ class SteerableModel(Saveable, nn.Module):
         raise NotImplementedError
 
     def empty_cache(self, batch: int, capacity: int = 32) -> Any:
-        """A cache with attributes ``lower`` and ``upper`` for ``batch`` episodes that step together.
+        """A cache with attributes ``lower`` and ``upper`` for ``batch`` episodes that step together, as `ModelCache`.
 
-        Its method ``keep(rows)`` keeps only the episodes with indices ``rows``. capacity: steps before it has to grow.
+        capacity: steps before it has to grow.
         """
         raise NotImplementedError
 
@@ -89,10 +89,8 @@ class SteerableModel(Saveable, nn.Module):
         raise NotImplementedError
 
     def resplit(self, lower_depth: int) -> None:
-        """Moves the controlled layer, in place, to after layer ``lower_depth``; 0 is the input embedding.
-
-        UserError if the model cannot.
-        """
+        """Moves the controlled layer, in place, to after layer ``lower_depth``; 0 is the input embedding. The outputs
+        without steering do not change; earlier caches become invalid. UserError if the model cannot."""
         raise UserError(f"a {type(self).__name__} is controlled at one layer only; it cannot be split elsewhere.")
 
     def limit_context(self, steps: int) -> None:
@@ -100,24 +98,15 @@ class SteerableModel(Saveable, nn.Module):
         training; saved with the weights. By default nothing: a recurrent model has its state."""
 
     def cache_store(self, batch: int) -> Any:
-        """Caches of ``batch`` episodes that do not step together, before their first steps.
-
-        It has the attributes ``lower`` and ``upper``, each with methods ``take(rows)``, which returns a copy of rows
-        (m,) as the cache of one batch; and ``put(rows, cache, at, steps)``, which stores the batch's rows ``at`` (m,),
-        taken ``steps`` steps ago, as ``rows`` (m,). Its method ``restart(rows)`` begins new episodes. UserError if the
-        model has none.
-        """
-        raise UserError(
-            f"a {type(self).__name__} has no cache for episodes that do not step together; define cache_store() of it."
-        )
+        """Caches of ``batch`` episodes that do not step together, before their first steps, as `ModelStore`; UserError
+        if the model has none."""
+        name = type(self).__name__
+        raise UserError(f"a {name} has no cache for episodes that do not step together; define cache_store() of it.")
 
     # the same for all models
 
     def residual(self, states: Tensor, actions: Tensor) -> Tensor:
-        """e_t at the controlled layer for whole episodes.
-
-        states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e).
-        """
+        """e_t at the controlled layer: states (b, T or T + 1, ...), actions (b, T, ...) -> (b, T, n_e)."""
         return self.lower(self.embed(states[:, : actions.shape[1]], actions[:, :-1]))
 
     def behavior_cloning_loss(
@@ -162,10 +151,7 @@ class SteerableModel(Saveable, nn.Module):
         *,
         with_state_loss: bool = True,
     ) -> BehaviorCloningLosses:
-        """State and action loss when the upper body reads ``steered`` (b, T, n_e), which alone gets a gradient.
-
-        The model's weights get none: it is frozen.
-        """
+        """State and action loss when the upper body reads ``steered`` (b, T, n_e), which alone gets a gradient."""
         lengths = full_lengths(episode_lens, actions)
         targets = _target_lengths(states, lengths, actions.shape[1])
 

@@ -29,9 +29,8 @@ MOST_MODES = 1024
 class Readout(nn.Module):
     """Maps the last residual to the parameters of a distribution over values: actions, or what is predicted of states.
 
-    A subclass sets ``linear`` and the following, and defines the methods that raise here. Made with ``embeds``, it also
-    has an ``embedding`` of past actions.
-    shape, dtype: of one value; of floats any precision is read. sizes: numbers of categories of its entries.
+    A subclass defines the methods that raise here, and sets ``linear``, an ``embedding`` of past actions if it embeds,
+    shape and dtype: of one value, of floats any precision is read; and sizes: numbers of categories of its entries.
     """
 
     linear: nn.Linear
@@ -57,10 +56,8 @@ class Readout(nn.Module):
         raise NotImplementedError
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
-        """One value per step, (b, t, *shape).
-
-        temperature: divides logits, and multiplies standard deviations; 0 takes the likeliest.
-        """
+        """One value per step, (b, t, *shape). temperature: divides logits, and multiplies standard deviations; 0 takes
+        the likeliest."""
         raise NotImplementedError
 
     def check(self, values: Tensor, steps: tuple[int, int]) -> None:

@@ -21,10 +21,9 @@ OBSERVATION_LIMIT = 1e9
 class StateEncoder(nn.Module):
     """Maps observations to the first residual, and defines the target of the state loss.
 
-    A subclass sets the following, and defines ``forward``.
-    shape: of one state. dtype: of states; of floats any precision is read. sizes: numbers of categories of the first
-    entries of a state's last axis. contents: what a state is, for errors. predicted: options of the readout that
-    predicts ``targets``, see `make_readout`.
+    A subclass defines ``forward`` and sets shape: of one state; dtype: of states, of floats any precision is read;
+    sizes: numbers of categories of the first entries of a state's last axis; contents: what a state is, for errors;
+    predicted: options of the readout that predicts ``targets``, see `make_readout`.
     """
 
     shape: tuple[int, ...]

@@ -18,7 +18,7 @@ from metacontroller.models.blocks import Body
 from metacontroller.models.caches import ModelCache, ModelStore, check_unused
 from metacontroller.models.encoders import make_encoder
 from metacontroller.models.hawk import HawkBody
-from metacontroller.models.other_keywords import own_keywords, refuse_keyword
+from metacontroller.models.other_keywords import explains_other_keywords, refuse_keyword
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
@@ -71,7 +71,7 @@ class Transformer(SteerableModel):
 
     unsaved = ("meta_controller",)
 
-    @own_keywords
+    @explains_other_keywords
     def __init__(
         self,
         dim: int,
@@ -146,10 +146,6 @@ class Transformer(SteerableModel):
                 body.limit_context(steps)
 
     def resplit(self, lower_depth: int) -> None:
-        """Moves the controlled layer, in place, to after block ``lower_depth`` of all; 0 is the input embedding.
-
-        The outputs without steering do not change; earlier caches become invalid. UserError if the bodies differ.
-        """
         blocks = self.blocks
         fits = not Whole(0, len(blocks)).expected(lower_depth)
         require(fits, "lower_depth", lower_depth, f"0..{len(blocks)}, the model's number of blocks")
@@ -206,7 +202,7 @@ class Transformer(SteerableModel):
             raise UserError("model.meta_controller is None; set it to the metacontroller whose policy is to evolve.")
         return self.meta_controller.evolve_policy(self, num_generations, environment, **options)
 
-    @own_keywords
+    @explains_other_keywords
     def forward(
         self,
         state: Tensor,
