@@ -140,7 +140,7 @@ def test_unseen_transition_share_is_nan_when_everything_may_follow_or_nobody_kno
     assert math.isnan(unseen_transition_share(aimless(world, 12), episodes=10))
 
 
-def inject(world: Domain, count: int = 2000) -> InjectionResult:
+def inject(world: Domain, count: int = 1000) -> InjectionResult:
     """`injected_codes` of a metacontroller that has learned nothing."""
     steering, walks = build_meta_controller(debug()), aimless(world, 16)
     meaning = code_subgoal_bits(walks, steering, codes=4, layouts_per_code=8)

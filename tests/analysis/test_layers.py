@@ -142,7 +142,7 @@ def test_in_chained_play_actions_have_the_temperature_that_is_asked_for(monkeypa
 def test_labels_make_the_actions_likelier_and_the_model_stays() -> None:
     model = build_model(debug())
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    configs = (LayerConfig(steps=steps, batch_size=32, episodes=40, lr=1e-2) for steps in (2, 120))
+    configs = (LayerConfig(steps=steps, batch_size=32, episodes=40, lr=3e-2) for steps in (2, 40))
     short, long = (steer_layers(model, (source, source), WORLD, config, seed=0, quiet=True) for config in configs)
     assert len(long.success) == len(long.action_loss) == model.depth + 1
     assert all(later < earlier for earlier, later in zip(short.action_loss, long.action_loss, strict=True))
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
 def test_chained_play_counts_the_tasks_done() -> None:
     model = build_model(debug())
     controllers = SupervisedControllers(4, model.dim, 2)
-    share = play_chained(model, controllers, single_task(max_steps=400), 600, seed=0)
+    share = play_chained(model, controllers, single_task(max_steps=400), 300, seed=0)
     assert share == pytest.approx(0.25, abs=0.09)  # the first color that an aimless walk meets is one of four
 
 

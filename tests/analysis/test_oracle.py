@@ -83,7 +83,10 @@ def test_a_label_is_read_from_codes_that_name_it_and_not_from_noise() -> None:
         assert low <= readable((codes[:500], label[:500]), (codes[500:], label[500:]), 0) <= high
 
 
-def test_the_analysis_of_a_run_that_has_learned_nothing(untrained: Callable[..., LoadedRun]) -> None:
+def test_the_analysis_of_a_run_that_has_learned_nothing(
+    untrained: Callable[..., LoadedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READER_UPDATES", 20)
     results = run_analysis("oracle", untrained(), Oracle.Config(episodes=40))
     assert 0 <= results["unseen"] <= results["unseen_subgoals"] <= 1
     assert 0 <= results["seen"] <= results["seen_subgoals"] <= 1
@@ -127,8 +130,9 @@ def test_after_compile_the_codes_are_its_own(untrained: Callable[..., LoadedRun]
 
 
 def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
-    untrained: Callable[..., LoadedRun],
+    untrained: Callable[..., LoadedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "READER_UPDATES", 20)
     class Silent(GridworldPinpad):
         def reset(self, *arguments: Any, **options: Any) -> PinpadBatch:
             env = super().reset(*arguments, **options)
