@@ -152,7 +152,7 @@ RANGES = [
     ("meta_controller", "precision", "half", "expected one of 'float32', 'bfloat16', 'auto'"),
     ("meta_controller", "policy_std", 0.0, "expected a number above 0"),
     ("meta_controller", "free_bits", -1.0, "expected a number of at least 0"),
-    ("gate", "mode", "often", "expected one of soft, hard"),
+    ("gate", "mode", "often", "expected one of 'soft', 'hard'"),
     ("gate", "threshold", 1.0, "expected a number between 0 and 1"),
     ("gate", "temperature", 0.0, "expected a number above 0"),
     ("gate", "period", 0, "expected at least 1"),
