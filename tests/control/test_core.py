@@ -90,8 +90,8 @@ def steer(steering: MetaController, name: str, parts: tuple[int, ...], data: Dat
         elif name == "given":
             codes = data.codes[:, now]
             proposer = Proposer(lambda reading, state, switch, codes=codes: Proposal(codes, codes, state))
-        options = {"gate": core.gate_of_call(steering, discovery=not acting), "uniform": data.uniform[:, now]}
-        span = core.steer_span(steering, data.residual[:, now], state, proposer, **options)
+        gate = core.GateUse(core.gate_of_call(steering, discovery=not acting), data.uniform[:, now])
+        span = core.steer_span(steering, data.residual[:, now], state, proposer, gate)
         state, start = span.state, start + steps
         spans.append(span[:-1])
     values = [torch.cat(values, 1) for values in zip(*spans, strict=True)]
@@ -142,7 +142,7 @@ def test_one_step_is_its_equations(gate: Any, fixed: bool) -> None:
     config = core.gate_of_call(steering, discovery=True)
     proposer = Proposer(lambda reading, state, switch: Proposal(code, code, state))
     with fixed_gate(steering) if fixed else nullcontext():
-        span = core.steer_span(steering, e, before, proposer, gate=config, uniform=uniform)
+        span = core.steer_span(steering, e, before, proposer, core.GateUse(config, uniform))
     read, unit = steering.norm(e[:, 0]), steering.switching
     hidden = torch.relu(unit.drive(torch.cat([read, before.history], -1)) + unit.code(before.z))
     noise = torch.log(uniform / (1 - uniform))[:, 0] if gate["mode"] == "gumbel-sigmoid" else 0.0

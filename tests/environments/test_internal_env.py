@@ -359,7 +359,7 @@ def test_pictures_and_closing_are_the_inner_environments() -> None:
 def test_actions_that_are_no_codes_are_refused(action: np.ndarray) -> None:
     env = make_counting(length=4)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="expected 3 finite numbers, a code"):
+    with pytest.raises(ValueError, match=r"expected finite numbers of shape \(3,\)"):
         env.step(action)
 
 

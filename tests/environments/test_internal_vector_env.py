@@ -188,8 +188,9 @@ def joined_single_starts(started: list[Tensor], results: Any) -> list[Tensor]:
     return joined
 
 
-def test_a_policy_plays_as_in_the_rollout_of_the_phase() -> None:
-    model, steering = make_model()
+@pytest.mark.parametrize("mode", ["soft", "gumbel-sigmoid", "forced", "fixed-frequency"])
+def test_a_policy_plays_as_in_the_rollout_of_the_phase(mode: str) -> None:
+    model, steering = make_model({"mode": mode, "period": 3})
     torch.nn.init.normal_(steering.policy.readout.weight, std=0.5)
     steering.action_temperature = 0.0
     envs = InternalVectorEnv(GridworldPinpad(CONFIG), model, steering, 64, task=(0, 1))
@@ -331,7 +332,7 @@ def test_the_model_is_only_read() -> None:
 def test_actions_that_are_no_codes_are_refused(actions: np.ndarray) -> None:
     envs = InternalVectorEnv(GridworldPinpad(CONFIG), *make_model(), ROWS)
     envs.reset(seed=0)
-    with pytest.raises(ValueError, match=r"expected \(4, 3\), a code of finite numbers for each row"):
+    with pytest.raises(ValueError, match=r"expected finite numbers of shape \(4, 3\)"):
         envs.step(actions)
 
 

@@ -35,16 +35,13 @@ MUTATIONS: list[Mutation] = [
         ("returns - returns.mean()) /", "returns + returns.mean()) /"),
         ("returns.std(correction=0) + delta", "returns.std(correction=1) + delta"),
         ("return (log_prob - old_log_prob).masked", "return (old_log_prob - log_prob).masked"),
-        (
-            "-masked_mean(torch.minimum(ratio * advantage, clipped",
-            "masked_mean(torch.minimum(ratio * advantage, clipped",
-        ),
+        ("return -masked_mean(terms.sum", "return masked_mean(terms.sum"),
         (
             "torch.minimum(ratio * advantage, clipped * advantage)",
             "torch.maximum(ratio * advantage, clipped * advantage)",
         ),
         ("clipped = ratio.clamp(1 - low, 1 + high)", "clipped = ratio.clamp(1 - high, 1 + low)"),
-        ("terms.sum(-1), mask)", "terms.mean(-1), mask)"),
+        ("terms.sum(-1) if per_entry", "terms.mean(-1) if per_entry"),
         ("advantages / eta).softmax(-1)", "advantages * eta).softmax(-1)"),
         (
             "return n / (n - 1) * ((n - 1) * share * soft + (1 - share) * (1 - soft))",
@@ -93,7 +90,7 @@ MUTATIONS: list[Mutation] = [
             "torch.where(switch, 0, state.steps_since_switch + 1)",
         ),
         ("beta.masked_fill(state.steps_since_switch[:, None] == 0, 1.0)", "beta"),
-        ("switch = weight[:, 0] >= gate.threshold", "switch = weight[:, 0] < gate.threshold"),
+        ("switch = weight[:, 0] >= gate.config.threshold", "switch = weight[:, 0] < gate.config.threshold"),
         ("return (residual + control(", "return (residual - control("),
         ("torch.cat([start[:, None], after[:, :-1]], 1), last[0]", "after, last[0]"),
     ),

@@ -49,9 +49,10 @@ def make_model(condition_on_actions: bool) -> Transformer:
     return model.eval()
 
 
-def make_steering() -> MetaController:
+def make_steering(mode: Any = "soft") -> MetaController:
     """Codes matter, the gate opens now and then, and the policy always takes its mean."""
-    steering = MetaController(16, dim_meta_controller=8, dim_latent=CODE, rank=2)
+    gate = {"mode": mode, "period": 3}
+    steering = MetaController(16, dim_meta_controller=8, dim_latent=CODE, rank=2, gate=gate)
     for weight in (steering.controller.write, steering.switching.out.weight, steering.switching.code.weight):
         nn.init.normal_(weight, std=2.0)
     nn.init.normal_(steering.policy.readout.weight[:CODE])
@@ -120,14 +121,24 @@ def test_raw_rollouts_equal_steps_of_the_model(
     torch.testing.assert_close(again[played], rollout.log_prob[played], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("many", [2, 1000])
-@pytest.mark.parametrize("condition_on_actions", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "condition_on_actions"),
+    [
+        ("soft", False),
+        ("hard", True),
+        ("straight-through", False),
+        ("gumbel-sigmoid", True),
+        ("forced", False),
+        ("fixed-frequency", True),
+    ],
+)
 def test_abstract_rollouts_equal_steps_of_the_steered_model(
-    condition_on_actions: bool, many: int, monkeypatch: pytest.MonkeyPatch
+    mode: str, condition_on_actions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    many = 2 if mode in ("soft", "hard", "forced") else 1000
     monkeypatch.setattr(rollout_phase, "MANY_ROWS", many)
     monkeypatch.setattr(rollout_phase, "ROW_STEP", 5)
-    model, steering = make_model(condition_on_actions), make_steering()
+    model, steering = make_model(condition_on_actions), make_steering(mode)
     steering.action_temperature = 0.0  # the likeliest action
     rollout = rollout_abstract(model, steering, new_grids(), policy_proposal(steering, None))
     monkeypatch.setattr(model.action_readout, "sample", greedy)
@@ -140,7 +151,8 @@ def test_abstract_rollouts_equal_steps_of_the_steered_model(
         assert (rollout.returns[row], rollout.steps[row]) == (episode["return"], episode["steps"])
         assert rollout.subgoals_done[row] == episode["subgoals_done"]
     decisions = sum(int(episode["switch"].sum()) for episode in episodes)
-    assert EPISODES < decisions < sum(episode["steps"] for episode in episodes)
+    steps = sum(episode["steps"] for episode in episodes)
+    assert decisions == steps if mode == "forced" else EPISODES < decisions < steps
 
 
 def test_codes_are_held_by_a_model_that_knows_its_past_actions(monkeypatch: pytest.MonkeyPatch) -> None:

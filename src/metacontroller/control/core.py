@@ -49,7 +49,7 @@ class SteeringState:
 
     def index(self, rows: Tensor) -> SteeringState:
         """The state of the episodes with indices ``rows`` (m,)."""
-        return SteeringState(*(value[rows] for value in vars(self).values()))
+        return SteeringState(*(None if value is None else value[rows] for value in vars(self).values()))  # pyright: ignore[reportArgumentType]
 
 
 class Reading(NamedTuple):
@@ -96,92 +96,82 @@ class SteeredSpan(NamedTuple):
     state: SteeringState
 
 
+class GateUse(NamedTuple):
+    """How a span uses the gate. config: see `gate_of_call`. uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid,
+    sampled if not given. weights (b, t): of the proposals, instead of the gate's."""
+
+    config: GateConfig
+    uniform: Tensor | None = None
+    weights: Tensor | None = None
+
+    def step(self, t: int) -> GateUse:
+        """That of one step."""
+        return GateUse(self.config, *(None if part is None else part[:, t : t + 1] for part in self[1:]))
+
+
 def steer_span(
-    modules: SteeringModules,
-    residual: Tensor,
-    state: SteeringState,
-    proposer: Proposer,
-    *,
-    gate: GateConfig,
-    uniform: Tensor | None = None,
-    given_gate: Tensor | None = None,
+    modules: SteeringModules, residual: Tensor, state: SteeringState, proposer: Proposer, gate: GateUse
 ) -> SteeredSpan:
     """Eq. 12 to 18 along residuals (b, t, n_e), which follow the steps of ``state``.
 
-    gate: how beta is used, see `gate_of_call`. uniform (b, t): noise in (0, 1) for the Gumbel-sigmoid, sampled here if
-    not given. given_gate (b, t): weights of the proposals instead of the gate's. Where the gate's parameters are frozen
-    (`parameter_groups.fixed_gate`) no gradient passes through beta, to the codes before neither.
+    Where the gate's parameters are frozen (`parameter_groups.fixed_gate`) no gradient passes through beta, to the codes
+    before neither.
     """
-    steps = residual.shape[1]
-    if steps == 1:
-        return _one_step(modules, residual, state, proposer, gate, uniform, given_gate)
+    if residual.shape[1] == 1:
+        return _one_step(modules, residual, state, proposer, gate)
     if not proposer.at_switches:
-        return _many_steps(modules, residual, state, proposer, gate, uniform, given_gate)
+        return _many_steps(modules, residual, state, proposer, gate)
     spans: list[SteeredSpan] = []
-    for t in range(steps):
-        parts = [None if values is None else values[:, t : t + 1] for values in (uniform, given_gate)]
-        spans.append(_one_step(modules, residual[:, t : t + 1], state, proposer, gate, *parts))
+    for t in range(residual.shape[1]):
+        spans.append(_one_step(modules, residual[:, t : t + 1], state, proposer, gate.step(t)))
         state = spans[-1].state
     fields: Any = zip(*(span[:-1] for span in spans), strict=True)
     return SteeredSpan(*(torch.cat(values, 1) for values in fields), state=state)
 
 
 def _many_steps(
-    modules: SteeringModules,
-    residual: Tensor,
-    state: SteeringState,
-    proposer: Proposer,
-    gate: GateConfig,
-    uniform: Tensor | None,
-    given_gate: Tensor | None,
+    modules: SteeringModules, residual: Tensor, state: SteeringState, proposer: Proposer, gate: GateUse
 ) -> SteeredSpan:
     """All proposals, then one scan over time."""
     reading = read_residual(modules, residual, state.history)
     proposal = proposer.ask(reading, state.policy, None)
     z_tilde = bounded(proposal.code, modules.code_bound)
     before, since = state.z.to(z_tilde.dtype), state.steps_since_switch
-    if given_gate is not None:
-        z, weight, beta = mix_given(z_tilde, given_gate.to(z_tilde.dtype), before)
+    if gate.weights is not None:
+        z, weight, beta = mix_given(z_tilde, gate.weights.to(z_tilde.dtype), before)
     else:
         fresh = torch.zeros(residual.shape[:2], dtype=torch.bool, device=residual.device)
         fresh[:, 0] = since == 0
-        options = {"config": gate, "temperature": modules.switch_temperature, "since": since}
+        options = {"config": gate.config, "temperature": modules.switch_temperature, "since": since}
         learns = _gate_learns(modules)
         with torch.set_grad_enabled(learns):
-            parts = (reading.normed, reading.history, z_tilde, fresh, before, uniform)
+            parts = (reading.normed, reading.history, z_tilde, fresh, before, gate.uniform)
             z, weight, beta = modules.switching(*parts, **options)
         if z_tilde.requires_grad and not learns:
             z = mix_given(z_tilde, weight, before).z
     steps = residual.shape[1]
     number = torch.arange(1, steps + 1, device=residual.device)
-    last = torch.where(weight >= gate.threshold, number, 0).amax(1)
-    after = SteeringState(
-        reading.last, z[:, -1], torch.where(last > 0, steps + 1 - last, since + steps), proposal.state
-    )
+    last = torch.where(weight >= gate.config.threshold, number, 0).amax(1)
+    since = torch.where(last > 0, steps + 1 - last, since + steps)
+    after = SteeringState(reading.last, z[:, -1], since, proposal.state)
     return SteeredSpan(control(modules, residual, z), z, weight, beta, *proposal[:2], after)
 
 
 def _one_step(
-    modules: SteeringModules,
-    residual: Tensor,
-    state: SteeringState,
-    proposer: Proposer,
-    gate: GateConfig,
-    uniform: Tensor | None,
-    given_gate: Tensor | None,
+    modules: SteeringModules, residual: Tensor, state: SteeringState, proposer: Proposer, gate: GateUse
 ) -> SteeredSpan:
     """The gate first, which knows the code before, then the proposal."""
     reading = read_residual(modules, residual, state.history)
-    if given_gate is None:
+    if gate.weights is None:
         with torch.set_grad_enabled(_gate_learns(modules)):
-            beta = _step_beta(modules, reading, state, gate, uniform)
-            weight = weight_of(beta, gate)
+            beta = _step_beta(modules, reading, state, gate)
+            weight = weight_of(beta, gate.config)
     else:
-        beta = weight = given_gate
-    switch = weight[:, 0] >= gate.threshold
+        beta = weight = gate.weights
+    switch = weight[:, 0] >= gate.config.threshold
     proposal = proposer.ask(reading, state.policy, switch)
     z_tilde = bounded(proposal.code[:, 0], modules.code_bound)
-    if given_gate is None and gate.mode in ALL_OR_NOTHING:
+    if gate.weights is None and gate.config.mode in ALL_OR_NOTHING:
         z = torch.where(switch[:, None], z_tilde, state.z)
     else:
         z = weight * z_tilde + (1 - weight) * state.z
@@ -195,7 +185,7 @@ def _one_step(
 def observe(modules: SteeringModules, residual: Tensor, state: SteeringState) -> tuple[Tensor, SteeringState]:
     """Reads residual (b, n_e): beta (b,), 1 at an episode's first step, and the state with the history h_t."""
     reading = read_residual(modules, residual[:, None], state.history)
-    beta = _step_beta(modules, reading, state, acting_gate(modules))
+    beta = _step_beta(modules, reading, state, GateUse(acting_gate(modules)))
     return beta[:, 0], SteeringState(reading.last, state.z, state.steps_since_switch, state.policy)
 
 
@@ -210,12 +200,10 @@ def _steps_since(state: SteeringState, switch: Tensor) -> Tensor:
     return torch.where(switch, 1, state.steps_since_switch + 1)
 
 
-def _step_beta(
-    modules: SteeringModules, reading: Reading, state: SteeringState, gate: GateConfig, uniform: Tensor | None = None
-) -> Tensor:
+def _step_beta(modules: SteeringModules, reading: Reading, state: SteeringState, gate: GateUse) -> Tensor:
     """Eq. 16 of one step, (b, 1)."""
-    asked = (reading.normed, reading.history, state.z[:, None], state.steps_since_switch[:, None], uniform)
-    beta = modules.switching.probability(*asked, config=gate, temperature=modules.switch_temperature)
+    asked = (reading.normed, reading.history, state.z[:, None], state.steps_since_switch[:, None], gate.uniform)
+    beta = modules.switching.probability(*asked, config=gate.config, temperature=modules.switch_temperature)
     return beta.masked_fill(state.steps_since_switch[:, None] == 0, 1.0)
 
 
@@ -417,8 +405,7 @@ def discover(
         steered, kl = steer(modules, residual, teacher_codes), modules.codes.kl(distribution)
         return DiscoveryOutput(steered, teacher_codes, beta, beta, kl, mask, distribution)
     start, proposer = initial_state(modules, len(residual)), encoder(modules, embedded, lengths, noise.code)
-    gate = gate_of_call(modules, discovery=True)
-    span = steer_span(modules, residual, start, proposer, gate=gate, uniform=noise.gate)
+    span = steer_span(modules, residual, start, proposer, GateUse(gate_of_call(modules, True), noise.gate))
     steered, kl = (residual + span.control).to(residual.dtype), modules.codes.kl(span.distribution)
     return DiscoveryOutput(steered, span.z, span.gate, span.beta, kl, mask, span.distribution)
 

@@ -105,13 +105,13 @@ def clipped_surrogate(
     if len(pair) != 2 or any(NOT_NEGATIVE.expected(bound) for bound in pair):
         raise UserError(f"eps_clip is {eps_clip}; expected a finite number of at least 0, or two (below, above).")
     low, high = pair
-    if log_prob.dim() == 3:
-        ratio, advantage = torch.exp(log_ratio(log_prob, old_log_prob, mask[..., None])), advantage[..., None]
-        terms = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-        return -masked_mean(terms.sum(-1), mask)
-    ratio = torch.exp(log_ratio(log_prob, old_log_prob, mask))
+    decided, per_entry = mask, log_prob.dim() == 3
+    if per_entry:
+        decided, advantage = mask[..., None], advantage[..., None]
+    ratio = torch.exp(log_ratio(log_prob, old_log_prob, decided))
     clipped = ratio.clamp(1 - low, 1 + high)
-    return -masked_mean(torch.minimum(ratio * advantage, clipped * advantage), mask)
+    terms = torch.minimum(ratio * advantage, clipped * advantage)
+    return -masked_mean(terms.sum(-1) if per_entry else terms, mask)
 
 
 def target_policy_loss(

@@ -87,8 +87,8 @@ class MetaController(SteeringModules):
         self.check_residual(residual)
         if residual.shape[1] != 1:
             raise UserError(f"the residual stream has {residual.shape[1]} steps; expected 1: act takes one at a time.")
-        state, gate = self._state(state, len(residual)), core.acting_gate(self)
-        span = core.steer_span(self, residual, state, core.policy(self, generator), gate=gate)
+        state, gate = self._state(state, len(residual)), core.GateUse(core.acting_gate(self))
+        span = core.steer_span(self, residual, state, core.policy(self, generator), gate)
         output = self._output(residual, span, None)
         if not self.policy.every_step:
             output = output._replace(actions=span.z, switch_beta=span.beta)
@@ -134,7 +134,7 @@ class MetaController(SteeringModules):
         proposer = core.policy(self, temperature=temperature)
         if discovery_phase:
             proposer = core.encoder(self, residual_stream, lengths, temperature=temperature)
-        span = core.steer_span(self, residual_stream, state, proposer, gate=gate, given_gate=given)
+        span = core.steer_span(self, residual_stream, state, proposer, core.GateUse(gate, weights=given))
         output = self._output(residual_stream, span, lengths if discovery_phase else None)
         return span.control.to(residual_stream.dtype), output
 

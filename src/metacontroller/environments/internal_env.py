@@ -13,12 +13,12 @@ from gymnasium import spaces
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.core import SteeringState
+from metacontroller.control.core import SteeringState, initial_state
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.data.spaces import action_options, environment_actions, environment_states, readable
 from metacontroller.domains.border import Misfit, began, fitted, observed, stepped
 from metacontroller.domains.guarded_environment import tell_lost
-from metacontroller.environments.code_space import CodeSpace
+from metacontroller.environments.code_space import CodeSpace, residual_array, spaces_of, steered_action
 from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.models.readouts import CategoricalReadout, GaussianReadout
@@ -39,24 +39,21 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     One step is one abstract action: the code steers the frozen model, whose sampled actions go to ``env``, until the
     gate opens (beta >= threshold) or the episode ends. So ``env`` must end its episodes, by a time limit if need be.
 
-    Action space: ``Box(-5, 5, (n_z,), float32)``: the code z; or, if ``warped``, ``Box(-1, 1, (n_z,), float32)``, whose
-    uniform samples stand for samples of the prior N(0, I). Either way ``action_space.sample()`` and ``sample_prior()``
-    explore the prior, and codes beyond ±5, where hardly any of it lies, are clipped (`CodeSpace`).
+    Action space: ``Box(-5, 5, (n_z,), float32)``, the code z; if ``warped``, ``Box(-1, 1, (n_z,), float32)``, where the
+    code is the inverse normal CDF of (action + 1) / 2 (`CodeSpace`). Codes beyond ±5 are clipped.
+    ``action_space.sample()`` and ``sample_prior()`` explore the prior N(0, I) either way.
 
     Observation space: ``Box(-inf, inf, (n_e,), float32)``: the residual at the controlled layer for the observation at
-    which the gate opened; after a reset, for the first observation, which always takes a new code; at the end, for the
-    last one.
+    which the gate opened; after a reset, for the first one, which always takes a new code; at the end, for the last.
 
     Reward: the sum of ``env``'s rewards during the abstract action. Endings: ``terminated`` and ``truncated`` of
     ``env``; after either, call ``reset``.
 
-    Info: ``steps``, environment steps taken by the abstract action; ``env_info``, the last info of ``env``; ``lost``,
-    True, where a reward or an observation that is not finite or not of its space ended the episode as truncated: its
-    last observation is the one before. What ``env`` raises is raised.
+    Info: ``steps``, environment steps of the abstract action; ``env_info``, the last info of ``env``; ``lost``, True,
+    where a reward or an observation that is not finite or not of its space ended the episode as truncated: its last
+    observation is the one before. What ``env`` raises is raised.
 
-    Seeds: ``reset(seed=...)`` seeds ``env`` and the sampling of the model's actions.
-
-    Versions: v0, as described here.
+    Seeds: ``reset(seed=...)`` seeds ``env`` and the sampling of the model's actions. Versions: v0, as described here.
 
     Args:
         env: one environment, with the model's observations and actions; actions of a Gaussian readout are clipped to
@@ -65,7 +62,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         meta_controller: its gate and controller act; its policy is not used.
         encode_observation: maps an observation of ``env`` to one state of the model, without batch and time axes; by
             default as a dataset of ``env`` would hold it (`data.spaces`), then the encoder's ``from_observation``.
-        warped: whether actions are warped: the code is the inverse normal CDF of (action + 1) / 2.
+        warped: see the action space.
 
     Raises:
         UserError: if the metacontroller or the action space of ``env`` does not fit the model, and in ``reset`` if the
@@ -84,18 +81,12 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         encode_observation: Callable[[Any], Tensor] | None = None,
         warped: bool = False,
     ) -> None:
-        if model.dim != meta_controller.dim_model:
-            raise UserError(
-                f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
-            )
-        check_gaussian(meta_controller)
+        self.observation_space, self.action_space = spaces_of(model, meta_controller, warped)
         _check_action_space(env.action_space, model)
         self.env, self.model, self.meta_controller = env, model, meta_controller
         self.encode_observation = encode_observation or self._encoded
         self._readable = None if encode_observation else readable(env.observation_space)
         self.metadata, self.render_mode = env.metadata, env.render_mode
-        self.observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
-        self.action_space = CodeSpace((meta_controller.dim_latent,), warped=warped)
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device)
         self._episode: _Episode | None = None
@@ -107,7 +98,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Start an episode; ``options`` go to the inner environment."""
         super().reset(seed=seed)
         self._generator.manual_seed(int(self.np_random.integers(2**62)))
-        cache, state = self.model.empty_cache(1), self.meta_controller.initial_state(1)
+        cache, state = self.model.empty_cache(1), initial_state(self.meta_controller, 1)
         try:
             observation, info = began(self.env, seed=seed, options=options)
             residual = self._lower(cache, observation)
@@ -115,14 +106,14 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise UserError(f"env cannot be reset: {error}.") from error
         _, state = self.meta_controller.observe(residual, state)
         self._episode = _Episode(cache, state, residual)
-        return _to_numpy(residual), {"steps": 0, "env_info": info}
+        return residual_array(residual)[0], {"steps": 0, "env_info": info}
 
     @torch.no_grad()
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Steer with one code (n_z,) until the gate opens or the episode ends; UserError unless it is finite."""
         if self._episode is None:
             raise RuntimeError("no episode is running: call reset() first.")
-        episode, code = self._episode, self._code(action)
+        episode, code = self._episode, self.action_space.codes_of(action).to(self._device)[None]
         switch = torch.ones(1, dtype=torch.bool, device=self._device)
         total, steps, report = 0.0, 0, {"env_info": {}}
         while True:
@@ -142,7 +133,7 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 break
         if terminated or truncated:
             self._episode = None
-        return _to_numpy(episode.residual), total, terminated, truncated, {"steps": steps, **report}
+        return residual_array(episode.residual)[0], total, terminated, truncated, {"steps": steps, **report}
 
     def sample_prior(self) -> np.ndarray:
         """An action (n_z,) whose code is a sample of the prior N(0, I), from ``np_random``; seeded by ``reset``."""
@@ -155,16 +146,6 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def close(self) -> None:
         """Close the inner environment."""
         self.env.close()
-
-    def _code(self, action: np.ndarray) -> Tensor:
-        """(1, n_z) code of an action."""
-        code = torch.as_tensor(np.asarray(action), dtype=torch.float32, device=self._device)
-        if code.shape != self.action_space.shape or not bool(torch.isfinite(code).all()):
-            raise UserError(
-                f"action is {np.asarray(action).tolist()}; expected {self.meta_controller.dim_latent} finite numbers, "
-                "a code."
-            )
-        return self.action_space.codes(code)[None]
 
     def _encoded(self, observation: Any) -> Tensor:
         """One observation as a state, without batch and time axes; Misfit if it is none of its space."""
@@ -181,11 +162,8 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _act(self, episode: _Episode) -> Tensor:
         """(1, 1, ...) sampled action of the steered model, within the inner environment's bounds."""
-        steered = self.meta_controller.steer(episode.residual, episode.state.z)
-        readout = self.model.action_readout
-        params = readout(self.model.upper(steered[:, None], episode.cache.upper))
-        temperature = self.meta_controller.action_temperature
-        action = readout.sample(params, self._generator, temperature=temperature)
+        parts = episode.residual, episode.state, episode.cache.upper, self._generator
+        action = steered_action(self.model, self.meta_controller, *parts)
         if isinstance(self.env.action_space, spaces.Box):
             bounds = (self.env.action_space.low, self.env.action_space.high)
             action = action.clamp(*(torch.as_tensor(bound).to(action).flatten() for bound in bounds))
@@ -195,15 +173,6 @@ class InternalEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """The sampled action as the inner environment takes it; Misfit unless it is finite."""
         taken = environment_actions(self.env.action_space, action[0].cpu().numpy())[0]
         return fitted(self.env.action_space, taken, "the action")
-
-
-def check_gaussian(meta_controller: MetaController) -> None:
-    """UserError unless codes are Gaussian: actions here are vectors of numbers without a discrete structure."""
-    if meta_controller.codes.kind != "gaussian":
-        raise UserError(
-            f"meta_controller has {meta_controller.codes.kind} codes; expected Gaussian ones; train over "
-            "others with the command internal-rl."
-        )
 
 
 def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:
@@ -216,7 +185,3 @@ def _check_action_space(space: spaces.Space, model: SteerableModel) -> None:
         options, expected = {"num_discrete": list(readout.sizes)}, f"choices of {list(readout.sizes)}"
     if action_options(space) != options:
         raise UserError(f"env has action space {space}; expected {expected}, as the model's actions.")
-
-
-def _to_numpy(residual: Tensor) -> np.ndarray:
-    return residual[0].to(torch.float32).cpu().numpy()

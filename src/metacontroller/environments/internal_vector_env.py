@@ -16,18 +16,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from metacontroller.arguments import checked_kinds
-from metacontroller.control.core import SteeringState
+from metacontroller.control.core import SteeringState, initial_state
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv, Domain
 from metacontroller.domains.reset_mask import rows_to_reset
-from metacontroller.environments.code_space import CodeSpace
-from metacontroller.environments.internal_env import check_gaussian
+from metacontroller.environments.code_space import CodeSpace, residual_array, spaces_of, steered_action
 from metacontroller.environments.single_rows import SingleRows
 from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
@@ -54,8 +52,8 @@ class _Rows:
 
     def put(self, rows: Tensor, state: SteeringState, residual: Tensor) -> None:
         """Writes what else there is of ``rows`` (m,) besides environment and caches."""
-        for name, value in vars(state).items():
-            getattr(self.state, name)[rows] = value
+        for name in ("history", "z", "steps_since_switch"):  # no policy acts here
+            getattr(self.state, name)[rows] = getattr(state, name)
         self.residual[rows] = residual
 
 
@@ -109,16 +107,13 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     It can be pickled at any time, unless its world steps in worker processes, and the copy goes on in the same way. A
     world whose batches have no ``replace(rows, other)`` is played row by row: the model still takes one step for all.
 
-    Versions: v0, as described here.
-
     Args:
         domain: the world.
         model: the frozen model. It, and the gate and controller of ``meta_controller``, are only read.
         meta_controller: its gate and controller act; its policy is not used.
         num_envs: b.
         task: as of ``domain.reset``; None is the post-training task.
-        warped: whether actions are warped, ``Box(-1, 1, (n_z,))``: the code is the inverse normal CDF of
-            (action + 1) / 2, so that a uniform sample of the action space is a sample of the prior N(0, I).
+        warped: as of `InternalEnv`.
 
     Raises:
         UserError: if the metacontroller does not fit the model, or the model has no ``cache_store``.
@@ -138,17 +133,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         warped: bool = False,
     ) -> None:
         check_number("num_envs", num_envs, ROWS)
-        if model.dim != meta_controller.dim_model:
-            raise UserError(
-                f"meta_controller has dim_model {meta_controller.dim_model}; expected {model.dim}, the model's dim."
-            )
-        check_gaussian(meta_controller)
         model.cache_store(1)  # raises if the model has none
         self.domain, self.model, self.meta_controller = domain, model, meta_controller
         self.task, self.warped, self.num_envs = task, warped, num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
-        self.single_observation_space = spaces.Box(-np.inf, np.inf, (model.dim,), np.float32)
-        self.single_action_space = CodeSpace((meta_controller.dim_latent,), warped=warped)
+        self.single_observation_space, self.single_action_space = spaces_of(model, meta_controller, warped)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = CodeSpace((num_envs, meta_controller.dim_latent), warped=warped)
         self._device = next(model.parameters()).device
@@ -175,7 +164,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._renew(self._rows, torch.from_numpy(chosen.nonzero()[0]).to(self._device))
         begun = np.ones(self.num_envs, bool) if chosen is None else chosen
         info = _masked({"steps": np.zeros(self.num_envs, np.int64)}, begun)
-        return _to_numpy(self._rows.residual), info
+        return residual_array(self._rows.residual), info
 
     @torch.no_grad()
     @weights_cast_once()
@@ -187,17 +176,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         steps = self._hold(home, self.codes(actions), rewards)
         terminated, truncated = (ended.cpu().numpy().copy() for ended in (home.env.terminated, home.env.truncated))
         info = self._begin_again(home, _ended(home.env), steps)
-        return _to_numpy(home.residual), rewards.cpu().numpy(), terminated, truncated, info
+        return residual_array(home.residual), rewards.cpu().numpy(), terminated, truncated, info
 
     def codes(self, actions: np.ndarray) -> Tensor:
         """The codes (b, n_z) that actions (b, n_z) stand for; UserError unless they are finite."""
-        given = torch.as_tensor(np.asarray(actions), dtype=torch.float32, device=self._device)
-        if given.shape != self.action_space.shape or not bool(torch.isfinite(given).all()):
-            raise UserError(
-                f"actions have shape {tuple(given.shape)}; expected {self.action_space.shape}, a code of finite "
-                "numbers for each row."
-            )
-        return self.action_space.codes(given)
+        return self.action_space.codes_of(actions).to(self._device)
 
     def sample_prior(self) -> np.ndarray:
         """Actions (b, n_z) whose codes are samples of the prior N(0, I), from ``np_random``; seeded by ``reset``."""
@@ -205,14 +188,11 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _hold(self, home: _Rows, codes: Tensor, rewards: Tensor) -> np.ndarray:
         """Holds codes (b, n_z) until every row is done; adds to rewards (b,), returns the steps taken (b,)."""
-        steering, readout = self.meta_controller, self.model.action_readout
-        batch, steps = _Batch(home), np.zeros(self.num_envs, np.int64)
+        steering, batch, steps = self.meta_controller, _Batch(home), np.zeros(self.num_envs, np.int64)
         everywhere = torch.ones_like(batch.rows, dtype=torch.bool)
         batch.state = steering.integrate(batch.state, everywhere, codes)
         while True:
-            steered = steering.steer(batch.residual, batch.state.z)
-            params = readout(self.model.upper(steered[:, None], batch.upper))
-            action = readout.sample(params, self._generator, temperature=steering.action_temperature)
+            action = steered_action(self.model, steering, batch.residual, batch.state, batch.upper, self._generator)
             rewards[batch.rows] += batch.env.step(action[:, 0])
             states = batch.env.observation[:, None]
             batch.residual = self.model.lower(self.model.embed(states, action), batch.lower)[:, 0]
@@ -242,17 +222,13 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         info = _masked({"steps": np.where(over, 0, steps)}, np.ones_like(over))
         if not over.any():
             return info
-        final = {
-            "steps": steps,
-            "success": home.env.success.cpu().numpy().copy(),
-            "episode_steps": home.env.steps.cpu().numpy().copy(),
-            "subgoals_done": home.env.subgoals_done.cpu().numpy().copy(),
-        }
-        lost = getattr(home.env, "lost", None)
-        if lost is not None:
-            final["lost"] = lost.cpu().numpy().copy()
+        env, final = home.env, {"steps": steps}
+        measured = {"success": env.success, "episode_steps": env.steps, "subgoals_done": env.subgoals_done}
+        for name, value in {**measured, "lost": getattr(env, "lost", None)}.items():
+            if value is not None:
+                final[name] = value.cpu().numpy().copy()
         last = np.full(self.num_envs, None, dtype=object)
-        for row, residual in zip(over.nonzero()[0], _to_numpy(home.residual[ended]), strict=True):
+        for row, residual in zip(over.nonzero()[0], residual_array(home.residual[ended]), strict=True):
             last[row] = residual
         self._renew(home, ended.nonzero().squeeze(1))
         return info | _masked({"final_obs": last, "final_info": _masked(final, over)}, over)
@@ -270,25 +246,18 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if not len(starting):
                 break
         else:
-            raise UserError(
-                f"the world {self.domain.name} could not begin an episode, {ATTEMPTS} times in a row; make its reset "
-                "succeed."
-            )
+            failed = f"the world {self.domain.name} could not begin an episode, {ATTEMPTS} times in a row"
+            raise UserError(f"{failed}; make its reset succeed.")
         home.caches.restart(rows)
         home.put(rows, *self._look(home.env, home.caches, rows))
 
     def _look(self, env: _ReplaceableEnv, caches: Any, rows: Tensor) -> tuple[SteeringState, Tensor]:
         """Reads the first observation of the episodes ``rows`` (m,): state and residual of `_Rows`."""
-        state, lower = self._initial_state(len(rows)), caches.lower.take(rows)
+        state, lower = initial_state(self.meta_controller, len(rows)), caches.lower.take(rows)
         residual = self.model.lower(self.model.embed(env.observation[rows][:, None]), lower)[:, 0]
         caches.lower.put(rows, lower, torch.arange(len(rows), device=rows.device), 1)
         _, state = self.meta_controller.observe(residual, state)
         return state, residual
-
-    def _initial_state(self, n: int) -> SteeringState:
-        state = self.meta_controller.initial_state(n)
-        state.policy = state.policy[:, :0]  # the policy does not act here
-        return state
 
     def _episodes(self, n: int) -> _ReplaceableEnv:
         if not self._by_row:
@@ -314,7 +283,3 @@ def _taken(env: _ReplaceableEnv, rows: Tensor) -> _ReplaceableEnv:
 def _masked(values: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
     """An info whose values exist for some rows (b,) bool, with Gymnasium's masks."""
     return {name: value for key, item in values.items() for name, value in ((key, item), (f"_{key}", rows.copy()))}
-
-
-def _to_numpy(residual: Tensor) -> np.ndarray:
-    return residual.to(torch.float32).cpu().numpy().copy()

@@ -25,7 +25,7 @@ from metacontroller.errors import UserError
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.artefacts import EVOLVED, save_artefacts
 from metacontroller.phases.policy_gradient import Reset
-from metacontroller.phases.rollout import AbstractRollout, rollout_abstract
+from metacontroller.phases.rollout import AbstractRollout, policy_proposal, rollout_abstract
 from metacontroller.phases.updates import PlayedUpdates
 from metacontroller.ranges import Count, Positive, Rows, Seed, Width, check_fields, require
 from metacontroller.storage.run_folder import RunFolder
@@ -151,12 +151,11 @@ def play_population(
         raise UserError(f"{len(env)} episodes do not divide among {population.members} members.")
     member = torch.arange(len(env), device=env.steps.device) // (len(env) // population.members)
 
-    def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        distribution, advanced = population(residual[:, None], state, member[rows])
-        code = meta_controller.codes.sample(distribution[:, 0], generator)
-        return code, meta_controller.codes.log_prob(distribution[:, 0], code).sum(-1), advanced
+    def policy(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return population(residual, state, member[rows])
 
-    return rollout_abstract(model, meta_controller, env, propose, generator)
+    proposal = policy_proposal(meta_controller, generator, policy)
+    return rollout_abstract(model, meta_controller, env, proposal, generator)
 
 
 def fitness_of(rollout: AbstractRollout, members: int) -> Tensor:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metacontroller.arguments import checked_kinds
+from metacontroller.control.core import GateUse, Proposer, Reading, SteeredSpan, acting_gate, steer_span
 from metacontroller.control.core import Proposal as CodeProposal
-from metacontroller.control.core import Proposer, Reading, SteeredSpan, acting_gate, steer_span
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.domains.base import BatchedEnv
 from metacontroller.models.precision import weights_cast_once
@@ -53,17 +53,20 @@ class Rollout:
         """(b,) int64: number of actions that the acting policy chose in each episode."""
         return self.steps
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def index(self: AnyRollout, rows: Tensor) -> AnyRollout:
         """The episodes with indices ``rows`` (m,), cut to the longest of them, but to one decision at least."""
         longest = max(1, int(self.decisions[rows].max()))
-        held = {name: value for name, value in vars(self).items() if value is not None}
-        cut = {name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in held.items()}
+        cut = {name: value[rows, :longest] if value.dim() > 1 else value[rows] for name, value in self.tensors.items()}
         return type(self)(**{**vars(self), **cut})
 
     def preceded_by(self: AnyRollout, former: Mapping[str, Tensor]) -> AnyRollout:
         """These episodes behind ``former`` ones, fields by name; the shorter are padded with zeros."""
-        held = {name: value for name, value in vars(self).items() if value is not None}
-        return type(self)(**{**vars(self), **joined([former, held])})
+        return type(self)(**{**vars(self), **joined([former, self.tensors])})
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -148,28 +151,33 @@ class Actor:
         self.past_actions = None if self.past_actions is None else self.past_actions[rows]
 
 
-def policy_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
-    """Codes from the metacontroller's policy."""
-    codes = meta_controller.codes
+def policy_proposal(meta_controller: MetaController, generator: torch.Generator | None, policy: Any = None) -> Proposal:
+    """Codes from the metacontroller's policy, or from ``policy(residual (m, 1, n_e), state, rows)`` instead of it."""
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        distribution, advanced = meta_controller.policy(residual[:, None], state)
-        code = codes.sample(distribution[:, 0], generator)
-        return code, codes.log_prob(distribution[:, 0], code).sum(-1), advanced
+        read = residual[:, None]
+        distribution, advanced = meta_controller.policy(read, state) if policy is None else policy(read, state, rows)
+        return *_sampled(meta_controller, distribution[:, 0], generator), advanced
 
     return propose
 
 
 def prior_proposal(meta_controller: MetaController, generator: torch.Generator | None) -> Proposal:
     """Codes from the prior."""
-    codes = meta_controller.codes
 
     def propose(residual: Tensor, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        distribution = codes.prior(residual, len(residual))
-        code = codes.sample(distribution, generator)
-        return code, codes.log_prob(distribution, code).sum(-1), state
+        prior = meta_controller.codes.prior(residual, len(residual))
+        return *_sampled(meta_controller, prior, generator), state
 
     return propose
+
+
+def _sampled(
+    meta_controller: MetaController, distribution: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Codes (m, n_z) of distributions (m, p), and their joint log-probabilities (m,)."""
+    code = meta_controller.codes.sample(distribution, generator)
+    return code, meta_controller.codes.log_prob(distribution, code).sum(-1)
 
 
 @checked_kinds
@@ -192,7 +200,7 @@ def rollout_abstract(
     rows = torch.arange(len(env), device=env.steps.device)
     alive = ~(env.terminated | env.truncated)
     actor = Actor(model, env, generator, temperature=meta_controller.action_temperature)
-    state, gate = meta_controller.initial_state(len(env)), acting_gate(meta_controller)
+    state, gate = meta_controller.initial_state(len(env)), GateUse(acting_gate(meta_controller))
     decisions, outcome = _Decisions(rows), _Outcome(rows)
 
     def ask(reading: Reading, policy: Tensor, switch: Tensor) -> CodeProposal:
@@ -207,7 +215,7 @@ def rollout_abstract(
     proposer = Proposer(ask, at_switches=True)
     while len(rows):
         residual = actor.look()
-        span = steer_span(meta_controller, residual[:, None], state, proposer, gate=gate)
+        span = steer_span(meta_controller, residual[:, None], state, proposer, gate)
         state = span.state
         if watch is not None:
             watch(span)
@@ -219,13 +227,9 @@ def rollout_abstract(
             outcome.close(rows, env)
             actor.keep(kept)
             rows, alive, state = rows[kept], alive[kept], state.index(kept)
-    return AbstractRollout(
-        residual=decisions.padded(decisions.residual),
-        code=decisions.padded(decisions.code),
-        log_prob=decisions.padded(decisions.log_prob),
-        lengths=decisions.count,
-        **vars(outcome),
-    )
+    residuals, codes, log_probs = decisions.padded()
+    taken = {"residual": residuals, "code": codes, "log_prob": log_probs, "lengths": decisions.count}
+    return AbstractRollout(**taken, **vars(outcome))
 
 
 @checked_kinds
@@ -299,27 +303,23 @@ class _Outcome:
 
 
 class _Decisions:
-    """Residuals, codes and log-probabilities at switches, collected step by step."""
+    """Residuals, codes and log-probabilities at switches, collected step by step; count (b,): of each episode."""
 
     def __init__(self, rows: Tensor) -> None:
         self.count = torch.zeros_like(rows)
-        self.row: list[Tensor] = []
-        self.index: list[Tensor] = []
-        self.residual: list[Tensor] = []
-        self.code: list[Tensor] = []
-        self.log_prob: list[Tensor] = []
+        self.added: list[tuple[Tensor, ...]] = []
 
-    def add(self, rows: Tensor, residual: Tensor, code: Tensor, log_prob: Tensor) -> None:
-        self.row.append(rows)
-        self.index.append(self.count[rows])
-        self.residual.append(residual)
-        self.code.append(code)
-        self.log_prob.append(log_prob)
+    def add(self, rows: Tensor, *values: Tensor) -> None:
+        """The next decision of the episodes ``rows`` (m,)."""
+        self.added.append((rows, self.count[rows], *values))
         self.count[rows] += 1
 
-    def padded(self, values: list[Tensor]) -> Tensor:
-        """(b, longest, ...) with zeros beyond an episode's last decision; longest is 1 at least."""
-        flat = torch.cat(values)
-        out = flat.new_zeros(len(self.count), max(1, int(self.count.max())), *flat.shape[1:])
-        out[torch.cat(self.row), torch.cat(self.index)] = flat
-        return out
+    def padded(self) -> list[Tensor]:
+        """(b, longest, ...) each, with zeros beyond an episode's last decision; longest is 1 at least."""
+        row, index, *values = (torch.cat(parts) for parts in zip(*self.added, strict=True))
+        padded, longest = [], max(1, int(self.count.max()))
+        for flat in values:
+            out = flat.new_zeros(len(self.count), longest, *flat.shape[1:])
+            out[row, index] = flat
+            padded.append(out)
+        return padded

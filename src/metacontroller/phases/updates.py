@@ -44,7 +44,7 @@ class PlayedUpdates(Updates):
 
     def update(self, done: int) -> dict[str, Any]:
         played, rollout = self.play()
-        self.batch = {name: value for name, value in vars(rollout).items() if value is not None}
+        self.batch = rollout.tensors
         self.metrics = {"episodes": done * self.episodes, **episode_means(played, self.learner.processes)}
         if done == 1 and self.metrics["success"] > 1 - 1e-6:
             announce(
