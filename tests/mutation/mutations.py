@@ -36,10 +36,7 @@ MUTATIONS: list[Mutation] = [
         ("returns.std(correction=0) + delta", "returns.std(correction=1) + delta"),
         ("return (log_prob - old_log_prob).masked", "return (old_log_prob - log_prob).masked"),
         ("return -masked_mean(terms.sum", "return masked_mean(terms.sum"),
-        (
-            "torch.minimum(ratio * advantage, clipped * advantage)",
-            "torch.maximum(ratio * advantage, clipped * advantage)",
-        ),
+        ("torch.minimum(ratio * advantage,", "torch.maximum(ratio * advantage,"),
         ("clipped = ratio.clamp(1 - low, 1 + high)", "clipped = ratio.clamp(1 - high, 1 + low)"),
         ("terms.sum(-1) if per_entry", "terms.mean(-1) if per_entry"),
         ("advantages / eta).softmax(-1)", "advantages * eta).softmax(-1)"),
