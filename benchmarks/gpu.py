@@ -26,8 +26,7 @@ from torch import Tensor
 
 from metacontroller.control.core import DiscoveryNoise
 from metacontroller.control.discovery_losses import kl_loss, steered_losses
-from metacontroller.domains.pinpad.layouts import Layouts, sample_layouts
-from metacontroller.domains.pinpad.ways import distance_fields
+from metacontroller.domains.pinpad.layouts import Layouts, distance_fields, sample_layouts
 from metacontroller.domains.registry import domain_of
 from metacontroller.kernels.gate_scan import gate_scan
 from metacontroller.models.transformer import Transformer

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from metacontroller.domains.ant_pinpad.layouts import COUNTERCLOCKWISE, STEPS, Arena, direction_fields
-from metacontroller.domains.pinpad.layouts import object_lookup, sample_layouts
-from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
+from metacontroller.domains.pinpad.layouts import UNREACHABLE, distance_fields, object_lookup, sample_layouts
 
 
 def random_state(seed: int = 0) -> torch.Generator:

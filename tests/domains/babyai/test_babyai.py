@@ -23,8 +23,7 @@ from metacontroller.domains import babyai
 from metacontroller.domains.babyai import domain as domain_module
 from metacontroller.domains.babyai import engine, observation
 from metacontroller.domains.babyai.batch import DROP, FORWARD, LEFT, PICKUP, RoomBatch
-from metacontroller.domains.babyai.bot import RoomBot
-from metacontroller.domains.babyai.dataset import Recipe, generate
+from metacontroller.domains.babyai.dataset import Recipe, RoomBot, generate
 from metacontroller.domains.babyai.domain import BabyAI, BabyAIConfig, Told
 from metacontroller.domains.babyai.level import Room
 from metacontroller.domains.base import FREE, BatchedEnv

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from metacontroller.domains.gridworld_pinpad.expert import TIE_BREAKS, _ExpertPolicy, expert_trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
-from metacontroller.domains.pinpad.layouts import Layouts, sample_layouts
+from metacontroller.domains.pinpad.layouts import UNREACHABLE, Layouts, distance_fields, sample_layouts
 from metacontroller.domains.pinpad.tasks import TABLE_A1, TABLE_A2, pad_tasks
-from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
 
 SMALL = PinpadConfig(size=5, num_colors=4, num_walls=4)
 

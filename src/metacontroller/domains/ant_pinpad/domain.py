@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from metacontroller.domains.ant_pinpad.observation import (
 )
 from metacontroller.domains.ant_pinpad.simulator import STEP_SECONDS, AntBatch, start_ants
 from metacontroller.domains.ant_pinpad.symmetry import LEGS, shift_colors, turn_around, turn_torques
-from metacontroller.domains.base import DomainSpec, Free, Split
+from metacontroller.domains.base import DomainSpec, Split
 from metacontroller.domains.pinpad.tasks import A2_POST, TABLE_A2, Task, check_tasks, color_shifts, format_task
 from metacontroller.domains.pinpad.worlds import StoredWorld
 from metacontroller.errors import UserError
@@ -152,20 +152,10 @@ class AntPinpad(StoredWorld):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         return generate(self._recipe((self.colors_of(task),), seed), n).to(generator.device)
 
-    def reset(
-        self,
-        n: int,
-        generator: torch.Generator,
-        *,
-        task: Sequence[int] | Free | None = None,
-        max_steps: int | None = None,
-    ) -> AntBatch:
-        """n ants, each on its own random layout; task: colors in order.
-
-        An episode without a task (`FREE`) does not end for a color, but as others where the ant falls, walks into a
-        wall or leaves the plane: from there it could not go on.
-        """
-        arena = self.config.arena if max_steps is None else replace(self.config.arena, max_steps=max_steps)
+    def start(self, task: Any, n: int, generator: torch.Generator, max_steps: int) -> AntBatch:
+        """An episode without a task (`FREE`) does not end for a color, but as others where the ant falls, walks into a
+        wall or leaves the plane: from there it could not go on."""
+        arena = replace(self.config.arena, max_steps=max_steps)
         return start_ants(arena, [self.colors_of(task)] * n, generator, self.config.threads)
 
     def restart(self, episodes: Trajectories) -> AntBatch:

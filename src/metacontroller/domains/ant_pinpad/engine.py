@@ -66,5 +66,5 @@ class Physics:
         control = np.repeat(np.clip(action, -1.0, 1.0).reshape(-1, 1, NUM_ACTIONS), FRAME_SKIP, axis=1)
         reached, _ = self.pool.rollout(self.model, self.data, start, control.astype(np.float64))
         time, moved = reached[:, -1, :1], reached[:, -1, 1:]
-        whole = time > (FRAME_SKIP - 0.5) * self.model.opt.timestep  # where it diverges, MuJoCo starts again from 0
-        return np.where(whole, moved, np.nan)
+        finished = time > (FRAME_SKIP - 0.5) * self.model.opt.timestep  # where it diverges, MuJoCo starts again from 0
+        return np.where(finished, moved, np.nan)

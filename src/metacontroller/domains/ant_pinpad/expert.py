@@ -182,8 +182,8 @@ class Expert(nn.Module):
 
     def _seal(self, header: dict[str, Any]) -> str:
         """SHA-256 of the weights and of what a header says of them."""
-        said = {name: value for name, value in header.items() if name != "sha256"}
-        return hashlib.sha256(f"{self.fingerprint()} {json.dumps(said, sort_keys=True)}".encode()).hexdigest()
+        content = {name: value for name, value in header.items() if name != "sha256"}
+        return hashlib.sha256(f"{self.fingerprint()} {json.dumps(content, sort_keys=True)}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """The same for equal weights alone."""

@@ -14,8 +14,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from metacontroller.domains.pinpad.layouts import Board, Side, object_lookup
-from metacontroller.domains.pinpad.ways import UNREACHABLE, entering_fields
+from metacontroller.domains.pinpad.layouts import UNREACHABLE, Board, Side, entering_fields, object_lookup
 from metacontroller.ranges import Number, Steps, Width, WidthOr0
 
 UP, DOWN, LEFT, RIGHT = range(4)

@@ -147,13 +147,11 @@ class BabyAI(StoredWorld):
         shown = torch.full((n,), isinstance(task, Told), device=generator.device)
         return self._as_read(made.to(generator.device), shown)
 
-    def reset(
-        self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None
-    ) -> BatchedEnv:
-        """n rooms, each its own. task: numbers of objects in order, or `Told` of them."""
+    def start(self, task: Any, n: int, generator: torch.Generator, max_steps: int) -> BatchedEnv:
+        """task: numbers of objects in order, or `Told` of them."""
         tasks = [self.colors_of(task)] * n
         seeds = torch.randint(2**31, (n,), generator=generator, device=generator.device)
-        return self._rooms(tasks, seeds, isinstance(task, Told), max_steps or self.config.max_steps)
+        return self._rooms(tasks, seeds, isinstance(task, Told), max_steps)
 
     def restart(self, episodes: Trajectories) -> BatchedEnv:
         """The same rooms, with the tasks that the labels tell, and the mission where the episode shows it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metacontroller.data.batching import apart
 from metacontroller.data.trajectories import Trajectories
-from metacontroller.domains.base import DomainSpec, Free, Split
+from metacontroller.domains.base import DomainSpec, Split
 from metacontroller.domains.gridworld_pinpad.expert import TieBreak, expert_trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, random_symmetry
 from metacontroller.domains.gridworld_pinpad.rendering import render_rgb
@@ -20,7 +20,7 @@ from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, Pinpa
 from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.domains.pinpad.tasks import A1_POST, TABLE_A1, Task, check_tasks, format_task, subgoal_vocabulary
 from metacontroller.domains.pinpad.worlds import TaskWorld
-from metacontroller.ranges import COUNT, MOST_SIDE, Probability, Whole, Width, check
+from metacontroller.ranges import MOST_SIDE, Probability, Whole, Width, check
 
 View = Literal["absolute", "egocentric"]
 
@@ -98,20 +98,9 @@ class GridworldPinpad(TaskWorld):
         options: dict[str, Any] = {"tie_break": self.config.tie_break, "epsilon": epsilon, "subgoals": self.subgoals}
         return expert_trajectories(self.config.grid, tasks, n, generator=generator, device=generator.device, **options)
 
-    def reset(
-        self,
-        n: int,
-        generator: torch.Generator,
-        *,
-        task: Sequence[int] | Free | None = None,
-        max_steps: int | None = None,
-    ) -> PinpadBatch:
-        """n grids, each with its own random layout; task: colors in order.
-
-        Unlike in the paper, episodes without a task (`FREE`) do not end when a color is visited.
-        """
-        grid = self.config.grid if max_steps is None else replace(self.config.grid, max_steps=max_steps)
-        check("n", n, COUNT)
+    def start(self, task: Any, n: int, generator: torch.Generator, max_steps: int) -> PinpadBatch:
+        """Unlike in the paper, episodes without a task (`FREE`) do not end when a color is visited."""
+        grid = replace(self.config.grid, max_steps=max_steps)
         return start_grids(grid, self.colors_of(task), n, generator, self.subgoals)
 
     def restart(self, episodes: Trajectories) -> PinpadBatch:

@@ -16,9 +16,16 @@ from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.gridworld_pinpad.layouts import PinpadConfig, move_table
 from metacontroller.domains.gridworld_pinpad.simulator import NUM_ACTIONS, PinpadBatch
 from metacontroller.domains.pinpad.episodes import record
-from metacontroller.domains.pinpad.layouts import Layouts, check_layouts, feasible, object_lookup, sample_layouts
+from metacontroller.domains.pinpad.layouts import (
+    UNREACHABLE,
+    Layouts,
+    check_layouts,
+    distance_fields,
+    feasible,
+    object_lookup,
+    sample_layouts,
+)
 from metacontroller.domains.pinpad.tasks import Task, check_tasks, pad_tasks, subgoal_chunks
-from metacontroller.domains.pinpad.ways import UNREACHABLE, distance_fields
 from metacontroller.errors import UserError
 from metacontroller.ranges import COUNT, PROBABILITY, check
 

@@ -172,6 +172,6 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _info(self, rows: np.ndarray | None = None) -> dict[str, Any]:
         known, batch = np.ones(self.num_envs, dtype=bool) if rows is None else rows, started(self._batch)
-        told = {"task": batch.tasks, "colors_done": batch.colors_done, "subgoal": batch.next_color()}
-        info: dict[str, Any] = {name: value.numpy() for name, value in told.items()}
-        return info | {f"_{name}": known.copy() for name in told}
+        values = {"task": batch.tasks, "colors_done": batch.colors_done, "subgoal": batch.next_color()}
+        info: dict[str, Any] = {name: value.numpy() for name, value in values.items()}
+        return info | {f"_{name}": known.copy() for name in values}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metacontroller.data.store import TrajectoryStore
 from metacontroller.data.trajectories import Episodes, Trajectories
-from metacontroller.domains.base import FREE, Domain, Free, Split
+from metacontroller.domains.base import FREE, BatchedEnv, Domain, Free, Split
 from metacontroller.domains.pinpad.tasks import (
     Task,
     check_tasks,
@@ -27,6 +27,7 @@ from metacontroller.domains.pinpad.tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
+from metacontroller.ranges import COUNT, Steps, check
 
 
 class TaskWorld(Domain):
@@ -50,6 +51,16 @@ class TaskWorld(Domain):
         check_tasks([colors], self.config.num_colors, self.more_colors)
         subgoal_chunks(colors, len(self.subgoals[0]))  # raises for tasks that are not made of whole subgoals
         return colors
+
+    def reset(self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None) -> Any:
+        """n episodes, each on its own random layout; task: colors in order."""
+        check("n", n, COUNT)
+        check("max_steps", max_steps, Steps | None)
+        return self.start(task, n, generator, self.config.max_steps if max_steps is None else max_steps)
+
+    def start(self, task: Any, n: int, generator: torch.Generator, max_steps: int) -> BatchedEnv:
+        """``reset`` with a time limit."""
+        raise NotImplementedError
 
     def tasks_done(self, episodes: Trajectories) -> tuple[Tensor, Tensor]:
         """What labelled episodes got done: tasks (b, longest), padded with -1, and their lengths (b,)."""
