@@ -31,7 +31,7 @@ from metacontroller.storage.files import (
     read_json,
 )
 from metacontroller.storage.lock import locked
-from metacontroller.storage.manifest import SEAL, check_file, check_seal, check_size, seal, write_text
+from metacontroller.storage.manifest import SEAL, check_file, check_seal, seal, write_text
 from metacontroller.storage.versions import check_versions
 
 STORE_FORMAT = 2
@@ -81,7 +81,7 @@ class TrajectoryStore(Episodes):
         self._check_arrays()
         listed = self.meta.get("listed", {})
         for name, entry in listed.items():
-            check_size(self._files[name], self._files[name].stat().st_size, entry)
+            check_file(self._files[name], entry, read=False)
         self._verified = not listed
         if sum(entry["size"] for entry in listed.values()) <= HASHED_ON_OPEN:
             self.verify()

@@ -125,9 +125,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# -- processes --------------------------------------------------------------------------------------------------------
-
-
 def _in_processes(function: Callable[..., Any], next_job: NextJob, at_once: int, threads: int) -> Outcomes:
     running: dict[Any, tuple[BaseProcess, Job]] = {}  # by the connection through which it tells its outcome
     try:

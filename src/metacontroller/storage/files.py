@@ -35,9 +35,6 @@ PREFIX, SUFFIX = ".metacontroller-", ".tmp"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def check_regular(path: Path) -> int:
     """The size of a file; UserError unless it is a regular one, or a link to one: a pipe or a device may never end.
 
@@ -86,9 +83,6 @@ def file_digest(path: Path) -> dict[str, Any]:
 def is_file_digest(value: Any) -> bool:
     """Whether a JSON value is of the form that `file_digest` returns."""
     return isinstance(value, dict) and {key: type(part) for key, part in value.items()} == {"size": int, "sha256": str}
-
-
-# -- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
@@ -143,9 +137,6 @@ def plain(value: Any) -> Any:
 def strict_json(value: Any) -> Any:
     """Return `value` as strict JSON allows it: NaN and infinities become None."""
     return json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
-
-
-# -- drafts -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

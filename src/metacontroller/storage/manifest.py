@@ -41,9 +41,6 @@ _MEND = "copy it from where it was made, or delete it and run again what made it
 _warned: set[Path] = set()
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new file beside `path`; it replaces `path` when the block succeeds, and is removed otherwise.
@@ -131,9 +128,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; UserError if it holds anything else, or is not what its run wrote."""
     value = read_json(path)
@@ -158,17 +152,14 @@ def verify(path: Path) -> None:
         raise UserError(f"{path} was made with another {CONFIG} than that of {folder}; {_MEND}")
 
 
-def check_size(path: Path, size: int, *listed: Mapping[str, Any]) -> None:
-    """UserError unless a file of so many bytes may be one of those that were listed, see `file_digest`."""
+def check_file(path: Path, *listed: Mapping[str, Any], read: bool = True) -> None:
+    """UserError unless a file is a regular one and one of those that were listed, see `file_digest`; by its size alone
+    unless it is to be read."""
+    size = check_regular(path)
     if size not in [version["size"] for version in listed]:
         written = listed[0]["size"]
         raise UserError(f"{path} has {size} bytes where {written} were written: it was cut or swapped; {_MEND}")
-
-
-def check_file(path: Path, *listed: Mapping[str, Any]) -> None:
-    """UserError unless a file is one of those that were listed; it is read."""
-    check_size(path, path.stat().st_size, *listed)
-    if file_digest(path) not in listed:
+    if read and file_digest(path) not in listed:
         raise UserError(f"{path} is not what was written (its SHA-256 differs): it was changed or swapped; {_MEND}")
 
 
@@ -186,9 +177,6 @@ def _warn_unchecked(folder: Path) -> None:
     if (folder / CONFIG).exists() and folder not in _warned:
         _warned.add(folder)
         print(f"metacontroller: {folder} has no {MANIFEST}: its files are read unchecked.", file=sys.stderr, flush=True)
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
 
 
 def _folder_of(path: Path) -> Path | None:
@@ -236,9 +224,6 @@ def _write(folder: Path, files: dict[str, Any]) -> None:
     with draft_file(folder / MANIFEST) as draft:
         draft.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, folder / MANIFEST)
-
-
-# -- seals ------------------------------------------------------------------------------------------------------------
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
+from metacontroller.storage.files import plain
 from metacontroller.storage.manifest import replacing
 from metacontroller.storage.tensor_file import not_finite, read_tensors, write_tensors
 
@@ -43,8 +44,8 @@ class Saveable:
             if given[name] == default:
                 del given[name]
         self.handed_modules = sorted(name for name, value in given.items() if isinstance(value, nn.Module))
-        plain = {name: _plain(value) for name, value in given.items() if name not in self.handed_modules}
-        self.arguments = json.loads(json.dumps(plain))
+        data = {name: value for name, value in given.items() if name not in self.handed_modules}
+        self.arguments = json.loads(json.dumps(data, default=plain))
         self.versions = {}
 
     def save(self, path: str | Path) -> None:
@@ -133,30 +134,23 @@ def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 
 
 def _built(kind: type[Module], tensors: dict[str, Tensor], arguments: dict[str, Any], path: Path) -> Module:
-    """A new module; before it takes any memory or time, its arguments are compared with what the file holds."""
+    """A new module; before it takes any memory or time, its arguments are compared with what the file holds, as far as
+    that can be done without computing with values."""
     size = path.stat().st_size
     for name, value in _numbers(arguments):
         if abs(value) > size or ("depth" in name and value > len(tensors)):
             raise UserError(f"{path} says {name} {value}, which its {size} bytes cannot hold; take another copy.")
+    actual = shapes = {name: value.shape for name, value in tensors.items()}
     try:
-        with torch.random.fork_rng(devices=[]):
-            shapes = _shapes(kind, arguments)
-        if shapes is not None and shapes != {name: value.shape for name, value in tensors.items()}:
+        with suppress(RuntimeError), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            shapes = {name: value.shape for name, value in _weights(kind(**arguments)).items()}
+        if shapes != actual:
             raise UserError(f"{path} holds other weights than its arguments say; take another copy.")
         return kind(**arguments)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path} has arguments that make no {kind.__name__}: {error}; take another copy.") from error
-
-
-def _shapes(kind: type[Module], arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
-    """Shapes of the weights that a module would have, found without memory for them; None where that cannot be done."""
-    try:
-        with torch.device("meta"):
-            return {name: value.shape for name, value in _weights(kind(**arguments)).items()}
-    except RuntimeError:  # of a module that computes with values when it is made
-        return None
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -167,7 +161,3 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield from _numbers(entry, key)
     for entry in value if isinstance(value, list) else ():
         yield from _numbers(entry, name)
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -9,8 +9,8 @@
     NAME.safetensors    a checkpoint: tensors, and in the file's metadata JSON values such as the seconds of work and
                         the peak memory so far
 
-Files other than metrics.jsonl are replaced atomically, so that a crash leaves either the old or the new one. Loading
-reads JSON and safetensors only: it never runs code from a file, and follows no link out of the folder.
+Files other than metrics.jsonl are replaced atomically: a crash leaves the old or the new one. Loading reads JSON and
+safetensors only: it runs no code from a file, and follows no link out of the folder.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ CHECKPOINT_FORMAT = 1
 class RunFolder:
     """The files of one run under `path`; the first write creates the folder.
 
-    versions: the record of the run's world and data, see `storage.versions`. Checkpoints keep it, and loading one that
-    was made with others warns, one of other data is refused.
+    versions: the record of the run's world and data, see `storage.versions`; checkpoints keep it and are compared.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -66,17 +65,17 @@ class RunFolder:
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics
 
     def within(self, name: str) -> Path:
-        """The path of a file or a folder of this run; UserError where a link leads out of it."""
+        """The path of a file or a folder of this run; UserError where a link leads out."""
         return inside(self.path, self.path / name)
 
     def child(self, name: str) -> RunFolder:
-        """The run in a folder below, such as that of a seed; UserError where a link leads out."""
+        """The run in a folder below, such as that of a seed; UserError as `within`."""
         return RunFolder(self.within(name))
 
     @contextmanager
     def keeping(self, name: str) -> Iterator[None]:
-        """Context in which a file is written. Where ``unkept`` is a list, a folder that may only be read ends nothing:
-        the name is put there."""
+        """Context of writing a file. Where ``unkept`` is a list, a folder that may only be read ends nothing: the name
+        is put there."""
         try:
             yield
         except OSError as error:
@@ -88,11 +87,8 @@ class RunFolder:
         """Context in which no other process may write here, see `storage.lock`."""
         return locked(self.path)
 
-    # -- configuration and results ------------------------------------------------------------------------------------
-
     def write_config(self, config: Any, *, keeps_weights: bool = False) -> None:
-        """Write config.json from a dictionary or a dataclass; tuples become lists, paths become strings. One that says
-        the same stays as it is.
+        """Write config.json from a dictionary or a dataclass; one that says the same stays as it is.
 
         What was made with another config is refused from then on. keeps_weights: not so, because the config changes
         nothing that it depends on, as where a run is given an environment.
@@ -155,19 +151,14 @@ class RunFolder:
         manifest.begin(self.path)
         return path
 
-    # -- metrics ------------------------------------------------------------------------------------------------------
-
     @property
     def metrics_path(self) -> Path:
         """The path of metrics.jsonl."""
         return self.within("metrics.jsonl")
 
     def log_metrics(self, phase: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl.
-
-        Values are numbers or one-element tensors; NaN and infinities, which JSON does not have, are written as null.
-        UserError for others.
-        """
+        """Append one line to metrics.jsonl. Values are numbers or one-element tensors, UserError for others; NaN and
+        infinities, which JSON does not have, are written as null."""
         if not isinstance(phase, str):
             raise UserError(f"phase is {shown(phase)}; expected its name.")
         check_number("step", step, Whole(0))
@@ -186,10 +177,8 @@ class RunFolder:
         return [line for line in lines if phase is None or line["phase"] == phase]
 
     def rewind_metrics(self, phase: str, step: int) -> None:
-        """Discard the lines of `phase` after `step`: those logged after the checkpoint from which a run resumes.
-
-        A line that marks this is appended; the file is not rewritten, because another process may be logging, too.
-        """
+        """Discard the lines of `phase` after `step`, a checkpoint's, by a line that says so: another process may be
+        logging, too."""
         if any(line["step"] > step for line in self.read_metrics(phase)):
             self._append_metrics({"phase": phase, "step": step, "rewound": True})
 
@@ -200,8 +189,6 @@ class RunFolder:
         self._torn_line_dropped = True
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict_json(line)) + "\n")
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoint_path(self, name: str) -> Path:
         """Return the path of checkpoint `name`; UserError unless it is a plain name."""
@@ -214,16 +201,13 @@ class RunFolder:
         return self.checkpoint_path(name).exists()
 
     def begin(self, name: str, *, resume: bool) -> None:
-        """Start the work that checkpoint `name` will hold: its seconds count from here.
-
-        UserError if the checkpoint exists and `resume` is false, so that no finished work is lost.
-        """
+        """Start the work that checkpoint `name` will hold: its seconds count from here. UserError as `refuse_begun`."""
         self.refuse_begun(name, resume=resume)
         self._started[name] = time.monotonic()
         self._peak.pop(name, None)
 
     def refuse_begun(self, name: str, *, resume: bool) -> None:
-        """UserError if checkpoint `name` exists and `resume` is false."""
+        """UserError if checkpoint `name` exists and `resume` is false, so that no finished work is lost."""
         if self.has_checkpoint(name) and not resume:
             raise UserError(
                 f"{self.path} holds {name}.safetensors, a checkpoint of this phase; resume it (resume=True, --resume) "
@@ -233,8 +217,8 @@ class RunFolder:
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
         """Write tensors and the JSON values `meta` to one file, replacing an older checkpoint of that name.
 
-        Two entries are added to `meta`: `seconds` of work, since `begin` (or since this object was created) and before
-        the checkpoint that was loaded; and `peak_rss_mb`, the peak resident memory during that work.
+        Added to `meta` are `seconds` of work, since `begin` (or since this object was created) and before the loaded
+        checkpoint, and `peak_rss_mb`, the peak resident memory during that work.
         """
         path = self.checkpoint_path(name)
         seconds = time.monotonic() - self._started.get(name, self._opened)
@@ -252,8 +236,7 @@ class RunFolder:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, meta) of a checkpoint; later saves under its name add to its seconds.
 
-        MissingFileError if there is none; UserError if the file is not a complete checkpoint of this format, or holds
-        values that are not finite.
+        MissingFileError if there is none; UserError for a file that is no checkpoint, or not what the run wrote.
         """
         path = self.checkpoint_path(name)
         if not path.exists():

@@ -45,7 +45,7 @@ def load_optimizer(
 ) -> None:
     """Restore `optimizer_tensors` and `optimizer_meta`, so that training resumes exactly; UserError on a mismatch."""
     groups = [_with_tuples(group) for group in meta["param_groups"]]
-    sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
+    sizes, expected = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))
     if sizes != expected:
         raise UserError(f"The checkpoint's optimizer has {sizes} parameters a group where this one has {expected}.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -55,12 +55,11 @@ def load_optimizer(
         if tensor.ndim:  # `step` is a scalar; all else is shaped like its parameter
             _check_shape(f"{prefix}.{key}", tensor, parameters[int(index)])
         state.setdefault(int(index), {})[name] = tensor
-    if len({frozenset(values) for values in state.values()}) > 1:
-        raise UserError(f"The checkpoint's optimizer state under {prefix!r} lacks tensors; take an older one.")
-    if len(state) != meta["parameters_with_state"]:
+    count = meta["parameters_with_state"]
+    if len(state) != count or len({frozenset(values) for values in state.values()}) > 1:
         raise UserError(
-            f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where "
-            f"{meta['parameters_with_state']} were expected; give the prefix it was saved under."
+            f"The checkpoint has optimizer state of {len(state)} parameters under {prefix!r} where {count} were "
+            "expected, each with the same tensors; give the prefix it was saved under, or take an older one."
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 GRACE_S = 3.0
 """Seconds from the signal in which an update and its checkpoint may be finished."""
@@ -31,15 +32,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Request:
-    """What this process was asked, and what it is doing: one object, because signals are the process's."""
+    """What this process was asked, and what it is doing: one object, because signals are the process's.
 
-    def __init__(self) -> None:
+    farewell: called with the signal's number before the process has to end at once.
+    """
+
+    def __init__(self, farewell: Callable[[int], None] = lambda number: None) -> None:
+        self.farewell = farewell
         self.number: int | None = None  # of the signal
         self.raised = False
         self.late = False  # whether GRACE_S has passed
         self.starting = False
         self.depth = 0  # of `finishing`
-        self.farewell: Callable[[int], None] = lambda number: None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """A second signal changes nothing: the process is about to end."""
@@ -85,13 +89,12 @@ def listening(farewell: Callable[[int], None], *, ignored: tuple[int, ...] = ())
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request = _Request()
-    _request.farewell = farewell
-    handlers: dict[int, object] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), _request.on_signal)
+    _request = _Request(farewell)
+    handlers: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), _request.on_signal)
     handlers |= dict.fromkeys(ignored, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         handlers[signal.SIGALRM] = _request.on_alarm
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ class _Supervised(Updates):
         self.means, self.step = _Means(), 0
 
     def restore(self, done: int, tensors: dict[str, Tensor]) -> None:
-        """Goes on from a checkpoint's tensors; begins if no update has been made."""
+        """Goes on from a checkpoint's tensors."""
         if done:
             self.stream.restore(tensors)
         self.means.restore(tensors, self.learner.processes, self.device)

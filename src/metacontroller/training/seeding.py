@@ -19,7 +19,6 @@ STREAMS = ("model", "meta_controller", "pretrain", "discover", "internal_rl", "r
 """What samples, each from a stream of its own. The noise of the first is that of validation episodes, see
 `data.batching.apart`."""
 
-
 MAX_SEED = 2**28 - 1
 """Seeds of streams are ``seed * 8 + index``; PyTorch's CPU generator uses 32 bits of a seed."""
 
