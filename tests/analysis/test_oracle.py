@@ -133,6 +133,7 @@ def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
     untrained: Callable[..., LoadedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "READER_UPDATES", 20)
+
     class Silent(GridworldPinpad):
         def reset(self, *arguments: Any, **options: Any) -> PinpadBatch:
             env = super().reset(*arguments, **options)

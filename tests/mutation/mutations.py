@@ -64,7 +64,7 @@ MUTATIONS: list[Mutation] = [
         f"{GATE} control/test_core.py",
         ("return (since >= config.period)", "return (since > config.period)"),
         ("(steps % period == 0)", "(steps % period == 1)"),
-        ("kept = (1 - beta)[..., None]", "kept = beta[..., None]"),
+        ("retained = (1 - beta)[..., None]", "retained = beta[..., None]"),
     ),
     *of(
         "kernels/gate_scan_reference.py",

@@ -309,7 +309,7 @@ class MetaController(OtherNames, OurMetaController):
         self, residual_stream: Tensor, return_kl_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The policy's distributions (b, t, p) along stored residuals, and if asked for their KL entry by entry."""
-        distribution, _ = self.policy(self.own(residual_stream))
+        distribution, _ = self.policy(self.in_weight_dtype(residual_stream))
         return (distribution, self.calculate_kl_loss(distribution)) if return_kl_loss else distribution
 
     def calculate_kl_loss(self, action_dist: Tensor) -> Tensor:

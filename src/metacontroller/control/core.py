@@ -262,7 +262,7 @@ def policy(modules: SteeringModules, generator: torch.Generator | None = None, t
 def read_residual(modules: SteeringModules, residual: Tensor, before: Tensor | None = None) -> Reading:
     """What gate, encoder and policy read of residuals (b, t, n_e), after the history ``before`` (b, n_h), zero at an
     episode's start (eq. 12)."""
-    residual = modules.own(residual)
+    residual = modules.in_weight_dtype(residual)
     normed = modules.norm(residual)
     start = normed.new_zeros(len(normed), modules.history.hidden_size) if before is None else before
     if normed.shape[1] == 1:
@@ -280,7 +280,7 @@ def encode(modules: SteeringModules, embedded: Tensor, lengths: Tensor, reading:
     modules.check_residual(embedded)
     if entries not in (steps, steps + 1):
         raise UserError(f"embedded_residual has {entries} steps; expected {steps}, as the residual, or one more.")
-    residual = modules.own(embedded)
+    residual = modules.in_weight_dtype(embedded)
     with products(modules.precision, residual):
         sequence = modules.sequence_embedder(modules.norm(residual), length_mask(lengths + entries - steps, entries))
     sequence = sequence.to(residual.dtype)
@@ -298,7 +298,7 @@ def beta_along(modules: SteeringModules, normed: Tensor, history: Tensor, z: Ten
 
 def control(modules: SteeringModules, residual: Tensor, z: Tensor) -> Tensor:
     """U e (eq. 18)."""
-    read = modules.own(residual)
+    read = modules.in_weight_dtype(residual)
     with products(modules.precision, read):
         return modules.controller(z.to(read.dtype), read)
 

@@ -50,8 +50,8 @@ def ratio_loss(
     hard = beta >= threshold if hard is None else hard
     switched = hard.to(beta.dtype)
     if chunk is not None and beta.shape[1] >= 2 * chunk:
-        whole = beta.shape[1] // chunk * chunk
-        beta, switched, mask = (values[:, :whole].reshape(-1, chunk) for values in (beta, switched, mask))
+        covered = beta.shape[1] // chunk * chunk
+        beta, switched, mask = (values[:, :covered].reshape(-1, chunk) for values in (beta, switched, mask))
         real = mask.any(1)  # chunks that hold a real step
         weight = mask[real].to(beta.dtype)
         steps = weight.sum(1)

@@ -109,7 +109,7 @@ class SteeringModules(Saveable, nn.Module):
         with torch.no_grad():
             self.policy.readout.bias.copy_(codes.start(policy_std))
 
-    def own(self, residual: Tensor) -> Tensor:
+    def in_weight_dtype(self, residual: Tensor) -> Tensor:
         """A residual in the type of the metacontroller's weights, whatever that of the model is."""
         return residual.to(self.norm.weight.dtype)
 

@@ -172,5 +172,5 @@ def _decisions(
         order = torch.argsort((~switch).long(), dim=1, stable=True)  # switches first, in their order
         switch, advantages = switch.gather(1, order), advantages.gather(1, order)
         values = {name: value.gather(1, order[..., None].expand_as(value)) for name, value in values.items()}
-    values["states"] = modules.own(values["states"])
+    values["states"] = modules.in_weight_dtype(values["states"])
     return StoredDecisions(**values, advantages=advantages, mask=switch)

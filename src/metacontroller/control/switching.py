@@ -157,8 +157,8 @@ def at_random_steps(history: Tensor, uniform: Tensor, lengths: Tensor) -> Tensor
 
 def mix_given(z_tilde: Tensor, beta: Tensor, z_initial: Tensor | None = None) -> GateOutput:
     """Eq. 17 for given weights beta (b, t) in 0..1 of the proposals (b, t, n_z), after z_initial (b, n_z) or zeros."""
-    kept = (1 - beta)[..., None].expand_as(z_tilde)
-    return GateOutput(linear_scan(kept, beta[..., None] * z_tilde, z_initial), beta, beta)
+    retained = (1 - beta)[..., None].expand_as(z_tilde)
+    return GateOutput(linear_scan(retained, beta[..., None] * z_tilde, z_initial), beta, beta)
 
 
 def regular_switches(batch: int, steps: int, period: int, offset: int = 0) -> Tensor:

@@ -72,15 +72,20 @@ class _Batch:
 
     def put_back(self, home: _Rows, done: Tensor) -> None:
         """Stores the rows where done (m,) bool is true, and drops them here."""
-        at, kept = done.nonzero().squeeze(1), survivors(~done, exact=True)
+        at, remaining = done.nonzero().squeeze(1), survivors(~done, exact=True)
         rows = self.rows[at]
         home.caches.lower.put(rows, self.lower, at, self.taken)
         home.caches.upper.put(rows, self.upper, at, self.taken)
         home.env.replace(rows, _taken(self.env, at))
         home.put(rows, self.state.index(at), self.residual[at])
         for part in (self.env.select, self.lower.keep, self.upper.keep):
-            part(kept)
-        self.rows, self.state, self.residual = self.rows[kept], self.state.index(kept), self.residual[kept]
+            part(remaining)
+        self.rows, self.residual = self.rows[remaining], self.residual[remaining]
+        self.state = self.state.index(remaining)
+            self.rows[remaining],
+            self.state.index(remaining),
+            self.residual[remaining],
+        )
 
 
 class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

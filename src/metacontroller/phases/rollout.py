@@ -222,11 +222,11 @@ def rollout_abstract(
         steered = (residual + span.control[:, 0]).to(residual.dtype)
         outcome.returns[rows] += actor.act(steered)[0]
         alive = ~(env.terminated | env.truncated)
-        kept = survivors(alive)
-        if len(kept) < KEEP_SHARE * len(rows):
+        remaining = survivors(alive)
+        if len(remaining) < KEEP_SHARE * len(rows):
             outcome.close(rows, env)
-            actor.keep(kept)
-            rows, alive, state = rows[kept], alive[kept], state.index(kept)
+            actor.keep(remaining)
+            rows, alive, state = rows[remaining], alive[remaining], state.index(remaining)
     residuals, codes, log_probs = decisions.padded()
     taken = {"residual": residuals, "code": codes, "log_prob": log_probs, "lengths": decisions.count}
     return AbstractRollout(**taken, **vars(outcome))
@@ -248,11 +248,11 @@ def rollout_raw(model: SteerableModel, env: BatchedEnv, generator: torch.Generat
         actions.append(_all_rows(action[:, 0], rows, len(outcome.steps)))
         log_probs.append(_all_rows(log_prob, rows, len(outcome.steps)))
         outcome.returns[rows] += reward
-        kept = survivors(~(env.terminated | env.truncated))
-        if len(kept) < KEEP_SHARE * len(rows):
+        remaining = survivors(~(env.terminated | env.truncated))
+        if len(remaining) < KEEP_SHARE * len(rows):
             outcome.close(rows, env)
-            actor.keep(kept)
-            rows = rows[kept]
+            actor.keep(remaining)
+            rows = rows[remaining]
     return RawRollout(
         states=torch.stack(states, 1),
         actions=torch.stack(actions, 1),
