@@ -145,4 +145,4 @@ class RoomBatch:
         return self._tensor(self._reached)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return torch.from_numpy(values.copy()).to(self.device)
