@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from metacontroller.control.discovery_losses import kl_loss, steered_losses
 from metacontroller.control.losses import clipped_surrogate
 from metacontroller.control.metacontroller import MetaController
-from metacontroller.data.trajectories import length_mask
+from metacontroller.data.trajectories import Trajectories, length_mask
 from metacontroller.domains.gridworld_pinpad.expert import expert_trajectories
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch, start_grids
 from metacontroller.domains.pinpad.layouts import Layouts
 from metacontroller.domains.registry import domain_of
 from metacontroller.models.chunked_losses import chunked_losses
-from metacontroller.models.protocol import frozen
+from metacontroller.models.protocol import SteerableModel, frozen
 from metacontroller.models.readouts import gaussian_log_prob
 from metacontroller.phases.rollout import Actor
 from metacontroller.presets.gridworld import paper
@@ -185,82 +185,81 @@ def discovery_rows(bench: Bench, config: ExperimentConfig, batch_size: int) -> l
     optimizer = optimizer_of(parameters)
     source, rng = demonstrations(domain_of(config.domain), "discover"), torch.Generator().manual_seed(0)
     batch = source(batch_size, rng).to(bench.device)
-    states, actions, lengths, steps = batch.states, batch.actions, batch.lengths, batch.steps
 
     def step() -> None:
         optimizer.zero_grad()
-        losses, output = steered_losses(steering, model, states, actions, lengths, with_state_loss=False)
+        losses, output = steered_losses(
+            steering, model, batch.states, batch.actions, batch.lengths, with_state_loss=False
+        )
         (losses.action + 0.17 * kl_loss(output)).backward()
         optimizer.step()
 
+    rows = discovery_parts(bench, model, steering, batch, config.meta_controller.dim_sequence)
+    rows.append(bench.row("  optimizer", optimizer.step, 7 * total_bytes(parameters)))
+    moved = training_bytes(parameters) + total_bytes(model.parameters()) + batch.states.nbytes
+    seconds = bench.seconds(step)
+    rate = f"{batch.batch * batch.steps / seconds:,.0f} tokens/s"
+    operations = sum(row.operations for row in rows)
+    return [Row(f"discovery step, {batch_size} episodes", seconds, operations, moved, rate), *rows]
+
+
+def discovery_parts(
+    bench: Bench, model: SteerableModel, steering: MetaController, batch: Trajectories, dim_sequence: int | None
+) -> list[Row]:
+    """The parts of a discovery step but the optimizer's. dim_sequence: width of the sequence embedding."""
+    assert dim_sequence is not None
+    states, lengths, steps = batch.states, batch.lengths, batch.steps
     with torch.no_grad():
-        whole = model.lower(model.embed(states))
-        residual = whole[:, :steps].contiguous()
-        output = steering.discover(residual, lengths, embedded_residual=whole)
+        with_last = model.lower(model.embed(states))  # T + 1 entries, as the sequence embedder reads them
+        residual = with_last[:, :steps].contiguous()
+        output = steering.discover(residual, lengths, embedded_residual=with_last)
         read = steering.norm(residual)
         history = steering.history(read)[0]
-        encoded = torch.cat(
-            [read, history, history.new_zeros(*history.shape[:2], config.meta_controller.dim_sequence)], -1
-        )
-    z = output.z.clone().requires_grad_()
-    steered = output.steered.clone().requires_grad_()
-    z_tilde = output.z.clone().requires_grad_()
+        embedded = history.new_zeros(*history.shape[:2], dim_sequence)
+        encoded = torch.cat([read, history, embedded], -1)
+        lower = bench.row("  lower body", lambda: model.lower(model.embed(states)), with_last.nbytes + states.nbytes)
+    z, z_tilde = output.z.clone().requires_grad_(), output.z.clone().requires_grad_()
     fresh = (torch.arange(steps, device=bench.device) == 0).expand(len(states), -1)
     mask = length_mask(lengths + 1, steps + 1)
+    weights = {name: 2 * total_bytes(part.parameters()) for name, part in steering.named_children()}
+    parts: dict[str, tuple[Callable[..., Tensor], float]] = {
+        "history": (
+            lambda: steering.history(steering.norm(residual))[0],
+            residual.nbytes + 2 * history.nbytes + weights["history"],
+        ),
+        "sequence embedder": (
+            lambda: steering.sequence_embedder(steering.norm(with_last), mask),
+            with_last.nbytes + weights["sequence_embedder"],
+        ),
+        "encoder": (lambda: steering.encoder(encoded), encoded.nbytes + weights["encoder"]),
+        "gate": (lambda: steering.switching(read, history, z_tilde, fresh).z, read.nbytes + 4 * z.nbytes),
+        "controller": (
+            lambda: steering.steer(residual, z),
+            4 * residual.nbytes + 2 * z.nbytes + weights["controller"],
+        ),
+    }
+    rows = [bench.row(f"  {name}", there_and_back(work), moved) for name, (work, moved) in parts.items()]
+    return [lower, *rows, upper_row(bench, model, batch, output.steered)]
 
-    def upper_losses() -> Tensor:
+
+def upper_row(bench: Bench, model: SteerableModel, batch: Trajectories, steered: Tensor) -> Row:
+    """The upper body and the losses of a discovery step, on residuals that controllers have changed."""
+    states, actions, lengths = batch.states, batch.actions, batch.lengths
+    steered = steered.clone().requires_grad_()
+
+    def in_parts() -> Tensor:
         def of_part(part: Tensor, rows: slice) -> Tensor:
             hidden = model.upper(part)
             return model.readout_losses(hidden, states[rows], actions[rows], lengths[rows], False).action[None]
 
         return chunked_losses(steered, of_part)
 
-    def upper_at_once() -> Tensor:
+    def at_once() -> Tensor:
         return model.readout_losses(model.upper(steered), states, actions, lengths, False).action
 
-    e_bytes = residual.nbytes
-    weights = {name: total_bytes(part.parameters()) for name, part in steering.named_children()}
-    with torch.no_grad():
-        lower = bench.row("  lower body", lambda: model.lower(model.embed(states)), whole.nbytes + states.nbytes)
     with frozen(model):
-        upper = bench.row(
-            "  upper body, losses", there_and_back(upper_losses), 2 * e_bytes, counted=there_and_back(upper_at_once)
-        )
-    rows = [
-        lower,
-        bench.row(
-            "  history",
-            there_and_back(lambda: steering.history(steering.norm(residual))[0]),
-            e_bytes + 2 * history.nbytes + 2 * weights["history"],
-        ),
-        bench.row(
-            "  sequence embedder",
-            there_and_back(lambda: steering.sequence_embedder(steering.norm(whole), mask)),
-            whole.nbytes + 2 * weights["sequence_embedder"],
-        ),
-        bench.row(
-            "  encoder", there_and_back(lambda: steering.encoder(encoded)), encoded.nbytes + 2 * weights["encoder"]
-        ),
-        bench.row(
-            "  gate",
-            there_and_back(lambda: steering.switching(read, history, z_tilde, fresh).z),
-            read.nbytes + 4 * z.nbytes,
-        ),
-        bench.row(
-            "  controller",
-            there_and_back(lambda: steering.steer(residual, z)),
-            4 * e_bytes + 2 * z.nbytes + 2 * weights["controller"],
-        ),
-        upper,
-        bench.row("  optimizer", optimizer.step, 7 * total_bytes(parameters)),
-    ]
-    moved = training_bytes(parameters) + total_bytes(model.parameters()) + states.nbytes
-    seconds = bench.seconds(step)
-    rate = f"{batch.batch * steps / seconds:,.0f} tokens/s"
-    whole_step = Row(
-        f"discovery step, {batch_size} episodes", seconds, sum(row.operations for row in rows), moved, rate
-    )
-    return [whole_step, *rows]
+        moved, counted = 2 * steered.nbytes, there_and_back(at_once)
+        return bench.row("  upper body, losses", there_and_back(in_parts), moved, counted=counted)
 
 
 def rollout_row(bench: Bench, config: ExperimentConfig) -> Row:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from metacontroller.phases.artefacts import BASE_MODEL, META_CONTROLLER, artefact_path
 from metacontroller.presets import preset
@@ -29,3 +33,16 @@ def untrained_run(path: Path) -> RunFolder:
     build_model(config).save(artefact_path(folder, BASE_MODEL))
     build_meta_controller(config).save(artefact_path(folder, META_CONTROLLER))
     return folder
+
+
+@contextmanager
+def quick_reproductions(*, drawn: bool = False) -> Iterator[pytest.MonkeyPatch]:
+    """Context in which a reproduction runs in this process, hardly trains the reader of codes, and leaves its figures
+    out unless they are to be drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metacontroller.recipes.reproduce.usable_cores", lambda: 1)
+        patch.setattr("metacontroller.analysis.oracle.READER_UPDATES", 5)
+        if not drawn:
+            patch.setattr("metacontroller.report.figures.draw_run", lambda *_: None)
+            patch.setattr("metacontroller.report.figures.draw_all", lambda *_: None)
+        yield patch

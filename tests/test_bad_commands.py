@@ -146,7 +146,7 @@ LINES: list[tuple[list[str], str]] = [
     (["reproduce", *OVER, "--workers", "0"], "workers is 0; expected at least 1"),
     (["reproduce", *OVER, "--seeds"], "seeds are []; give at least one"),
     (["reproduce", *OVER, "--seeds", "1", "1"], "seeds are [1, 1]; give at least one, each once"),
-    (["reproduce", *OVER, "--seeds", "-1"], "seed is -1; expected at least 0"),
+    (["reproduce", *OVER, "--seeds", "-1"], "seeds[0] is -1; expected at least 0"),
     (["figures", *OVER, "--study.alphas", "nan"], "alphas[0] is nan; expected a number of at least 0"),
     (["figures", *OVER, "--study.few-seeds", "-1"], "few_seeds is -1; expected at least 0"),
     (["sweep", *OVER, "--alphas", "-1"], "alphas[0] is -1.0; expected a number of at least 0"),

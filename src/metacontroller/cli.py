@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from metacontroller import __version__
@@ -26,82 +25,46 @@ from metacontroller.training.interruption import Interrupted, listening, say, st
 
 
 class Command(NamedTuple):
-    """Where a command's class is, in `metacontroller.commands`, and the first line of its docstring.
-
-    An analysis' class is found by its command and not by its name.
-    """
+    """A command's module, in `metacontroller.commands`, its word, and the first line of its docstring."""
 
     module: str
-    kind: str
+    word: str
     summary: str
 
     def load(self) -> Any:
         """The class, a dataclass of the command's options."""
         module = import_module(f"metacontroller.commands.{self.module}")
-        return module.analysis_commands()[self.kind] if self.module == "analyse" else getattr(module, self.kind)
+        return (module.analysis_commands() if self.module == "analyse" else module.COMMANDS)[self.word]
 
 
+_SUMMARIES = {
+    "train": {
+        "pretrain": "Phase 1: train an action model on experts' episodes; starts the folder RUN.",
+        "discover": "Phase 2: find abstract actions inside the frozen action model of RUN.",
+        "internal-rl": "Phase 3: reinforcement learning over the abstract actions of RUN.",
+        "evolve": "Phase 3 without gradients: evolve the policy over the abstract actions of RUN.",
+    },
+    "evaluate": {"evaluate": "Measure a run, or every seed of a reproduction, in held-out episodes."},
+    "analyse": {
+        "probe": "Linear probes of the subgoal at every layer of the base model and of its snapshots (Fig. 3, A1).",
+        "steer": "Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).",
+        "inject": "Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4).",
+        "gate": "The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3).",
+        "oracle": "Codes read from experts' episodes: what they reach when played again, and what they say.",
+        "episodes": "Held-out episodes of experts with gate, codes and pictures, for the report's player (Fig. 6).",
+    },
+    "data": {"collect": "Play a policy of yours in a Gymnasium environment and keep the episodes as a dataset."},
+    "experiment": {
+        "reproduce": "Everything: all phases on every seed, the raw-action baseline, measures, figures and a table.",
+        "figures": "The paper's figures: the reproduction, every baseline and analysis on its seeds, and a report.",
+        "sweep": "Seeds x alpha x learning rate of internal RL; what is finished is not run again, failures are named.",
+        "report": "One HTML file on runs or reproductions, with figures and a trajectory player; it needs no network.",
+    },
+}
 COMMANDS = {
-    "pretrain": Command(
-        "train", "Pretrain", "Phase 1: train an action model on experts' episodes; starts the folder RUN."
-    ),
-    "discover": Command("train", "Discover", "Phase 2: find abstract actions inside the frozen action model of RUN."),
-    "internal-rl": Command("train", "InternalRL", "Phase 3: reinforcement learning over the abstract actions of RUN."),
-    "evolve": Command(
-        "evolve", "Evolve", "Phase 3 without gradients: evolve the policy over the abstract actions of RUN."
-    ),
-    "evaluate": Command(
-        "evaluate", "Evaluate", "Measure a run, or every seed of a reproduction, in held-out episodes."
-    ),
-    "probe": Command(
-        "analyse",
-        "probe",
-        "Linear probes of the subgoal at every layer of the base model and of its snapshots (Fig. 3, A1).",
-    ),
-    "steer": Command(
-        "analyse",
-        "steer",
-        "Supervised controllers with true labels at every layer, chained on the post-training task (Fig. 4).",
-    ),
-    "inject": Command(
-        "analyse", "inject", "Force each subgoal's code in the middle of episodes, and see where they go (Fig. A4)."
-    ),
-    "gate": Command(
-        "analyse",
-        "gate",
-        "The gate against true subgoal changes at three tolerances, and its histograms (Fig. 6, A3).",
-    ),
-    "oracle": Command(
-        "analyse", "oracle", "Codes read from experts' episodes: what they reach when played again, and what they say."
-    ),
-    "episodes": Command(
-        "analyse",
-        "episodes",
-        "Held-out episodes of experts with gate, codes and pictures, for the report's player (Fig. 6).",
-    ),
-    "collect": Command(
-        "data", "Collect", "Play a policy of yours in a Gymnasium environment and keep the episodes as a dataset."
-    ),
-    "reproduce": Command(
-        "experiment",
-        "Reproduce",
-        "Everything: all phases on every seed, the raw-action baseline, measures, figures and a table.",
-    ),
-    "figures": Command(
-        "experiment",
-        "Figures",
-        "The paper's figures: the reproduction, every baseline and analysis on its seeds, and a report.",
-    ),
-    "sweep": Command(
-        "experiment",
-        "Sweep",
-        "Seeds x alpha x learning rate of internal RL; what is finished is not run again, what fails is reported.",
-    ),
-    "report": Command(
-        "experiment",
-        "Report",
-        "One HTML file on runs or finished reproductions, with figures and a trajectory player; it needs no network.",
-    ),
+    word: Command(module, word, summary)
+    for module, summaries in _SUMMARIES.items()
+    for word, summary in summaries.items()
 }
 
 RESUMABLE = ("pretrain", "discover", "internal-rl", "evolve", "reproduce", "sweep", "collect")
@@ -207,33 +170,18 @@ def resuming(words: Sequence[str]) -> str:
 def parse(argv: list[str]) -> Any:
     """The command to run. If the first word names none, argparse shows the help asked for or what is wrong, and ends.
 
-    --preset is looked for first: it decides the defaults of all --config options, and a --dataset decides the preset.
+    A command with ``defaults`` is asked for those of its options: a preset or a run among the words decides them.
     """
     argv = _without_trust(argv)
     kind = _other_analysis(argv[0]) if argv and argv[0] not in COMMANDS else None
     if kind is None:
         kind = COMMANDS[_overview().parse_args(argv[:1]).command].load()
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", nargs="?")
-    early.add_argument("--dataset", nargs="?")
-    words = early.parse_known_args(argv)[0]
-    if hasattr(kind, "at_run"):  # its config is that of the run among the words
-        runs = (word for word in argv[1:] if not word.startswith("-") and Path(word, "config.json").is_file())
-        default = kind.at_run(next(runs, None))
-        return _parsed(kind, argv, default)
-    if words.dataset is not None and words.preset is None and hasattr(kind, "preset_of_data"):
-        words.preset = kind.preset_of_data()
-    default = kind.at_preset(words.preset) if hasattr(kind, "at_preset") else None
-    return _parsed(kind, argv, default)
-
-
-def _parsed(kind: Any, argv: list[str], default: Any) -> Any:
     import tyro  # within main, so that a signal meanwhile is heard
     from tyro.conf import FlagCreatePairsOff
 
-    return tyro.cli(
-        kind, args=argv[1:], prog=f"metacontroller {argv[0]}", default=default, config=(FlagCreatePairsOff,)
-    )
+    default = kind.defaults(argv[1:]) if hasattr(kind, "defaults") else None
+    name = f"metacontroller {argv[0]}"
+    return tyro.cli(kind, args=argv[1:], prog=name, default=default, config=(FlagCreatePairsOff,))
 
 
 def _other_analysis(word: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import quick_reproductions
 from metacontroller.analysis import oracle as module
 from metacontroller.analysis.gate_alignment import HeldOutGate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
@@ -18,7 +19,7 @@ from metacontroller.domains.gridworld_pinpad.domain import GridworldPinpad, Grid
 from metacontroller.domains.gridworld_pinpad.simulator import PinpadBatch
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes.config import load_run
-from metacontroller.recipes.measure import links
+from metacontroller.recipes.measure import measure_stages
 
 
 def test_an_episode_started_anew_has_its_expert_s_task_and_is_solved_by_its_actions() -> None:
@@ -129,7 +130,7 @@ def test_after_compile_the_codes_are_its_own(untrained: Callable[..., LoadedRun]
     assert 0 <= results["unseen_subgoals"] <= 1
 
 
-def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
+def test_where_no_goal_is_told_the_stages_leave_supervised_controllers_out(
     untrained: Callable[..., LoadedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "READER_UPDATES", 20)
@@ -141,7 +142,8 @@ def test_where_no_goal_is_told_the_links_leave_supervised_controllers_out(
             return env
 
     run = untrained()
-    told, silent = links(run, True), links(replace(run, domain=Silent(run.domain.config)), True)
+    with quick_reproductions():
+        told, silent = measure_stages(run, True), measure_stages(replace(run, domain=Silent(run.domain.config)), True)
     assert told["supervised_success"] is not None
     assert silent["supervised_success"] is None
     assert silent["named_success"] is None

@@ -41,8 +41,8 @@ from metacontroller.presets import preset
 from metacontroller.recipes.collect import CollectConfig
 from metacontroller.recipes.config import build_meta_controller, build_model, from_json, to_json, with_seed
 from metacontroller.recipes.reproduce import reproduce
+from metacontroller.recipes.study_runs import StudyConfig
 from metacontroller.recipes.sweep import sweep
-from metacontroller.recipes.variants import StudyConfig
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training.optimizer import OptimizerConfig
 from metacontroller.training.seeding import stream_seed

@@ -170,6 +170,9 @@ def test_data_that_changed_are_noticed_and_data_that_moved_are_found(
     assert main(["discover", "mine", "--quiet", "--dataset", "elsewhere"]) == 0
     assert run.read_config()["domain"]["dataset"] == str(tmp_path / "elsewhere")
     shutil.move("elsewhere", "again")
+    capsys.readouterr()
+    assert main(["pretrain", "mine", "--quiet", "--resume", "--dataset", "again", "--seed", "7"]) == 2
+    assert "was started from seed 0, not 7" in capsys.readouterr().err
     assert main(["pretrain", "mine", "--quiet", "--resume", "--dataset", "again"]) == 0
     assert Path("mine/base_model.safetensors").read_bytes() == trained
     assert main(["discover", "mine", "--quiet", "--resume"]) == 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import one_hot, pad
 
+from helpers import quick_reproductions
 from metacontroller.cli import main
 from metacontroller.data.trajectories import Trajectories
 from metacontroller.domains.base import FREE, Domain, DomainSpec
@@ -12,8 +13,8 @@ from metacontroller.presets import preset, study_config
 
 COMMANDS = """pretrain A -P|discover A|internal-rl A|internal-rl A --raw|evaluate A|evaluate A --policy raw|gate A
 probe A --steps 3|steer A --steps 3|inject A --walks 8|episodes A|reproduce -P --out B|sweep -P --out C
-figures -P --out D --seeds 0 --workers 1|report B D --out D/page.html"""
-STUDIES, TASKS = {"tiny": study_config("debug")}, torch.tensor([[0, 2], [2, 1], [1, 0]])
+figures -P --out B --seeds 0 --workers 1|report A B --out B/page.html"""
+STUDIES, TASKS = {"tiny": replace(study_config("debug"), state_loss_weights=())}, torch.tensor([[0, 2], [2, 1], [1, 0]])
 tiny = lambda: replace(preset("debug"), domain=CorridorConfig())  # noqa: E731
 class Corridors:  # seven cells; doors are cells 1, 3 and 5; moving onto one from elsewhere reaches it
     observation = property(lambda self: one_hot(self.agent, 7).float())
@@ -56,6 +57,6 @@ def test_every_command_runs_on_a_world_of_ones_own(tmp_path, monkeypatch):
     points.write_text(f"[metacontroller.domains]\ncorridor = {__name__}:Corridor\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metacontroller.recipes.reproduce.usable_cores", lambda: 1)  # in this process: sooner done
-    for line in COMMANDS.replace("-P", f"--preset {__name__}:tiny").replace("\n", "|").split("|"):
-        assert main([*line.split(), "--device", "cpu"]) == 0, line
+    with quick_reproductions():
+        for line in COMMANDS.replace("-P", f"--preset {__name__}:tiny").replace("\n", "|").split("|"):
+            assert main([*line.split(), "--device", "cpu"]) == 0, line

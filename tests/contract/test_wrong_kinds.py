@@ -46,8 +46,8 @@ from metacontroller.recipes.config import (
 )
 from metacontroller.recipes.reproduce import reproduce
 from metacontroller.recipes.study import study
+from metacontroller.recipes.study_runs import StudyConfig
 from metacontroller.recipes.sweep import sweep
-from metacontroller.recipes.variants import StudyConfig
 from metacontroller.report.html import write_report
 from metacontroller.storage.run_folder import RunFolder
 

@@ -193,7 +193,7 @@ def test_all_held_out_figures_read_the_validation_split(recorded: Callable[..., 
     Episodes().measure(run, Episodes.Config(episodes=13))
     for analysis in (Probes, Steering):
         analysis().measure(run, analysis.Config(steps=1, batch_size=2, episodes=13), quiet=True)
-    measure.measure_variant(replace(run, settings=replace(run.settings, episodes=13)), reinforced=False)
+    measure.measure_discovery(replace(run, settings=replace(run.settings, episodes=13)), reinforced=False)
     assert judged_by(run, 13) == {"validation"}
     Oracle().measure(run, Oracle.Config(episodes=13))
     assert judged_by(run, 13) == {"validation", "discover"}  # the reader of codes learns from the latter

@@ -13,7 +13,7 @@ from metacontroller.presets import DEFAULT, preset, preset_names, study_config
 from metacontroller.presets.gridworld import PRESETS, STUDIES, debug, laptop
 from metacontroller.recipes.config import ExperimentConfig, with_seed
 from metacontroller.recipes.study import analysis_config
-from metacontroller.recipes.variants import StudyConfig
+from metacontroller.recipes.study_runs import StudyConfig
 
 
 def bare() -> ExperimentConfig:
@@ -36,7 +36,7 @@ def test_every_preset_has_a_study_of_its_own() -> None:
 
 def test_the_studies_of_the_paper_train_small_things_as_it_does() -> None:
     for name, batch_size, lr in (("gridworld-paper", 512, 1e-3), ("ant-paper", 256, 3e-4)):
-        chosen = Figures.at_preset(name).study
+        chosen = Figures.defaults(["--preset", name]).study
         steering = analysis_config("steering", chosen)
         assert (steering.steps, steering.batch_size, steering.lr) == (3200, batch_size, lr)
         assert analysis_config("probes", chosen).batch_size == batch_size

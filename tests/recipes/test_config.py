@@ -20,11 +20,12 @@ from metacontroller.presets import preset
 from metacontroller.presets.gridworld import debug
 from metacontroller.recipes import reproduce as reproduce_module
 from metacontroller.recipes import sweep as sweep_module
-from metacontroller.recipes.config import number_name, read_config, to_json
+from metacontroller.recipes.config import read_config, to_json, with_values
 from metacontroller.recipes.reproduce import reproduce
+from metacontroller.recipes.schedule import number_name
 from metacontroller.recipes.study import study
+from metacontroller.recipes.study_runs import StudyConfig, study_runs
 from metacontroller.recipes.sweep import SweepJob, sweep
-from metacontroller.recipes.variants import StudyConfig, variants
 from metacontroller.storage.run_folder import RunFolder
 
 GRID: dict[str, Any] = {"seeds": [0], "alphas": [0.1], "lrs": [1e-3]}
@@ -42,7 +43,7 @@ def begun(command: Callable[[], Any]) -> None:
     """Starts a recipe and interrupts it at the first of its runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce_module, "reproduce_seed", interrupt)
-        patch.setattr(sweep_module, "run_jobs", interrupt)
+        patch.setattr(sweep_module, "run_all", interrupt)
         with pytest.raises(BegunError):
             command()
 
@@ -67,7 +68,7 @@ def test_a_recipe_refuses_the_folder_of_another(
     out = tmp_path / "out"
     begun(lambda: RECIPES[kind](out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    modules = ("commands.train.run_pretrain", "recipes.study.run_jobs", "recipes.sweep.run_jobs")
+    modules = ("commands.train.run_pretrain", "recipes.study.run_all", "recipes.sweep.run_all")
     for module in (*modules, "recipes.reproduce.reproduce_seed"):
         monkeypatch.setattr(f"metacontroller.{module}", interrupt)
     with pytest.raises(UserError, match=f"out is a {kind}; give {command} a folder of its own"):
@@ -86,10 +87,20 @@ def test_a_recipe_refuses_the_folder_of_another(
 def test_a_recipe_refuses_a_run(kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder(tmp_path / "run").write_config(to_json(debug()))
     RunFolder(tmp_path / "run").log_metrics("pretrain", 3, loss=1.0)
-    for module in ("recipes.sweep.run_jobs", "recipes.reproduce.reproduce_seed"):
+    for module in ("recipes.sweep.run_all", "recipes.reproduce.reproduce_seed"):
         monkeypatch.setattr(f"metacontroller.{module}", interrupt)
     with pytest.raises(UserError, match=f"run is a run; give {command} a folder of its own"):
         RECIPES[kind](tmp_path / "run")
+
+
+def test_values_are_changed_by_their_dotted_names() -> None:
+    config, steps = debug(), {"discover.optimizer.steps": 9, "discover.optimizer.decay_steps": 8}
+    changed = with_values(config, {**steps, "discover.alpha": 0.5, "seed": 3})  # together: 8 of 9 steps may decay
+    optimizer = replace(config.discover.optimizer, steps=9, decay_steps=8)
+    assert changed == replace(config, seed=3, discover=replace(config.discover, alpha=0.5, optimizer=optimizer))
+    assert with_values(config, {}) == config == debug()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beta'"):
+        with_values(config, {"discover.beta": 0.5})
 
 
 def test_numbers_that_differ_have_folders_that_differ() -> None:
@@ -100,7 +111,7 @@ def test_numbers_that_differ_have_folders_that_differ() -> None:
     assert all(float(number_name(value)) == value for value in close)
     assert number_name(1) == number_name(1.0) == "1"
     study_config = StudyConfig(alphas=(0.1, 0.1000001), weight_decays=(0.1, 0.1000001))
-    names = [name for name in variants(debug(), study_config) if name.startswith(("rate-frozen", "weight-decay"))]
+    names = [name for name in study_runs(debug(), study_config) if name.startswith(("rate-frozen", "weight-decay"))]
     assert names == ["rate-frozen-0.1", "rate-frozen-0.1000001", "weight-decay-0.1", "weight-decay-0.1000001"]
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import quick_reproductions
 from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.cli import main
 from metacontroller.errors import UserError
@@ -31,21 +32,16 @@ ARTEFACTS: dict[str, str] = dict(
 
 
 @pytest.fixture(autouse=True)
-def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_cores", lambda: 1)
-
-
-def undrawn(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(figures, "draw_run", lambda *_: None)
-    patch.setattr(figures, "draw_all", lambda *_: None)
+def _quick() -> Iterator[None]:
+    with quick_reproductions():
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reproduction of the debug preset that was never interrupted."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "usable_cores", lambda: 1)
+    with quick_reproductions(drawn=True):
         reproduce(debug(), out, [0], quiet=True)
     return out
 
@@ -141,8 +137,7 @@ def cotrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, config = tmp_path_factory.mktemp("reproduce") / "cotrained", debug()
     optimizer = replace(config.discover.optimizer, lr=0.1)
     config = replace(config, discover=replace(config.discover, train_model=True, optimizer=optimizer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "usable_cores", lambda: 1)
+    with quick_reproductions():
         reproduce(config, out, [0], quiet=True)
     return out / "seed-0"
 
@@ -203,7 +198,6 @@ def test_episodes_are_shown_again_once_there_are_probes(finished: Path, tmp_path
 def test_an_interrupted_reproduction_is_resumed_where_it_stopped(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undrawn(monkeypatch)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_at(patch, "discover")
@@ -226,7 +220,6 @@ def test_a_finished_reproduction_does_nothing_again(finished: Path, monkeypatch:
 def test_a_resumed_reproduction_may_have_more_seeds(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undrawn(monkeypatch)
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     summary = reproduce(debug(), out, [0, 1], resume=True, quiet=True)
@@ -260,7 +253,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_phases_done_by_their_own_commands_are_part_of_a_reproduction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undrawn(monkeypatch)
     folder = tmp_path / "seed-0"
     for command in (["pretrain", "--preset", "debug"], ["discover"]):
         assert main([command[0], str(folder), *command[1:], "--quiet", "--device", "cpu"]) == 0
@@ -282,7 +274,6 @@ def test_it_says_what_runs_until_its_end(
 
     monkeypatch.setattr(module, "usable_cores", lambda: 2)
     monkeypatch.setattr(module, "in_processes", in_this_process)
-    undrawn(monkeypatch)
     shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
     (tmp_path / "seed-0" / "summary.json").unlink()
     for name in ("config.json", "manifest.json"):

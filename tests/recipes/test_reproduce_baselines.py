@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import quick_reproductions
 from metacontroller.analysis.gate_alignment import held_out_gate
 from metacontroller.baselines.compile import CompILE, boundary_probability
 from metacontroller.cli import main
 from metacontroller.control.metacontroller import MetaController
 from metacontroller.models.transformer import Transformer
-from metacontroller.recipes import reproduce as reproduce_module
 from metacontroller.recipes.config import load_run
 from metacontroller.report.figures import gate_figure, losses_figure
 from metacontroller.storage.run_folder import RunFolder
@@ -29,8 +29,7 @@ CPU = ["--device", "cpu"]
 
 
 def reproduced(out: Path, *words: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce_module, "usable_cores", lambda: 1)
+    with quick_reproductions():
         command = ["reproduce", "--preset", "debug", "--out", str(out), "--seeds", "2", "--quiet", *CPU]
         assert main([*command, *words]) == 0
     return out

@@ -15,10 +15,9 @@ from metacontroller.cli import main
 from metacontroller.models.transformer import Transformer
 from metacontroller.presets import ant
 from metacontroller.presets.gridworld import STUDIES, debug, laptop, paper
-from metacontroller.recipes import study as study_phase
 from metacontroller.recipes.config import to_json
-from metacontroller.recipes.study import StudyJob, analysis_config, possible_analyses, study, variant_folder
-from metacontroller.recipes.variants import StudyConfig, variants
+from metacontroller.recipes.study import StudyJob, analysis_config, possible_analyses, study
+from metacontroller.recipes.study_runs import StudyConfig, study_runs
 from metacontroller.storage.run_folder import RunFolder
 
 COMMAND = ["figures", "--preset", "debug", "--seeds", "0", "--workers", "1", "--quiet", "--device", "cpu"]
@@ -43,7 +42,7 @@ def differences(left: Any, right: Any, where: str = "") -> set[str]:
 
 
 def test_a_variant_changes_what_its_name_says() -> None:
-    config, named = laptop(), variants(laptop(), StudyConfig())
+    config, named = laptop(), study_runs(laptop(), StudyConfig())
     found = {name: differences(config, variant.config) for name, variant in named.items()}
     assert found["compile"] == {"discovery"}
     assert found["forced-switching"] == {"meta_controller.gate.mode"}
@@ -65,13 +64,13 @@ def test_a_variant_changes_what_its_name_says() -> None:
     starts = {name: variant.start for name, variant in named.items()}
     assert starts["cotrained-from-scratch"] == "new"
     assert starts["pretraining-steps-500"] == 500
-    assert starts["epsilon-0.1"] == "own"
+    assert starts["epsilon-0.1"] == "pretrain"
     assert starts["unaugmented-cotrained-from-scratch"] == "new"
     assert starts["compile"] == starts["forced-switching"] == starts["rate-cotrained-0.1"] == "base"
 
 
 def test_where_eq_3_has_a_lambda_it_is_that_of_each_variants_model() -> None:
-    named = variants(paper(), STUDIES["paper"])
+    named = study_runs(paper(), STUDIES["paper"])
     for weight in (0.0, 0.1):
         config = named[f"state-loss-{weight:g}"].config
         assert config.pretrain.state_loss_weight == config.discover.state_loss_weight == weight
@@ -80,8 +79,8 @@ def test_where_eq_3_has_a_lambda_it_is_that_of_each_variants_model() -> None:
 
 
 def test_baselines_have_the_alphas_that_were_searched_for_them() -> None:
-    config, plain = laptop(), variants(laptop(), StudyConfig())
-    own = variants(config, StudyConfig(forced_alpha=0.5, cotrained_alpha=0.25))
+    config, plain = laptop(), study_runs(laptop(), StudyConfig())
+    own = study_runs(config, StudyConfig(forced_alpha=0.5, cotrained_alpha=0.25))
     found = {name: differences(plain[name].config, variant.config) for name, variant in own.items()}
     changed = {name for name, fields in found.items() if fields == {"discover.alpha"}}
     assert changed == {name for name in own if "cotrained-from" in name} | {"forced-switching"}
@@ -98,12 +97,12 @@ def test_the_variants_of_every_preset_can_be_made() -> None:
         pretraining = (settings.snapshots, settings.weight_decays, settings.state_loss_weights, settings.epsilons)
         controls = 3 if config.discover.symmetry_augmentation else 0
         expected = 4 + 2 * len(settings.alphas) + sum(map(len, pretraining)) + controls
-        assert len(variants(config, settings)) == expected
+        assert len(study_runs(config, settings)) == expected
 
 
 def test_a_guided_start_keeps_its_share_and_compile_has_gaussian_codes() -> None:
     config = ant.laptop()
-    named = variants(config, StudyConfig(discovery_steps=500, rate_steps=1000))
+    named = study_runs(config, StudyConfig(discovery_steps=500, rate_steps=1000))
     assert config.discover.guided_updates == 0.8 * config.discover.optimizer.steps
     assert {variant.config.discover.guided_updates for variant in named.values()} == {400, 800, 1200}
     codes = named["compile"].config.meta_controller
@@ -116,13 +115,13 @@ def test_a_world_without_randomness_of_its_experts_has_no_variants_of_it() -> No
     class Calm:
         pass
 
-    named = variants(dataclasses.replace(laptop(), domain=Calm()), StudyConfig())
-    assert set(variants(laptop(), StudyConfig())) - set(named) == {"epsilon-0.1"}
+    named = study_runs(dataclasses.replace(laptop(), domain=Calm()), StudyConfig())
+    assert set(study_runs(laptop(), StudyConfig())) - set(named) == {"epsilon-0.1"}
 
 
 def test_there_are_no_variants_of_snapshots_that_are_not_kept() -> None:
     forgetful = dataclasses.replace(laptop(), pretrain=dataclasses.replace(laptop().pretrain, snapshots=(500,)))
-    assert set(variants(laptop(), StudyConfig())) - set(variants(forgetful, StudyConfig())) == {
+    assert set(study_runs(laptop(), StudyConfig())) - set(study_runs(forgetful, StudyConfig())) == {
         "pretraining-steps-1000"
     }
 
@@ -143,7 +142,7 @@ def test_all_analyses_are_done_in_a_world_with_labels() -> None:
 def test_everything_leaves_its_numbers(whole: Path) -> None:
     rows = RunFolder(whole / "study").read_summary()["jobs"]
     assert {row["status"] for row in rows} == {"finished"}
-    named = variants(CONFIG, STUDIES["debug"])
+    named = study_runs(CONFIG, STUDIES["debug"])
     assert [row["name"] for row in rows] == ["run", *list(named)[:4], "analyses", *list(named)[4:]]
     for row in [row for row in rows if row["name"] in named]:
         assert row["rate"] >= 0
@@ -169,12 +168,12 @@ def test_each_variant_starts_where_it_should(whole: Path) -> None:
     snapshot = (whole / "seed-0" / "snapshots" / "base_model-4.safetensors").read_bytes()
 
     def started(name: str) -> bytes:
-        return (variant_folder(whole, name, 0) / "base_model.safetensors").read_bytes()
+        return (StudyJob(name, 0).run(whole).path / "base_model.safetensors").read_bytes()
 
     assert started("compile") == started("forced-switching") == started("cotrained-from-pretrained") == base
     assert started("pretraining-steps-4") == snapshot != base
-    assert not (variant_folder(whole, "cotrained-from-scratch", 0) / "base_model.safetensors").exists()
-    own = Transformer.init_and_load(variant_folder(whole, "weight-decay-0.1", 0) / "base_model.safetensors")
+    assert not (StudyJob("cotrained-from-scratch", 0).run(whole).path / "base_model.safetensors").exists()
+    own = Transformer.init_and_load(StudyJob("weight-decay-0.1", 0).run(whole).path / "base_model.safetensors")
     kept = Transformer.init_and_load(whole / "seed-0" / "snapshots" / "base_model-4.safetensors")
     table, decayed = kept.state_dict()["encoder.table"], own.state_dict()["encoder.table"]
     assert not torch.equal(table, decayed)
@@ -201,13 +200,14 @@ def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture) 
 def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     config = dataclasses.replace(debug(), evaluate=dataclasses.replace(debug().evaluate, episodes=16))
     RunFolder(tmp_path).write_config(to_json(config))
-    broken = variant_folder(tmp_path, "compile", 0)
+    broken = StudyJob("compile", 0).run(tmp_path).path
     broken.mkdir(parents=True)
     (broken / "discover.safetensors").write_bytes(b"torn")
     settings = dataclasses.replace(STUDIES["debug"], alphas=(), snapshots=(), weight_decays=(), state_loss_weights=())
     found = study(settings, tmp_path, [0], quiet=True)
     status = {row["name"]: row["status"] for row in found["jobs"]}
-    assert status.pop("compile").startswith("failed: metacontroller.errors.UserError: ")
+    failed = "failed in study/compile/seed-0: metacontroller.errors.UserError: "
+    assert status.pop("compile").startswith(failed)
     assert set(status.values()) == {"finished"}
     (broken / "discover.safetensors").unlink()
     rows = study(settings, tmp_path, [0], quiet=True)["jobs"]
@@ -218,14 +218,14 @@ def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_cut_short_has_the_numbers_of_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder(tmp_path).write_config(to_json(debug()))
-    whole = study_phase.attempt
+    work = StudyJob.work
 
-    def attempt(out: str, job: StudyJob, *rest: Any) -> None:
+    def work_until(job: StudyJob, *rest: Any) -> None:
         if job.what == "forced-switching":
             raise KeyboardInterrupt
-        whole(out, job, *rest)
+        work(job, *rest)
 
-    monkeypatch.setattr(study_phase, "attempt", attempt)
+    monkeypatch.setattr(StudyJob, "work", work_until)
     with pytest.raises(KeyboardInterrupt):
         study(STUDIES["debug"], tmp_path, [0], quiet=True)
     rows = RunFolder(tmp_path / "study").read_summary()["jobs"]
@@ -240,6 +240,7 @@ def test_without_a_base_model_nothing_is_built_on_it(tmp_path: Path) -> None:
     (tmp_path / "seed-0" / "pretrain.safetensors").write_bytes(b"torn")
     settings = dataclasses.replace(STUDIES["debug"], alphas=(), snapshots=(), weight_decays=(), state_loss_weights=())
     rows = study(settings, tmp_path, [0], quiet=True)["jobs"]
-    assert rows[0]["status"].startswith("failed: metacontroller.errors.UserError: ")
-    assert {row["status"] for row in rows if row["name"] not in ("run", "analyses")} == {"not run"}
-    assert StudyJob("compile", 0).folder(tmp_path) == tmp_path / "study" / "compile" / "seed-0"
+    failed = rows[0]["status"]
+    assert failed.startswith("failed in seed-0: metacontroller.errors.UserError: ")
+    assert {row["status"] for row in rows[1:]} == {f"not run: {failed}"}
+    assert StudyJob("compile", 0).run(tmp_path).path == tmp_path / "study" / "compile" / "seed-0"

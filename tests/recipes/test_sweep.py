@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,17 @@ import pytest
 
 from metacontroller.cli import main
 from metacontroller.presets.gridworld import debug, laptop
-from metacontroller.recipes.config import ExperimentConfig, with_seed
-from metacontroller.recipes.sweep import SweepJob, job_config, own_alpha, sweep
+from metacontroller.recipes.config import ExperimentConfig, with_seed, with_values
+from metacontroller.recipes.sweep import SweepJob, alpha_of, job_config, sweep
 from metacontroller.storage.run_folder import RunFolder
 
 GRID: dict[str, Any] = {"seeds": [0, 1], "alphas": [0.1, 0.3], "lrs": [1e-3, 3e-3]}
 
 
 def tiny() -> ExperimentConfig:
-    """The debug preset, with fewer episodes to judge by."""
-    return dataclasses.replace(debug(), evaluate=dataclasses.replace(debug().evaluate, episodes=16))
+    """The debug preset, shorter and with fewer episodes to judge by."""
+    lengths = {f"{phase}.optimizer.steps": 4 for phase in ("pretrain", "discover")}
+    return with_values(debug(), {**lengths, "internal_rl.episodes": 64, "evaluate.episodes": 16})
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +69,16 @@ def test_alpha_is_that_of_compile_where_compile_discovers() -> None:
     swept = job_config(config, SweepJob(0, 0.5))
     assert (swept.compile.alpha_code, swept.compile.alpha_boundary) == (0.5, 0.5)
     assert swept.discover == job_config(config, SweepJob(0)).discover
-    assert own_alpha(config) == config.compile.alpha_code != own_alpha(laptop()) == laptop().discover.alpha
+    assert alpha_of(config) == config.compile.alpha_code != alpha_of(laptop()) == laptop().discover.alpha
 
 
 def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path, whole: Path) -> None:
-    out, broken = tmp_path / "out", tmp_path / "out" / "seed-1" / "alpha-0.1"
     grid = {**GRID, "lrs": [1e-3]}
-    sweep(tiny(), out, **{**grid, "seeds": [0]}, quiet=True)
-    broken.mkdir(parents=True)
+    out = shutil.copytree(whole, tmp_path / "out")
+    for folder in ("seed-1/alpha-0.1", "seed-1/alpha-0.3/lr-0.001"):
+        shutil.rmtree(out / folder)
+    broken = out / "seed-1" / "alpha-0.1"
+    broken.mkdir()
     (broken / "discover.safetensors").write_bytes(b"torn")
     rows = sweep(tiny(), out, **grid, resume=True, quiet=True)
     status = {(row["seed"], row["alpha"]): row["status"] for row in rows}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import quick_reproductions
 from metacontroller.cli import main
 from metacontroller.report.html import write_report
 from metacontroller.storage.run_folder import RunFolder
@@ -21,8 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def reproduction(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "tiny <run>"
     words = ["--preset", "debug", "--out", str(out), "--seeds", "0", "1", "--quiet", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metacontroller.recipes.reproduce.usable_cores", lambda: 1)  # all in this process: sooner done
+    with quick_reproductions():
         assert main(["reproduce", *words]) == 0
     return out
 
@@ -77,7 +77,8 @@ def test_without_episodes_there_is_no_player(reproduction: Path, tmp_path: Path)
 
 def test_figures_of_other_packages_are_shown_as_they_are(reproduction: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(reproduction, tmp_path / "copy")
-    shutil.copy(copy / "figures" / "success.png", copy / "figures" / "my_own.png")
+    (copy / "figures").mkdir(exist_ok=True)
+    (copy / "figures" / "my_own.png").write_bytes(b"a picture")
     page = write_report([copy], tmp_path / "report.html").read_text()
     assert page.count('<figure><img src="data:image/png;base64,') == 1
     assert "<figcaption>my_own</figcaption>" in page

@@ -34,7 +34,7 @@ from metacontroller.presets import preset
 from metacontroller.recipes import run_phase
 from metacontroller.recipes.collect import CollectConfig, collect
 from metacontroller.recipes.config import build_model, load_run, open_folder, read_config
-from metacontroller.recipes.variants import StudyConfig
+from metacontroller.recipes.study_runs import StudyConfig
 from metacontroller.report.html import write_report
 from metacontroller.storage.config_file import from_plain
 from metacontroller.storage.run_folder import RunFolder

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.table import Table
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes
 
 from metacontroller.analysis.registry import Analysis, analyses, draw_analysis, run_analysis
-from metacontroller.commands.options import Device, device_name, seed_folders
-from metacontroller.commands.output import print_results, say_unkept
+from metacontroller.commands.options import Measuring, device_name, seed_folders, telling_unkept
 from metacontroller.recipes.config import load_run
 from metacontroller.report.figures import require_matplotlib
 from metacontroller.report.tables import analysis_table
@@ -19,33 +17,25 @@ from metacontroller.storage.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
-class AnalysisCommand:
+class AnalysisCommand(Measuring):
     """What every analysis can be asked."""
 
-    run: Positional[Path]
-    """Folder of a run or of a reproduction."""
-    json: bool = False
-    """Print JSON: an object for a run, a list for a reproduction."""
     quiet: bool = False
     """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
 
     analysis: ClassVar[Analysis]
     config: ClassVar[Any]  # of the analysis: a field of each subclass
 
     def __call__(self) -> None:
         require_matplotlib()
-        name, runs = self.analysis.name, [RunFolder(path) for path in seed_folders(self.run)]
-        folder, results = RunFolder(self.run), []
-        for each in (*runs, folder):
-            each.unkept = []
-        for run in runs:
-            loaded = load_run(run, device_name(self.device))
-            results.append({"run": run.path.name, **run_analysis(name, loaded, self.config, quiet=self.quiet)})
-        draw_analysis(name, folder, runs)
-        print_results(results, self.run, self._table, as_json=self.json)
-        say_unkept(*runs, folder)
+        name, folder = self.analysis.name, RunFolder(self.run)
+        runs, results = [RunFolder(path) for path in seed_folders(self.run)], []
+        with telling_unkept(*runs, folder):
+            for run in runs:
+                loaded = load_run(run, device_name(self.device))
+                results.append({"run": run.path.name, **run_analysis(name, loaded, self.config, quiet=self.quiet)})
+            draw_analysis(name, folder, runs)
+            self.print_results(results, self._table)
 
     def _table(self, results: list[dict[str, Any]]) -> Table:
         return analysis_table(results, self.analysis.rows(results))

@@ -33,3 +33,6 @@ class Collect:
             f"{self.out}: {done['kept']} episodes kept of {done['played']} played{left_out}; {done['steps']} steps, "
             f"success {done['success']:.3f}, return {done['mean_return']:.4g}{spread}"
         )
+
+
+COMMANDS = {"collect": Collect}

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from metacontroller.analysis.video import write_video
-from metacontroller.commands.options import Device, device_name, seed_folders
-from metacontroller.commands.output import print_results, say_unkept
+from metacontroller.commands.options import Measuring, device_name, seed_folders, telling_unkept
 from metacontroller.errors import UserError
 from metacontroller.phases.evaluate import Policy
 from metacontroller.recipes.config import load_run
@@ -23,11 +20,9 @@ from metacontroller.training.seeding import stream_seed
 
 
 @dataclass(kw_only=True)
-class Evaluate:
+class Evaluate(Measuring):
     """Measure a run, or every seed of a reproduction, in held-out episodes."""
 
-    run: Positional[Path]
-    """Folder of a run or of a reproduction."""
     episodes: int | None = None
     """Episodes to play; as in the run's config unless given."""
     seed: int | None = None
@@ -39,20 +34,13 @@ class Evaluate:
     the evolved one."""
     video: Path | None = None
     """Film some of the episodes too: a file that ends in .mp4 or .gif."""
-    json: bool = False
-    """Print JSON: an object for a run, a list for a reproduction."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
-        folders = seed_folders(self.run)
-        if self.video is not None and len(folders) > 1:
-            raise UserError(f"{self.run} holds {len(folders)} runs; name one of them to film it, as {folders[0]}.")
-        runs = [RunFolder(path) for path in folders]
-        for run in runs:
-            run.unkept = []
-        print_results([self.measure(run) for run in runs], self.run, evaluation_table, as_json=self.json)
-        say_unkept(*runs)
+        runs = [RunFolder(path) for path in seed_folders(self.run)]
+        if self.video is not None and len(runs) > 1:
+            raise UserError(f"{self.run} holds {len(runs)} runs; name one of them to film it, as {runs[0].path}.")
+        with telling_unkept(*runs):
+            self.print_results([self.measure(run) for run in runs], evaluation_table)
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """Success of the chosen policy; where codes act, the gate's figures and what codes mean, too. The report reads
@@ -66,12 +54,17 @@ class Evaluate:
         tell_window("evaluate", loaded.domain, loaded.device, quiet=self.json)
         announce(f"evaluate: {episodes} episodes of {POLICIES[self.policy]}", quiet=self.json)
         result = {"run": run.path.name, **loaded.evaluate(self.policy, task=task, episodes=episodes, seed=seed)}
-        if result.get("lost"):
-            said = f"{result['lost']} of {episodes} episodes were lost to the environment and count as not solved"
-            announce(f"evaluate: warning: {said}; its returns are those until then.")
+        if lost := result.get("lost"):
+            announce(
+                f"evaluate: warning: {lost} of {episodes} episodes were lost to the environment and count as not "
+                "solved; its returns are those until then."
+            )
         if self.policy not in ("base", "raw"):
             announce("evaluate: the gate, and what codes mean", quiet=self.json or not loaded.subgoals)
             result |= discovery_figures(loaded, seed, max(episodes, loaded.settings.episodes))
         if task is None:
             run.write_analysis(evaluation_name(self.policy), result)
         return result
+
+
+COMMANDS = {"evaluate": Evaluate}

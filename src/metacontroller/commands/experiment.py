@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -11,23 +13,25 @@ from tyro.conf import Positional
 from metacontroller import presets
 from metacontroller.analysis.registry import analyses, draw_analysis
 from metacontroller.commands.options import (
-    Device,
+    FromPreset,
+    OnDevice,
     Tracked,
     Training,
-    chosen_config,
+    defaults_of,
     device_name,
+    early_option,
     preset_config,
     seed_folders,
+    telling_unkept,
 )
-from metacontroller.commands.output import say_unkept
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import META_CONTROLLER, artefact_path
-from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder
+from metacontroller.recipes.config import load_run, open_folder
 from metacontroller.recipes.jobs import Engine
 from metacontroller.recipes.reproduce import reproduce, show_episodes
 from metacontroller.recipes.study import study
-from metacontroller.recipes.sweep import own_alpha, sweep
-from metacontroller.recipes.variants import StudyConfig
+from metacontroller.recipes.study_runs import StudyConfig
+from metacontroller.recipes.sweep import alpha_of, sweep
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
 from metacontroller.report.figures import require_matplotlib
 from metacontroller.report.html import write_report
@@ -38,29 +42,19 @@ from metacontroller.storage.run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
-class Reproduce(Tracked):
+class Reproduce(FromPreset, Tracked):
     """Everything: all phases on every seed, the raw-action baseline, measures, figures and a table."""
 
     out: Path = Path("runs/reproduce")
     """Folder to make, or with --resume to continue in."""
-    preset: str | None = None
-    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One run for each."""
     workers: int = 1
     """Seeds at the same time."""
-    config: ExperimentConfig = field(default_factory=preset_config)
-    """Change any value of the preset."""
-
-    @classmethod
-    def at_preset(cls, preset: str | None) -> Reproduce:
-        """The defaults of all options."""
-        return cls(config=preset_config(preset))
 
     def __call__(self) -> None:
-        config = chosen_config(self.config, self.preset, RunFolder(self.out), self.resume)
         summary = reproduce(
-            config,
+            self.chosen(self.config, RunFolder(self.out), resume=self.resume),
             self.out,
             self.seeds,
             resume=self.resume,
@@ -77,7 +71,7 @@ class Reproduce(Tracked):
 
 
 @dataclass(kw_only=True)
-class Figures:
+class Figures(FromPreset, OnDevice):
     """The paper's figures: the reproduction, every baseline and analysis on its seeds, and a report.
 
     What is finished is not run again.
@@ -85,32 +79,26 @@ class Figures:
 
     out: Path = Path("runs/reproduce")
     """Folder to make, or of a reproduction to continue."""
-    preset: str | None = None
-    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One run for each."""
     workers: int = 2
     """Jobs at the same time, one thread each."""
     quiet: bool = False
     """Show no progress."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
     study: StudyConfig = field(default_factory=StudyConfig)
     """How much of every baseline and analysis."""
-    config: ExperimentConfig = field(default_factory=preset_config)
-    """Change any value of the preset."""
 
     @classmethod
-    def at_preset(cls, preset: str | None) -> Figures:
-        """The defaults of all options."""
-        return cls(
-            config=preset_config(preset), study=presets.study_config(presets.DEFAULT if preset is None else preset)
-        )
+    def defaults(cls, words: Sequence[str]) -> Any:
+        """The defaults of all options: --preset decides the study's too."""
+        preset = early_option(words, "preset")
+        study = presets.study_config(presets.DEFAULT if preset is None else preset)
+        return defaults_of(cls, config=preset_config(preset), study=study)
 
     def __call__(self) -> None:
         require_matplotlib()
         folder, device = RunFolder(self.out), device_name(self.device)
-        config = chosen_config(self.config, self.preset, folder, True)
+        config = self.chosen(self.config, folder, resume=True)
         open_folder(folder, config, "figures", resume=True, option="--out")
         summary = study(self.study, self.out, self.seeds, workers=self.workers, quiet=self.quiet, device=device)
         failed = [row for row in summary["jobs"] if row["status"] != "finished"]
@@ -131,13 +119,11 @@ class Figures:
 
 
 @dataclass(kw_only=True)
-class Sweep(Training):
-    """Seeds x alpha x learning rate of internal RL; what is finished is not run again, what fails is reported."""
+class Sweep(FromPreset, Training):
+    """Seeds x alpha x learning rate of internal RL; what is finished is not run again, failures are named."""
 
     out: Path = Path("runs/sweep")
     """Folder to make, or with --resume to continue in."""
-    preset: str | None = None
-    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One base model for each."""
     alphas: list[float] | None = None
@@ -152,22 +138,15 @@ class Sweep(Training):
     """Of the Ray cluster; for Slurm, "local" tries it out on this machine."""
     minutes: int = 24 * 60
     """Time limit of a Slurm job."""
-    config: ExperimentConfig = field(default_factory=preset_config)
-    """Change any value of the preset."""
-
-    @classmethod
-    def at_preset(cls, preset: str | None) -> Sweep:
-        """The defaults of all options."""
-        return cls(config=preset_config(preset))
 
     def __call__(self) -> None:
-        config = chosen_config(self.config, self.preset, RunFolder(self.out), self.resume)
+        config = self.chosen(self.config, RunFolder(self.out), resume=self.resume)
         elsewhere = self.engine != "processes" and self.device == "cuda"  # where jobs run there may be a GPU
         rows = sweep(
             config,
             self.out,
             seeds=self.seeds,
-            alphas=[own_alpha(config)] if self.alphas is None else self.alphas,
+            alphas=[alpha_of(config)] if self.alphas is None else self.alphas,
             lrs=[config.internal_rl.lr] if self.lrs is None else self.lrs,
             engine=self.engine,
             workers=self.workers,
@@ -184,15 +163,13 @@ class Sweep(Training):
 
 
 @dataclass(kw_only=True)
-class Report:
-    """One HTML file on runs or finished reproductions, with figures and a trajectory player; it needs no network."""
+class Report(OnDevice):
+    """One HTML file on runs or reproductions, with figures and a trajectory player; it needs no network."""
 
     runs: Positional[tuple[Path, ...]]
     """Folders of runs or of reproductions."""
     out: Path = Path("report.html")
     """File to write."""
-    device: Device = "auto"
-    """auto: a GPU if there is one."""
 
     def __call__(self) -> None:
         if not self.runs:
@@ -200,8 +177,10 @@ class Report:
         for folder in map(RunFolder, self.runs):
             seeds = read_reproduction(folder).get("seeds", [])
             first = folder.child(f"seed-{seeds[0]}") if seeds else folder
-            first.unkept = []
-            if artefact_path(first, META_CONTROLLER).exists():
-                show_episodes(load_run(first, device_name(self.device)))
-            say_unkept(first)
+            with telling_unkept(first):
+                if artefact_path(first, META_CONTROLLER).exists():
+                    show_episodes(load_run(first, device_name(self.device)))
         print(write_report(self.runs, self.out))
+
+
+COMMANDS = {"reproduce": Reproduce, "figures": Figures, "sweep": Sweep, "report": Report}

@@ -1,20 +1,29 @@
-"""The three phases, each on a run folder."""
+"""The three phases, and evolution in place of the third, each on a run folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tyro.conf import Positional
 
 from metacontroller import presets
-from metacontroller.commands.options import Tracked, chosen_config, device_name, preset_config
+from metacontroller.commands.options import (
+    FromPreset,
+    Tracked,
+    defaults_of,
+    device_name,
+    early_option,
+    preset_config,
+)
 from metacontroller.domains.registry import domain_of
 from metacontroller.errors import UserError
 from metacontroller.phases.artefacts import learned_from
+from metacontroller.phases.evolution import PHASE, EvolutionConfig
 from metacontroller.recipes.config import (
     ExperimentConfig,
     check_phases,
@@ -24,20 +33,18 @@ from metacontroller.recipes.config import (
     with_seed,
 )
 from metacontroller.recipes.history import Phase, changed_config, keep_changes
-from metacontroller.recipes.run_phase import run_discover, run_internal_rl, run_pretrain, run_raw_action_rl
+from metacontroller.recipes.run_phase import RUN_PHASE, run_evolution, run_pretrain
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.versions import check_versions
 from metacontroller.training.distributed import Processes, processes
 
 
 @dataclass(kw_only=True)
-class Pretrain(Tracked):
+class Pretrain(FromPreset, Tracked):
     """Phase 1: train an action model on experts' episodes; starts the folder RUN."""
 
     run: Positional[Path]
     """Folder to make, or with --resume to continue in."""
-    preset: str | None = None
-    """Where the config starts from: laptop unless given, or a function of yours as package.module:function."""
     dataset: str | None = None
     """Learn from data of yours: a folder that `collect` wrote, package.module:function, or the ID of a Minari dataset
     on this machine. The preset is then one for such data unless given."""
@@ -50,40 +57,29 @@ class Pretrain(Tracked):
     """Share of the episodes of --dataset on which nothing is trained, for validation; 0.1 unless given, 0: none."""
     seed: int | None = None
     """From which all randomness derives."""
-    config: ExperimentConfig = field(default_factory=preset_config)
-    """Change any value of the preset."""
 
     @classmethod
-    def at_preset(cls, preset: str | None) -> Pretrain:
-        """The defaults of all options."""
-        return cls(run=tyro.MISSING, config=preset_config(preset))
-
-    @staticmethod
-    def preset_of_data() -> str:
-        """The preset where a dataset is named and no preset."""
-        return presets.OWN_DATA
+    def defaults(cls, words: Sequence[str]) -> Any:
+        """The defaults of all options; without a --preset, a --dataset decides those of --config."""
+        preset = early_option(words, "preset")
+        if preset is None and early_option(words, "dataset") is not None:
+            preset = presets.OWN_DATA
+        return defaults_of(cls, config=preset_config(preset))
 
     def __call__(self) -> None:
         run, device = RunFolder(self.run), device_name(self.device)
         workers = processes(device)
         if self.env_kwargs is not None and self.env is None:
             raise UserError(f"--env-kwargs {self.env_kwargs} stands beside no --env; name the environment.")
-        moves = self._moves(run)
-        if self.resume and self.env is not None and self.dataset is None:
-            config = self._with_environment(run, write=workers.is_main)
-        elif moves is not None:
-            config = moved(run, read_config(run), moves)
-        else:
-            untold = self.dataset is None and self.env is None and self.validation_share is None
-            config = self.config if untold else self._with_data()
-            config = chosen_config(config, self.preset, run, self.resume)
+        changed = self._changed(run)
+        config = self._started(run) if changed is None else changed
         config = config if self.seed is None else with_seed(config, self.seed)
         check_phases(config)  # what a later phase or the data refuse leaves no folder behind
         workers.wait()  # until all have seen what was there before
         with _writing(run, workers):
-            if workers.is_main and moves:
-                keep_changes(run, config, "pretrain")
             if workers.is_main:
+                if changed is not None:
+                    keep_changes(run, changed, "pretrain")
                 open_folder(run, config, "pretrain", resume=self.resume, option="folder")
             workers.wait()
             started_from = read_config(run).seed
@@ -94,17 +90,19 @@ class Pretrain(Tracked):
                 )
             run_pretrain(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
 
-    def _moves(self, run: RunFolder) -> str | None:
-        """The dataset, where a run is resumed and nothing else is given: it may be in another place."""
-        told = self.preset, self.env, self.env_kwargs, self.validation_share
-        untouched = self.resume and told == (None,) * 4 and self.config == preset_config(presets.OWN_DATA)
-        return self.dataset if untouched and run.within("config.json").exists() else None
+    def _changed(self, run: RunFolder) -> ExperimentConfig | None:
+        """The config of a run that is resumed with its dataset in another place, or with an environment that it lacked;
+        None where neither is asked for."""
+        if self.resume and self.env is not None and self.dataset is None:
+            return self._with_environment(run)
+        others = (self.preset, self.env, self.env_kwargs, self.validation_share)
+        untouched = others == (None,) * 4 and self.config == preset_config(presets.OWN_DATA)
+        if self.resume and self.dataset is not None and untouched and run.within("config.json").exists():
+            return moved(run, read_config(run), self.dataset)
+        return None
 
-    def _with_environment(self, run: RunFolder, *, write: bool) -> ExperimentConfig:
-        """The config of a run that has learned from a dataset alone, now with an environment; written there if asked.
-
-        UserError if it acts in another one already, or if its model cannot read this one.
-        """
+    def _with_environment(self, run: RunFolder) -> ExperimentConfig:
+        """UserError if the run acts in another environment already, or if its model cannot read this one."""
         refuse_other_recipe(run, "pretrain")
         config = read_config(run)
         if self.preset is not None or self.config != preset_config():
@@ -118,22 +116,22 @@ class Pretrain(Tracked):
                 f"the model in {run.path} has the actions {before.action} and env {self.env!r} {after.action}; "
                 "pretrain anew with --dataset and --env, in another folder."
             )
-        if write:
-            keep_changes(run, changed, "pretrain")
         return changed
 
-    def _with_data(self) -> ExperimentConfig:
-        """The config with the dataset and the environment asked for."""
-        if self.dataset is None:
-            option = f"--env {self.env}" if self.env is not None else f"--validation-share {self.validation_share}"
+    def _started(self, run: RunFolder) -> ExperimentConfig:
+        """The config of the preset, with the dataset and the environment asked for."""
+        config, domain = self.config, self.config.domain
+        if self.dataset is not None:
+            if not _holds_data(domain):
+                raise UserError(
+                    f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
+                )
+            share = {} if self.validation_share is None else {"validation_share": self.validation_share}
+            config = replace(config, domain=self._acting(replace(domain, dataset=self.dataset, **share)))
+        elif self.env is not None or self.validation_share is not None:
+            option = f"--validation-share {self.validation_share}" if self.env is None else f"--env {self.env}"
             raise UserError(f"{option} stands beside no dataset; give --dataset ID, which the model learns from.")
-        domain = self.config.domain
-        if not _holds_data(domain):
-            raise UserError(
-                f"--dataset {self.dataset} does not fit the preset, a world with data of its own; leave one."
-            )
-        share = {} if self.validation_share is None else {"validation_share": self.validation_share}
-        return replace(self.config, domain=self._acting(replace(domain, dataset=self.dataset, **share)))
+        return self.chosen(config, run, resume=self.resume)
 
     def _acting(self, domain: Any) -> Any:
         """The config of a world with the environment asked for."""
@@ -171,10 +169,11 @@ class LaterPhase(Tracked):
     """Change settings of this phase, from those of RUN; other settings of a run are fixed."""
 
     @classmethod
-    def at_run(cls, run: str | None) -> LaterPhase:
-        """The defaults of all options, the config of a run's folder among them."""
-        config = preset_config() if run is None else read_config(RunFolder(run))
-        return cls(run=tyro.MISSING, config=config)  # type: ignore[call-arg] - of the subclasses
+    def defaults(cls, words: Sequence[str]) -> Any:
+        """The defaults of all options: the config is that of the run among the words."""
+        runs = (word for word in words if not word.startswith("-") and Path(word, "config.json").is_file())
+        run = next(runs, None)
+        return defaults_of(cls, config=preset_config() if run is None else read_config(RunFolder(run)))
 
 
 @dataclass(kw_only=True)
@@ -188,15 +187,8 @@ class Discover(LaterPhase):
 
     def __call__(self) -> None:
         run = RunFolder(self.run)
-        config, device = changed_config(run, self.config, "discover"), device_name(self.device)
-        config = config if self.dataset is None else moved(run, config, self.dataset)
-        workers = processes(device)
-        run.refuse_begun("discover", resume=self.resume)
-        workers.wait()  # until all have seen what was there before
-        with _writing(run, workers):
-            if workers.is_main:
-                keep_changes(run, config, "discover")
-            run_discover(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+        config = changed_config(run, self.config, "discover")
+        _go_on(self, "discover", run, config if self.dataset is None else moved(run, config, self.dataset))
 
 
 @dataclass(kw_only=True)
@@ -209,19 +201,46 @@ class InternalRL(LaterPhase):
     """The baseline instead: reinforcement learning over raw actions."""
 
     def __call__(self) -> None:
-        name: Phase = "raw_action_rl" if self.raw else "internal_rl"
+        phase: Phase = "raw_action_rl" if self.raw else "internal_rl"
         run = RunFolder(self.run)
-        config, device = changed_config(run, self.config, name), device_name(self.device)
-        workers = processes(device)
-        run.refuse_begun(name, resume=self.resume)
-        workers.wait()  # until all have seen what was there before
-        phase = run_raw_action_rl if self.raw else run_internal_rl
-        with _writing(run, workers):
-            if workers.is_main:
-                keep_changes(run, config, name)
-            phase(config, self.tracked(run, workers), resume=self.resume, quiet=self.quiet, device=device)
+        _go_on(self, phase, run, changed_config(run, self.config, phase))
+
+
+@dataclass(kw_only=True)
+class Evolve(Tracked):
+    """Phase 3 without gradients: evolve the policy over the abstract actions of RUN."""
+
+    run: Positional[Path]
+    """Folder of a run with discovered abstract actions."""
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    """How the policy evolves; give the same when you resume."""
+
+    def __call__(self) -> None:
+        if self.evolution.seed != EvolutionConfig.seed:
+            raise UserError("the seed of evolution derives from the run's; leave out --evolution.seed.")
+        run = RunFolder(self.run)
+        _go_on(self, PHASE, run, read_config(run), partial(run_evolution, settings=self.evolution))
+
+
+def _go_on(
+    options: Tracked, phase: str, run: RunFolder, config: ExperimentConfig, work: Callable[..., Any] | None = None
+) -> None:
+    """Does a phase of a run that has begun, after the changes of its config have been written. work: as those of
+    `RUN_PHASE`, which has it unless given."""
+    device = device_name(options.device)
+    workers = processes(device)
+    run.refuse_begun(phase, resume=options.resume)
+    workers.wait()  # until all have seen what was there before
+    work = RUN_PHASE[phase] if work is None else work
+    with _writing(run, workers):
+        if workers.is_main:
+            keep_changes(run, config, phase)
+        work(config, options.tracked(run, workers), resume=options.resume, quiet=options.quiet, device=device)
 
 
 def _writing(run: RunFolder, workers: Processes) -> AbstractContextManager[None]:
     """Context in which no other command writes to the run; the first process holds it for all."""
     return run.locked() if workers.is_main else nullcontext()
+
+
+COMMANDS = {"pretrain": Pretrain, "discover": Discover, "internal-rl": InternalRL, "evolve": Evolve}

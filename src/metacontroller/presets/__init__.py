@@ -17,7 +17,7 @@ from types import ModuleType
 from metacontroller.errors import UserError
 from metacontroller.ranges import require
 from metacontroller.recipes.config import ExperimentConfig, with_seed
-from metacontroller.recipes.variants import StudyConfig
+from metacontroller.recipes.study_runs import StudyConfig
 from metacontroller.storage.user_function import code_of_the_user, import_user_module
 
 COMMON = "gridworld"

@@ -19,7 +19,7 @@ from metacontroller.phases.evaluate import EvaluateConfig
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
 from metacontroller.recipes.config import ExperimentConfig, with_seed
-from metacontroller.recipes.variants import StudyConfig
+from metacontroller.recipes.study_runs import StudyConfig
 from metacontroller.training.optimizer import OptimizerConfig
 
 

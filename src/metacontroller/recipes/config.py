@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,18 +28,13 @@ from metacontroller.phases.discover import DiscoverConfig
 from metacontroller.phases.evaluate import EvaluateConfig
 from metacontroller.phases.policy_gradient import InternalRLConfig
 from metacontroller.phases.pretrain import PretrainConfig
-from metacontroller.ranges import check_choice
+from metacontroller.ranges import check_choice, check_fields, require
 from metacontroller.storage.config_file import from_plain
 from metacontroller.storage.files import left_behind
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.storage.user_function import refuse_unknown_code
 from metacontroller.training.optimizer import OptimizerConfig
 from metacontroller.training.seeding import STREAMS, stream_seed
-
-
-def short_compile() -> CompileConfig:
-    """CompILE for a few thousand updates: a neutral start for presets that do not compare with it."""
-    return CompileConfig(optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=1e-3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +59,47 @@ class ExperimentConfig:
     """Measures at the end."""
     discovery: str = "metacontroller"
     """What finds abstract actions: the metacontroller, the baseline "compile" (CompILE), or an objective by name."""
-    compile: CompileConfig = dataclasses.field(default_factory=short_compile)
-    """The baseline CompILE, where it does the discovery."""
+    compile: CompileConfig = dataclasses.field(
+        default_factory=lambda: CompileConfig(optimizer=OptimizerConfig(steps=3200, batch_size=128, lr=1e-3))
+    )
+    """The baseline CompILE, where it does the discovery: short where a preset does not compare with it."""
     seed: int = 0
     """From which all other seeds derive, see `with_seed`; on the command line --seed or --seeds."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.discovery not in (*OBJECTIVES, "compile"):  # entry points take long to read
             check_choice("discovery", self.discovery, ("compile", *objective_names()))
-        if self.discovery == "compile" and self.meta_controller.code != "gaussian":
-            raise UserError(
-                f"meta_controller.code is {self.meta_controller.code!r}; CompILE finds Gaussian codes, so expected "
-                "'gaussian', or discovery 'metacontroller'."
-            )
-        rank = self.meta_controller.rank
-        if rank is not None and rank > self.model.dim:
-            raise UserError(f"meta_controller.rank is {rank}; expected at most model.dim, {self.model.dim}.")
+        code, rank = self.meta_controller.code, self.meta_controller.rank
+        if self.discovery == "compile":
+            expected = "'gaussian' (CompILE finds Gaussian codes), or discovery 'metacontroller'"
+            require(code == "gaussian", "meta_controller.code", code, expected)
+        fits = rank is None or rank <= self.model.dim
+        require(fits, "meta_controller.rank", rank, f"at most model.dim, {self.model.dim}")
         stream_seed(self.seed, STREAMS[0])
+
+
+Config = TypeVar("Config")
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The same config with other values, by the dotted names of their fields: ``{"discover.optimizer.lr": 1e-3}``."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        parts.setdefault(first, {})[rest] = value
+    nested = {
+        name: part[""] if "" in part else with_values(getattr(config, name), part) for name, part in parts.items()
+    }
+    return replace(config, **nested)  # type: ignore[type-var]
 
 
 @checked_kinds
 def with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     """The same experiment from another seed, with the seeds of all phases derived from it."""
     phases = ("pretrain", "discover", "internal_rl", "raw_action_rl")
-    seeded: dict[str, Any] = {name: replace(getattr(config, name), seed=stream_seed(seed, name)) for name in phases}
-    seeded["compile"] = replace(config.compile, seed=stream_seed(seed, "discover"))
-    return replace(config, seed=seed, **seeded)
+    seeds = {f"{phase}.seed": stream_seed(seed, phase) for phase in phases}
+    return with_values(config, {"seed": seed, "compile.seed": stream_seed(seed, "discover"), **seeds})
 
 
 @checked_kinds
@@ -151,31 +161,25 @@ def to_json(config: ExperimentConfig) -> dict[str, Any]:
     return content
 
 
-def number_name(value: float) -> str:
-    """A number as no other is written, for the names of folders: 0.1, 3e-05, 1."""
-    return repr(float(value)).removesuffix(".0")
-
-
 def _fields(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def from_json(data: Any) -> ExperimentConfig:
     """The config that config.json holds; UserError names the field that is unknown, missing or wrong."""
-    if not isinstance(data, Mapping):
-        raise UserError(f"config is {data!r}; expected an object with the fields of ExperimentConfig.")
+    require(isinstance(data, Mapping), "config", data, "an object with the fields of ExperimentConfig")
     kinds: dict[str, Callable[[str], type[Any]]] = {
         "domain": lambda name: domain_class(name).Config,
         "model": model_config_class,
     }
-    named = {field: _named(data[field], f"config.{field}", kind) for field, kind in kinds.items() if field in data}
-    return from_plain(ExperimentConfig, {**data, **named})
+    chosen = {part: _chosen(data[part], f"config.{part}", kind) for part, kind in kinds.items() if part in data}
+    return from_plain(ExperimentConfig, {**data, **chosen})
 
 
-def _named(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
+def _chosen(content: Any, where: str, kind: Callable[[str], type[Any]]) -> Any:
     """The config in ``content``, of the class that its name picks."""
-    if not isinstance(content, Mapping) or not isinstance(content.get("name"), str):
-        raise UserError(f"{where} is {content!r}; expected an object with a name.")
+    has_name = isinstance(content, Mapping) and isinstance(content.get("name"), str)
+    require(has_name, where, content, "an object with a name")
     rest = {name: value for name, value in content.items() if name != "name"}
     return from_plain(kind(content["name"]), rest, where)
 

@@ -21,18 +21,19 @@ from metacontroller.analysis.registry import run_analysis
 from metacontroller.analysis.video import can_film, write_video
 from metacontroller.arguments import checked_kinds
 from metacontroller.errors import UserError
-from metacontroller.ranges import PROCESSES, Whole, check_number
+from metacontroller.ranges import Processes
 from metacontroller.recipes.config import ExperimentConfig, load_run, open_folder, with_seed
 from metacontroller.recipes.jobs import in_processes, usable_cores
 from metacontroller.recipes.machine import environment_facts
 from metacontroller.recipes.measure import measure
 from metacontroller.recipes.run_phase import PHASES, RL_PHASES, run_phase
+from metacontroller.recipes.schedule import RunSeed, check_distinct
 from metacontroller.report import figures
 from metacontroller.report.results import read_episodes
 from metacontroller.report.tables import RESULTS
 from metacontroller.storage.run_folder import RunFolder, peak_rss_mb
 from metacontroller.training.progress import announce, label_lines
-from metacontroller.training.seeding import MAX_SEED, stream_seed
+from metacontroller.training.seeding import stream_seed
 from metacontroller.training.tracking import Tracker
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -52,31 +53,21 @@ def reproduce_seed(
     apart: each phase in a process of its own, whose memory is free again when it ends; the two kinds of RL side by
     side with one thread each, all else with all threads.
     """
-    run = RunFolder(folder)
+    run, threads = RunFolder(folder), torch.get_num_threads()
     if finished := run.read_summary():
         return finished
+    jobs: dict[str, Any] = {phase: (phase, config, folder, quiet, device, track) for phase in PHASES}
     with run.locked():
-        _all_phases(config, run, quiet, apart, device, track)
+        if apart:
+            for phase in ("pretrain", "discover"):
+                in_processes(run_phase, [jobs[phase]], threads=threads)
+            in_processes(run_phase, [jobs[phase] for phase in RL_PHASES], at_once=len(RL_PHASES))
+            in_processes(conclude, [(config, folder, quiet, device, peak_rss_mb())], threads=threads)
+        else:
+            for job in jobs.values():
+                run_phase(*job)
+            conclude(config, folder, quiet, device)
     return run.read_summary()
-
-
-def _all_phases(
-    config: ExperimentConfig, run: RunFolder, quiet: bool, apart: bool, device: str, track: Tracker | None
-) -> None:
-    folder = run.path
-    if apart:
-        threads = torch.get_num_threads()
-        for phase in PHASES:
-            if phase not in RL_PHASES:
-                in_processes(run_phase, [(phase, config, folder, quiet, device, track)], threads=threads)
-        in_processes(
-            run_phase, [(phase, config, folder, quiet, device, track) for phase in RL_PHASES], at_once=len(RL_PHASES)
-        )
-        in_processes(conclude, [(config, folder, quiet, device, peak_rss_mb())], threads=threads)
-    else:
-        for phase in PHASES:
-            run_phase(phase, config, folder, quiet, device, track)
-        conclude(config, folder, quiet, device)
 
 
 def conclude(
@@ -121,14 +112,11 @@ def _costs(run: RunFolder, evaluation_seconds: float, parent_peak_mb: float | No
     """seconds in all, phase_seconds and peak_rss_mb of all processes together, from what the checkpoints say."""
     costs = {phase: run.load_checkpoint(phase)[1] for phase in PHASES}
     phase_seconds = {phase: meta["seconds"] for phase, meta in costs.items()} | {"evaluate": evaluation_seconds}
-    rl_seconds = [phase_seconds[phase] for phase in RL_PHASES]
     peaks = {phase: meta["peak_rss_mb"] for phase, meta in costs.items()} | {"evaluate": peak_rss_mb()}
-    rl_peaks = [peaks.pop(phase) for phase in RL_PHASES]
-    if parent_peak_mb is None:
-        seconds, peak = sum(rl_seconds), max(*peaks.values(), *rl_peaks)
-    else:
-        seconds, peak = max(rl_seconds), parent_peak_mb + max(*peaks.values(), sum(rl_peaks))
-    seconds += sum(value for phase, value in phase_seconds.items() if phase not in RL_PHASES)
+    seconds, peak = sum(phase_seconds.values()), max(peaks.values())
+    if parent_peak_mb is not None:  # the two kinds of RL ran side by side
+        seconds -= min(phase_seconds[phase] for phase in RL_PHASES)
+        peak = parent_peak_mb + max(peak, sum(peaks[phase] for phase in RL_PHASES))
     return {"seconds": seconds, "phase_seconds": phase_seconds, "peak_rss_mb": peak}
 
 
@@ -139,10 +127,10 @@ def _costs(run: RunFolder, evaluation_seconds: float, parent_peak_mb: float | No
 def reproduce(
     config: ExperimentConfig,
     out: str | os.PathLike[str],
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[RunSeed] = (0,),
     *,
     resume: bool = False,
-    workers: int = 1,
+    workers: Processes = 1,
     quiet: bool = False,
     device: str = "cpu",
     track: Tracker | None = None,
@@ -152,42 +140,25 @@ def reproduce(
     workers: seeds at the same time, one thread each. With one worker, pretraining and discovery have all threads, and
     the two kinds of RL run side by side where there is more than one core. track: see `training.tracking`.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds are {list(seeds)}; give at least one, each once.")
-    check_number("workers", workers, PROCESSES)
-    for seed in seeds:
-        check_number("seed", seed, Whole(0, MAX_SEED))
+    check_distinct(seeds=seeds)
     figures.require_matplotlib()
     folder = RunFolder(out)
     with folder.locked():
         open_folder(folder, config, "reproduce", resume=resume, option="--out")
-        return _all_seeds(config, folder, seeds, workers, quiet, device, track)
-
-
-def _all_seeds(
-    config: ExperimentConfig,
-    folder: RunFolder,
-    seeds: Sequence[int],
-    workers: int,
-    quiet: bool,
-    device: str,
-    track: Tracker | None,
-) -> dict[str, Any]:
-    configs = [with_seed(config, seed) for seed in seeds]
-    paths = [folder.within(f"seed-{seed}") for seed in seeds]
-    if workers == 1:
-        apart = usable_cores() > 1
-        for seeded, path in zip(configs, paths, strict=True):
-            reproduce_seed(seeded, path, quiet=quiet, apart=apart, device=device, track=track)
-    else:
-        jobs = [(seeded, path, quiet, device, track) for seeded, path in zip(configs, paths, strict=True)]
-        in_processes(_reproduce_alone, jobs, at_once=workers)
-    runs = [RunFolder(path) for path in paths]
-    summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
-    if folder.read_summary() != summary:
-        announce("figures of all seeds", quiet)
-        figures.draw_all(folder, runs, summary["task"])
-        folder.write_summary(summary)
+        runs = [folder.child(f"seed-{seed}") for seed in seeds]
+        seeded = [with_seed(config, seed) for seed in seeds]
+        if workers > 1:
+            jobs = [(one, run.path, quiet, device, track) for one, run in zip(seeded, runs, strict=True)]
+            in_processes(_reproduce_alone, jobs, at_once=workers)
+        else:
+            apart = usable_cores() > 1
+            for one, run in zip(seeded, runs, strict=True):
+                reproduce_seed(one, run.path, quiet=quiet, apart=apart, device=device, track=track)
+        summary = {**combined_summary([run.read_summary() for run in runs]), **environment_facts()}
+        if folder.read_summary() != summary:
+            announce("figures of all seeds", quiet)
+            figures.draw_all(folder, runs, summary["task"])
+            folder.write_summary(summary)
     return summary
 
 

@@ -80,35 +80,40 @@ def run_internal_rl(
     config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
 ) -> MetaController:
     """Phase 3 in a run folder that holds a base model and a metacontroller."""
-    loaded = load_run(run, device, config)
-    tell_window("internal-rl", loaded.domain, device, quiet=quiet)
-    model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
-    meta_controller.versions = meta_controller.versions | run.versions
-    return internal_rl(config.internal_rl, model, meta_controller, reset, run, resume=resume, quiet=quiet)
+    acting = _acting("internal-rl", config, run, quiet=quiet, device=device)
+    return internal_rl(config.internal_rl, *acting, run, resume=resume, quiet=quiet)
 
 
 def run_evolution(
-    config: ExperimentConfig, settings: EvolutionConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
+    config: ExperimentConfig, run: RunFolder, settings: EvolutionConfig, *, resume: bool, quiet: bool, device: str
 ) -> MetaController:
     """Phase 3 without gradients in a run folder that holds a base model and a metacontroller."""
-    loaded = load_run(run, device, config)
-    tell_window("evolve", loaded.domain, device, quiet=quiet)
     settings = replace(settings, seed=stream_seed(config.seed, "internal_rl"))
-    model, meta_controller, reset = loaded.model, loaded.meta_controller, post_training(loaded.domain)
+    return evolution(
+        settings, *_acting("evolve", config, run, quiet=quiet, device=device), run, resume=resume, quiet=quiet
+    )
+
+
+def _acting(
+    phase: str, config: ExperimentConfig, run: RunFolder, *, quiet: bool, device: str
+) -> tuple[SteerableModel, MetaController, Reset]:
+    """What acts in a run folder, and what starts its episodes."""
+    loaded = load_run(run, device, config)
+    tell_window(phase, loaded.domain, device, quiet=quiet)
+    model, meta_controller = loaded.model, loaded.meta_controller
     meta_controller.versions = meta_controller.versions | run.versions
-    return evolution(settings, model, meta_controller, reset, run, resume=resume, quiet=quiet)
+    return model, meta_controller, post_training(loaded.domain)
 
 
 def run_raw_action_rl(
     config: ExperimentConfig, run: RunFolder, *, resume: bool, quiet: bool, device: str
 ) -> SteerableModel:
     """The baseline, on a copy of the run folder's base model."""
-    domain = domain_of(config.domain)
-    run.versions = domain.versions()
-    tell_window("raw-action-rl", domain, device, quiet=quiet)
-    model, reset = load_artefact(config.model.Model, run, BASE_MODEL, device), post_training(domain)
+    loaded = load_run(run, device, config)
+    tell_window("raw-action-rl", loaded.domain, device, quiet=quiet)
+    model = loaded.base
     model.versions = model.versions | run.versions
-    return raw_action_rl(config.raw_action_rl, model, reset, run, resume=resume, quiet=quiet)
+    return raw_action_rl(config.raw_action_rl, model, post_training(loaded.domain), run, resume=resume, quiet=quiet)
 
 
 def _validation(domain: Domain, phase: Split) -> Generate | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metacontroller.metrics.switch_alignment import HISTOGRAM_BINS
-from metacontroller.report.figures import figure_of_size, numbers, say_not_measured
+from metacontroller.report.figures import add_legend, numbers, panels, say_not_measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,27 +22,23 @@ Results = Mapping[str, Any]
 def probes_figure(results: Sequence[Results]) -> Figure:
     """Accuracy of linear probes by layer, a thin line a run and the median (as Fig. 3); and the medians over
     pretraining, a line a layer (as Fig. A1)."""
-    figure = figure_of_size(8.0, 3.2)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(8.0, 3.2, columns=2)
     by_layer(left, [result["accuracy"] for result in results])
     left.set(title="Linear probe of the subgoal", ylabel="accuracy")
-    over = [found for result in results if (found := result.get("over_training"))]
+    over = [curves for result in results if (curves := result.get("over_training"))]
     right.set(title="The same over pretraining", xlabel="update", ylabel="accuracy", ylim=(-0.02, 1.02))
-    if not over:
-        say_not_measured(right)
-        return figure
-    accuracy = torch.tensor([[numbers(line) for line in values["accuracy"]] for values in over])
-    accuracy = accuracy.quantile(0.5, dim=0)  # (snapshots, layers)
-    for layer, line in enumerate(accuracy.T.tolist()):
-        right.plot(over[0]["steps"], line, marker=".", label=f"layer {layer}")
-    right.legend(frameon=False, fontsize="small")
+    if over:
+        accuracy = torch.tensor([[numbers(line) for line in curves["accuracy"]] for curves in over])
+        accuracy = accuracy.quantile(0.5, dim=0)  # (snapshots, layers)
+        for layer, line in enumerate(accuracy.T.tolist()):
+            right.plot(over[0]["steps"], line, marker=".", label=f"layer {layer}")
+    add_legend(right, fontsize="small")
     return figure
 
 
 def steering_figure(results: Sequence[Results]) -> Figure:
     """Success of chained supervised controllers by layer, a thin line a run and the median (as Fig. 4)."""
-    figure = figure_of_size(4.2, 3.2)
-    ax = figure.subplots()
+    figure, (ax,) = panels(4.2, 3.2)
     by_layer(ax, [result["success"] for result in results])
     ax.set(title="Supervised controllers, chained", ylabel="success rate")
     return figure
@@ -63,8 +59,7 @@ def by_layer(ax: Axes, lines: Sequence[Sequence[float | None]]) -> None:
 
 def gate_histogram_figure(results: Sequence[Results]) -> Figure:
     """Histogram of beta where subgoals change and elsewhere, and precision, recall, F1 by tolerance (as Fig. A3)."""
-    figure = figure_of_size(9.0, 3.2)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(9.0, 3.2, columns=2)
     if not results:
         say_not_measured(left)
         say_not_measured(right)
@@ -86,22 +81,17 @@ def gate_histogram_figure(results: Sequence[Results]) -> Figure:
 
 def injection_figure(results: Sequence[Results]) -> Figure:
     """Walks whose second subgoal is the one named, free and with its code forced (as Fig. A4); dots are runs."""
-    figure = figure_of_size(5.0, 3.4)
-    ax = figure.subplots()
-    bars = {
-        "free": "all, free",
-        "forced": "all, forced",
-        "free_unseen": "unseen, free",
-        "forced_unseen": "unseen, forced",
-    }
-    for place, name in enumerate(bars):
+    figure, (ax,) = panels(5.0, 3.4)
+    names = ("free", "forced", "free_unseen", "forced_unseen")
+    for place, name in enumerate(names):
         values = [result[name] for result in results if result.get(name) is not None]
         if values:
             ax.bar(place, median(values), color="C0" if "forced" in name else "C7", alpha=0.7)
             ax.plot([place] * len(values), values, color="0.2", marker=".", linestyle="")
         else:
             ax.text(place, 0.02, "not\nmeasured", ha="center", fontsize="small")
-    ax.set_xticks(range(len(bars)), list(bars.values()), fontsize="small")
+    labels = ("all, free", "all, forced", "unseen, free", "unseen, forced")
+    ax.set_xticks(range(len(names)), labels, fontsize="small")
     title = "A subgoal's code, forced after the first subgoal"
     ax.set(ylabel="second subgoal is the one named", ylim=(0, 1.02), title=title)
     return figure

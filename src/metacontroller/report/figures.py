@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from metacontroller.errors import UserError, last_line
@@ -29,6 +30,9 @@ NOT_MEASURED = "not measured"
 
 MOST = 1e30
 """Of what can be drawn; axes of larger numbers overflow."""
+
+RL = {"internal_rl": ("internal RL", "C0"), "raw_action_rl": ("raw-action RL", "C3")}
+"""Phases of reinforcement learning, their names and colors."""
 
 
 def require_matplotlib() -> None:
@@ -56,27 +60,28 @@ def draw_all(folder: RunFolder, runs: Sequence[RunFolder], task: str) -> None:
 
 def losses_figure(run: RunFolder) -> Figure:
     """Pretraining and discovery: action loss against updates, and the KL that discovery pays."""
-    figure = figure_of_size(9.0, 3.2)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(9.0, 3.2, columns=2)
     pretraining, discovery = run.read_metrics("pretrain"), run.read_metrics("discover")
-    left.plot(_column(pretraining, "step"), _column(pretraining, "action_loss"), color="C0", label="in training")
-    if any("val_action_loss" in line for line in pretraining):
-        held_out = _column(pretraining, "val_action_loss")
-        left.plot(_column(pretraining, "step"), held_out, color="C0", linestyle="--", label="held out")
-        left.legend(frameon=False)
-    left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
-    steps = _column(discovery, "step")
-    right.plot(steps, _column(discovery, "action_loss"), color="C0", label="action loss, steered")
     cost = "code_kl" if any("code_kl" in line for line in discovery) else "kl"  # CompILE's, the metacontroller's
-    right.plot(steps, _column(discovery, cost), color="C1", label="KL of the codes")
-    if any("val_action_loss" in line for line in discovery):
-        right.plot(steps, _column(discovery, "val_action_loss"), color="C0", linestyle="--", label="the same, held out")
+    curves: list[tuple[Axes, list[dict[str, Any]], str, dict[str, Any]]] = [
+        (left, pretraining, "action_loss", {"color": "C0", "label": "in training"}),
+        (left, pretraining, "val_action_loss", {"color": "C0", "linestyle": "--", "label": "held out"}),
+        (right, discovery, "action_loss", {"color": "C0", "label": "action loss, steered"}),
+        (right, discovery, cost, {"color": "C1", "label": "KL of the codes"}),
+        (right, discovery, "val_action_loss", {"color": "C0", "linestyle": "--", "label": "the same, held out"}),
+    ]
+    for ax, lines, name, style in curves:
+        if not name.startswith("val_") or any(name in line for line in lines):
+            ax.plot(_column(lines, "step"), _column(lines, name), **style)
+    left.set(title="Pretraining", xlabel="update", ylabel="action loss (nats per step)")
     right.set(title="Discovery", xlabel="update", ylabel="nats per step")
-    if any(value <= 0 for line in right.get_lines() for value in line.get_ydata()):  # densities may be above 1
+    if any((np.asarray(line.get_ydata()) <= 0).any() for line in right.get_lines()):  # densities may be above 1
         right.set_yscale("symlog", linthresh=0.1)
     else:
         right.set_yscale("log")
-    right.legend(frameon=False)
+    for ax in (left, right):
+        if len(ax.lines) > 1:
+            ax.legend(frameon=False)
     return figure
 
 
@@ -86,8 +91,8 @@ def gate_figure(analysed: Mapping[str, Any]) -> Figure:
     analysed: what analyses/episodes.json holds; nothing if it has not been made.
     """
     episodes = analysed.get("episodes", [])[:GATE_EPISODES]
-    figure = figure_of_size(8.0, 1.1 * max(len(episodes), 1) + 0.6)
-    axes = list(figure.subplots(max(len(episodes), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+    rows = max(len(episodes), 1)
+    figure, axes = panels(8.0, 1.1 * rows + 0.6, rows=rows, sharex=True, sharey=True)
     if not episodes:
         say_not_measured(axes[0])
     for episode, ax in zip(episodes, axes, strict=False):
@@ -106,70 +111,59 @@ def success_figure(runs: Sequence[RunFolder], task: str) -> Figure:
 
     task: as text.
     """
-    figure = figure_of_size(5.6, 3.6)
-    ax = figure.subplots()
-    highest = 0.0
-    for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
-        logged = [lines for run in runs if (lines := run.read_metrics(phase))]
-        if logged:
-            highest = max(highest, median_and_quartiles(ax, logged, label, color))
-    ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None))
+    figure, (ax,) = panels(5.6, 3.6)
+    highest = max(median_and_quartiles(ax, runs, phase, *style) for phase, style in RL.items())
     top = 1.02 if highest > 0.2 else max(1.1 * highest, 0.05)
-    ax.set_ylim(-0.02 * top, top)
+    ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None), ylim=(-0.02 * top, top))
     ax.set_title(f"Task: {plain(task)}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
-    if ax.lines:
-        ax.legend(frameon=False)
-    else:
-        say_not_measured(ax)
+    add_legend(ax)
     return figure
 
 
 def return_figure(run: RunFolder) -> Figure:
     """Mean return against episodes, of both kinds of RL, of one run."""
-    figure = figure_of_size(5.6, 3.6)
-    ax = figure.subplots()
-    for phase, label, color in (("internal_rl", "internal RL", "C0"), ("raw_action_rl", "raw-action RL", "C3")):
+    figure, (ax,) = panels(5.6, 3.6)
+    for phase, (label, color) in RL.items():
         if lines := run.read_metrics(phase):
             ax.plot(_column(lines, "episodes"), _column(lines, "return"), color=color, label=label)
     ax.set(xlabel="episodes", ylabel="return", xlim=(0, None), title="Mean return of a batch")
-    if ax.lines:
-        ax.legend(frameon=False)
-    else:
-        say_not_measured(ax)
+    add_legend(ax)
     return figure
 
 
-def median_and_quartiles(ax: Axes, logged: Sequence[list[dict[str, Any]]], label: str, color: str) -> float:
-    """Draws success against episodes, one list of logged lines a seed; returns the highest value of any."""
-    shared = min(len(lines) for lines in logged)
+def median_and_quartiles(ax: Axes, runs: Sequence[RunFolder], phase: str, label: str, color: str) -> float:
+    """Draws success against episodes over the runs that have logged some; returns the highest value of any, or 0."""
+    logged = [lines for run in runs if (lines := run.read_metrics(phase))]
+    if not logged:
+        return 0.0
+    shared = min(map(len, logged))
     episodes = _column(logged[0][:shared], "episodes")
     success = torch.tensor([_column(lines[:shared], "success") for lines in logged])
     low, median, high = success.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
     ax.plot(episodes, median, color=color, label=label)
     if len(logged) > 1:
         ax.fill_between(episodes, low, high, color=color, alpha=0.25, linewidth=0)
-    return float(success.max())
+    return max(0.0, float(success.max()))
 
 
 def measured_codes_figure(measured: Mapping[str, Any]) -> Figure:
     """The figure of codes from what a run's summary holds of them, see `results.read_meaning`."""
     if measured.get("code_subgoal_share") is None:
-        figure = figure_of_size(4.0, 2.0)
-        say_not_measured(figure.subplots())
+        figure, (ax,) = panels(4.0, 2.0)
+        say_not_measured(ax)
         return figure
     share = torch.tensor(measured["code_subgoal_share"])
     return codes_figure(share, measured["code_subgoal_bits"], measured["subgoals"])
 
 
 def codes_figure(share: torch.Tensor, bits: float, names: Sequence[str]) -> Figure:
-    """Which subgoal a held code reaches first: share (codes, outcomes), outcome 0 is none; names: of the others."""
+    """Which subgoal a fixed code reaches first: share (codes, outcomes), outcome 0 is none; names: of the others."""
     from matplotlib.ticker import MaxNLocator
 
     shown = share[:, [*range(1, len(names) + 1), 0]]
     favourite = shown.argmax(1)
     order = sorted(range(len(shown)), key=lambda code: (int(favourite[code]), -float(shown[code].max())))
-    figure = figure_of_size(1.2 + 0.55 * len(names) + 1.6, 5.0)
-    ax = figure.subplots()
+    figure, (ax,) = panels(1.2 + 0.55 * len(names) + 1.6, 5.0)
     image = ax.imshow(shown[order].numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     ax.set_xticks(range(len(names) + 1), [*map(plain, names), "none"])
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -178,17 +172,29 @@ def codes_figure(share: torch.Tensor, bits: float, names: Sequence[str]) -> Figu
     return figure
 
 
+# -- what all figures share -------------------------------------------------------------------------------------------
+
+
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure, in inches, and its panels row by row. options: of matplotlib's `subplots`."""
+    require_matplotlib()
+    from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
 def say_not_measured(ax: Axes) -> None:
     """Writes so in the middle of a panel."""
     ax.text(0.5, 0.5, NOT_MEASURED, transform=ax.transAxes, ha="center")
 
 
-def figure_of_size(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
-    require_matplotlib()
-    from matplotlib.figure import Figure  # its own canvas is Agg: no display is needed
-
-    return Figure(figsize=(width, height), layout="constrained")
+def add_legend(ax: Axes, **options: Any) -> None:
+    """A legend of the lines of a panel; where there is none, it says that nothing was measured."""
+    if ax.lines:
+        ax.legend(frameon=False, **options)
+    else:
+        say_not_measured(ax)
 
 
 def save_figure(figure: Figure, folder: RunFolder, name: str) -> None:

@@ -18,8 +18,8 @@ from metacontroller.report.figures import MOST
 from metacontroller.report.tables import POLICIES, RESULTS, evaluation_name
 from metacontroller.storage.run_folder import RunFolder
 
-VALUE = Number(-MOST, MOST)
-MAYBE, COUNTED = (VALUE,), Whole(0)
+VALUE, COUNTED = Number(-MOST, MOST), Whole(0)
+MAYBE = (VALUE,)
 
 
 class Picture(str):
@@ -28,42 +28,25 @@ class Picture(str):
     START = "data:image/png;base64,"
 
 
-SUMMARY = {
-    "seeds": [COUNTED],
-    "episodes": COUNTED,
-    "seconds": [VALUE],
-    "peak_rss_mb": VALUE,
-    "task": (str,),
-    "versions": (dict,),
-    "hardware": (dict,),
-    **{name: ([MAYBE],) for name in RESULTS},
-}
+def _all(shape: Any, names: str) -> dict[str, Any]:
+    """An object whose parts have one shape."""
+    return dict.fromkeys(names.split(), shape)
+
+
+SUMMARY: dict[str, Any] = {"seeds": [COUNTED], "episodes": COUNTED, "seconds": [VALUE], "peak_rss_mb": VALUE}
+SUMMARY |= {"task": (str,), "versions": (dict,), "hardware": (dict,), **dict.fromkeys(RESULTS, ([MAYBE],))}
 MEANING = {
     "code_subgoal_share": ["codes", ["subgoals and none", VALUE]],
     "code_subgoal_bits": VALUE,
     "subgoals": [str],
 }
-STUDY = {
-    "jobs": [
-        {
-            "name": str,
-            "status": str,
-            "group": (str,),
-            "aligned": (bool,),
-            **dict.fromkeys(
-                ("value", "rate", "distortion", "internal_rl_success", "gate_recall", "gate_precision"), MAYBE
-            ),
-        }
-    ],
-    "seconds": VALUE,
-}
-EVALUATION = {
-    "task": str,
-    "episodes": COUNTED,
-    "lost": (COUNTED,),
-    **dict.fromkeys(("success", "success_se", "mean_return", "return_se", "steps", "decisions"), MAYBE),
-}
-BY_TOLERANCE = ["tolerances", MAYBE]
+JOB = {"name": str, "status": str, "group": (str,), "aligned": (bool,)}
+JOB |= _all(MAYBE, "value rate distortion internal_rl_success gate_recall gate_precision")
+STUDY = {"jobs": [JOB], "seconds": VALUE}
+EVALUATION = {"task": str, "episodes": COUNTED, "lost": (COUNTED,)}
+EVALUATION |= _all(MAYBE, "success success_se mean_return return_se steps decisions")
+EPISODE = {"task": str, "subgoals": ([COUNTED],), "changes": ([COUNTED],), "gate": [MAYBE], "code": [["axes", MAYBE]]}
+EPISODE |= {"belief": ([[MAYBE]],), "frames": ([Picture],)}
 ANALYSES: dict[str, Any] = {
     "probes": {
         "accuracy": ["layers", MAYBE],
@@ -71,27 +54,12 @@ ANALYSES: dict[str, Any] = {
     },
     "steering": {"success": ["layers", MAYBE]},
     "gate": {
-        "elsewhere": ["bins", MAYBE],
-        "at_change": ["bins", MAYBE],
+        **_all(["bins", MAYBE], "elsewhere at_change"),
         "tolerance": ["tolerances", VALUE],
-        **dict.fromkeys(("recall", "precision", "f1"), BY_TOLERANCE),
+        **_all(["tolerances", MAYBE], "recall precision f1"),
     },
-    "injection": dict.fromkeys(("free", "forced", "free_unseen", "forced_unseen"), MAYBE),
-    "episodes": {
-        "names": [str],
-        "every": Whole(),
-        "episodes": [
-            {
-                "task": str,
-                "subgoals": ([COUNTED],),
-                "changes": ([COUNTED],),
-                "gate": [MAYBE],
-                "code": [["axes", MAYBE]],
-                "belief": ([[MAYBE]],),
-                "frames": ([Picture],),
-            }
-        ],
-    },
+    "injection": _all(MAYBE, "free forced free_unseen forced_unseen"),
+    "episodes": {"names": [str], "every": Whole(), "episodes": [EPISODE]},
     **{evaluation_name(policy): EVALUATION for policy in POLICIES},
 }
 """The shapes of analyses of this package, by name; those of other packages draw their own figures."""
@@ -99,11 +67,12 @@ ANALYSES: dict[str, Any] = {
 
 def read_results(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
     """What the runs have of an analysis; UserError for a file of another shape."""
-    found = [(run.path / "analyses" / f"{name}.json", results) for run in runs if (results := run.read_analysis(name))]
-    sizes = {"bins": HISTOGRAM_BINS, "axes": 2}
-    for path, results in found:
-        check(results, ANALYSES.get(name, dict), path, sizes)
-    return [results for _, results in found]
+    sizes, measured = {"bins": HISTOGRAM_BINS, "axes": 2}, []
+    for run in runs:
+        if results := run.read_analysis(name):
+            check(results, ANALYSES.get(name, dict), run.path / "analyses" / f"{name}.json", sizes)
+            measured.append(results)
+    return measured
 
 
 def read_episodes(run: RunFolder) -> dict[str, Any]:
@@ -133,10 +102,10 @@ def read_meaning(run: RunFolder) -> dict[str, Any]:
 
 def read_study(folder: RunFolder) -> dict[str, Any]:
     """The summary of a reproduction's study; empty if it has not begun. UserError for one of another shape."""
-    own = folder.child("study")
-    summary = own.read_summary()
+    study = folder.child("study")
+    summary = study.read_summary()
     if summary:
-        check(summary, STUDY, own.path / "summary.json", {})
+        check(summary, STUDY, study.path / "summary.json", {})
     return summary
 
 

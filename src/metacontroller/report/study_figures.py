@@ -8,13 +8,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from metacontroller.report.analysis_figures import ANALYSIS_FIGURES
-from metacontroller.report.figures import figure_of_size, median_and_quartiles, save_figure, say_not_measured
+from metacontroller.report.figures import RL, median_and_quartiles, panels, save_figure, say_not_measured
 from metacontroller.report.results import read_results, read_study
-from metacontroller.report.tables import study_rows
 from metacontroller.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BASELINES = {
@@ -38,7 +36,7 @@ def study_figures(folder: RunFolder, runs: Sequence[RunFolder]) -> dict[str, tup
     drawn = {}
     for name, (file, caption, draw) in ANALYSIS_FIGURES.items():
         drawn[file] = (caption, draw(read_results(runs, name)))
-    rows = study_rows(read_study(folder))
+    rows = read_study(folder).get("jobs", [])
     if rows:
         drawn |= {
             "baselines": ("Baselines, median and quartiles over seeds", baselines_figure(folder, runs)),
@@ -56,17 +54,12 @@ def draw_study(folder: RunFolder, runs: Sequence[RunFolder]) -> None:
 
 def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
     """Internal RL, raw-action RL and each baseline (as Fig. 8)."""
-    figure = figure_of_size(9.0, 4.0)
-    ax = figure.subplots()
-    lines = [("internal RL", "C0", [run.read_metrics("internal_rl") for run in runs])]
-    for name, (label, color) in BASELINES.items():
-        variant = [folder.child(f"study/{name}/{run.path.name}") for run in runs]
-        lines.append((label, color, [run.read_metrics("internal_rl") for run in variant]))
-    lines.append(("raw-action RL", "C3", [run.read_metrics("raw_action_rl") for run in runs]))
-    for label, color, logged in lines:
-        logged = [line for line in logged if line]
-        if logged:
-            median_and_quartiles(ax, logged, label, color)
+    figure, (ax,) = panels(9.0, 4.0)
+    median_and_quartiles(ax, runs, "internal_rl", *RL["internal_rl"])
+    for name, style in BASELINES.items():
+        studied = [folder.child(f"study/{name}/{run.path.name}") for run in runs]
+        median_and_quartiles(ax, studied, "internal_rl", *style)
+    median_and_quartiles(ax, runs, "raw_action_rl", *RL["raw_action_rl"])
     ax.set(xlabel="episodes", ylabel="success rate", xlim=(0, None), ylim=(-0.02, 1.02))
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -74,8 +67,7 @@ def baselines_figure(folder: RunFolder, runs: Sequence[RunFolder]) -> Figure:
 
 def rate_distortion_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Two curves over alpha, frozen and co-trained; stars are aligned with subgoals, by the rule (as Fig. 7)."""
-    figure = figure_of_size(6.0, 4.0)
-    ax = figure.subplots()
+    figure, (ax,) = panels(6.0, 4.0)
     for kind, label, color in (("frozen", "base frozen", "C0"), ("cotrained", "base co-trained", "C4")):
         wanted = [row for row in rows if row["name"].startswith(f"rate-{kind}-")]
         points = [row for row in wanted if None not in map(row.get, ("value", "rate", "distortion"))]
@@ -113,33 +105,32 @@ PRETRAINING_PANELS = (
 )
 
 
+PRETRAINING_MEASURES = (
+    ("internal_rl_success", "internal RL: success", "o"),
+    ("gate_recall", "gate: recall", "^"),
+    ("gate_precision", "gate: precision", "v"),
+)
+
+
 def pretraining_figure(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> Figure:
-    """Success of internal RL and the gate's recall and precision after each variant of pretraining (as Fig. A2); those
+    """Success of internal RL and the gate's recall and precision after each change of pretraining (as Fig. A2); those
     with other settings beside the preset's after as many updates."""
-    figure = figure_of_size(11.0, 3.0)
-    panels: Sequence[Axes] = figure.subplots(1, len(PRETRAINING_PANELS), sharey=True)
+    figure, axes = panels(11.0, 3.0, columns=len(PRETRAINING_PANELS), sharey=True)
     steps = folder.child("study").read_config().get("pretraining_steps") if rows else None
     reference = [row for row in rows if row["name"] == f"pretraining-steps-{steps}" and "gate_recall" in row]
-    for ax, (prefix, label) in zip(panels, PRETRAINING_PANELS, strict=True):
-        wanted = [row for row in rows if row["name"].startswith(prefix)]
-        points = [row for row in wanted if None not in map(row.get, ("value", "gate_recall"))]
+    for ax, (prefix, label) in zip(axes, PRETRAINING_PANELS, strict=True):
+        changed = [row for row in rows if row["name"].startswith(prefix)]
+        changed = [row for row in changed if None not in map(row.get, ("value", "gate_recall"))]
         ax.set(xlabel=label, ylim=(-0.03, 1.05))
-        if not points:
+        if not changed:
             say_not_measured(ax)
             continue
-        values = sorted({row["value"] for row in points})
-        places = ["preset", *(f"{value:g}" for value in values)]
-        groups = [reference, *([row for row in points if row["value"] == value] for value in values)]
-        if prefix == "pretraining-steps-":
-            places, groups = places[1:], groups[1:]
-        for measure, name, marker in (
-            ("internal_rl_success", "internal RL: success", "o"),
-            ("gate_recall", "gate: recall", "^"),
-            ("gate_precision", "gate: precision", "v"),
-        ):
-            pairs = [(place, row.get(measure)) for place, group in zip(places, groups, strict=True) for row in group]
-            shown = [(place, value) for place, value in pairs if value is not None]
+        points = [(f"{row['value']:g}", row) for row in sorted(changed, key=lambda row: row["value"])]
+        if prefix != "pretraining-steps-":
+            points = [*(("preset", row) for row in reference), *points]
+        for measure, name, marker in PRETRAINING_MEASURES:
+            shown = [(place, row[measure]) for place, row in points if row.get(measure) is not None]
             ax.plot([x for x, _ in shown], [y for _, y in shown], marker=marker, linestyle="", label=name, alpha=0.8)
-    if panels[0].lines:
-        panels[0].legend(frameon=False, fontsize="x-small")
+    if axes[0].lines:
+        axes[0].legend(frameon=False, fontsize="x-small")
     return figure

@@ -56,23 +56,19 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     seeds = len(summary["seeds"])
     table = Table(title=f"{seeds} seed{'s' if seeds > 1 else ''}, {summary['episodes']:,} episodes of RL")
     table.add_column("measure")
-    table.add_column("median", justify="right")
-    if seeds > 1:
-        table.add_column("range", justify="right")
+    for title in ("median", "range")[: 1 + (seeds > 1)]:
+        table.add_column(title, justify="right")
+
+    def add_row(label: str, values: Sequence[float], form: str) -> None:
+        cells = [form.format(statistics.median(values)), f"{form.format(min(values))} to {form.format(max(values))}"]
+        table.add_row(label, *cells[: 1 + (seeds > 1)])
+
     for name, label in RESULTS.items():
-        values = [value for value in summary.get(name, []) if value is not None]
-        if values:
-            _add_row(table, label, values, "{:.3f}")
-    _add_row(table, "minutes", [seconds / 60 for seconds in summary["seconds"]], "{:.1f}")
+        if values := [value for value in summary.get(name, []) if value is not None]:
+            add_row(label, values, "{:.3f}")
+    add_row("minutes", [seconds / 60 for seconds in summary["seconds"]], "{:.1f}")
     table.add_row("peak memory, MB", f"{summary['peak_rss_mb']:.0f}")
     return table
-
-
-def _add_row(table: Table, label: str, values: Sequence[float], form: str) -> None:
-    cells = [form.format(statistics.median(values))]
-    if len(table.columns) > 2:
-        cells.append(f"{form.format(min(values))} to {form.format(max(values))}")
-    table.add_row(label, *cells)
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -92,34 +88,24 @@ def analysis_table(results: Sequence[Mapping[str, Any]], rows: Sequence[tuple[st
     return table
 
 
-def study_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a study's summary holds of each of its jobs; none if it has not begun."""
-    return summary.get("jobs", [])
-
-
-def variant_rows(summary: Mapping[str, Any], group: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """The finished rows of a study's summary, by variant, of one group or of all."""
+def finished_rows(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The finished rows of a study's summary, a list for each of its runs by name."""
     finished: dict[str, list[dict[str, Any]]] = {}
-    for row in study_rows(summary):
-        if row["status"] == "finished" and "group" in row and group in (None, row["group"]):
+    for row in summary.get("jobs", []):
+        if row["status"] == "finished" and "group" in row:
             finished.setdefault(row["name"], []).append(row)
     return finished
 
 
 def study_table(summary: Mapping[str, Any]) -> Table:
-    """One line a variant of a study's summary, medians over its seeds."""
+    """One line a run of a study's summary, medians over its seeds."""
     table = Table(title=f"{summary['seconds'] / 60:.0f} minutes of one core")
-    names = {
-        "internal_rl_success": "success",
-        "gate_recall": "recall",
-        "gate_precision": "precision",
-        "rate": "rate",
-        "distortion": "distortion",
-    }
-    for title in ("variant", "seeds", *names.values()):
+    titles = {"internal_rl_success": "success", "gate_recall": "recall", "gate_precision": "precision"}
+    titles |= {"rate": "rate", "distortion": "distortion"}
+    for title in ("variant", "seeds", *titles.values()):
         table.add_column(title, justify="left" if title == "variant" else "right", overflow="fold")
-    for name, rows in variant_rows(summary).items():
-        measured = [[row[measure] for row in rows if row.get(measure) is not None] for measure in names]
+    for name, rows in finished_rows(summary).items():
+        measured = [[row[measure] for row in rows if row.get(measure) is not None] for measure in titles]
         table.add_row(name, str(len(rows)), *(f"{statistics.median(each):.3f}" if each else "" for each in measured))
     return table
 
@@ -127,13 +113,12 @@ def study_table(summary: Mapping[str, Any]) -> Table:
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a job; what was varied in full, so that no two lines look alike."""
     table = Table()
-    short: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
+    titles: dict[str, str] = dict(zip(MEASURES, ("success", "recall", "precision", "binary", "bits"), strict=True))
     for name in rows[0]:
-        wordy = name == "status"
-        table.add_column(
-            short.get(name, name), justify="left" if wordy else "right", min_width=8 if wordy else None, overflow="fold"
-        )
+        style: Any = {"justify": "left", "min_width": 8} if name == "status" else {"justify": "right"}
+        table.add_column(titles.get(name, name), overflow="fold", **style)
     for row in rows:
-        cells = [f"{row[name]:.3g}" if name in MEASURES and row[name] is not None else str(row[name]) for name in row]
-        table.add_row(*cells)
+        table.add_row(
+            *(f"{row[name]:.3g}" if name in MEASURES and row[name] is not None else str(row[name]) for name in row)
+        )
     return table
