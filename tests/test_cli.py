@@ -377,7 +377,7 @@ def field_texts(kind: type, default: Any = None) -> dict[str, str]:
             if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id in names):
                 continue
             name, next_line = line.target.id, below.get(line)
-            texts[name] = ""
+            texts.setdefault(name, "")  # a subclass with another default keeps the text
             if isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant):
                 texts[name] = str(next_line.value.value)
             value = getattr(default, name, None)
