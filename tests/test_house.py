@@ -1,4 +1,4 @@
-"""The rules of the house (docs/architecture.md): which package may import which, read from the source."""
+"""The rules of docs/architecture.md, read from the source: which package may import which, and how long a function is."""
 
 from __future__ import annotations
 
@@ -135,3 +135,27 @@ def test_no_world_is_named_outside_domains_and_presets() -> None:
             continue
         text = path.read_text(encoding="utf-8").lower()
         assert [word for word in words if word in text] == [], path
+
+
+def longer_than(most: int, path: Path) -> list[str]:
+    """The functions of a file with more lines, decorators and docstring included."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    named = (node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return [f"{path}: {node.name}" for node in named if (node.end_lineno or 0) - node.lineno >= most]
+
+
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    files = [*modules(), *(ROOT.parents[1] / "benchmarks").glob("*.py")]
+    assert [name for path in files for name in longer_than(60, path)] == []
+
+
+def test_the_phase_of_discovery_can_be_read_at_once() -> None:
+    assert len((ROOT / "phases" / "discover.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_what_steers_has_no_mixins() -> None:
+    for path in (ROOT / "control").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base) for base in node.bases} - {"nn.Module", "Saveable"}
+                assert len(bases) <= 1, f"{path}: {node.name} is made of {bases}"
