@@ -156,7 +156,7 @@ def test_the_measures_of_a_run_are_explained() -> None:
 
 
 def test_the_map_names_every_package_and_no_file_that_is_not_there() -> None:
-    tree = (ROOT / ARCHITECTURE).read_text().partition("## The house")[2].partition("```\n")[2].partition("```")[0]
+    tree = (ROOT / ARCHITECTURE).read_text().partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
     inside = tree.partition("\ntests/")[0]
     files = {path.name for path in SOURCE.rglob("*") if path.is_file()}
     assert set(re.findall(r"\w+\.(?:py|html)", inside)) <= files
