@@ -82,10 +82,6 @@ class _Batch:
             part(remaining)
         self.rows, self.residual = self.rows[remaining], self.residual[remaining]
         self.state = self.state.index(remaining)
-            self.rows[remaining],
-            self.state.index(remaining),
-            self.residual[remaining],
-        )
 
 
 class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
