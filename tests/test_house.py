@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md, read from the source: which package may import which, and how long a function is."""
+"""The rules of docs/architecture.md, read from the source: what may import what, and how long a function is."""
 
 from __future__ import annotations
 
