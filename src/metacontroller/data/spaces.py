@@ -58,7 +58,7 @@ def without_text(space: spaces.Space, value: Any) -> Any:
     if not parts:
         return value
     if isinstance(space, spaces.Tuple) and len(value) != len(parts):
-        raise ValueError(f"{len(value)} parts instead of {len(parts)}")
+        raise UserError(f"{len(value)} parts instead of {len(parts)}")
     kept = {key: without_text(part, value[key]) for key, part in parts if _without_text(part) is not None}
     return put_together(space, kept)
 

@@ -18,9 +18,9 @@ from metacontroller.ranges import shown
 from metacontroller.storage.files import check_regular, parse_json, plain
 from metacontroller.storage.manifest import verify
 
-_HEADER = "metacontroller"
+HEADER = "metacontroller"
 """The only key of a file's metadata: with several, safetensors does not fix their order, and equal content should give
-equal files."""
+equal files. Some kinds of files have another."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -31,19 +31,23 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None, key: str = HEADER
+) -> None:
     """Writes copies on the CPU, because safetensors refuses tensors that share memory."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"the tensor {name} is {shown(tensor)}; expected a torch.Tensor.")
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copies, path, metadata=None if header is None else {_HEADER: json.dumps(header, default=plain)})
+    save_file(copies, path, metadata=None if header is None else {key: json.dumps(header, default=plain)})
 
 
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: Path, device: str | torch.device = "cpu", key: str = HEADER
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote; UserError for another file, one that its run did not write so, and NaN in it."""
     with _opened(path, str(device)) as file:
-        header = _header(path, file)
+        header = _header(path, file, key)
         verify(path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     name = not_finite(tensors)
@@ -56,7 +60,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """The JSON object that `write_tensors` wrote; UserError as `read_tensors`."""
     with _opened(path, "cpu") as file:
         verify(path)
-        return _header(path, file)
+        return _header(path, file, HEADER)
 
 
 @contextmanager
@@ -76,8 +80,8 @@ def _opened(path: Path, device: str) -> Iterator[Any]:
         raise UserError(incomplete) from error
 
 
-def _header(path: Path, file: Any) -> dict[str, Any]:
-    text = (file.metadata() or {}).get(_HEADER)
+def _header(path: Path, file: Any, key: str) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(key)
     if text is None:
         raise UserError(f"{path} was not written by this library; name a file that a run or `save` has written.")
     try:
