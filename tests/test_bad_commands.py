@@ -104,7 +104,7 @@ LINES: list[tuple[list[str], str]] = [
     (config("internal-rl.target-kl", "0"), "target_kl is 0.0; expected a number above 0, or none"),
     (config("internal-rl.minibatches", "7"), "batch_size 32 is not a multiple of minibatches 7"),
     (config("meta-controller.rank", "9999"), "meta_controller.rank is 9999; expected at most model.dim, 16"),
-    (config("meta-controller.gate.threshold", "1"), "gate threshold is 1.0; expected a number between 0 and 1"),
+    (config("meta-controller.gate.threshold", "1"), "threshold is 1.0; expected a number between 0 and 1"),
     (config("discovery", "other"), "discovery is 'other'; expected one of 'compile', 'metacontroller'"),
     (["discover"], "Folder of a pretrained run"),
     (["discover", "nowhere"], "nowhere has no config.json; name the folder of a run that has been started"),

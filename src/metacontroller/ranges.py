@@ -58,11 +58,10 @@ MOST_SEED = 2**31 - 1
 
 
 class Whole(NamedTuple):
-    """Whole numbers from ``least`` to ``most``. none: whether None is in it too."""
+    """Whole numbers from ``least`` to ``most``."""
 
     least: int = 1
     most: int = MOST_COUNT
-    none: bool = False
 
     def expected(self, value: Any) -> str | None:
         """What was expected instead of a value; None if it is in the range."""
@@ -75,13 +74,12 @@ class Whole(NamedTuple):
 
 class Number(NamedTuple):
     """Finite numbers from ``least`` to ``most``. above: whether ``least`` itself is left out; below: ``most`` itself.
-    none: whether None is in it too. noun: what such a number is."""
+    noun: what such a number is."""
 
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
     below: bool = False
-    none: bool = False
     noun: str = "number"
 
     def expected(self, value: Any) -> str | None:
@@ -101,10 +99,8 @@ class Number(NamedTuple):
         return f"a finite {self.noun}"
 
 
-class Rising(NamedTuple):
+class Rising:
     """Two whole numbers (from, to), 0 <= from <= to."""
-
-    none: bool = False
 
     def expected(self, value: Any) -> str | None:
         """What was expected instead of a value; None if it is such a pair."""
@@ -112,6 +108,10 @@ class Rising(NamedTuple):
         if pair and not any(Whole(0).expected(step) for step in value) and value[0] <= value[1]:
             return None
         return "(from, to), whole numbers with 0 <= from <= to"
+
+
+RANGES = (Whole, Number, Rising)
+LISTS = (tuple, list, Sequence)
 
 
 def _real(value: Any) -> float:
@@ -124,28 +124,21 @@ def _real(value: Any) -> float:
         return math.inf
 
 
-POSITIVE = Number(0, above=True)
-NOT_NEGATIVE = Number(0)
-PROBABILITY = Number(0, 1, noun="probability")
-SHARE = Number(0, 1, noun="share")
-COUNT, ROWS, WIDTH, DEPTH = Whole(), Whole(most=MOST_ROWS), Whole(most=MOST_WIDTH), Whole(most=MOST_DEPTH)
-SEED, PROCESSES = Whole(0, MOST_SEED), Whole(most=MOST_PROCESSES)
-
-Positive = Annotated[float, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
-Probability = Annotated[float, PROBABILITY]
-Share = Annotated[float, SHARE]
-Count = Annotated[int, COUNT]
+Positive = Annotated[float, Number(0, above=True)]
+NotNegative = Annotated[float, Number(0)]
+Probability = Annotated[float, Number(0, 1, noun="probability")]
+Share = Annotated[float, Number(0, 1, noun="share")]
+Count = Annotated[int, Whole()]
 CountOr0 = Annotated[int, Whole(0)]
-Rows = Annotated[int, ROWS]
+Rows = Annotated[int, Whole(most=MOST_ROWS)]
 RowsOr0 = Annotated[int, Whole(0, MOST_ROWS)]
-Width = Annotated[int, WIDTH]
+Width = Annotated[int, Whole(most=MOST_WIDTH)]
 WidthOr0 = Annotated[int, Whole(0, MOST_WIDTH)]
-Depth = Annotated[int, DEPTH]
+Depth = Annotated[int, Whole(most=MOST_DEPTH)]
 DepthOr0 = Annotated[int, Whole(0, MOST_DEPTH)]
 Steps = Annotated[int, Whole(most=MOST_STEPS)]
-Seed = Annotated[int, SEED]
-Processes = Annotated[int, PROCESSES]
+Seed = Annotated[int, Whole(0, MOST_SEED)]
+Processes = Annotated[int, Whole(most=MOST_PROCESSES)]
 ProcessesOr0 = Annotated[int, Whole(0, MOST_PROCESSES)]
 Warmup = Annotated[tuple[int, int], Rising()]
 
@@ -160,10 +153,50 @@ def check(name: str, value: Any, kind: Any) -> None:
 
     kind: an annotation (a class, `Annotated` with a range, a union, `Literal`, a tuple or list of kinds) or a range.
     """
-    refused = _refused(name, value, kind)
-    if refused is not None:
-        place, entry, expected = refused
-        require(False, place, entry, expected)
+    kind = PLAIN.get(kind, kind) if isinstance(kind, type) else kind
+    origin, parts = get_origin(kind), get_args(kind)
+    if isinstance(kind, RANGES):
+        expected = kind.expected(value)
+        require(expected is None, name, value, expected or "")
+    elif origin is Annotated:
+        ranges = [part for part in kind.__metadata__ if isinstance(part, RANGES)]
+        check(name, value, *(ranges or parts[:1]))
+    elif origin in (Union, types.UnionType):
+        _check_any(name, value, parts)
+    elif origin is Literal:
+        known = isinstance(value, (str, int)) and value in parts
+        require(known, name, value, f"one of {', '.join(map(repr, parts))}")
+    elif origin in LISTS:
+        _check_entries(name, value, origin, parts)
+    else:
+        kind = origin or kind
+        if kind is not Any and isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
+            require(isinstance(value, kind), name, value, _NAMES.get(kind, kind.__name__))
+
+
+def _check_any(name: str, value: Any, kinds: Sequence[Any]) -> None:
+    optional, errors = types.NoneType in kinds, []
+    if value is None and optional:
+        return None
+    for kind in kinds:
+        if kind is not types.NoneType:
+            try:
+                return check(name, value, kind)
+            except UserError as error:
+                errors.append(str(error).removesuffix("."))
+    others = (error.partition("; expected ")[2] for error in errors[1:])
+    raise UserError(f"{' or '.join([errors[0], *others])}{', or none' * optional}.")
+
+
+def _check_entries(name: str, value: Any, origin: Any, kinds: Sequence[Any]) -> None:
+    """Of a tuple or list with the kinds of its entries."""
+    listed = isinstance(value, Sequence if origin is Sequence else (tuple, list)) and not isinstance(value, str)
+    require(listed, name, value, "a list")
+    if origin is not tuple or Ellipsis in kinds:
+        kinds = [kinds[0]] * len(value)
+    require(len(value) == len(kinds), name, value, f"{len(kinds)} entries")
+    for index, (entry, kind) in enumerate(zip(value, kinds, strict=True)):
+        check(f"{name}[{index}]", entry, kind)
 
 
 def check_fields(config: Any, **allowed: Any) -> None:
@@ -179,74 +212,11 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise UserError(f"{name} is {said}; expected {expected}.")
 
 
-def _refused(name: str, value: Any, kind: Any) -> tuple[str, Any, str] | None:
-    """The place of what is not of the kind, what stands there, and what was expected; None if nothing is wrong."""
-    kind = PLAIN.get(kind, kind) if isinstance(kind, type) else kind
-    origin, parts = get_origin(kind), get_args(kind)
-    if isinstance(kind, (Whole, Number, Rising)):
-        expected = None if kind.none and value is None else kind.expected(value)
-        return None if expected is None else (name, value, f"{expected}{', or none' * kind.none}")
-    if origin is Annotated:
-        ranges = [part for part in kind.__metadata__ if isinstance(part, (Whole, Number, Rising))]
-        return _refused(name, value, *(ranges or parts[:1]))
-    if origin in (Union, types.UnionType):
-        return _refused_by_all(name, value, parts)
-    if origin is Literal:
-        known = isinstance(value, (str, int)) and value in parts
-        return None if known else (name, value, f"one of {', '.join(map(repr, parts))}")
-    if origin in (tuple, list, Sequence):
-        return _refused_entry(name, value, origin, parts)
-    kind = origin or kind
-    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or isinstance(value, kind):
-        return None
-    return name, value, _NAMES.get(kind, kind.__name__)
-
-
-def _refused_by_all(name: str, value: Any, kinds: Sequence[Any]) -> tuple[str, Any, str] | None:
-    if value is None and types.NoneType in kinds:
-        return None
-    refused = [_refused(name, value, kind) for kind in kinds if kind is not types.NoneType]
-    known = [each for each in refused if each is not None]
-    if len(known) < len(refused):
-        return None
-    place, entry, _ = max(known, key=lambda each: len(each[0]))  # an entry of a list rather than the list
-    expected = " or ".join(each[2] for each in known if each[0] == place)
-    return place, entry, f"{expected}{', or none' * (types.NoneType in kinds)}"
-
-
-def _refused_entry(name: str, value: Any, origin: Any, kinds: Sequence[Any]) -> tuple[str, Any, str] | None:
-    """Of a tuple or list with the kinds of its entries."""
-    if isinstance(value, str) or not isinstance(value, Sequence if origin is Sequence else (tuple, list)):
-        return name, value, "a list"
-    if origin is not tuple or Ellipsis in kinds:
-        kinds = [kinds[0]] * len(value)
-    if len(value) != len(kinds):
-        return name, value, f"{len(kinds)} entries"
-    entries = (_refused(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(value, kinds, strict=True)))
-    return next((entry for entry in entries if entry is not None), None)
-
-
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     """The annotations of a dataclass's fields."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def check_number(name: str, value: Any, allowed: Whole | Number) -> None:
-    """`check` of a number."""
-    check(name, value, allowed)
-
-
-def check_each(name: str, values: Any, allowed: Whole | Number) -> None:
-    """`check` of every entry of a tuple or list."""
-    for index, value in enumerate(values):
-        check(f"{name}[{index}]", value, allowed)
-
-
-def check_warmup(name: str, between: Any) -> None:
-    """UserError unless ``between`` is (from, to), whole numbers with 0 <= from <= to."""
-    check(name, between, Rising())
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -146,7 +146,7 @@ RANGES = [
     ("evaluate", "layouts_per_code", 0, "expected at least 1"),
     ("meta_controller", "dim_sequence", 2**17, "expected at most 65536"),
     ("meta_controller", "embedder_dim", 6, "expected a multiple of 4"),
-    ("meta_controller", "code", "ternary", "expected 'gaussian' or 'binary'"),
+    ("meta_controller", "code", "ternary", "expected one of 'gaussian', 'binary'"),
     ("meta_controller", "embedder_kind", "lstm", "expected one of 'attention', 'hawk'"),
     ("meta_controller", "policy_kind", "lstm", "expected one of 'gru', 'hawk'"),
     ("meta_controller", "precision", "half", "expected one of 'float32', 'bfloat16', 'auto'"),

@@ -234,8 +234,8 @@ def test_models_that_cannot_be(options: dict[str, Any], message: str) -> None:
     [
         ({"dim_latent": 0}, "dim_latent is 0"),
         ({"rank": 9}, "rank is 9; expected None (full) or 1..8"),
-        ({"gate": {"mode": "often"}}, "gate mode is 'often'"),
-        ({"gate": {"threshold": 2.0}}, "gate threshold is 2.0"),
+        ({"gate": {"mode": "often"}}, "mode is 'often'"),
+        ({"gate": {"threshold": 2.0}}, "threshold is 2.0"),
         ({"target_segment_length": 1.0}, "target_segment_length is 1.0"),
         ({"eps_clip": 0.0}, "eps_clip is 0.0"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import DEPTH, MOST_WIDTH, Whole, check_number
+from metacontroller.ranges import MOST_WIDTH, Depth, Whole, check
 
 ROWS_AT_ONCE = 4096
 """Steps that a full U is applied to at a time where no gradient is kept: bounds memory."""
@@ -31,15 +31,15 @@ class Controller(nn.Module):
         self, dim_latent: int, dim_model: int, *, hidden: int = 32, rank: int | None = 16, depth: int = 1
     ) -> None:
         super().__init__()
-        check_number("hidden of the controller", hidden, Whole(0, MOST_WIDTH))
-        check_number("rank", rank, Whole(-MOST_WIDTH, MOST_WIDTH, none=True))
+        check("hidden of the controller", hidden, Whole(0, MOST_WIDTH))
+        check("rank", rank, int | None)
         if dim_latent < 1 or dim_model < 1:
             raise UserError(f"dim_latent is {dim_latent}, dim_model {dim_model}; expected at least 1 each.")
         if not hidden and depth > 1:
             raise UserError(f"depth is {depth}, but hidden is 0; expected depth 1, or hidden units.")
         if rank is not None and not 1 <= rank <= dim_model:
             raise UserError(f"rank is {rank}; expected None (full) or 1..{dim_model}, the residual's width.")
-        check_number("depth of the controller", depth, DEPTH)
+        check("depth of the controller", depth, Depth)
         self.dim_model, self.rank = dim_model, rank
         self.code_to_hidden: Any = nn.Linear(dim_latent, hidden) if hidden else None
         self.deeper = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1)) if depth > 1 else None

@@ -30,7 +30,7 @@ from metacontroller.control.switching import ALL_OR_NOTHING, GateConfig, GateMod
 from metacontroller.data.trajectories import check_lengths, length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import products
-from metacontroller.ranges import COUNT, Whole, check_number
+from metacontroller.ranges import Count, Whole, check
 
 
 @dataclass
@@ -213,7 +213,7 @@ def _gate_learns(modules: SteeringModules) -> bool:
 
 def initial_state(modules: SteeringModules, batch: int, policy: Any = None) -> SteeringState:
     """The state before the first step of ``batch`` episodes; policy: the state of what proposes codes."""
-    check_number("batch", batch, Whole(0))
+    check("batch", batch, Whole(0))
     weight = modules.norm.weight
     since = torch.zeros(batch, dtype=torch.long, device=weight.device)
     history, z = (weight.new_zeros(batch, width) for width in (modules.dim_history, modules.dim_latent))
@@ -414,7 +414,7 @@ def sample_noise(
     modules: SteeringModules, batch: int, steps: int, generator: torch.Generator | None = None
 ) -> DiscoveryNoise:
     """Noise for `discover` on ``batch`` episodes of ``steps`` steps."""
-    check_number("batch", batch, COUNT)
+    check("batch", batch, Count)
     weight = modules.policy.readout.weight
     options = {"generator": generator, "device": weight.device}
     precise = torch.promote_types(weight.dtype, torch.float32)

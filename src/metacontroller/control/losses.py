@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metacontroller.data.trajectories import check_tensor, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.ranges import NOT_NEGATIVE
+from metacontroller.ranges import Number
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def clipped_surrogate(
     paper's ratio is that of the code's joint density, one a decision.
     """
     pair = (eps_clip, eps_clip) if isinstance(eps_clip, (int, float)) else tuple(eps_clip)
-    if len(pair) != 2 or any(NOT_NEGATIVE.expected(bound) for bound in pair):
+    if len(pair) != 2 or any(Number(0).expected(bound) for bound in pair):
         raise UserError(f"eps_clip is {eps_clip}; expected a finite number of at least 0, or two (below, above).")
     low, high = pair
     decided, per_entry = mask, log_prob.dim() == 3

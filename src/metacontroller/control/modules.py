@@ -21,15 +21,15 @@ from metacontroller.data.trajectories import check_tensor
 from metacontroller.errors import UserError
 from metacontroller.models.other_keywords import explains_other_keywords
 from metacontroller.models.precision import Precision
-from metacontroller.ranges import NOT_NEGATIVE, POSITIVE, WIDTH, Number, check_number, check_options
+from metacontroller.ranges import NotNegative, Number, Positive, Width, check, check_options
 from metacontroller.storage.module_file import Saveable
 
 RANGES = {
-    "dim_model": WIDTH,
-    "dim_meta_controller": WIDTH,
-    "ratio_loss_weight": NOT_NEGATIVE,
+    "dim_model": Width,
+    "dim_meta_controller": Width,
+    "ratio_loss_weight": NotNegative,
     "target_segment_length": Number(1, above=True),
-    "eps_clip": POSITIVE,
+    "eps_clip": Positive,
 }
 """Of the arguments that `MetaControllerConfig` does not have."""
 OPTIONAL = {"code": "gaussian", "free_bits": 0.0, "decoder_depth": 1, "policy_std": 1.0, "action_temperature": 1.0}
@@ -128,7 +128,7 @@ class SteeringModules(Saveable, nn.Module):
 def _checked(given: dict[str, Any]) -> MetaControllerConfig:
     """The constructor's arguments as a config, widths that are None as wide as dim_meta_controller."""
     for name, allowed in RANGES.items():
-        check_number(name, given[name], allowed)
+        check(name, given[name], allowed)
     gate = given["gate"] or {}
     if not isinstance(gate, GateConfig):
         check_options("gate", gate, GateConfig)

@@ -14,7 +14,7 @@ from metacontroller.control.losses import clipped_surrogate, target_policy_loss
 from metacontroller.control.modules import SteeringModules
 from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask, masked_mean
 from metacontroller.errors import UserError
-from metacontroller.ranges import POSITIVE, check_choice, check_number
+from metacontroller.ranges import Positive, check, check_choice
 
 Objective = Literal["clipped", "target"]
 
@@ -91,7 +91,7 @@ def policy_losses(
     UserError for shapes that do not fit.
     """
     check_choice("objective", objective, get_args(Objective))
-    check_number("eta", eta, POSITIVE)
+    check("eta", eta, Positive)
     stored = _decisions(modules, states, old_log_probs, actions, advantages, switch_betas, episode_lens)
     if objective == "clipped":
         chosen = stored if per_entry else stored._replace(old_log_probs=stored.old_log_probs.sum(-1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from metacontroller.errors import UserError
 from metacontroller.kernels.gate_scan import GateOutput, gate_scan
 from metacontroller.kernels.gate_scan_reference import GateOptions, gate_from_beta
 from metacontroller.kernels.linear_scan import linear_scan
-from metacontroller.ranges import COUNT, POSITIVE, Number, check_choice, check_number
+from metacontroller.ranges import Count, Number, Positive, check_fields
 
 GateMode = Literal["soft", "hard", "straight-through", "gumbel-sigmoid", "forced", "fixed-frequency"]
 
@@ -31,18 +31,15 @@ class GateConfig:
     straight-through: hard forward, soft backward.
     gumbel-sigmoid: logistic noise in training (the paper's rate-distortion curves).
     forced: 1 at every step. fixed-frequency: 1 every period steps."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Number(0, 1, above=True, below=True)] = 0.5
     """A step counts as a switch where beta is at least this (C.6: 0.5)."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides the logit of gumbel-sigmoid."""
-    period: int = 4
+    period: Count = 4
     """Steps from one switch to the next, for fixed-frequency."""
 
     def __post_init__(self) -> None:
-        check_choice("gate mode", self.mode, get_args(GateMode))
-        check_number("gate threshold", self.threshold, Number(0, 1, above=True, below=True))
-        check_number("gate temperature", self.temperature, POSITIVE)
-        check_number("gate period", self.period, COUNT)
+        check_fields(self)
 
 
 class SwitchingUnit(nn.Module):

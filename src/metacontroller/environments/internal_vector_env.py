@@ -31,7 +31,7 @@ from metacontroller.errors import UserError
 from metacontroller.models.precision import weights_cast_once
 from metacontroller.models.protocol import SteerableModel
 from metacontroller.phases.rollout import survivors
-from metacontroller.ranges import ROWS, check_number
+from metacontroller.ranges import Rows, check
 
 ATTEMPTS = 10
 """So often a row begins an episode anew where its world cannot start one."""
@@ -133,7 +133,7 @@ class InternalVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         task: Any = None,
         warped: bool = False,
     ) -> None:
-        check_number("num_envs", num_envs, ROWS)
+        check("num_envs", num_envs, Rows)
         model.cache_store(1)  # raises if the model has none
         self.domain, self.model, self.meta_controller = domain, model, meta_controller
         self.task, self.warped, self.num_envs = task, warped, num_envs

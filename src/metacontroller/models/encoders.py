@@ -20,7 +20,17 @@ from metacontroller.models.image_encoder import ImageEncoder
 from metacontroller.models.readouts import MixedReadout
 from metacontroller.models.state_encoder import StateEncoder, limited
 from metacontroller.models.values import block_starts, register_statistics
-from metacontroller.ranges import MOST_SIDE, Count, DepthOr0, Rows, RowsOr0, Whole, check_options, require, shown
+from metacontroller.ranges import (
+    MOST_SIDE,
+    Count,
+    DepthOr0,
+    Rows,
+    RowsOr0,
+    Whole,
+    check_options,
+    require,
+    shown,
+)
 
 Side = Annotated[int, Whole(most=MOST_SIDE)]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from metacontroller.data.spaces import channel_axis
 from metacontroller.models.state_encoder import StateEncoder
 from metacontroller.models.values import register_statistics
-from metacontroller.ranges import WIDTH, require
+from metacontroller.ranges import MOST_WIDTH, Whole, require
 
 MAX_CHANNELS = 64
 MAX_SIDE = 8
@@ -46,7 +46,8 @@ class ImageEncoder(StateEncoder):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        fits = not isinstance(shape, str) and len(shape) in (2, 3) and not any(map(WIDTH.expected, shape))
+        side = Whole(most=MOST_WIDTH)
+        fits = not isinstance(shape, str) and len(shape) in (2, 3) and not any(map(side.expected, shape))
         require(fits, "image", shape, "(height, width), with channels first or last")
         self.shape = tuple(shape)
         self.channels_first = channel_axis(self.shape) == 0

@@ -22,7 +22,7 @@ from metacontroller.models.other_keywords import explains_other_keywords, refuse
 from metacontroller.models.precision import Precision, check_precision, products
 from metacontroller.models.protocol import BehaviorCloningLosses, DiscoveryLosses, SteerableModel
 from metacontroller.models.readouts import make_readout
-from metacontroller.ranges import COUNT, WIDTH, Whole, Width, check, check_options, require
+from metacontroller.ranges import Count, Whole, Width, check, check_options, require
 from metacontroller.tensors import check_tensor
 
 BODIES: dict[str, type[Body]] = {"attention": AttentionBody, "hawk": HawkBody}
@@ -88,7 +88,7 @@ class Transformer(SteerableModel):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        check("dim", dim, WIDTH)
+        check("dim", dim, Width)
         check("dim_condition", dim_condition, Width | None)
         given = {name: value for name, value in locals().items() if name != "meta_controller"}
         self.remember_arguments(given, {"dim_condition": None, "context": None})
@@ -139,7 +139,7 @@ class Transformer(SteerableModel):
         return ModelStore(self.lower_body.cache_store(batch, device), self.upper_body.cache_store(batch, device))
 
     def limit_context(self, steps: int) -> None:
-        check("context", steps, COUNT)
+        check("context", steps, Count)
         self.arguments["context"] = steps
         for body in (self.lower_body, self.upper_body):
             if isinstance(body, Body):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from metacontroller.errors import MissingFileError, UserError
-from metacontroller.ranges import Whole, check_number, shown
+from metacontroller.ranges import Whole, check, shown
 from metacontroller.storage import manifest
 from metacontroller.storage.files import inside, plain, strict_json
 from metacontroller.storage.lock import locked
@@ -161,7 +161,7 @@ class RunFolder:
         infinities, which JSON does not have, are written as null."""
         if not isinstance(phase, str):
             raise UserError(f"phase is {shown(phase)}; expected its name.")
-        check_number("step", step, Whole(0))
+        check("step", step, Whole(0))
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         self._append_metrics({"phase": phase, "step": step, **scalars})
         for listener in self.listeners:

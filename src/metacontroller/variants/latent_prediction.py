@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metacontroller.data.trajectories import masked_mean
 from metacontroller.models.readouts import GaussianReadout
-from metacontroller.ranges import COUNT, Whole, check_number
+from metacontroller.ranges import Count, Whole, check
 
 SPAN, POINTS = 5.0, 17
 """SIGReg integrates over -SPAN..SPAN at so many points (arXiv 2511.08544, section 4)."""
@@ -28,7 +28,7 @@ class LatentPrediction(nn.Module):
 
     def __init__(self, dim: int, *, ahead: int = 1) -> None:
         super().__init__()
-        check_number("ahead", ahead, COUNT)
+        check("ahead", ahead, Count)
         self.ahead = ahead
         self.readout = GaussianReadout(dim, dim * ahead)
 
@@ -91,7 +91,7 @@ def sigreg(
     by the trapezoidal rule; a mean over directions. It is the statistic of Epps and Pulley without its factor b.
     domain, points: of the integral, if not -5..5 and 17. UserError for fewer than 2 points.
     """
-    check_number("points", points, Whole(2))
+    check("points", points, Whole(2))
     at = torch.linspace(domain[0], domain[1], points, device=vectors.device, dtype=vectors.dtype)
     projected = vectors @ F.normalize(directions, dim=-1).T  # (b, m)
     angles = projected[..., None] * at

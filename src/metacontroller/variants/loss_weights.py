@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import NOT_NEGATIVE, Number, check_fields, check_number
+from metacontroller.ranges import NotNegative, Number, check, check_fields
 
 NUMBERS = ("kl", "kl_warmup", "ratio", "ratio_final", "ratio_warmdown")
 
@@ -35,7 +35,7 @@ class LossWeights(nn.Module):
         self.kl, self.kl_warmup, self.apply_kl = kl, kl_warmup, apply_kl
         self.ratio, self.ratio_warmdown = ratio, ratio_warmdown
         self.ratio_final = ratio if ratio_final is None else ratio_final
-        check_fields(self, **dict.fromkeys(NUMBERS, NOT_NEGATIVE))
+        check_fields(self, **dict.fromkeys(NUMBERS, NotNegative))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def step(self) -> None:
@@ -79,7 +79,7 @@ class LossScale(nn.Module):
 
     def __init__(self, decay: float = 0.999, smallest: float = 1e-6, *, count: int = 1) -> None:
         super().__init__()
-        check_number("decay of a loss's scale", decay, Number(0, 1, above=True, below=True))
+        check("decay of a loss's scale", decay, Number(0, 1, above=True, below=True))
         self.decay, self.smallest = decay, smallest
         self.register_buffer("mean_square", torch.ones(count))
 

@@ -31,7 +31,7 @@ from metacontroller.control.switching import mix_given
 from metacontroller.data.trajectories import full_lengths, length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.models.transformer import ModelCache, Transformer, make_body
-from metacontroller.ranges import COUNT, SHARE, Number, check_number
+from metacontroller.ranges import Count, Number, Share, check
 from metacontroller.storage.module_file import Saveable
 from metacontroller.variants.latent_prediction import LatentPrediction, NextSwitch, sigreg
 from metacontroller.variants.switches import (
@@ -137,10 +137,10 @@ class SinglePhase(Saveable, nn.Module):
     ) -> None:
         super().__init__()
         self.remember_arguments(locals())
-        check_number("target_length", target_length, Number(1, above=True))
-        check_number("directions", directions, COUNT)
+        check("target_length", target_length, Number(1, above=True))
+        check("directions", directions, Count)
         for name, share in (("dropout", dropout), ("drop_episodes", drop_episodes), ("sequence_share", sequence_share)):
-            check_number(name, share, SHARE)
+            check(name, share, Share)
         if ahead_weights is not None and len(ahead_weights) != ahead:
             raise UserError(f"ahead_weights are {list(ahead_weights)}; expected {ahead}, one for each residual ahead.")
         self.dim, self.target_length, self.control_floor = dim, target_length, control_floor

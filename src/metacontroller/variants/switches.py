@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import POSITIVE, Number, check_each, check_number
+from metacontroller.ranges import Number, Positive, check
 
 THRESHOLD = 0.5
 START = 10.0
@@ -88,10 +88,10 @@ class EntropySwitch(nn.Module):
     ) -> None:
         super().__init__()
         self.quantiles = tuple(quantiles)
-        check_each("quantiles", self.quantiles, Number(0, 1, above=True, below=True))
+        check("quantiles", self.quantiles, tuple[Number(0, 1, above=True, below=True), ...])
         if evaluated not in self.quantiles:
             raise UserError(f"the evaluated quantile is {evaluated}; expected one of {list(self.quantiles)}.")
-        check_number("rate of the running quantiles", rate, Number(0, 1, above=True))
+        check("rate of the running quantiles", rate, Number(0, 1, above=True))
         self.evaluated, self.rate, self.frozen = self.quantiles.index(evaluated), rate, frozen
         self.register_buffer("running", torch.full((len(self.quantiles),), START))
         self.embedding = nn.Embedding(len(self.quantiles), dim)
@@ -143,7 +143,7 @@ def gru_gate(
     beta. fresh: the first beta is 1. Returns beta (b, t), z (b, t, n_z) and the last hidden. UserError for a
     temperature that is not positive, or another gru.
     """
-    check_number("temperature", temperature, POSITIVE)
+    check("temperature", temperature, Positive)
     expected = inputs.shape[-1] + z.shape[-1]
     if (gru.input_size, gru.num_layers) != (expected, 1):
         raise UserError(f"the gru has {gru.input_size} inputs, {gru.num_layers} layers; expected {expected} and 1.")

@@ -27,7 +27,7 @@ from metacontroller.domains.pinpad.layouts import (
 )
 from metacontroller.domains.pinpad.tasks import Task, check_tasks, pad_tasks, subgoal_chunks
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, PROBABILITY, check
+from metacontroller.ranges import Count, Probability, check
 
 TieBreak = Literal["random", "fixed"]
 """How the expert chooses among the first moves of shortest paths, see `expert_trajectories`."""
@@ -69,9 +69,9 @@ def expert_trajectories(
         UserError: for an invalid task, n, tie_break or epsilon, or for layouts that are infeasible or not n.
     """
     check_tasks(tasks, config.num_colors)
-    check("n", n, COUNT)
+    check("n", n, Count)
     check("tie_break", tie_break, TieBreak)
-    check("epsilon", epsilon, PROBABILITY)
+    check("epsilon", epsilon, Probability)
     if subgoals:
         _ = [subgoal_chunks(task, len(subgoals[0])) for task in tasks]  # raises for tasks of no whole subgoals
     if layouts is None:

@@ -17,7 +17,7 @@ from metacontroller.domains.pinpad.episodes import PinpadEpisodes
 from metacontroller.domains.pinpad.layouts import Layouts, check_layouts, sample_layouts
 from metacontroller.domains.pinpad.tasks import Task, pad_tasks
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, check, shown
+from metacontroller.ranges import Count, check, shown
 
 NUM_ACTIONS = 4
 
@@ -83,7 +83,7 @@ def start_grids(
     subgoals: Sequence[Task] | None = None,
 ) -> PinpadBatch:
     """Return n grids with random layouts and the same task, () for none. subgoals: see `PinpadEpisodes`."""
-    check("n", n, COUNT)
+    check("n", n, Count)
     tasks, lengths = pad_tasks([task], generator.device)
     layouts = sample_layouts(config, n, generator)
     return PinpadBatch(config, layouts, tasks.expand(n, -1), lengths.expand(n), subgoals=subgoals)

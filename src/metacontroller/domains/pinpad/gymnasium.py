@@ -22,7 +22,7 @@ from metacontroller.domains.pinpad.layouts import Board
 from metacontroller.domains.pinpad.tasks import check_tasks, read_tasks
 from metacontroller.domains.reset_mask import rows_to_reset
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, check, check_options
+from metacontroller.ranges import Count, check, check_options
 
 TaskSpec = str | Iterable[str | Sequence[int]]
 
@@ -133,7 +133,7 @@ class PinpadVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Episodes: ClassVar[type[EpisodeFactory]]
 
     def __init__(self, num_envs: int = 1, **options: Any) -> None:
-        check("num_envs", num_envs, COUNT)
+        check("num_envs", num_envs, Count)
         self._episodes, self._batch = self.Episodes(**options), None
         self.num_envs, self.render_mode = num_envs, self._episodes.render_mode
         self.single_observation_space = self._episodes.observation_space

@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, check
+from metacontroller.ranges import Count, check
 
 
 def parse_task(text: str) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def subgoal_chunks(task: Sequence[int], colors_per_subgoal: int) -> tuple[Task, 
 
     UserError if the length of the task is not a multiple of ``colors_per_subgoal``.
     """
-    check("colors_per_subgoal", colors_per_subgoal, COUNT)
+    check("colors_per_subgoal", colors_per_subgoal, Count)
     if len(task) % colors_per_subgoal:
         raise UserError(
             f"task {format_task(task)} has {len(task)} colors, no multiple of colors_per_subgoal {colors_per_subgoal}: "

@@ -27,7 +27,7 @@ from metacontroller.domains.pinpad.tasks import (
     transitions,
 )
 from metacontroller.errors import UserError
-from metacontroller.ranges import COUNT, Steps, check
+from metacontroller.ranges import Count, Steps, check
 
 
 class TaskWorld(Domain):
@@ -54,7 +54,7 @@ class TaskWorld(Domain):
 
     def reset(self, n: int, generator: torch.Generator, *, task: Any = None, max_steps: int | None = None) -> Any:
         """n episodes, each on its own random layout; task: colors in order."""
-        check("n", n, COUNT)
+        check("n", n, Count)
         check("max_steps", max_steps, Steps | None)
         return self.start(task, n, generator, self.config.max_steps if max_steps is None else max_steps)
 
