@@ -15,6 +15,7 @@ class Collect:
     """Play a policy of yours in a Gymnasium environment and keep the episodes as a dataset."""
 
     config: OmitArgPrefixes[CollectConfig]
+    """What to play, and which episodes to keep."""
     out: Path
     """Folder to make, or with --resume to continue in."""
     workers: int = 1

@@ -5,7 +5,7 @@ Axes: b batch, t steps, n_e residual, n_z code, entries of a code's log-probabil
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -109,9 +109,19 @@ def policy_losses(
     return PolicyLosses(loss, masked_mean(modules.codes.kl(distribution), stored.mask))
 
 
-def policy_loss(modules: SteeringModules, *stored: Any, **options: Any) -> Tensor:
+def policy_loss(
+    modules: SteeringModules,
+    states: Tensor,
+    old_log_probs: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    switch_betas: Tensor | None = None,
+    episode_lens: Tensor | None = None,
+    eps_clip: float | tuple[float, float] | None = None,
+) -> Tensor:
     """PPO's clipped surrogate over the switches of stored episodes (C.5); arguments as of `policy_losses`."""
-    return policy_losses(modules, *stored, **options).surrogate
+    stored = states, old_log_probs, actions, advantages, switch_betas, episode_lens
+    return policy_losses(modules, *stored, eps_clip).surrogate
 
 
 def log_prob(modules: SteeringModules, action_dist: Tensor, actions: Tensor) -> Tensor:

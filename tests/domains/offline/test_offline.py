@@ -131,16 +131,17 @@ def recorded(tmp_path: Path) -> str:
     return str(tmp_path / "ice")
 
 
-def test_a_run_acts_where_its_data_were_recorded(recorded: str) -> None:
+def test_a_run_acts_where_its_data_were_recorded(recorded: str, tmp_path: Path) -> None:
     domain = Offline(OfflineConfig(dataset=recorded))
     with pytest.raises(UserError, match="pretrain RUN --resume --env data"):
         domain.check_acting()
     command = cli.parse(["pretrain", "run", "--dataset", recorded, "--env", "data"])
-    config = command._with_data().domain
+    started = command._started(RunFolder(tmp_path / "run"))
+    config = started.domain
     assert config == replace(domain.acting_where_recorded(), dataset=config.dataset)
     assert config.env == "FrozenLake-v1"
     assert FROZEN.items() <= json.loads(config.env_kwargs).items()
-    assert from_json(json.loads(json.dumps(to_json(command._with_data()), default=plain))).domain == config
+    assert from_json(json.loads(json.dumps(to_json(started), default=plain))).domain == config
     acting = Offline(config)  # without a warning
     assert acting.spec().max_steps == 30
     batch = acting.reset(16, torch.Generator().manual_seed(0))
