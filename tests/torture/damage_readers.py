@@ -227,7 +227,7 @@ def _sound_run(run: RunFolder) -> None:
         for phase in run_phase.RUN_PHASE.values():
             phase(config, run, **options)
     evolution = EvolutionConfig(generations=2, population=4)
-    run_phase.run_evolution(config, evolution, run, **options)
+    run_phase.run_evolution(config, run, evolution, **options)
     run.write_summary({"success": 0.5, "seed": 0, "rates": [0.25, 1.0]})
     run.write_analysis("gate", {"recall": 0.5, "precision": [0.25, 1.0]})
     RunFolder(run.path / "study").write_config(StudyConfig())
