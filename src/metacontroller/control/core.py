@@ -27,10 +27,11 @@ from metacontroller.control.codes import bounded
 from metacontroller.control.modules import SteeringModules
 from metacontroller.control.policy import gru_step
 from metacontroller.control.switching import ALL_OR_NOTHING, GateConfig, GateMode, at_random_steps, mix_given, weight_of
-from metacontroller.data.trajectories import check_lengths, length_mask
+from metacontroller.data.trajectories import length_mask
 from metacontroller.errors import UserError
 from metacontroller.models.precision import products
 from metacontroller.ranges import Count, Whole, check
+from metacontroller.tensors import check_lengths
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metacontroller.data.trajectories import check_tensor, masked_mean
+from metacontroller.data.trajectories import masked_mean
 from metacontroller.errors import UserError
 from metacontroller.ranges import Number
+from metacontroller.tensors import check_tensor
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from metacontroller.control.controller import Controller
 from metacontroller.control.policy import AbstractActionPolicy, PolicyKind
 from metacontroller.control.sequence_embedder import EmbedderKind, SequenceEmbedder
 from metacontroller.control.switching import GateConfig, SwitchingUnit
-from metacontroller.data.trajectories import check_tensor
 from metacontroller.errors import UserError
 from metacontroller.models.other_keywords import explains_other_keywords
 from metacontroller.models.precision import Precision
 from metacontroller.ranges import NotNegative, Number, Positive, Width, check, check_options
 from metacontroller.storage.module_file import Saveable
+from metacontroller.tensors import check_tensor
 
 RANGES = {
     "dim_model": Width,

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from metacontroller.control.losses import clipped_surrogate, target_policy_loss
 from metacontroller.control.modules import SteeringModules
-from metacontroller.data.trajectories import check_lengths, check_tensor, length_mask, masked_mean
+from metacontroller.data.trajectories import length_mask, masked_mean
 from metacontroller.errors import UserError
 from metacontroller.ranges import Positive, check, check_choice
+from metacontroller.tensors import check_lengths, check_tensor
 
 Objective = Literal["clipped", "target"]
 
