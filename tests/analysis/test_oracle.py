@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import quick_reproductions
 from metacontroller.analysis import oracle as module
 from metacontroller.analysis.gate_alignment import HeldOutGate, held_out_gate
 from metacontroller.analysis.loaded_run import LoadedRun
@@ -142,8 +141,7 @@ def test_where_no_goal_is_told_the_stages_leave_supervised_controllers_out(
             return env
 
     run = untrained()
-    with quick_reproductions():
-        told, silent = measure_stages(run, True), measure_stages(replace(run, domain=Silent(run.domain.config)), True)
+    told, silent = measure_stages(run, True), measure_stages(replace(run, domain=Silent(run.domain.config)), True)
     assert told["supervised_success"] is not None
     assert silent["supervised_success"] is None
     assert silent["named_success"] is None
