@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,8 +86,16 @@ def note(folder: Path) -> None:
 def test_workers_write_for_their_parent(tmp_path: Path) -> None:
     with locked(tmp_path):
         in_processes(note, [(tmp_path,)])
-    with locked_elsewhere(tmp_path), pytest.raises(UserError, match="another process"):
-        in_processes(note, [(tmp_path,)])
+    assert (tmp_path / "note").exists()
+
+
+def test_a_worker_of_another_parent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked_elsewhere(tmp_path) as process:
+        monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=process + 1))
+        refused(tmp_path, process)
+        monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=process))
+        with locked(tmp_path):
+            pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

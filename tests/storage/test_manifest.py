@@ -111,6 +111,20 @@ def test_a_config_that_is_said_to_change_nothing_keeps_what_was_made(
         run.load_checkpoint("other")
 
 
+def test_an_older_manifest_names_one_config_as_a_text(run: RunFolder) -> None:
+    path = run.path / "manifest.json"
+    content = json.loads(path.read_text())
+    for entry in content["files"].values():
+        if "config" in entry:
+            (entry["config"],) = entry["config"]
+    path.write_text(json.dumps(content))
+    run.load_checkpoint("discover")
+    run.write_config({"seed": 0, "env": "A"}, keeps_weights=True)
+    run.load_checkpoint("discover")
+    run.write_config({"seed": 1})
+    refused(run, "discover.safetensors", "was made with another config.json")
+
+
 def test_a_config_that_says_the_same_stays_as_it_is(run: RunFolder) -> None:
     before = (run.path / "config.json").read_bytes()
     run.write_config({"seed": 0.0})

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import equal
 
 from metacontroller import cli
-from metacontroller.recipes.jobs import in_processes
 from metacontroller.storage.run_folder import RunFolder
 from metacontroller.training import interruption
 from metacontroller.training.interruption import Interrupted, finishing, listening, requested
@@ -119,8 +118,8 @@ def test_an_interrupted_phase_leaves_a_checkpoint_and_resumes_as_if_it_had_not_s
 
 
 def sleep_long(path: Path) -> None:
-    """A job that notes that it was told to stop."""
-    path.with_suffix(".begun").touch()
+    """A job that notes whether an interrupt can reach it, and that it was told to stop."""
+    path.with_suffix(".begun").write_text(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
     try:
         time.sleep(60)
     except Interrupted as interrupted:
@@ -128,7 +127,7 @@ def sleep_long(path: Path) -> None:
         raise
 
 
-def test_worker_processes_are_told_too(tmp_path: Path) -> None:
+def test_worker_processes_are_told_by_their_parent_alone(tmp_path: Path) -> None:
     script = f"""
 import os, signal, threading, time
 from pathlib import Path
@@ -160,16 +159,7 @@ if __name__ == "__main__":
     )
     assert (done.returncode, done.stderr) == (130, "")
     assert [(tmp_path / name).read_text() for name in "ab"] == [str(int(signal.SIGTERM))] * 2
-
-
-def note_blocked(path: Path) -> None:
-    path.write_text(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
-
-
-def test_a_worker_that_is_being_born_knows_no_interrupt(tmp_path: Path) -> None:
-    in_processes(note_blocked, [(tmp_path / "blocked",)])
-    assert (tmp_path / "blocked").read_text() == "True"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert [(tmp_path / f"{name}.begun").read_text() for name in "ab"] == ["True"] * 2
 
 
 def test_while_it_starts_a_command_ends_at_once(tmp_path: Path) -> None:
