@@ -163,21 +163,23 @@ def _one_step(
 ) -> SteeredSpan:
     """The gate first, which knows the code before, then the proposal."""
     reading = read_residual(modules, residual, state.history)
+    all_or_nothing = gate.weights is None and gate.config.mode in ALL_OR_NOTHING
     if gate.weights is None:
         with torch.set_grad_enabled(_gate_learns(modules)):
             beta = _step_beta(modules, reading, state, gate)
-            weight = weight_of(beta, gate.config)
+            weight = beta if all_or_nothing else weight_of(beta, gate.config)
     else:
-        beta = weight = gate.weights
-    switch = weight[:, 0] >= gate.config.threshold
+        beta = weight = gate.weights[:, 0]
+    switch = weight >= gate.config.threshold
     proposal = proposer.ask(reading, state.policy, switch)
     z_tilde = bounded(proposal.code[:, 0], modules.code_bound)
-    if gate.weights is None and gate.config.mode in ALL_OR_NOTHING:
-        z = torch.where(switch[:, None], z_tilde, state.z)
+    if all_or_nothing:
+        weight, z = switch.to(beta.dtype), torch.where(switch[:, None], z_tilde, state.z)
     else:
-        z = weight * z_tilde + (1 - weight) * state.z
-    after, z = SteeringState(reading.last, z, _steps_since(state, switch), proposal.state), z[:, None]
-    return SteeredSpan(control(modules, residual, z), z, weight, beta, *proposal[:2], after)
+        z = weight[:, None] * z_tilde + (1 - weight[:, None]) * state.z
+    after = SteeringState(reading.last, z, _steps_since(state, switch), proposal.state)
+    steering = control(modules, residual[:, 0], z)[:, None]
+    return SteeredSpan(steering, z[:, None], weight[:, None], beta[:, None], *proposal[:2], after)
 
 
 # the two halves of a step, for callers who are asked for the code between them
@@ -187,7 +189,7 @@ def observe(modules: SteeringModules, residual: Tensor, state: SteeringState) ->
     """Reads residual (b, n_e): beta (b,), 1 at an episode's first step, and the state with the history h_t."""
     reading = read_residual(modules, residual[:, None], state.history)
     beta = _step_beta(modules, reading, state, GateUse(acting_gate(modules)))
-    return beta[:, 0], SteeringState(reading.last, state.z, state.steps_since_switch, state.policy)
+    return beta, SteeringState(reading.last, state.z, state.steps_since_switch, state.policy)
 
 
 def integrate(state: SteeringState, switch: Tensor, code: Tensor) -> SteeringState:
@@ -202,10 +204,11 @@ def _steps_since(state: SteeringState, switch: Tensor) -> Tensor:
 
 
 def _step_beta(modules: SteeringModules, reading: Reading, state: SteeringState, gate: GateUse) -> Tensor:
-    """Eq. 16 of one step, (b, 1)."""
-    asked = (reading.normed, reading.history, state.z[:, None], state.steps_since_switch[:, None], gate.uniform)
+    """Eq. 16 of one step, (b,)."""
+    since, uniform = state.steps_since_switch, None if gate.uniform is None else gate.uniform[:, 0]
+    asked = (reading.normed[:, 0], state.history, state.z, since, uniform)
     beta = modules.switching.probability(*asked, config=gate.config, temperature=modules.switch_temperature)
-    return beta.masked_fill(state.steps_since_switch[:, None] == 0, 1.0)
+    return beta.masked_fill(since == 0, 1.0)
 
 
 def _gate_learns(modules: SteeringModules) -> bool:

@@ -157,7 +157,8 @@ class MetaController(SteeringModules):
 
     def _output(self, residual: Tensor, span: SteeredSpan, lengths: Tensor | None) -> MetaControllerOutput:
         """What a call returns; lengths (b,): of episodes in discovery, where there are losses."""
-        kl_weight, kl, ratio = 0.0, span.z.new_zeros(()), span.z.new_zeros(())
+        kl_weight, kl = 0.0, span.z.new_zeros(())
+        ratio = kl
         if lengths is not None:
             weights, mask = self.loss_weights, length_mask(lengths, residual.shape[1])
             kl_weight = 1.0 if weights is None else weights.applied_kl
